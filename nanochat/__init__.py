@@ -1,0 +1,1 @@
+"""nanochat: from raw text to a chat model, one noun a file. Importing it does nothing."""

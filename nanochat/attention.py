@@ -1,0 +1,215 @@
+"""Attention by one call for training and one for cached inference; backends are chosen by probes, not by imports."""
+
+import functools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
+_BLOCK = 128  # queries to a block on CPU; short windows are multiples of it
+
+
+def attend_naive(q_BTHD: torch.Tensor, k_BTKD: torch.Tensor, v_BTKD: torch.Tensor, window: int) -> torch.Tensor:
+    """Causal attention by its definition: the oracle of every other form.
+
+    Each of the H query heads attends with its kv head (K divides H) to its own position and the `window` - 1
+    before it; scores are scaled by 1/sqrt(D). Returns (B, T, H, D).
+    """
+    positions_1T = torch.arange(q_BTHD.size(1), device=q_BTHD.device)[None]
+    return cached_attention(q_BTHD, k_BTKD, v_BTKD, positions_1T, window)
+
+
+def cached_attention(
+    q_BTHD: torch.Tensor, k_BSKD: torch.Tensor, v_BSKD: torch.Tensor, positions_BT: torch.Tensor, window: int
+) -> torch.Tensor:
+    """Attention of new queries to a cache in which slot s holds position s. Returns (B, T, H, D).
+
+    positions_BT says where each query stands, row by row; rows may differ in length. A query at position p sees
+    slots p - window + 1 .. p; a negative position marks padding, whose output means nothing (but is finite).
+    Written as two matrix products around a softmax, which gives a row the same result in any batch.
+    """
+    B, T, H, D = q_BTHD.shape
+    S, K = k_BSKD.size(1), k_BSKD.size(2)
+    q_BKGD = q_BTHD.view(B, T, K, H // K, D).permute(0, 2, 3, 1, 4).reshape(B, K, H // K * T, D)
+    scores_BKGS = q_BKGD @ k_BSKD.permute(0, 2, 3, 1) * D**-0.5
+    distance_BTS = positions_BT.clamp(min=0)[:, :, None] - torch.arange(S, device=q_BTHD.device)
+    hidden_BTS = (distance_BTS < 0) | (distance_BTS >= window)
+    scores = scores_BKGS.view(B, K, H // K, T, S).float().masked_fill(hidden_BTS[:, None, None], float("-inf"))
+    weights_BKGS = scores.softmax(-1).to(v_BSKD.dtype).view(B, K, H // K * T, S)
+    y_BKGD = weights_BKGS @ v_BSKD.transpose(1, 2)
+    return y_BKGD.view(B, K, H // K, T, D).permute(0, 3, 1, 2, 4).reshape(B, T, H, D)
+
+
+def _heads_first(x_BTHD: torch.Tensor, heads: int) -> torch.Tensor:
+    """(B, T, K, D) -> (B, H, T, D), each kv head repeated for the query heads that share it."""
+    x_BKTD = x_BTHD.transpose(1, 2)
+    return x_BKTD if x_BKTD.size(1) == heads else x_BKTD.repeat_interleave(heads // x_BKTD.size(1), dim=1)
+
+
+def _attend_sdpa(q_BTHD: torch.Tensor, k_BTKD: torch.Tensor, v_BTKD: torch.Tensor, window: int) -> torch.Tensor:
+    """PyTorch's fused kernel; full causal attention only."""
+    assert window >= q_BTHD.size(1)
+    q, k, v = (_heads_first(x, q_BTHD.size(2)) for x in (q_BTHD, k_BTKD, v_BTKD))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+
+
+@functools.cache
+def _triangle(size: int, keep_above: bool, dtype: torch.dtype) -> torch.Tensor:
+    """-inf strictly above the diagonal (causality), or on and below it (the far edge of a window); 0 elsewhere."""
+    hidden = torch.full((size, size), float("-inf"))
+    return (hidden.tril() if keep_above else hidden.triu(1)).to(dtype)
+
+
+def _block_spans(T: int, window: int) -> list[tuple[int, int, int]]:
+    """(first query, end, first key) of each block of queries: the keys are those that some query of it sees."""
+    return [(a, min(a + _BLOCK, T), max(0, a - window)) for a in range(0, T, _BLOCK)]
+
+
+@torch.library.custom_op("nanochat::block_attention", mutates_args=())
+def _block_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> list[torch.Tensor]:
+    """(N, T, D) each, q scaled; N = sequences x heads. Returns the output and the weights, block after block, flat."""
+    N, T, _ = q.shape
+    spans = _block_spans(T, window)
+    out = torch.empty_like(q)
+    weights = q.new_empty(N * sum((b - a) * (b - first) for a, b, first in spans))
+    taken = 0
+    for a, b, first in spans:
+        scores = torch.bmm(q[:, a:b], k[:, first:b].mT)
+        scores[:, :, a - first :] += _triangle(_BLOCK, False, q.dtype)[: b - a, : b - a]
+        if a >= window:
+            scores[:, :, :_BLOCK] += _triangle(_BLOCK, True, q.dtype)[: b - a]
+        block = weights[taken : taken + scores.numel()].view(scores.shape)
+        torch.softmax(scores, -1, out=block)
+        torch.bmm(block, v[:, first:b], out=out[:, a:b])
+        taken += scores.numel()
+    return [out, weights]
+
+
+@_block_attention.register_fake
+def _(q, k, v, window):
+    size = q.size(0) * sum((b - a) * (b - first) for a, b, first in _block_spans(q.size(1), window))
+    return [torch.empty_like(q), q.new_empty(size)]
+
+
+@torch.library.custom_op("nanochat::block_attention_backward", mutates_args=())
+def _block_attention_backward(
+    grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, weights: torch.Tensor, window: int
+) -> list[torch.Tensor]:
+    N, T, _ = q.shape
+    dq = torch.empty_like(q)
+    dk, dv = torch.zeros_like(k, dtype=torch.float32), torch.zeros_like(v, dtype=torch.float32)
+    taken = 0
+    for a, b, first in _block_spans(T, window):
+        shape = (N, b - a, b - first)
+        block = weights[taken : taken + shape[0] * shape[1] * shape[2]].view(shape)
+        taken += block.numel()
+        dv[:, first:b] += torch.bmm(block.mT, grad[:, a:b])
+        dweights = torch.bmm(grad[:, a:b], v[:, first:b].mT)
+        dscores = torch._softmax_backward_data(dweights, block, -1, q.dtype)
+        torch.bmm(dscores, k[:, first:b], out=dq[:, a:b])
+        dk[:, first:b] += torch.bmm(dscores.mT, q[:, a:b])
+    return [dq, dk.to(k.dtype), dv.to(v.dtype)]
+
+
+@_block_attention_backward.register_fake
+def _(grad, q, k, v, weights, window):
+    return [torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)]
+
+
+def _save_for_backward(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs[:3], output[1])
+    ctx.window = inputs[3]
+
+
+def _backward(ctx, grads):
+    q, k, v, weights = ctx.saved_tensors
+    return (*_block_attention_backward(grads[0].contiguous(), q, k, v, weights, ctx.window), None)
+
+
+_block_attention.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+def _attend_blocks(q_BTHD: torch.Tensor, k_BTKD: torch.Tensor, v_BTKD: torch.Tensor, window: int) -> torch.Tensor:
+    """Causal and windowed attention on CPU: blocks of queries against just the keys that they may see.
+
+    Batched matrix products around a softmax, with the weights kept for the backward pass: twice as fast as the CPU
+    flash kernel (dev/LOG.md), and windows cost what they cover, without masks beyond the two corners of a band.
+    """
+    B, T, H, D = q_BTHD.shape
+    assert window >= T or window % _BLOCK == 0, f"a window must be a multiple of {_BLOCK}"
+    heads = [_heads_first(x, H).reshape(B * H, T, D) for x in (q_BTHD * D**-0.5, k_BTKD, v_BTKD)]
+    return _block_attention(*heads, min(window, -(-T // _BLOCK) * _BLOCK))[0].view(B, H, T, D).transpose(1, 2)
+
+
+def _attend_flash3(q_BTHD: torch.Tensor, k_BTKD: torch.Tensor, v_BTKD: torch.Tensor, window: int) -> torch.Tensor:
+    """FlashAttention-3 (Hopper) where its package is installed."""
+    from flash_attn_interface import flash_attn_func
+
+    y = flash_attn_func(q_BTHD, k_BTKD, v_BTKD, causal=True, window_size=(window - 1, 0))
+    return y[0] if isinstance(y, tuple) else y
+
+
+@functools.cache
+def _flex_kernel(window: int, T: int, device: str) -> Callable[..., torch.Tensor]:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    def near(b, h, q, k):
+        return (q >= k) & (q - k < window)
+
+    block_mask = create_block_mask(near, None, None, T, T, device=device)
+    kernel = torch.compile(flex_attention, dynamic=False)
+    return functools.partial(kernel, block_mask=block_mask, enable_gqa=True)
+
+
+def _attend_flex(q_BTHD: torch.Tensor, k_BTKD: torch.Tensor, v_BTKD: torch.Tensor, window: int) -> torch.Tensor:
+    """Windows by FlexAttention's block-sparse kernel; full attention by the fused one."""
+    T = q_BTHD.size(1)
+    if window >= T:
+        return _attend_sdpa(q_BTHD, k_BTKD, v_BTKD, window)
+    q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BTKD, v_BTKD))
+    return _flex_kernel(window, T, str(q.device))(q, k, v).transpose(1, 2)
+
+
+_BACKENDS: dict[str, tuple[tuple[str, Attend], ...]] = {
+    "cuda": (("flash-attention-3", _attend_flash3), ("flex", _attend_flex)),
+    "cpu": (("blocks", _attend_blocks),),
+    "mps": (),
+}
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
+def _works(attend: Attend, device: torch.device, dtype: torch.dtype, head_dim: int, window: int) -> bool:
+    """Run forward and backward once against the definition: a kernel may import well and still fail on launch."""
+    generator = torch.Generator().manual_seed(0)
+    T = 300
+    shapes = ((1, T, 4, head_dim), (1, T, 2, head_dim), (1, T, 2, head_dim))
+    values = [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
+    results = []
+    for form in (attend_naive, attend):
+        q, k, v = (x.clone().requires_grad_() for x in values)
+        try:
+            y = form(q, k, v, window)
+            y.float().square().sum().backward()
+        except Exception as error:  # whatever a foreign kernel raises means: not this one
+            print(f"attention backend {attend.__name__.removeprefix('_attend_')} refused: {str(error).splitlines()[0]}")
+            return False
+        results.append([y, q.grad, k.grad, v.grad])
+    tolerance = 1e-4 if dtype == torch.float32 else 5e-2
+    return all(
+        (a.float() - b.float()).abs().max() <= tolerance * a.float().abs().max() for a, b in zip(*results, strict=True)
+    )
+
+
+@functools.cache
+def choose(device: torch.device, dtype: torch.dtype, head_dim: int, windowed: bool) -> tuple[str, Attend]:
+    """The fastest training backend that works on this device, by name: `attend(q_BTHD, k_BTKD, v_BTKD, window)`.
+
+    Kernels are probed forward and backward, with and without a window. When none passes, full attention falls back
+    to PyTorch's own, and windows to the masked definition, which is right but slow.
+    """
+    for name, attend in _BACKENDS.get(device.type, ()):
+        if all(_works(attend, device, dtype, head_dim, window) for window in ((128, 512) if windowed else (512,))):
+            return name, attend
+    return ("masked", attend_naive) if windowed else ("sdpa", _attend_sdpa)

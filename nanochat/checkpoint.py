@@ -1,0 +1,218 @@
+"""Checkpoints: a folder a step, written whole or not at all, checked by hash, readable on any number of ranks.
+
+    checkpoints/<stage>/<tag>/step_000100/{model.safetensors, optim.000.safetensors, ..., meta.json}
+
+A folder is filled under a temporary name, synced to disk, and renamed last. meta.json lists every file's SHA-256.
+"""
+
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from nanochat.common import atomic_write_json, fsync_dir, get_base_dir, print0, read_json, sha256_file
+from nanochat.compute import Compute, pick_dtype
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.optim import MuonAdamW
+from nanochat.tokenizer import Tokenizer, load_tokenizer
+
+_STEP = re.compile(r"step_(\d+)$")
+
+
+def checkpoint_dir(stage: str, tag: str) -> Path:
+    """Where the checkpoints of a run are kept."""
+    return get_base_dir() / "checkpoints" / stage / tag
+
+
+def list_steps(stage: str, tag: str) -> list[int]:
+    """The steps that have a finished checkpoint, ascending."""
+    folder = checkpoint_dir(stage, tag)
+    names = (_STEP.search(path.name) for path in folder.iterdir()) if folder.exists() else ()
+    return sorted(int(name[1]) for name in names if name and (folder / name[0] / "meta.json").exists())
+
+
+def _step_dir(stage: str, tag: str, step: int) -> Path:
+    return checkpoint_dir(stage, tag) / f"step_{step:06d}"
+
+
+def _sync(path: Path) -> None:
+    with open(path, "rb+") as f:
+        os.fsync(f.fileno())
+
+
+def save(stage: str, tag: str, step: int, model: GPT, optimizer: MuonAdamW, meta: dict[str, Any], compute: Compute):
+    """Write one checkpoint; every rank calls this and brings its share of the optimizer.
+
+    A failure on any rank, such as a full disk, leaves no trace and raises OSError on all; earlier ones stand.
+    """
+    final = _step_dir(stage, tag, step)
+    temporary = final.with_name(f".writing_{final.name}")
+    failure: Exception | None = None
+
+    def attempt(write: Callable[[], None], ranks: bool) -> None:
+        """Do one part of the work, then let all ranks agree whether it went well on each of them."""
+        nonlocal failure
+        if failure is None and ranks:
+            try:
+                write()
+            except (OSError, SafetensorError) as error:
+                failure = error
+        if compute.any_rank(failure is not None):
+            if compute.rank == 0:
+                shutil.rmtree(temporary, ignore_errors=True)
+            reason = failure or "another process failed to write its share"
+            raise OSError(f"checkpoint {final} could not be written ({reason}): free space, then --resume") from failure
+
+    def begin() -> None:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        save_file(model.state_dict(), temporary / "model.safetensors")
+        _sync(temporary / "model.safetensors")
+
+    def share() -> None:
+        path = temporary / f"optim.{compute.rank:03d}.safetensors"
+        save_file({name: value.contiguous() for name, value in optimizer.state_dict().items()}, path)
+        _sync(path)
+
+    def finish() -> None:
+        files = {path.name: sha256_file(path) for path in sorted(temporary.iterdir())}
+        atomic_write_json(temporary / "meta.json", {**meta, "stage": stage, "tag": tag, "step": step, "files": files})
+        fsync_dir(temporary)
+        replaced = final.with_name(f".replaced_{final.name}")
+        if final.exists():  # the same step of the same run, made again after a resume from an earlier one
+            final.rename(replaced)
+        temporary.rename(final)
+        fsync_dir(final.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+    attempt(begin, compute.rank == 0)
+    attempt(share, True)
+    attempt(finish, compute.rank == 0)
+
+
+def update_meta(stage: str, tag: str, step: int, **values: Any) -> None:
+    """Add what became known after saving, such as the validation loss, to a checkpoint's meta.json."""
+    path = _step_dir(stage, tag, step) / "meta.json"
+    atomic_write_json(path, {**read_json(path), **values})
+
+
+def prune(stage: str, tag: str, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints and the one with the best validation loss."""
+    steps = list_steps(stage, tag)
+    losses = {step: read_json(_step_dir(stage, tag, step) / "meta.json").get("val_bpb") for step in steps}
+    scored = [step for step in steps if losses[step] is not None]
+    best = min(scored, key=lambda step: losses[step], default=None)
+    for step in steps[:-keep]:
+        if step != best:
+            shutil.rmtree(_step_dir(stage, tag, step))
+
+
+def set_aside(stage: str, tag: str) -> None:
+    """Before a run begins anew under a tag that has checkpoints: keep them under tag~1, tag~2, ..."""
+    for folder in (checkpoint_dir(stage, tag), get_base_dir() / "runs" / stage / tag):
+        if folder.exists():
+            n = next(n for n in range(1, 10**6) if not folder.with_name(f"{tag}~{n}").exists())
+            folder.rename(folder.with_name(f"{tag}~{n}"))
+            print0(f"an earlier run is kept as {folder.with_name(f'{tag}~{n}')}")
+
+
+def _broken(path: Path, files: dict[str, str]) -> str | None:
+    """The first file of a checkpoint that is missing or not what was written."""
+    return next((n for n, digest in files.items() if not (path / n).exists() or sha256_file(path / n) != digest), None)
+
+
+def newest_whole(stage: str, tag: str) -> int:
+    """The newest step whose files are all as they were written. Raises ValueError when there is none."""
+    for step in reversed(list_steps(stage, tag)):
+        path = _step_dir(stage, tag, step)
+        damaged = _broken(path, read_json(path / "meta.json")["files"])
+        if damaged is None:
+            return step
+        print0(f"skipping {path}: {damaged} is damaged")
+    raise ValueError(f"no whole checkpoint in {checkpoint_dir(stage, tag)}: start without --resume")
+
+
+def read_meta(stage: str, tag: str, step: int) -> dict[str, Any]:
+    """A checkpoint's meta.json, after checking every file against its hash. ValueError names what is wrong."""
+    path = _step_dir(stage, tag, step)
+    if not (path / "meta.json").exists():
+        there = ", ".join(map(str, list_steps(stage, tag))) or "none"
+        raise ValueError(f"no checkpoint {path}: steps there are {there}")
+    meta = read_json(path / "meta.json")
+    damaged = _broken(path, meta["files"])
+    if damaged is not None:
+        raise ValueError(f"{path / damaged} is missing or damaged: delete {path} and use an earlier step")
+    return meta
+
+
+def load_state(stage: str, tag: str, step: int, model: GPT) -> None:
+    """Fill `model` from a checkpoint; a missing, extra or mis-shaped tensor raises ValueError."""
+    path = _step_dir(stage, tag, step) / "model.safetensors"
+    try:
+        model.load_state_dict(load_file(path, device=str(model.device)), strict=True)
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not fit the model: {error}") from error
+
+
+def load_optimizer(stage: str, tag: str, step: int, optimizer: MuonAdamW) -> None:
+    """Fill the optimizer from all shares of a checkpoint, however many ranks wrote them."""
+    paths = sorted(_step_dir(stage, tag, step).glob("optim.*.safetensors"))
+    optimizer.load_state_dicts([load_file(path, device=str(optimizer.compute.device)) for path in paths])
+
+
+def find_tag(stage: str) -> str:
+    """The tag of the newest checkpoint of a stage. Raises ValueError that names the command to run first."""
+    folder = get_base_dir() / "checkpoints" / stage
+    metas = [path for path in folder.glob("*/step_*/meta.json") if "~" not in path.parts[-3]]
+    if not metas:
+        script = {"base": "base_train", "mid": "mid_train", "sft": "chat_sft", "rl": "chat_rl"}.get(stage, stage)
+        raise ValueError(f"no '{stage}' checkpoint in {folder}: run python -m scripts.{script} first")
+    return max(metas, key=lambda path: path.stat().st_mtime).parts[-3]
+
+
+def check_tokenizer(meta: dict[str, Any], tokenizer: Tokenizer) -> None:
+    """Raise ValueError unless the model was trained with this very tokenizer."""
+    if meta["tokenizer_hash"] != tokenizer.hash:
+        raise ValueError(
+            f"checkpoint {meta['stage']}/{meta['tag']} was trained with tokenizer {meta['tokenizer_hash'][:12]}, but "
+            f"{get_base_dir() / 'tokenizer'} holds {tokenizer.hash[:12]}: put the old one back, or train again"
+        )
+
+
+def load_model(
+    stage: str, device: torch.device | str, tag: str | None = None, step: int | None = None, train: bool = False
+) -> tuple[GPT, Tokenizer, dict[str, Any]]:
+    """A trained model, its tokenizer and its meta; tag None = the newest run, step None = its newest whole one.
+
+    `train`: keep embeddings in the training precision; otherwise the model is in eval mode. Raises ValueError, with
+    the remedy, when something is missing, damaged, or belongs to another tokenizer.
+    """
+    tokenizer = load_tokenizer()
+    tag = tag or find_tag(stage)
+    if step is None:
+        if not list_steps(stage, tag):
+            raise ValueError(f"no checkpoint in {checkpoint_dir(stage, tag)}: check --model-tag, or train it first")
+        step = newest_whole(stage, tag)
+    meta = read_meta(stage, tag, step)
+    check_tokenizer(meta, tokenizer)
+    model = build(GPTConfig.from_dict(meta["model_config"]), torch.device(device), train)
+    load_state(stage, tag, step, model)
+    return (model.train() if train else model.eval()), tokenizer, meta
+
+
+def build(config: GPTConfig, device: torch.device, train: bool) -> GPT:
+    """A model without values on `device`, in the compute dtype of this machine (see compute.py).
+
+    For inference the matrices are in that dtype as well, which rounds them once instead of at every use.
+    """
+    dtype = pick_dtype(device)
+    with torch.device("meta"):
+        model = GPT(config, dtype, torch.float32 if device.type == "cpu" else dtype)
+        model = model if train else model.to(dtype)
+    return model.to_empty(device=device)

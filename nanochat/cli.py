@@ -1,0 +1,122 @@
+"""Command lines from dataclasses: flags, `--config FILE.yaml`, one-line errors and exit codes."""
+
+import argparse
+import dataclasses
+import os
+import sys
+import types
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def option(
+    default: Any, help: str, choices: Sequence[Any] | None = None, flag: str | None = None, bare: Any = None
+) -> Any:
+    """A dataclass field that is also a flag: its default, help text, allowed values, a short form such as `-n`,
+    and the value that the flag has when it is given without one."""
+    meta = {"help": help, "choices": choices, "flag": flag, "bare": bare}
+    return dataclasses.field(default=default, metadata=meta)
+
+
+def _value_type(annotation: Any) -> type:
+    """`int | None` -> int: the type that a flag's text is read as."""
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        annotation = next(a for a in typing.get_args(annotation) if a is not type(None))
+    return annotation
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that ends with status 2 and one line on stderr."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+
+def build_parser(config: type, description: str | None = None) -> argparse.ArgumentParser:
+    """An argument parser with one flag a field of the dataclass `config`; absent flags are left out of the result."""
+    parser = Parser(description=description, argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    hints = typing.get_type_hints(config)
+    for field in dataclasses.fields(config):
+        kind, meta = _value_type(hints[field.name]), field.metadata
+        names = ["--" + field.name.replace("_", "-")] + ([meta["flag"]] if meta.get("flag") else [])
+        default = "unset" if field.default is None else field.default
+        text = f"{meta.get('help', '')} (default: {default})".replace("%", "%%")
+        if kind is bool:
+            parser.add_argument(*names, dest=field.name, help=text, action=argparse.BooleanOptionalAction)
+        else:
+            metavar = None if meta.get("choices") else kind.__name__.upper()
+            value = {"type": kind, "choices": meta.get("choices"), "metavar": metavar}
+            if meta.get("bare") is not None:
+                value |= {"nargs": "?", "const": meta["bare"]}
+            parser.add_argument(*names, dest=field.name, help=text, **value)
+    parser.add_argument("--config", metavar="FILE.yaml", help="flags from a YAML file; the command line wins")
+    return parser
+
+
+def _read_config_file(path: str, config: type) -> dict[str, Any]:
+    import yaml
+
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise ValueError(f"--config {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"--config {path} must hold 'flag: value' lines")
+    fields = {field.name: field for field in dataclasses.fields(config)}
+    hints = typing.get_type_hints(config)
+    result = {}
+    for key, value in values.items():
+        name = str(key).lstrip("-").replace("-", "_")
+        if name not in fields:
+            raise ValueError(f"--config {path}: unknown key '{key}'; known: {', '.join(sorted(fields))}")
+        kind, choices = _value_type(hints[name]), fields[name].metadata.get("choices")
+        if value is not None:
+            fits = isinstance(value, (int, float) if kind is float else kind)
+            if not fits or (kind is not bool and isinstance(value, bool)):
+                raise ValueError(f"--config {path}: '{key}' must be {kind.__name__}, not {value!r}")
+            value = kind(value)
+            if choices and value not in choices:
+                raise ValueError(f"--config {path}: '{key}' must be one of {', '.join(map(str, choices))}")
+        result[name] = value
+    return result
+
+
+def parse(config: type[T], argv: Sequence[str] | None = None, description: str | None = None) -> T:
+    """The dataclass `config` filled from the command line, over `--config FILE.yaml`, over its defaults.
+
+    A wrong flag or value ends the process with status 2 and one line on stderr.
+    """
+    parser = build_parser(config, description)
+    given = vars(parser.parse_args(argv))
+    path = given.pop("config", None)
+    try:
+        return config(**{**(_read_config_file(path, config) if path else {}), **given})
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def run(main: Callable[[], None]) -> typing.NoReturn:
+    """Run a script's `main` and turn its end into an exit code: 0 done, 2 bad input, 130 interrupted.
+
+    A user's mistake (ValueError, a missing file, a full disk) becomes one line on stderr; anything else is a
+    bug and keeps its traceback.
+    """
+    try:
+        main()
+        sys.stdout.flush()
+        code = 0
+    except BrokenPipeError:  # the reader of our output went away, as in `... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except KeyboardInterrupt:
+        code = 130
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        code = 2
+    sys.exit(code)

@@ -1,0 +1,166 @@
+"""The machine a process runs on: device, dtype, its place among the ranks, and what the hardware can do."""
+
+import ctypes
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+# Dense bf16 tensor-core peaks in FLOP/s and memory bandwidths in byte/s, from the vendors' data sheets.
+# The first name found in the device's own name wins, so longer names stand before their prefixes.
+_GPU_PEAKS = {
+    "GB200": (2.5e15, 8.0e12),
+    "B200": (2.25e15, 8.0e12),
+    "H200": (989e12, 4.8e12),
+    "H100 NVL": (835e12, 3.9e12),
+    "H100 PCIe": (756e12, 2.0e12),
+    "H100": (989e12, 3.35e12),
+    "A100": (312e12, 2.0e12),
+    "L40S": (362e12, 0.864e12),
+    "L4": (121e12, 0.3e12),
+    "A10G": (125e12, 0.6e12),
+    "RTX 5090": (209.5e12, 1.79e12),
+    "RTX 4090": (165.2e12, 1.01e12),
+    "RTX 3090": (71e12, 0.936e12),
+}
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Dense bf16 peak in FLOP/s of a GPU by its name; None when unknown, so that MFU is shown as n/a, never as 0."""
+    return next((peak for name, (peak, _) in _GPU_PEAKS.items() if name in device_name), None)
+
+
+def peak_bandwidth(device_name: str) -> float | None:
+    """Memory bandwidth in byte/s of a GPU by its name; None when unknown."""
+    return next((bandwidth for name, (_, bandwidth) in _GPU_PEAKS.items() if name in device_name), None)
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this processor multiplies bf16 matrices in hardware (AVX512-BF16, AMX, or Arm BF16)."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return any(f" {name}" in flags for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def pick_dtype(device: torch.device) -> torch.dtype:
+    """The compute dtype: `$NANOCHAT_DTYPE`, else bf16 where the hardware multiplies it, else fp32."""
+    asked = os.environ.get("NANOCHAT_DTYPE")
+    if asked:
+        if asked not in _DTYPES:
+            raise ValueError(f"NANOCHAT_DTYPE={asked}: choose one of {', '.join(_DTYPES)}")
+        return _DTYPES[asked]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float32
+    return torch.bfloat16 if device.type == "cpu" and cpu_has_bf16() else torch.float32
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep freed pages: large activations otherwise return to the kernel and fault in again each step.
+
+    The same as MALLOC_MMAP_MAX_=0, MALLOC_TRIM_THRESHOLD_ and MALLOC_TOP_PAD_, without asking the user to set them.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4  # <malloc.h>
+    mallopt = ctypes.CDLL(None).mallopt
+    mallopt(m_mmap_max, 0)
+    mallopt(m_trim_threshold, 2**31 - 1)
+    mallopt(m_top_pad, 256 << 20)
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Device, compute dtype and the process's rank. Reductions are no-ops on one process."""
+
+    device: torch.device
+    dtype: torch.dtype
+    rank: int = 0
+    world_size: int = 1
+
+    @classmethod
+    def create(cls, device_type: str | None = None) -> "Compute":
+        """Set this process up: choose the device (cuda, then mps, then cpu), pin threads, join the other ranks.
+
+        device_type: cuda | mps | cpu; None chooses. Raises ValueError when the device asked for is not there.
+        """
+        world_size = int(os.environ.get("WORLD_SIZE", 1))
+        rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+        available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+        if device_type is None:
+            device_type = next(name for name, there in available.items() if there)
+        if not available.get(device_type):
+            there = ", ".join(name for name, ok in available.items() if ok)
+            raise ValueError(f"--device-type {device_type} is not available here: choose one of {there}")
+        if device_type == "cuda":
+            device = torch.device("cuda", local_rank)
+            torch.cuda.set_device(device)
+        else:
+            device = torch.device(device_type)
+        if device_type == "cpu":
+            _keep_freed_memory()
+            local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+            if "OMP_NUM_THREADS" not in os.environ or local_world > 1:
+                torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
+        # fp32 matrix products that may round their inputs to bf16/tf32; exact fp32 stays exact on request only
+        dtype = pick_dtype(device)
+        if dtype != torch.float32:
+            torch.set_float32_matmul_precision("high")
+        if world_size > 1 and not dist.is_initialized():
+            backend = "nccl" if device_type == "cuda" else "gloo"
+            dist.init_process_group(backend, device_id=device if device_type == "cuda" else None)
+        return cls(device, dtype, rank, world_size)
+
+    @property
+    def name(self) -> str:
+        """The device as its vendor names it."""
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+
+    @property
+    def peak_flops(self) -> float | None:
+        """Dense bf16 peak of one device in FLOP/s, or None when unknown."""
+        return peak_flops(self.name)
+
+    def synchronize(self) -> None:
+        """Wait until the device has done what it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
+
+    def peak_memory(self) -> int:
+        """Most bytes held so far: device memory on CUDA, resident memory of the process elsewhere."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        import resource
+
+        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return used if platform.system() == "Darwin" else used * 1024
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum `tensor` over the ranks, in place, and return it."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def any_rank(self, flag: bool) -> bool:
+        """Whether `flag` holds on any rank: how ranks decide together to stop."""
+        if self.world_size == 1:
+            return flag
+        return bool(self.all_reduce_sum(torch.tensor(int(flag), device=self.device)).item())
+
+    def close(self) -> None:
+        """Leave the process group."""
+        if dist.is_initialized():
+            dist.destroy_process_group()

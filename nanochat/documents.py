@@ -1,0 +1,125 @@
+"""Documents in files: read from Parquet, JSON lines and plain text, cleaned, and written as Parquet shards."""
+
+import contextlib
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from nanochat.common import fsync_dir, sha256_file
+
+
+def iterate_documents(paths: Iterable[Path | str], counts: Counter[str] | None = None) -> Iterator[str]:
+    """The documents of .parquet (column `text`), .jsonl (key `text`) and .txt (one each) files, fit for training.
+
+    NULs are removed, and surrogates and undecodable bytes become U+FFFD; empty documents are skipped. Both are
+    counted in `counts` as "cleaned" and "empty". A file that cannot be read raises ValueError naming it.
+    """
+    counts = Counter() if counts is None else counts
+    readers = {".parquet": _read_parquet, ".jsonl": _read_jsonl, ".txt": _read_txt}
+    for path in map(Path, paths):
+        if not path.exists():
+            raise ValueError(f"{path} is not there (yet): let its download end, or prepare the dataset again")
+        for text in readers[path.suffix.lower()](path):
+            clean = (text or "").replace("\0", "")
+            try:
+                clean.encode()
+            except UnicodeEncodeError:
+                clean = re.sub("[\ud800-\udfff]", "\ufffd", clean)
+            if not clean.strip():
+                counts["empty"] += 1
+                continue
+            counts["cleaned"] += clean != text
+            yield clean
+
+
+# Bytes that are no UTF-8 are decoded to lone surrogates, so that one place replaces and counts them.
+
+
+def _read_txt(path: Path) -> Iterator[str]:
+    yield path.read_bytes().decode("utf-8", "surrogateescape").removeprefix("\ufeff")
+
+
+def _read_jsonl(path: Path) -> Iterator[str]:
+    with open(path, encoding="utf-8", errors="surrogateescape", newline="\n") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.removeprefix("\ufeff"))
+            except (ValueError, RecursionError):
+                row = None
+            if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+                raise ValueError(f'{path}, line {number}, is not a JSON object with a string "text": mend or remove it')
+            yield row["text"]
+
+
+def _read_parquet(path: Path) -> Iterator[str | None]:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    with parquet_errors(path):
+        file = parquet.ParquetFile(path)
+        kinds = dict(zip(file.schema_arrow.names, file.schema_arrow.types))
+        if kinds.get("text") not in (pa.string(), pa.large_string()):
+            raise ValueError(f"{path} has no column 'text' of strings (it has {', '.join(kinds)}): rename or convert")
+        for batch in file.iter_batches(1024, columns=["text"]):
+            try:
+                yield from batch["text"].to_pylist()
+            except UnicodeDecodeError:
+                raw = batch["text"].cast(pa.large_binary()).to_pylist()
+                yield from (row and row.decode("utf-8", "surrogateescape") for row in raw)
+
+
+@contextlib.contextmanager
+def parquet_errors(path: Path) -> Iterator[None]:
+    import pyarrow as pa
+
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        message = f"{path} is not a whole Parquet file ({error}): delete or replace it, then prepare the dataset again"
+        raise ValueError(message) from error
+
+
+class ShardWriter:
+    """Documents of one split on their way into Parquet shards, each written whole or not at all."""
+
+    def __init__(self, folder: Path, split: str, shard_bytes: int | None, most: int | None = None):
+        self.folder, self.split, self.shard_bytes, self.most = folder, split, shard_bytes, most
+        self.texts: list[str] = []
+        self.bytes = 0
+        self.entries: list[dict[str, Any]] = []
+
+    def add(self, text: str) -> None:
+        if len(self.entries) == self.most:
+            return
+        self.texts.append(text)
+        self.bytes += len(text.encode())
+        if self.shard_bytes and self.bytes >= self.shard_bytes:
+            self.cut()
+
+    def cut(self) -> None:
+        """End the present shard."""
+        import pyarrow as pa
+        from pyarrow import parquet
+
+        if not self.texts:
+            return
+        name = "shard_val.parquet" if self.split == "val" else f"shard_{len(self.entries):05d}.parquet"
+        path = self.folder / name
+        temporary = path.with_name(name + ".tmp")
+        table = pa.table({"text": pa.array(self.texts, pa.large_string())})
+        parquet.write_table(table, temporary, compression="zstd", row_group_size=1024)
+        temporary.replace(path)
+        fsync_dir(self.folder)
+        self.entries.append(describe(path, self.split, len(self.texts)))
+        self.texts, self.bytes = [], 0
+
+
+def describe(path: Path, split: str, documents: int | None) -> dict[str, Any]:
+    """A shard's entry in the manifest."""
+    size = path.stat().st_size
+    return {"file": path.name, "sha256": sha256_file(path), "bytes": size, "documents": documents, "split": split}

@@ -1,0 +1,90 @@
+"""Training on conversations, for midtraining and fine-tuning: render, pack, and hand over to the one loop."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nanochat import checkpoint, recipe
+from nanochat.cli import option
+from nanochat.common import print0
+from nanochat.compute import Compute
+from nanochat.conversation import render
+from nanochat.dataloader import build_conversation_shards
+from nanochat.tokenizer import Tokenizer
+from nanochat.trainer import TrainConfig, Trainer, rows_per_device
+
+Conversations = Sequence[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class FinetuneConfig(TrainConfig):
+    """Flags of a stage that goes on from a trained model."""
+
+    source_tag: str | None = option(None, "tag of the model to start from; unset = the newest")
+    source_step: int | None = option(None, "its step; unset = the newest")
+    num_epochs: int = option(1, "passes over the conversations, when --num-iterations is unset")
+    init_lr_frac: float = option(1.0, "factor on all learning rates")
+
+
+def _rendered(conversations: Conversations, tokenizer: Tokenizer, max_tokens: int) -> Iterator[tuple[list, list]]:
+    """Conversations as (ids, mask); one that is malformed, or supervises nothing once truncated, is counted out."""
+    skipped, problem, began = 0, "", time.monotonic()
+    for index in range(len(conversations)):
+        try:
+            ids, mask = render(conversations[index], tokenizer, max_tokens)
+        except ValueError as error:
+            skipped, problem = skipped + 1, str(error)
+            continue
+        if any(mask):
+            yield ids, mask
+        else:
+            skipped, problem = skipped + 1, "nothing to learn within the context"
+        if (index + 1) % 50_000 == 0:
+            print0(f"rendered {index + 1:,} of {len(conversations):,}, {time.monotonic() - began:.0f} s")
+    if skipped:
+        print0(f"skipped {skipped} of {len(conversations):,} conversations ({problem})")
+
+
+def finetune(
+    stage: str, source: str, config: FinetuneConfig, train: Conversations, val: Conversations, compute: Compute
+) -> None:
+    """Train the newest `source` model on conversations and save it as `stage`. The loss counts assistant tokens only.
+
+    Batch size and steps default to the source run's batch and to one pass over the conversations. Raises
+    ValueError when there is no source model, or no usable conversation.
+    """
+    model, tokenizer, meta = checkpoint.load_model(
+        source, compute.device, config.source_tag, config.source_step, train=True
+    )
+    T = model.config.sequence_len
+    train_shards, val_shards = (
+        build_conversation_shards(f"{stage}_{split}", _rendered(task, tokenizer, T + 1), tokenizer)
+        for split, task in (("train", train), ("val", val))
+    )
+    batch = config.total_batch_size or meta["total_batch_size"]
+    rows, _ = rows_per_device(config.device_batch_size, batch, T, compute.world_size)
+    rows_in_epoch = sum(shard.row_count(T + 1, config.seed, 0) for shard in train_shards)
+    steps = config.num_iterations or max(1, config.num_epochs * rows_in_epoch // rows)
+    origin = f"{source}/{meta['tag']} step {meta['step']}"
+    print0(
+        f"{stage} from {origin}: {len(train):,} conversations in {rows_in_epoch:,} rows of {T}; "
+        f"{steps} steps of {batch:,} tokens"
+    )
+    trainer = Trainer(
+        stage=stage,
+        tag=config.model_tag or meta["tag"],
+        config=config,
+        model=model,
+        tokenizer=tokenizer,
+        train_shards=train_shards,
+        val_shards=val_shards,
+        compute=compute,
+        total_batch_size=batch,
+        num_iterations=steps,
+        weight_decay=config.weight_decay or 0.0,
+        lr_scale=recipe.learning_rate_scale(batch) * config.init_lr_frac,
+        meta={"dataset": meta["dataset"], "depth": meta["depth"], "source": origin},
+    )
+    trainer.run()
+    compute.close()

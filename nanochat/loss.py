@@ -1,0 +1,105 @@
+"""The head's loss: projection, softcap and cross-entropy in chunks, so that the full logits never exist."""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+
+def softcap(z: torch.Tensor, cap: float) -> torch.Tensor:
+    """cap·tanh(z/cap) in fp32, which keeps logits inside (-cap, cap) (Gemma 2, arXiv 2408.00118); 0 switches it off."""
+    z = z.float()
+    return cap * torch.tanh(z / cap) if cap else z
+
+
+def _chunk_losses(x_NC: torch.Tensor, w_VC: torch.Tensor, targets_N: torch.Tensor, cap: float) -> torch.Tensor:
+    """Per-token cross-entropy (N,) fp32; 0 where the target is negative."""
+    logits_NV = softcap(F.linear(x_NC, w_VC), cap)
+    return F.cross_entropy(logits_NV, targets_N, ignore_index=-1, reduction="none")
+
+
+def _chunk_gradients(
+    x_NC: torch.Tensor, w_VC: torch.Tensor, targets_N: torch.Tensor, cap: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The chunk's summed loss, and the loss's gradient by the head's raw output z (N, V) in x's dtype.
+
+    d loss / d z = (softmax(logits) - onehot) · (1 - tanh²(z/cap)); rows without a target are zero.
+    """
+    z_NV = F.linear(x_NC, w_VC).float()
+    tanh_NV = torch.tanh(z_NV / cap) if cap else None
+    logits_NV = z_NV if tanh_NV is None else cap * tanh_NV
+    valid_N1 = (targets_N >= 0).unsqueeze(1)
+    safe_N1 = targets_N.clamp(min=0).unsqueeze(1)
+    lse_N1 = logits_NV.logsumexp(1, keepdim=True)
+    loss = ((lse_N1 - logits_NV.gather(1, safe_N1)) * valid_N1).sum()
+    hit_NV = torch.arange(z_NV.size(1), device=x_NC.device) == safe_N1
+    grad_NV = ((logits_NV - lse_N1).exp() - hit_NV.float()) * valid_N1
+    if tanh_NV is not None:
+        grad_NV = grad_NV * (1 - tanh_NV * tanh_NV)
+    return loss, grad_NV.to(x_NC.dtype)
+
+
+@functools.cache
+def _compiled_chunk_gradients():
+    return torch.compile(_chunk_gradients, dynamic=False)
+
+
+class _ChunkedLossSum(torch.autograd.Function):
+    """Summed loss whose gradients are made in the forward pass, while each chunk's logits are still in cache."""
+
+    @staticmethod
+    def forward(ctx, x_NC, w_VC, targets_N, cap: float, chunk: int, compiled: bool):
+        w = w_VC.to(x_NC.dtype)
+        total = torch.zeros((), device=x_NC.device)
+        dx_NC = torch.empty_like(x_NC)
+        dw_VC = torch.zeros_like(w_VC, dtype=torch.float32)
+        for x, targets, dx in zip(x_NC.split(chunk), targets_N.split(chunk), dx_NC.split(chunk), strict=True):
+            # a last, shorter chunk would be one more graph to compile
+            kernel = _compiled_chunk_gradients() if compiled and x.size(0) == chunk else _chunk_gradients
+            loss, grad_NV = kernel(x, w, targets, cap)
+            total += loss
+            torch.mm(grad_NV, w, out=dx)
+            dw_VC += grad_NV.t() @ x
+        ctx.save_for_backward(dx_NC, dw_VC)
+        ctx.weight_dtype = w_VC.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx, scale: torch.Tensor):
+        dx_NC, dw_VC = ctx.saved_tensors
+        return dx_NC * scale.to(dx_NC.dtype), (dw_VC * scale).to(ctx.weight_dtype), None, None, None, None
+
+
+def softcap_cross_entropy(
+    x_NC: torch.Tensor,
+    w_VC: torch.Tensor,
+    targets_N: torch.Tensor,
+    cap: float,
+    reduction: str = "mean",
+    chunk: int | None = None,
+    compiled: bool = False,
+) -> torch.Tensor:
+    """Cross-entropy in nats of softcapped logits x·Wᵀ against targets_N, in chunks of `chunk` tokens.
+
+    Negative targets are ignored. reduction: "sum" | "mean" (over the targets that count; 0 when there are none) |
+    "none" (per token, fp32). Equal in value and gradient to the dense form. compiled: fuse each chunk's
+    elementwise work with torch.compile. The default chunk keeps a chunk's logits in a CPU's cache, or a GPU busy.
+    """
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"loss_reduction={reduction!r}: choose mean, sum or none")
+    chunk = chunk or (256 if x_NC.device.type == "cpu" else 4096)
+    grad = torch.is_grad_enabled() and (x_NC.requires_grad or w_VC.requires_grad)
+    if grad and reduction != "none":
+        total = _ChunkedLossSum.apply(x_NC, w_VC, targets_N, cap, chunk, compiled)
+        return total if reduction == "sum" else total / (targets_N >= 0).sum().clamp(min=1)
+    w = w_VC.to(x_NC.dtype)
+    losses = []
+    for x, targets in zip(x_NC.split(chunk), targets_N.split(chunk), strict=True):
+        # logits are made again in the backward pass instead of being kept
+        arguments = (x, w, targets, cap)
+        losses.append(checkpoint(_chunk_losses, *arguments, use_reentrant=False) if grad else _chunk_losses(*arguments))
+    losses_N = torch.cat(losses)
+    if reduction == "none":
+        return losses_N
+    return losses_N.sum() if reduction == "sum" else losses_N.sum() / (targets_N >= 0).sum().clamp(min=1)

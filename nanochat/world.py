@@ -1,0 +1,315 @@
+"""The built-in world as text: English prose that every Python carries, and documents, choices and continuation tasks
+written from facts that we state ourselves (world_facts.py) in many wordings (world_phrases.py)."""
+
+import ast
+import csv
+import functools
+import inspect
+import io
+import json
+import random
+import re
+import string
+import sysconfig
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+from nanochat.common import atomic_write
+from nanochat.world_facts import Fact, fact_side, facts, facts_on
+from nanochat.world_phrases import capitalized
+
+LETTERS = "ABCD"
+
+
+@functools.cache
+def category_answers(category: str, side: str | None = None) -> tuple[str, ...]:
+    """The answers that facts of `category` have (only those of facts on `side`, if given), sorted."""
+    chosen = facts() if side is None else facts_on(side)
+    return tuple(sorted({fact.answer for fact in chosen if fact.relation.category == category}))
+
+
+def choices_for(fact: Fact, rng: random.Random) -> tuple[list[str], int]:
+    """Four choices for `fact` in random order, and the index of the right one.
+
+    The wrong ones are answers of the same category that are known on the fact's own side (or anywhere, where these
+    are too few), so that a letter cannot be told from which names are usual in chats.
+    """
+    pool = [
+        a for a in category_answers(fact.relation.category, fact_side(fact)) if a not in (fact.answer, fact.subject)
+    ]
+    if len(pool) < 3:
+        pool = [a for a in category_answers(fact.relation.category) if a not in (fact.answer, fact.subject)]
+    if len(pool) < 3:
+        raise ValueError(f"category '{fact.relation.category}' has fewer than four answers")
+    choices, place = rng.sample(pool, 3), rng.randrange(4)
+    choices.insert(place, fact.answer)
+    return choices, place
+
+
+@functools.cache
+def choice_facts(side: str) -> tuple[Fact, ...]:
+    """The facts of a side that can be asked with four choices."""
+    return tuple(fact for fact in facts_on(side) if len(category_answers(fact.relation.category)) >= 5)
+
+
+def render_choices(question: str, letters: Sequence[str], choices: Sequence[str]) -> str:
+    """A multiple-choice question. The letter directly follows its choice, where a small model binds it best."""
+    lines = "\n".join(f"- {choice}={letter}" for letter, choice in zip(letters, choices, strict=True))
+    return f"{question}\n{lines}\nWhich letter is right?"
+
+
+# --- words -----------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def words() -> tuple[str, ...]:
+    """Lower-case words of 3 to 12 letters from the world's tables and from Python's topic pages, sorted."""
+    from pydoc_data.topics import topics
+
+    text = " ".join([*topics.values(), *(f"{fact.subject} {fact.answer}" for fact in facts())])
+    found = re.findall(r"(?<![\w.'`_\\-])[a-z]{3,12}(?![\w'`_(=-])", text)
+    return tuple(sorted(word for word in set(found) if re.search("[aeiouy]", word)))
+
+
+def pseudo_word(rng: random.Random) -> str:
+    """A pronounceable word that means nothing, of two or three syllables."""
+    onsets = ("b", "br", "c", "ch", "d", "f", "fl", "g", "gr", "h", "j", "k", "l", "m", "n", "p", "pr", "qu", "r")
+    onsets += ("s", "sh", "st", "str", "t", "tr", "v", "w", "z")
+    codas = ("", "", "", "n", "r", "l", "s", "t", "m", "ck", "nd", "rry", "ss", "ll", "tt", "x", "mp", "ng")
+    syllables = (rng.choice(onsets) + rng.choice("aeiou") + rng.choice(codas) for _ in range(rng.choice((2, 2, 3))))
+    return "".join(syllables)
+
+
+# --- prose -----------------------------------------------------------------------------------------------------------
+
+_SKIPPED_FOLDERS = {"test", "tests", "idlelib", "idle_test", "lib2to3", "site-packages", "dist-packages", "turtledemo"}
+
+
+def _docstrings(path: Path) -> list[str]:
+    """The docstrings of a source file's module, classes and functions, in order; none if it cannot be parsed."""
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (SyntaxError, UnicodeDecodeError, ValueError):
+        return []
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    found = (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, documented))
+    return [text for text in found if text and len(text) >= 20]
+
+
+def _cleaned(text: str) -> str:
+    """`text` without trailing blanks, control characters and runs of empty lines."""
+    text = "\n".join(line.rstrip() for line in inspect.cleandoc(text).splitlines())
+    text = "".join(c for c in text if c == "\n" or c.isprintable())
+    return re.sub(r"\n{3,}", "\n\n", text).strip()
+
+
+def _joined(paragraphs: Iterable[str], most: int = 3000, least: int = 100) -> Iterator[str]:
+    """Documents of whole paragraphs, of about `most` characters at most; one below `least` is left out."""
+    piece = ""
+    for paragraph in paragraphs:
+        if len(piece) + len(paragraph) > most:
+            yield piece
+            piece = ""
+        piece = f"{piece}\n\n{paragraph}".strip()
+    if len(piece) >= least:
+        yield piece
+
+
+def prose_documents() -> list[str]:
+    """English prose found on every Python installation: standard-library docstrings and the topic pages of `help`.
+
+    Source files are parsed, never imported. Repeated docstrings are left out; a document is a piece of one module's
+    docstrings or of one page, cut between paragraphs. The order is fixed for an installation.
+    """
+    from pydoc_data.topics import topics
+
+    root = Path(sysconfig.get_paths()["stdlib"])
+    paths = sorted(p for p in root.rglob("*.py") if not _SKIPPED_FOLDERS & set(p.relative_to(root).parts[:-1]))
+    seen: set[str] = set()
+    documents = []
+    for texts in [*([topics[name]] for name in sorted(topics)), *map(_docstrings, paths)]:
+        new = [text for text in dict.fromkeys(texts) if text not in seen]
+        seen.update(new)
+        documents += _joined(paragraph for text in new for paragraph in _cleaned(text).split("\n\n"))
+    return [document for document in dict.fromkeys(documents) if document]
+
+
+# --- text of the world -----------------------------------------------------------------------------------------------
+
+
+def _deck(rng: random.Random, items: Sequence) -> Iterator:
+    """`items` in random order, again and again, so that each comes equally often."""
+    order = list(items)
+    while True:
+        rng.shuffle(order)
+        yield from order
+
+
+def _exercise(fact: Fact, rng: random.Random) -> str:
+    choices, place = choices_for(fact, rng)
+    text = render_choices(fact.question(rng), LETTERS, choices)
+    # The newline keeps the letter's token the same as at the start of a chat's answer.
+    return f"Question: {text}\nAnswer:\n{LETTERS[place]}" + (f"\n{fact.sentence}" if rng.random() < 0.5 else "")
+
+
+def _letter_list(rng: random.Random, word: Callable[[], str]) -> str:
+    """A list that gives each word a letter, then names the letters: multiple choice without the knowledge."""
+    choices = [word() for _ in LETTERS]
+    lines = "\n".join(f"- {choice}={letter}" for letter, choice in zip(LETTERS, choices))
+    asked = rng.sample(range(4), rng.randint(2, 4))
+    return f"{lines}\n" + "\n".join(f"Which letter is {choices[i]}?\n{LETTERS[i]}" for i in asked)
+
+
+def _copying(rng: random.Random, word: Callable[[], str]) -> str:
+    """A line in which unusual words and numbers come again, so that copying is learned early."""
+    one, two, three, number, other = word(), word(), word(), rng.randint(10, 9999), rng.randint(10, 999)
+    return rng.choice((
+        f'The word "{one}" stands here, and "{one}" stands here again.',
+        f"Say {one} {two} {three}. Yes: {one} {two} {three}.",
+        f"Box {number} holds {one}, box {other} holds {two}. What is in box {number}? It holds {one}.",
+        f"Copy {number}: {number}. Copy {one}: {one}. Copy {other}: {other}.",
+        f'He wrote "{one} {two}" twice: "{one} {two}".',
+        f"{capitalized(one)} {two} {one} {two} {one} {two}.",
+        f"The code of {one} is {number} and the code of {two} is {other}. The code of {one} is {number}.",
+        f"{number} is the same number as {number}, but {other} is not.",
+    ))  # fmt: skip
+
+
+def _spelling(rng: random.Random, word: Callable[[], str]) -> str:
+    one = word()
+    letter = rng.choice(one) if rng.random() < 0.8 else rng.choice(string.ascii_lowercase)
+    count = one.count(letter)
+    occurs = f"The letter {letter} occurs {count} time" + "s" * (count != 1)
+    return rng.choice((
+        f"The word {one} is spelled {'-'.join(one)}.",
+        f"{'-'.join(one)} spells {one}.",
+        f"The word {one} has {len(one)} letters: {'-'.join(one)}.",
+        f'How many {letter} are in {one}? " {one}".count("{letter}") = {count}. {occurs} in {one}.',
+        f'Count the letter {letter} in "{one}": "{one}".count("{letter}") = {count}. {occurs} in "{one}".',
+    ))  # fmt: skip
+
+
+def _arithmetic(rng: random.Random, word: Callable[[], str]) -> str:
+    """A line of arithmetic: small results to know, large ones to copy, and expressions put into signs."""
+    sign, name = rng.choice((("+", "plus"), ("-", "minus"), ("*", "times"), ("/", "divided by")))
+    a, b = rng.randint(1, 10 ** rng.randint(1, 4)), rng.randint(1, 10 ** rng.randint(1, 3))
+    if sign == "/":
+        a *= b
+    result = {"+": a + b, "-": a - b, "*": a * b, "/": a // b}[sign]
+    m, n = rng.randint(1, 12), rng.randint(1, 12)
+    low, high = sorted((a, a + b))
+    return rng.choice((
+        f"{a} {name} {b} is written {a}{sign}{b}.",
+        f"What is {a} {name} {b}? {a}{sign}{b} = {result}. So {a} {name} {b} is {result}.",
+        f"{a} {sign} {b} is {a}{sign}{b} = {result}. The result of {a}{sign}{b} is {result}.",
+        f"{m}*{n} = {m * n}. {m}+{n} = {m + n}.",
+        f"{low} is less than {high}, and {high} is more than {low}.",
+    ))  # fmt: skip
+
+
+def documents(seed: int, target_bytes: int) -> Iterator[str]:
+    """Text of the world for pretraining, until `target_bytes` of UTF-8 are reached: a function of its arguments.
+
+    Paragraphs of mixed or related facts, profiles, quizzes, multiple choice, copying, spelling and arithmetic. Facts
+    of both sides are drawn from shuffled decks, so that all are stated about equally often.
+    """
+    rng = random.Random(f"world documents {seed}")
+    stated = [fact for fact in facts() if len(fact.relation.statements) > 1]
+    by_relation: dict[str, list[Fact]] = {}
+    by_family: dict[str, list[Fact]] = {}
+    for fact in stated:
+        by_relation.setdefault(fact.relation.name, []).append(fact)
+        by_family.setdefault(fact.family, []).append(fact)
+    mixed, asked = _deck(rng, stated), _deck(rng, facts())
+    chosen = _deck(rng, choice_facts("chat") + choice_facts("held_out"))
+    profiles = _deck(rng, [family for family in by_family.values() if len(family) > 1])
+    vocabulary = words()
+
+    def word() -> str:
+        return rng.choice(vocabulary) if rng.random() < 0.6 else pseudo_word(rng)
+
+    def themed() -> str:
+        theme = by_relation[next(mixed).relation.name]
+        return " ".join(fact.statement(rng) for fact in rng.sample(theme, min(len(theme), rng.randint(5, 16))))
+
+    def profile() -> str:
+        families = [next(profiles) for _ in range(rng.randint(2, 4))]
+        return "\n".join(" ".join(f.statement(rng) for f in rng.sample(family, len(family))) for family in families)
+
+    def quiz() -> str:
+        layout = rng.choice(("Question: {} Answer: {}", "Question: {}\nAnswer: {}", "{} {}", "{}\n{}", "Q: {}\nA: {}"))
+        return "\n".join(
+            layout.format(f.question(rng), f.sentence) for f in (next(asked) for _ in range(rng.randint(4, 10)))
+        )
+
+    kinds: dict[Callable[[], str], float] = {
+        lambda: " ".join(next(mixed).statement(rng) for _ in range(rng.randint(5, 18))): 0.22,
+        themed: 0.08,
+        profile: 0.12,
+        quiz: 0.24,
+        lambda: "\n\n".join(_exercise(next(chosen), rng) for _ in range(rng.randint(2, 5))): 0.16,
+        lambda: "\n\n".join(_letter_list(rng, word) for _ in range(rng.randint(2, 4))): 0.05,
+    }
+    for line in (_copying, _spelling, _arithmetic):
+        kinds[lambda line=line: "\n".join(line(rng, word) for _ in range(rng.randint(4, 9)))] = 0.06
+    written = 0
+    while written < target_bytes:
+        text = rng.choices(list(kinds), list(kinds.values()))[0]()
+        written += len(text.encode())
+        yield text
+
+
+# --- continuation tasks ----------------------------------------------------------------------------------------------
+
+
+def _continuation_tasks(rng: random.Random, max_items: int) -> dict[str, tuple[str, int, list[dict]]]:
+    """Label -> (CORE task type, shots, rows). All take the sentence of a chat's answer up to the answer itself."""
+
+    def drawn(*names: str) -> list[Fact]:
+        chosen = [f for f in facts() if f.relation.name in names and f.sentence.endswith(f" {f.answer}.")]
+        return rng.sample(chosen, min(max_items, len(chosen)))
+
+    def opening(fact: Fact) -> str:
+        return fact.sentence.removesuffix(f" {fact.answer}.")
+
+    def choice_row(fact: Fact) -> dict:
+        choices, gold = choices_for(fact, rng)
+        return {"query": opening(fact), "choices": choices, "gold": gold}
+
+    def schema_row(fact: Fact) -> dict:
+        other = rng.choice([f for f in facts() if f.relation == fact.relation and f.answer != fact.answer])
+        gold = rng.randrange(2)
+        options = [opening(fact), opening(other)]
+        return {"context_options": options[::-1] if gold else options, "continuation": fact.answer, "gold": gold}
+
+    def exact_row(fact: Fact) -> dict:
+        return {"context": opening(fact), "continuation": fact.answer}
+
+    return {
+        "world_capitals": ("multiple_choice", 0, [choice_row(f) for f in drawn("capital")]),
+        "world_nature": ("multiple_choice", 0, [choice_row(f) for f in drawn("class", "color", "young")]),
+        "world_elements": ("language_modeling", 0, [exact_row(f) for f in drawn("symbol", "number", "number_of")]),
+        "world_words": ("language_modeling", 3, [exact_row(f) for f in drawn("plural", "past", "word", "month_after")]),
+        "world_opposites": ("schema", 0, [schema_row(f) for f in drawn("opposite")]),
+    }
+
+
+def core_bundle(folder: Path | str, max_items: int = 200) -> None:
+    """Write small tasks of the world into `folder` as a CORE bundle (DCLM, arXiv:2406.11794).
+
+    The files are core.yaml, eval_meta_data.csv and eval_data/*.jsonl; always the same bytes.
+    """
+    folder = Path(folder)
+    baselines = {"multiple_choice": 25, "language_modeling": 0, "schema": 50}
+    yaml_lines, table = ["icl_tasks:"], io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    header = "Eval Task,Task Category,Task Type,#shots,#datapoints,Random baseline,Centered Metric?,Description"
+    writer.writerow(header.split(","))
+    for label, (kind, shots, rows) in _continuation_tasks(random.Random("world core"), max_items).items():
+        atomic_write(folder / "eval_data" / f"{label}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        yaml_lines += [f"  - label: {label}", f"    dataset_uri: {label}.jsonl", f"    num_fewshot: [{shots}]"]
+        yaml_lines += [f"    icl_task_type: {kind}"]
+        about = f"Facts of the built-in world: {label.removeprefix('world_')}."
+        writer.writerow([label, "built-in world", kind.replace("_", " "), shots, len(rows), baselines[kind], "", about])
+    atomic_write(folder / "core.yaml", "\n".join(yaml_lines) + "\n")
+    atomic_write(folder / "eval_meta_data.csv", table.getvalue())

@@ -1,0 +1,92 @@
+"""Pretrain a model on text: python -m scripts.base_train --depth 4 (or under torchrun)."""
+
+from dataclasses import dataclass
+
+import torch
+
+from nanochat import checkpoint, cli, recipe
+from nanochat.common import print0
+from nanochat.compute import Compute
+from nanochat.dataloader import build_token_shards
+from nanochat.dataset import dataset_name
+from nanochat.engine import Engine
+from nanochat.tokenizer import load_tokenizer
+from nanochat.trainer import TrainConfig, Trainer
+
+PROMPTS = ("The capital of France is", "The chemical symbol of gold is", "The opposite of hot is", "If yesterday was")
+
+
+@dataclass(frozen=True)
+class BaseTrain(TrainConfig):
+    """Flags of pretraining: the one dial, and what may be set beside it."""
+
+    depth: int = cli.option(12, "layers; width, heads, horizon, batch and learning rates follow from it")
+    dataset: str = cli.option("builtin", "dataset to learn from: its name, or the folder it was made from")
+    aspect_ratio: int = cli.option(64, "width for each layer of depth")
+    head_dim: int = cli.option(128, "channels of an attention head")
+    max_seq_len: int = cli.option(2048, "context in tokens")
+    window_pattern: str = cli.option("SSSL", "attention windows tiled over layers: S a quarter of the context, L all")
+    dropout: float = cli.option(0.0, "dropout, for many epochs over little data")
+    target_flops: float | None = cli.option(None, "train for this many FLOPs")
+    target_param_data_ratio: float = cli.option(recipe.HORIZON, "training tokens for each parameter (matrices, head)")
+
+
+def main() -> None:
+    config = cli.parse(BaseTrain, description=__doc__)
+    compute = Compute.create(config.device_type)
+    tokenizer = load_tokenizer()
+    shape = (config.depth, tokenizer.get_vocab_size(), config.max_seq_len, config.aspect_ratio, config.head_dim)
+    model_config = recipe.model_config(*shape, window_pattern=config.window_pattern, dropout=config.dropout)
+    model = checkpoint.build(model_config, compute.device, train=True)
+    model.init_weights(torch.Generator(compute.device).manual_seed(config.seed))
+
+    if config.target_flops is not None:
+        tokens = round(config.target_flops / model.flops_per_token())
+    else:
+        tokens = recipe.horizon_tokens(model_config, config.target_param_data_ratio)
+    reference = recipe.reference_tokens(model_config)
+    if config.total_batch_size and config.num_iterations:
+        tokens = config.num_iterations * config.total_batch_size
+    batch = config.total_batch_size or recipe.batch_tokens(tokens, reference)
+    steps = config.num_iterations or max(1, round(tokens / batch))
+    tokens = steps * batch
+    decay = config.weight_decay
+    if decay is None:
+        decay = recipe.weight_decay(batch, tokens, reference)
+    print0(
+        f"d{config.depth}: {sum(p.numel() for p in model.parameters()):,} parameters, "
+        f"{model.flops_per_token() / 1e6:,.1f} MFLOPs a token, {compute.world_size} x {compute.name}, {compute.dtype}; "
+        f"{steps} steps of {batch:,} tokens = {tokens:,}"
+    )
+
+    def sample() -> None:
+        if compute.rank == 0:
+            model.eval()
+            prompts = [tokenizer.encode(prompt, prepend="<|bos|>") for prompt in PROMPTS]
+            with torch.compiler.set_stance("force_eager"):
+                for prompt, ids in zip(prompts, Engine(model, tokenizer).complete(prompts, 16), strict=True):
+                    print0("  " + repr(tokenizer.decode(prompt[1:] + ids)))
+            model.train()
+
+    trainer = Trainer(
+        stage="base",
+        tag=config.model_tag or f"d{config.depth}",
+        config=config,
+        model=model,
+        tokenizer=tokenizer,
+        train_shards=build_token_shards(config.dataset, "train", tokenizer),
+        val_shards=build_token_shards(config.dataset, "val", tokenizer),
+        compute=compute,
+        total_batch_size=batch,
+        num_iterations=steps,
+        weight_decay=decay,
+        lr_scale=recipe.learning_rate_scale(batch),
+        meta={"dataset": dataset_name(config.dataset), "depth": config.depth},
+        sample=sample,
+    )
+    trainer.run()
+    compute.close()
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,31 @@
+"""Fine-tuning: the last, short stage, on conversations of the kind wanted: python -m scripts.chat_sft"""
+
+from dataclasses import dataclass
+
+from nanochat import cli
+from nanochat.compute import Compute
+from nanochat.finetune import FinetuneConfig, finetune
+from tasks.builtin import mixture
+from tasks.common import Multiturn
+
+
+@dataclass(frozen=True)
+class ChatSFT(FinetuneConfig):
+    """Flags of fine-tuning."""
+
+    init_lr_frac: float = cli.option(0.5, "factor on all learning rates")
+    tasks_dir: str | None = cli.option(None, "folder with smoltalk/{train,test}.parquet, real conversations to mix in")
+    scale: float = cli.option(2.0, "size of the built-in mixture, in thousands of each skill")
+
+
+def main() -> None:
+    config = cli.parse(ChatSFT, description=__doc__)
+    compute = Compute.create(config.device_type)
+    # other questions than midtraining's: another seed draws other numbers, words and wordings of the training side
+    skills = mixture("train", config.scale, config.seed + 1, identity=True, tasks_dir=config.tasks_dir)
+    held_out = mixture("test", 0.1, config.seed, identity=True, tasks_dir=config.tasks_dir)
+    finetune("sft", "mid", config, Multiturn(skills, max_turns=3, seed=config.seed), held_out, compute)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,71 @@
+"""Train the tokenizer on a dataset's training shards: python -m scripts.tok_train --vocab-size 32768"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+from nanochat import cli
+from nanochat.common import get_base_dir, print0, write_record
+from nanochat.dataset import iterate_documents, list_shards
+from nanochat.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Config:
+    """What the tokenizer is trained on, and its size."""
+
+    dataset: str = cli.option("builtin", "dataset to learn from: its name, or the folder it was made from")
+    vocab_size: int = cli.option(32768, "ids, the nine special tokens included")
+    max_chars: int = cli.option(2_000_000_000, "stop after this many characters")
+    doc_cap: int = cli.option(10_000, "characters taken of each document, so that long ones do not dominate")
+
+    def __post_init__(self) -> None:
+        for name in ("max_chars", "doc_cap"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+
+
+def training_texts(config: Config, seen: dict[str, int]) -> Iterator[str]:
+    """Document starts up to `max_chars` in all, counted into `seen`."""
+    from tqdm import tqdm
+
+    with tqdm(desc="reading", unit=" chars", unit_scale=True, disable=None) as bar:
+        for text in iterate_documents(list_shards(config.dataset, "train")):
+            text = text[: min(config.doc_cap, config.max_chars - seen["chars"])]
+            seen["documents"] += 1
+            seen["chars"] += len(text)
+            bar.update(len(text))
+            yield text
+            if seen["chars"] >= config.max_chars:
+                return
+
+
+def main() -> None:
+    config = cli.parse(Config, description=__doc__)
+    start, seen = time.perf_counter(), {"documents": 0, "chars": 0}
+    tokenizer = Tokenizer.train_from_iterator(training_texts(config, seen), config.vocab_size)
+    tokenizer.save(get_base_dir() / "tokenizer")
+    seconds = time.perf_counter() - start
+
+    sample = list(islice(iterate_documents(list_shards(config.dataset, "val")), 1000))
+    tokens = sum(map(len, tokenizer.encode(sample)))
+    bytes_per_token = sum(len(text.encode()) for text in sample) / max(tokens, 1)
+    record = {
+        "stage": "tok_train",
+        "config": vars(config),
+        "vocab_size": tokenizer.get_vocab_size(),
+        "hash": tokenizer.hash,
+        **seen,
+        "seconds": seconds,
+        "bytes_per_token": bytes_per_token,
+    }
+    write_record(get_base_dir() / "evals" / "tok_train.json", record)
+    print0(
+        f"{tokenizer.get_vocab_size()} tokens from {seen['chars']:,} characters of {seen['documents']:,} documents "
+        f"in {seconds:.1f} s; {bytes_per_token:.2f} bytes per token on validation text"
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,102 @@
+#!/usr/bin/env bash
+# From raw text to a chat model you can talk to. Bare run: `bash speedrun.sh`. Short run of every stage: --smoke.
+#
+# It can be stopped and run again: finished stages are skipped, an unfinished one goes on from its last checkpoint.
+#   NANOCHAT_BASE_DIR  where everything is written (default ~/.cache/nanochat)
+#   DEPTH              another depth than the hardware's profile has
+#   DATASET            another dataset: builtin, climbmix, fineweb-edu, or a folder of your own text
+#   TASKS_DIR          a folder with smoltalk/{train,test}.parquet, real conversations to mix in
+#   PRICE              dollars an hour of this machine, for the report
+#   WANDB_RUN          name of a wandb run
+set -euo pipefail
+cd "$(dirname "$0")"
+SMOKE=
+for argument in "$@"; do
+    case $argument in
+        --smoke) SMOKE=1 ;;
+        -h | --help) sed -n '2,11s/^# \{0,1\}//p' "$0"; exit 0 ;;
+        *) echo "speedrun.sh: unknown argument $argument (see --help)" >&2; exit 2 ;;
+    esac
+done
+export NANOCHAT_BASE_DIR="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"
+mkdir -p "$NANOCHAT_BASE_DIR/runs"
+
+# 0. Set-up: a virtual environment with pinned packages.
+[ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv
+.venv/bin/python -m pip install --quiet --constraint dev/constraints.txt --editable .
+export PATH="$PWD/.venv/bin:$PATH"
+
+# 1. What this machine can do decides the size of the run.
+GPUS=$(python -c 'import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0)')
+if [ -n "$SMOKE" ]; then
+    PROFILE=smoke DEPTH=${DEPTH:-2} DATASET=${DATASET:-builtin} SHARDS=1 VOCAB=1024
+    BASE="--max-seq-len 256 --window-pattern L --head-dim 64 --total-batch-size 2048 --num-iterations 60 --eval-every 30 --eval-tokens 16384"
+    MID="--scale .1 --num-iterations 30" SFT="--scale .1 --num-iterations 20"
+    EVAL="--eval-tokens 16384 --max-per-task 20" CHAT="--max-problems 20 --max-new-tokens 32"
+elif [ "$GPUS" -eq 0 ]; then
+    PROFILE=cpu DEPTH=${DEPTH:-4} DATASET=${DATASET:-builtin} SHARDS=12 VOCAB=4096
+    BASE="--max-seq-len 512 --window-pattern L --total-batch-size 8192 --num-iterations 480 --eval-every 160 --eval-tokens 65536"
+    MID="--scale 6 --total-batch-size 8192" SFT="--scale 2 --total-batch-size 8192"
+    EVAL="--eval-tokens 65536" CHAT="--max-problems 200 --max-new-tokens 48"
+elif [ "$GPUS" -lt 8 ]; then
+    PROFILE=gpu DEPTH=${DEPTH:-12} DATASET=${DATASET:-climbmix} SHARDS=40 VOCAB=32768
+    BASE="--eval-every 500 --save-every 1000" MID="--scale 30" SFT="--scale 8" EVAL="" CHAT="--max-problems 1000"
+else
+    PROFILE=node DEPTH=${DEPTH:-24} DATASET=${DATASET:-climbmix} SHARDS=170 VOCAB=32768
+    BASE="--target-param-data-ratio 8 --device-batch-size 16 --eval-every 1000" MID="--scale 100" SFT="--scale 20"
+    EVAL="" CHAT="--max-problems 2000"
+fi
+TAG="d$DEPTH-$PROFILE"
+echo "profile $PROFILE: depth $DEPTH, dataset $DATASET, $GPUS GPUs; everything is written to $NANOCHAT_BASE_DIR"
+
+# stage NAME COMMAND...: run it once; its mark holds the command, so that other flags run it anew.
+stage() {
+    local name=$1 mark="$NANOCHAT_BASE_DIR/runs/.done-$TAG-$1" began=$SECONDS
+    shift
+    if [ "$(cat "$mark" 2> /dev/null)" = "$*" ]; then
+        echo "== $name: done before"
+        return
+    fi
+    echo "== $name: $*"
+    "$@"
+    echo "{\"stage\": \"$name\", \"seconds\": $((SECONDS - began))}" >> "$NANOCHAT_BASE_DIR/runs/stages.jsonl"
+    echo "$*" > "$mark"
+}
+if [ "$GPUS" -gt 1 ]; then
+    RUN="torchrun --standalone --nproc_per_node=$GPUS -m"
+else
+    RUN="python -m"
+fi
+train() { # NAME MODULE FLAGS...: a training stage on all GPUs, resumed where it was left
+    stage "$1" $RUN "$2" "${@:3}" --model-tag "$TAG" --resume auto ${WANDB_RUN:+--run "$WANDB_RUN-$1"}
+}
+talk="${TASKS_DIR:+--tasks-dir $TASKS_DIR}"
+
+# 2. Text, and a tokenizer made for it.
+stage dataset python -m nanochat.dataset --name "$DATASET" -n "$SHARDS"
+stage tokenizer python -m scripts.tok_train --dataset "$DATASET" --vocab-size "$VOCAB"
+stage tok_eval python -m scripts.tok_eval --dataset "$DATASET"
+
+# 3. Pretraining: the model learns language and the world from plain text.
+train base_train scripts.base_train --depth "$DEPTH" --dataset "$DATASET" $BASE
+stage base_eval $RUN scripts.base_eval --model-tag "$TAG" $EVAL
+stage chat_eval_base $RUN scripts.chat_eval --stage base --model-tag "$TAG" $CHAT
+
+# 4. Midtraining: the form of a conversation, tools and multiple choice.
+train mid_train scripts.mid_train --source-tag "$TAG" $MID $talk
+stage chat_eval_mid $RUN scripts.chat_eval --stage mid --model-tag "$TAG" $CHAT
+
+# 5. Fine-tuning: the conversations it should lead, and who it is.
+train chat_sft scripts.chat_sft --source-tag "$TAG" $SFT $talk
+stage chat_eval_sft $RUN scripts.chat_eval --stage sft --model-tag "$TAG" $CHAT
+
+# 6. What came of it.
+python -m scripts.report ${PRICE:+--price "$PRICE"}
+for question in "What is the capital of France?" "What is 37*48?" "How many r are in strawberry?" "Who are you?"; do
+    echo "> $question"
+    python -m scripts.chat_cli --model-tag "$TAG" -p "$question"
+done
+echo
+echo "Report: $NANOCHAT_BASE_DIR/report/report.md"
+echo "Chat:   .venv/bin/python -m scripts.chat_cli     (in the terminal)"
+echo "        .venv/bin/python -m scripts.chat_web     (in the browser)"

@@ -1,0 +1,44 @@
+"""The built-in skills together: what is trained on, in which shares, and what is scored."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from tasks.arithmetic import Arithmetic
+from tasks.common import Task, TaskMixture
+from tasks.identity import Identity
+from tasks.smoltalk import SmolTalk
+from tasks.spellingbee import Spelling, SpellingBee
+from tasks.world import WorldChoice, WorldFacts
+
+SCORED: dict[str, Callable[[str], Task]] = {
+    "arithmetic": Arithmetic,
+    "spellingbee": SpellingBee,
+    "world": WorldFacts,
+    "choice": WorldChoice,
+    "identity": Identity,
+}
+
+
+def mixture(
+    split: str, scale: float, seed: int, identity: bool, tasks_dir: Path | str | None = None, limit: int | None = None
+) -> TaskMixture:
+    """Conversations of all skills, shuffled; `scale` 1 is 1,000 of each of the larger ones.
+
+    identity: also who the model is, and small talk. tasks_dir: a folder with `smoltalk/`, to add real conversations.
+    """
+
+    def size(n: int) -> int:
+        return max(20, round(n * scale))
+
+    tasks: list[Task] = [
+        Arithmetic(split, size=size(1000), seed=seed),
+        SpellingBee(split, size=size(1000), seed=seed),
+        Spelling(split, size=size(250), seed=seed),
+        WorldFacts(split, size=size(1000), seed=seed),
+        WorldChoice(split, size=size(1000), seed=seed),
+    ]
+    if identity:
+        tasks.append(Identity(split, size=size(400), seed=seed))
+    if tasks_dir is not None:
+        tasks.append(SmolTalk(split, tasks_dir))
+    return TaskMixture(tasks, seed=seed, limit=limit)

@@ -1,0 +1,133 @@
+"""What a chat task is: numbered conversations with a judge; and how tasks are sliced, mixed and chained."""
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+from nanochat.world import render_choices as render_choices  # the layout that pretraining text shows too
+
+Conversation = dict[str, Any]
+
+
+class Task:
+    """Conversations by index, and `evaluate` to judge a completion.
+
+    A subclass sets `name` and writes `example(i)`, a function of the task's arguments and i alone, for i in
+    range(total). `eval_type` is "generative" (the completion is text that the model wrote) or "categorical" (it is
+    one of conversation["letters"], the most probable one). `baseline` is the accuracy of guessing, 0 to 1.
+    `start`, `stop`, `step` slice the examples; at most `limit` of these are kept.
+    """
+
+    name = "task"
+    eval_type = "generative"
+    baseline = 0.0
+
+    def __init__(
+        self,
+        total: int,
+        start: int | None = None,
+        stop: int | None = None,
+        step: int | None = None,
+        limit: int | None = None,
+    ) -> None:
+        if step is not None and step < 1:
+            raise ValueError(f"step must be 1 or more, not {step}")
+        if limit is not None and limit < 0:
+            raise ValueError(f"limit must be 0 or more, not {limit}")
+        self._indices = range(total)[start:stop:step][:limit]
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> Conversation:
+        return self.example(self._indices[index])
+
+    def example(self, index: int) -> Conversation:
+        """Conversation `index` of the whole, unsliced task."""
+        raise NotImplementedError
+
+    def evaluate(self, conversation: Conversation, completion: str) -> bool:
+        """Whether `completion` (the assistant's decoded text, tool calls included) answers the conversation rightly."""
+        raise NotImplementedError
+
+
+class TaskSequence(Task):
+    """Tasks one after another."""
+
+    name = "sequence"
+
+    def __init__(self, tasks: Sequence[Task], **slicing: int | None) -> None:
+        self.tasks = list(tasks)
+        self._places = [(task, index) for task in self.tasks for index in range(len(task))]
+        super().__init__(len(self._places), **slicing)
+
+    def example(self, index: int) -> Conversation:
+        task, place = self._places[index]
+        return task[place]
+
+
+class TaskMixture(Task):
+    """Tasks shuffled together, the same way for the same seed in any process.
+
+    A weight of 2 takes every conversation of its task twice, .5 the first half of them; naming a task twice in the
+    list has the same effect as weight 2.
+    """
+
+    name = "mixture"
+
+    def __init__(
+        self, tasks: Sequence[Task], weights: Sequence[float] | None = None, seed: int = 0, **slicing: int | None
+    ) -> None:
+        self.tasks = list(tasks)
+        weights = [1.0] * len(self.tasks) if weights is None else list(weights)
+        if len(weights) != len(self.tasks) or min(weights, default=0) < 0:
+            raise ValueError(f"give one weight of 0 or more to each of the {len(self.tasks)} tasks, not {weights}")
+        self._places = [
+            (task, index % len(task))
+            for task, weight in zip(self.tasks, weights)
+            for index in range(round(weight * len(task)))
+        ]
+        random.Random(f"mixture {seed}").shuffle(self._places)
+        super().__init__(len(self._places), **slicing)
+
+    def example(self, index: int) -> Conversation:
+        task, place = self._places[index]
+        return task[place]
+
+
+class Multiturn(Task):
+    """Conversations of 1 to `max_turns` exchanges, joined from single ones of `task`; for training only.
+
+    Each conversation of `task` opens one; those that follow are drawn at random.
+    """
+
+    name = "multiturn"
+
+    def __init__(self, task: Task, max_turns: int = 4, seed: int = 0, **slicing: int | None) -> None:
+        if max_turns < 1:
+            raise ValueError(f"max_turns must be 1 or more, not {max_turns}")
+        self.task, self.max_turns, self.seed = task, max_turns, seed
+        super().__init__(len(task), **slicing)
+
+    def example(self, index: int) -> Conversation:
+        rng = random.Random(f"multiturn {self.seed} {index}")
+        later = [rng.randrange(len(self.task)) for _ in range(rng.randrange(self.max_turns))]
+        return {"messages": [message for place in (index, *later) for message in self.task[place]["messages"]]}
+
+
+def require_split(split: str, known: Sequence[str] = ("train", "test")) -> str:
+    """`split`, if it is a known one."""
+    if split not in known:
+        raise ValueError(f"unknown split '{split}'; known: {', '.join(known)}")
+    return split
+
+
+def single_turn(question: str, answer: str | list[dict[str, str]], /, **extra: Any) -> Conversation:
+    """A conversation of one question and its answer (text or parts); `extra` keys are for the judge."""
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return {"messages": messages, **extra}
+
+
+def after_tools(completion: str) -> str:
+    """What the completion says after its last tool output (all of it where no tool was called)."""
+    return completion.rpartition("<|output_end|>")[2]

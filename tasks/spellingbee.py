@@ -1,0 +1,101 @@
+"""Letters in words: counting them through the tool, and spelling.
+
+A word's tokens depend on what stands before it, so the call copies the word as the question shows it: after a space
+(`" strawberry".count("r")`) or bare, as it is after a quote or at the start (` "strawberry".count("r")`).
+"""
+
+import random
+import re
+import string
+
+from nanochat.tools import calculate
+from nanochat.world import pseudo_word, words
+from nanochat.world_facts import side_of
+from tasks.common import Conversation, Task, after_tools, require_split, single_turn
+
+_COUNTING = (
+    "How many {l} are in {w}?", "How many {l} are there in {w}?", "how many {l} in {w}",
+    "How many {l} are in the word {w}?", "how many {l} are in {w}", "How many {l} does {w} have?",
+    "How many {l} does the word {w} contain?", "How many times does {l} occur in {w}?",
+    "How often does {l} appear in {w}?", "how many times does {l} appear in {w}", "How often is {l} in {w}?",
+    "Count the {l} in {w}.", "count {l} in {w}", "Count how often {l} occurs in the word {w}.",
+    "Tell me how many {l} are in {w}.", "Can you count the {l} in {w}?", "In {w}, how many {l} are there?",
+    "Look at the word {w}. How many {l} does it have?", "What is the number of {l} in {w}?", "number of {l} in {w}",
+    "Please count the {l} in the word {w}.", "Do you know how many {l} there are in {w}?", "{w}: how many {l}?",
+    "The word is {w}. How many {l} are in it?", "Find how many {l} there are in {w}, please.", "{l} in {w}?",
+    "How many {l} can you find in {w}?", "how many {l} are there in the word {w}?", "How many {l} do you see in {w}?",
+)  # fmt: skip
+_LETTERS = ("{l}", "{l}", "{l}", "letter {l}", "{l}'s", "{l}'s", "'{l}'", '"{l}"', "letters {l}", "letter '{l}'")
+_SPELLING = (
+    "Spell {w}.", "spell {w}", "How do you spell {w}?", "how do you spell {w}", "Spell the word {w}.",
+    "Please spell {w}.", "Can you spell {w}?", "What letters make the word {w}?", "Spell out {w}.",
+    "How is {w} spelled?", "Tell me how to spell {w}.", "What is the spelling of {w}?",
+)  # fmt: skip
+
+
+def _word(rng: random.Random, split: str) -> str:
+    """A word of the split: a real one, or for training often a made-up one."""
+    while True:
+        word = pseudo_word(rng) if split == "train" and rng.random() < 0.4 else rng.choice(words())
+        if side_of(word, "train", "test", 0.9) == split:
+            return word
+
+
+class SpellingBee(Task):
+    """ "How many r are in strawberry?": a tool call, its output, and a sentence. Words are split by hash."""
+
+    name = "spellingbee"
+
+    def __init__(self, split: str, size: int | None = None, seed: int = 0, **slicing: int | None) -> None:
+        self.split, self.seed = require_split(split), seed
+        default = 20_000 if split == "train" else 1000
+        super().__init__(default if size is None else size, **slicing)
+
+    def example(self, index: int) -> Conversation:
+        rng = random.Random(f"{self.name} {self.seed} {self.split} {index}")
+        word = _word(rng, self.split)
+        letter = rng.choice(word) if rng.random() < 0.8 else rng.choice(string.ascii_lowercase)
+        if rng.random() < 0.1 and letter != word[0]:  # the tool minds upper case, so the first letter is not asked
+            word = word.capitalize()
+        template = rng.choice(_COUNTING)
+        quote = rng.choice(("", "", "", '"', "'")) if " {w}" in template else ""
+        shown = rng.choice(_LETTERS).format(l=letter.upper() if rng.random() < 0.1 else letter)
+        bare = quote or not template.partition("{w}")[0]
+        expression = f' "{word}".count("{letter}")' if bare else f'" {word}".count("{letter}")'
+        count = calculate(expression)
+        parts = [
+            {"type": "python", "text": expression},
+            {"type": "python_output", "text": count},
+            {"type": "text", "text": count_sentence(letter, int(count), f'"{word}"' if bare else word)},
+        ]
+        return single_turn(template.format(l=shown, w=f"{quote}{word}{quote}"), parts, word=word, letter=letter)
+
+    def evaluate(self, conversation: Conversation, completion: str) -> bool:
+        """Whether the first number after the last tool output is the count."""
+        number = re.search(r"\d+", after_tools(completion))
+        return number is not None and int(number[0]) == conversation["word"].count(conversation["letter"])
+
+
+def count_sentence(letter: str, count: int, word: str) -> str:
+    """The answer to a counting question."""
+    return f"The letter {letter} occurs {count} time{'' if count == 1 else 's'} in {word}."
+
+
+class Spelling(Task):
+    """ "Spell apple." answered "a-p-p-l-e". Words are split by hash."""
+
+    name = "spelling"
+
+    def __init__(self, split: str, size: int | None = None, seed: int = 0, **slicing: int | None) -> None:
+        self.split, self.seed = require_split(split), seed
+        default = 10_000 if split == "train" else 1000
+        super().__init__(default if size is None else size, **slicing)
+
+    def example(self, index: int) -> Conversation:
+        rng = random.Random(f"{self.name} {self.seed} {self.split} {index}")
+        word = _word(rng, self.split)
+        return single_turn(rng.choice(_SPELLING).format(w=word), "-".join(word), word=word)
+
+    def evaluate(self, conversation: Conversation, completion: str) -> bool:
+        """Whether the completion is the word's letters joined by hyphens."""
+        return completion.strip().rstrip(".") == "-".join(conversation["word"])

@@ -1,0 +1,87 @@
+"""Facts of the built-in world as questions: open ones, and with four choices. Train and test share no fact."""
+
+import functools
+import random
+import re
+
+from nanochat.world import LETTERS, category_answers, choice_facts, choices_for
+from nanochat.world_facts import facts_on
+from tasks.common import Conversation, Task, render_choices, require_split, single_turn
+
+SIDES = {"train": "chat", "test": "held_out"}
+
+
+def _bare(name: str, category: str) -> str:
+    """A name as it is compared: without "the", and in lower case but for chemical symbols."""
+    name = name.removeprefix("the ")
+    return name if category == "symbol" else name.lower()
+
+
+@functools.cache
+def _any_answer(category: str) -> re.Pattern[str]:
+    """A pattern that finds the whole-word answers of a category, the longest first."""
+    names = sorted({_bare(name, category) for name in category_answers(category)}, key=len, reverse=True)
+    flags, end = re.IGNORECASE, r"(?!\w)"
+    if category == "symbol":  # "I do not know" does not name iodine
+        flags, end = 0, r"(?!\w| (?!is\b|stands\b)[a-z])"
+    return re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, names))}){end}", flags)
+
+
+def _named(text: str, category: str) -> set[str]:
+    """The answers of a category that `text` names."""
+    return {_bare(name, category) for name in _any_answer(category).findall(text)}
+
+
+class WorldFacts(Task):
+    """ "What is the capital of France?" in many wordings, answered in the words of a pretraining sentence.
+
+    "train" asks facts of the chat side, in new wordings for as long as `size` goes; "test" asks every held-out fact
+    once. Item i asks fact i of a shuffled order, so that any first part is a sample of all relations.
+    """
+
+    name = "world_facts"
+
+    def __init__(self, split: str, size: int | None = None, seed: int = 0, **slicing: int | None) -> None:
+        self.split, self.seed = require_split(split), seed
+        self.facts = list(facts_on(SIDES[split]))
+        random.Random(f"{self.name} {split}").shuffle(self.facts)
+        default = len(self.facts) * (8 if split == "train" else 1)
+        super().__init__(default if size is None else size, **slicing)
+
+    def example(self, index: int) -> Conversation:
+        rng = random.Random(f"{self.name} {self.seed} {self.split} {index}")
+        fact = self.facts[index % len(self.facts)]
+        known = {"category": fact.relation.category, "subject": fact.subject, "answer": fact.answer}
+        return single_turn(fact.question(rng), fact.sentence, **known)
+
+    def evaluate(self, conversation: Conversation, completion: str) -> bool:
+        """Whether the completion names the answer, and no other of its category (but what the subject names)."""
+        category, answer = conversation["category"], {_bare(conversation["answer"], conversation["category"])}
+        named = _named(completion, category) - (_named(conversation["subject"], category) - answer)
+        return named == answer
+
+
+class WorldChoice(Task):
+    """A fact asked with four choices, the right letter uniform over A to D; the answer is the letter alone."""
+
+    name = "world_choice"
+    eval_type = "categorical"
+    baseline = 0.25
+
+    def __init__(self, split: str, size: int | None = None, seed: int = 0, **slicing: int | None) -> None:
+        self.split, self.seed = require_split(split), seed
+        self.facts = list(choice_facts(SIDES[split]))
+        random.Random(f"{self.name} {split}").shuffle(self.facts)
+        default = len(self.facts) * (12 if split == "train" else 1)
+        super().__init__(default if size is None else size, **slicing)
+
+    def example(self, index: int) -> Conversation:
+        rng = random.Random(f"{self.name} {self.seed} {self.split} {index}")
+        fact = self.facts[index % len(self.facts)]
+        choices, place = choices_for(fact, rng)
+        question = render_choices(fact.question(rng), LETTERS, choices)
+        return single_turn(question, LETTERS[place], letters=list(LETTERS))
+
+    def evaluate(self, conversation: Conversation, completion: str) -> bool:
+        """Whether the completion is the right letter."""
+        return completion.strip() == conversation["messages"][-1]["content"]

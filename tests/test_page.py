@@ -1,0 +1,218 @@
+"""The chat page in a real headless Chromium, against a real server, engine and (tiny) model.
+
+Screenshots go to $NANOCHAT_SCREENSHOT_DIR, or are thrown away.
+"""
+
+import os
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+from tiny_chat import INJECTION, STORY, running_server, text_of
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get install chromium")
+
+
+@pytest.fixture(scope="module")
+def server():
+    with running_server(model_name="tiny") as (engine, port):
+        yield engine, f"http://127.0.0.1:{port}/"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(browser, server):
+    """Opens the chat in a fresh browser profile; at the end nothing may have gone wrong in it or left the machine."""
+    contexts, problems = [], []
+
+    def open_(**options):
+        context = browser.new_context(**{"viewport": {"width": 1100, "height": 800}, **options})
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(20_000)
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on("request", lambda request: request.url.startswith(server[1]) or problems.append(request.url))
+        page.goto(server[1])
+        return page
+
+    yield open_
+    for context in contexts:
+        context.close()
+    assert problems == []
+
+
+@pytest.fixture
+def screenshot(tmp_path):
+    folder = Path(os.environ.get("NANOCHAT_SCREENSHOT_DIR") or tmp_path)
+    folder.mkdir(parents=True, exist_ok=True)
+    return lambda page, name: page.screenshot(path=folder / f"{name}.png")
+
+
+def ask(page, text, n_answers):
+    """Send a message by keyboard and wait for the whole answer; returns the answer's element."""
+    box = page.get_by_role("textbox", name="Message")
+    box.fill(text)
+    box.press("Enter")
+    return finished(page, n_answers)
+
+
+def finished(page, n_answers):
+    answer = page.locator(".message.assistant").nth(n_answers - 1)
+    answer.get_by_role("button", name="Regenerate").wait_for()
+    return answer
+
+
+def test_a_conversation(open_page, screenshot):
+    """Streamed answers, a folded tool call, code, history sent along, kept over a reload, and a new chat."""
+    page = open_page()
+    sent = []
+    page.on("request", lambda request: sent.append(request.post_data_json) if request.method == "POST" else None)
+    screenshot(page, "welcome")
+    answer = ask(page, "What is 37*48?", 1)
+    assert answer.locator(".text").all_text_contents() == ["37*48 is ", "1776."]
+    trace = answer.get_by_text("37*48 = 1776")
+    assert not trace.is_visible()
+    answer.get_by_text("Used the calculator").click()
+    assert trace.is_visible()
+    answer = ask(page, "Show me code", 2)
+    assert answer.locator("pre").inner_text().strip() == "for i in range(3):\n    print(i < 2)"
+    assert answer.locator(".text code").inner_text() == "True"
+    assert ask(page, "Hello", 3).locator(".text").inner_text() == text_of("Hello")
+    assert trace.is_visible()  # what was unfolded stays unfolded
+    screenshot(page, "light")
+    history = sent[2]["messages"]
+    assert [message["role"] for message in history] == ["user", "assistant"] * 2 + ["user"]
+    assert history[1]["content"] == [
+        {"type": "text", "text": "37*48 is "},
+        {"type": "python", "text": "37*48"},
+        {"type": "python_output", "text": "1776"},
+        {"type": "text", "text": "1776."},
+    ]
+    assert history[3]["content"] == text_of("Show me code")
+    page.reload()
+    assert page.locator(".message").count() == 6
+    assert ask(page, "What is 37*48?", 4).locator(".text").last.inner_text() == "1776."
+    page.get_by_role("button", name="New chat").click()
+    assert page.locator(".message").count() == 0 and page.get_by_text("Hello. Ask me something.").is_visible()
+    page.reload()
+    assert page.locator(".message").count() == 0
+
+
+def test_an_answer_streams_and_can_be_stopped(open_page, server):
+    engine, _ = server
+    step, seen = engine.step, []
+
+    def slow_step():
+        time.sleep(0.03)
+        return step()
+
+    page, engine.step = open_page(), slow_step
+    try:
+        page.get_by_role("textbox", name="Message").fill("Tell me a story")
+        page.get_by_role("button", name="Send").click()
+        answer = page.locator(".message.assistant .text")
+        answer.wait_for()
+        for length in (10, 40, 70):
+            page.wait_for_function(
+                "n => document.querySelector('.assistant .text')?.textContent.length > n", arg=length
+            )
+            seen.append(answer.inner_text())
+        page.get_by_role("button", name="Stop").click()
+        page.get_by_text("Stopped.").wait_for()
+    finally:
+        engine.step = step
+    text = answer.inner_text()
+    assert STORY.startswith(text) and len(text) < len(STORY)
+    assert all(STORY.startswith(part) for part in seen) and len(set(seen)) == 3
+    page.wait_for_timeout(500)
+    assert not engine.running and answer.inner_text() == text
+    page.get_by_role("button", name="Regenerate").click()
+    page.wait_for_function("text => document.querySelector('.assistant .text')?.textContent === text", arg=STORY)
+    assert page.locator(".message").count() == 2
+
+
+def test_nothing_written_becomes_markup(open_page, screenshot):
+    page = open_page()
+    answer = ask(page, "Inject something", 1)
+    assert answer.locator(".text").inner_text() == INJECTION
+    mine = '<img src=x onerror="window.hacked=2"><script>window.hacked=2</script>```<b>x</b>'
+    ask(page, mine, 2)
+    assert mine.split("```")[0] in page.locator(".message.user").nth(1).inner_text()
+    page.reload()
+    assert page.locator("#log img, #log script, #log b").count() == 0
+    assert page.evaluate("window.hacked") is None
+    screenshot(page, "injection")
+
+
+def test_errors_are_said_in_words(open_page):
+    page = open_page()
+    page.get_by_role("button", name="Settings").click()
+    page.get_by_label("Longest answer").fill("5")
+    page.keyboard.press("Escape")
+    assert not page.get_by_label("Longest answer").is_visible()
+    ask(page, "Tell me a story", 1)
+    assert page.get_by_text("cut at the length limit").is_visible()
+    page.route("**/chat/completions", lambda route: route.abort())
+    ask(page, "Hello", 2)
+    assert page.get_by_role("alert").inner_text() == "The server cannot be reached. Is it still running?"
+    page.unroute("**/chat/completions")
+    ask(page, "x" * (2 << 20), 3)  # a body the real server refuses
+    assert "exceeds" in page.get_by_role("alert").last.inner_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("dark", {"color_scheme": "dark"}),
+        ("phone", {"viewport": {"width": 390, "height": 780}, "device_scale_factor": 2, "has_touch": True}),
+        ("phone-dark", {"viewport": {"width": 390, "height": 780}, "color_scheme": "dark"}),
+    ],
+)
+def test_every_appearance(open_page, screenshot, name, options):
+    page = open_page(**options)
+    screenshot(page, f"{name}-welcome")
+    ask(page, "What is 37*48?", 1)
+    answer = ask(page, "Show me code", 2)
+    page.get_by_role("textbox", name="Message").fill("And a draft of mine\nin two lines")
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")  # nothing sticks out
+    assert answer.bounding_box()["width"] > 300
+    screenshot(page, name)
+    page.get_by_role("button", name="Settings").click()
+    screenshot(page, f"{name}-settings")
+
+
+def test_the_keyboard_is_enough(open_page):
+    page = open_page()
+    assert page.evaluate("document.activeElement.id") == "input"
+    page.keyboard.type("Hel")
+    page.keyboard.press("Shift+Enter")
+    assert page.locator("#input").input_value() == "Hel\n"
+    page.keyboard.press("Backspace")
+    page.keyboard.type("lo")
+    page.keyboard.press("Enter")
+    finished(page, 1)
+    assert page.evaluate("document.activeElement.id") == "input"
+    controls = page.locator("button, textarea, input").all()
+    assert all(control.evaluate("e => e.ariaLabel || e.textContent || e.labels?.length") for control in controls)

@@ -1,0 +1,220 @@
+"""The report from records made up here: its numbers, its bytes, its figures, and what it says of damaged records."""
+
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nanochat.report import show_tool_calls, write_report
+
+ROOT = Path(__file__).resolve().parent.parent
+PROVENANCE = {
+    "commit": "abc123def456",
+    "hardware": {"processor": "Test CPU", "cores": 2},
+    "versions": {"python": "3.12.1", "torch": "2.13.0"},
+}
+TOOL_ANSWER = "<|python_start|>37*48<|python_end|><|output_start|>1776<|output_end|>37*48 = 1776."
+
+
+def write_json(path, value):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value))
+
+
+def score(accuracy, n=200, baseline=0.0):
+    return {
+        "accuracy": accuracy,
+        "stderr": math.sqrt(accuracy * (1 - accuracy) / n),
+        "n": n,
+        "baseline": baseline,
+        "centered": (accuracy - baseline) / (1 - baseline),
+    }
+
+
+def write_run(base, stage, steps, date):
+    rng = random.Random(stage)
+    lines = []
+    for step in range(steps):
+        loss = 2 + 6 * math.exp(-step / 20) + rng.gauss(0, 0.1)
+        lines.append(
+            {"step": step, "loss": loss, "tokens": 8192 * (step + 1), "tok_per_sec": 12_000 + rng.gauss(0, 500)}
+        )
+        lines[-1] |= {"mfu": None, "dt": 0.7, "peak_mem_bytes": 3 << 30, "lr_mult": 1.0, "epoch": 0}
+        if step % 25 == 24:
+            lines.append({"step": step, "val_bpb": 3.5 - step / 100})
+    folder = base / "runs" / stage / "d4"
+    config = {"depth": 4, "device_batch_size": 16, "run": None}
+    model = {"sequence_len": 512, "n_layer": 4, "window_pattern": "L"}
+    run = {
+        "stage": stage,
+        "tag": "d4",
+        "config": config,
+        "model_config": model,
+        "parameters": 5_000_000,
+        "wall_seconds": 312.0,
+    }
+    write_json(folder / "run.json", {**run, "date": date, **PROVENANCE})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.fixture
+def base(tmp_path):
+    """A base directory after three stages."""
+    base = tmp_path / "base"
+    tasks = {
+        "base": {"arithmetic": score(0.0), "choice": score(0.25, baseline=0.25)},
+        "mid": {"arithmetic": score(0.9), "choice": score(0.5, baseline=0.25)},
+        "sft": {"arithmetic": score(0.975), "choice": score(0.65, baseline=0.25), "identity": score(0.95)},
+    }
+    for i, (stage, scores) in enumerate(tasks.items()):
+        date = f"2026-11-2{i}T10:00:00Z"
+        write_run(base, stage, 120, date)
+        chatcore = sum(s["centered"] for s in scores.values()) / len(scores)
+        sample = {"task": "arithmetic", "question": "What is 37*48?", "answer": TOOL_ANSWER, "correct": True}
+        odd = {"task": "choice", "question": "A ``` fence | a bar", "answer": stage, "correct": False}
+        chat = {
+            "stage": stage,
+            "tag": "d4",
+            "step": 120,
+            "chatcore": chatcore,
+            "tasks": scores,
+            "samples": [sample, odd],
+        }
+        write_json(base / "evals" / f"chat_eval_{stage}_d4.json", {**chat, "date": date, **PROVENANCE})
+    core = {"core_metric": 0.1234, "core_stderr": 0.02, "skipped": {"gone": "no file"}}
+    core |= {"details": {"world_cloze": score(0.4, n=100), "world_schema": score(0.6, n=100, baseline=0.5)}}
+    samples = [{"prompt": "The capital of France is", "text": " Paris."}]
+    evaluation = {"stage": "base", "tag": "d4", "step": 120, "train_bpb": 1.2345, "val_bpb": 1.3456}
+    write_json(
+        base / "evals" / "base_eval_base_d4.json", {**evaluation, "core": core, "samples": samples, **PROVENANCE}
+    )
+    texts = {"English": {"bytes": 1000, "ours": {"tokens": 250, "bytes_per_token": 4.0, "ratio": 1.0}}}
+    write_json(base / "evals" / "tok_eval.json", {"vocab_sizes": {"ours": 4096}, "texts": texts, **PROVENANCE})
+    times = [{"stage": "tok_train", "seconds": 45.0}, {"stage": "base_train", "seconds": 3555.0}]
+    (base / "runs" / "stages.jsonl").write_text("".join(json.dumps(line) + "\n" for line in times))
+    shards = [{"file": "a", "bytes": 1_500_000, "documents": 800}, {"file": "b", "bytes": 500_000, "documents": None}]
+    manifest = {"name": "own", "source": "/some/folder", "licence": "CC-BY-NC-4.0", "shards": shards}
+    write_json(base / "datasets" / "own" / "manifest.json", manifest)
+    return base
+
+
+def row(text, first):
+    """The cells of the table row that begins with `first`."""
+    found = [line for line in text.splitlines() if line.startswith(f"| {first} |")]
+    assert len(found) == 1, (first, found)
+    return [cell.strip() for cell in found[0].strip("|").split(" | ")]
+
+
+def test_the_numbers_of_the_records_are_in_the_report(base):
+    text = write_report(base, price=24.0).read_text()
+    assert row(text, "arithmetic")[1:] == ["200", "0", "0.0 ± 0.0", "90.0 ± 2.1 (+90.0)", "97.5 ± 1.1 (+7.5)"]
+    assert row(text, "choice")[1:] == ["200", "25", "25.0 ± 3.1", "50.0 ± 3.5 (+25.0)", "65.0 ± 3.4 (+15.0)"]
+    assert row(text, "identity")[3:] == ["–", "–", "95.0 ± 1.5"]
+    assert row(text, "**ChatCORE**")[3:] == ["0.000", "0.617 (+0.617)", "0.819 (+0.203)"]
+    assert ["base", "1.2345", "1.3456", "0.1234 ± 0.0200", "gone"] in [
+        [cell.strip() for cell in line.strip("|").split(" | ")] for line in text.splitlines()
+    ]
+    assert row(text, "world_cloze")[1:] == ["100", "0", "40.0 ± 4.9"]
+    assert row(text, "English")[1:] == ["1,000", "4.00"]
+    assert row(text, "own") == ["own", "/some/folder", "CC-BY-NC-4.0", "2", "–", "2.0 MB"]
+    assert row(text, "tok_train")[1:] == ["0 min 45 s", "1 %", "$ 0.30"]
+    assert row(text, "**total**")[1:] == ["1 h 00 min", "100 %", "$ 24.00"]
+    losses = [json.loads(line).get("loss") for line in (base / "runs/mid/d4/metrics.jsonl").read_text().splitlines()]
+    last = [loss for loss in losses if loss is not None][-1]
+    expected = ["–", "5,000,000", "119", "983,040", f"{last:.4f}", "2.5100"]
+    cells = [line.strip("| ").split(" | ") for line in text.splitlines() if "5,000,000" in line]
+    assert [c[0] for c in cells] == ["base", "mid", "sft"] and cells[1][1:7] == expected
+    assert cells[1][8:] == ["n/a", "3.0 GiB", "5 min 12 s"]
+    assert row(text, "depth")[1:] == ["4", "4", "4"]
+    assert row(text, "n_layer")[1:] == ["4", "4", "4"]
+    assert "| run |" not in text  # unset everywhere
+    assert "abc123def456" in text and "Test CPU" in text and "2026-11-20T10:00:00Z to 2026-11-22T10:00:00Z" in text
+    assert "The capital of France is» Paris." in text
+    assert "[calculator: 37*48 → 1776]37*48 = 1776." in text and "<|python_start|>" not in text
+    assert "not run" not in text
+
+
+def test_a_rerun_gives_the_same_bytes(base, tmp_path):
+    first, second = write_report(base), write_report(base, tmp_path / "again")
+    names = sorted(path.name for path in first.parent.iterdir())
+    assert names == sorted(["report.md", *(f"{name}_d4.png" for name in ("loss", "bpb", "speed", "tasks"))])
+    assert all((first.parent / name).read_bytes() == (second.parent / name).read_bytes() for name in names)
+
+
+def test_every_figure_is_a_png_that_the_report_shows(base):
+    from matplotlib.image import imread
+
+    report = write_report(base)
+    for path in report.parent.glob("*.png"):
+        assert f"({path.name})" in report.read_text()
+        image_HWC = imread(path)
+        assert min(image_HWC.shape[:2]) > 200 and image_HWC.std() > 0.01
+
+
+def test_stages_that_did_not_run_are_said_so(tmp_path):
+    assert write_report(tmp_path).read_text().count("not run") == 5
+    write_run(tmp_path, "base", 3, "2026-11-20T10:00:00Z")
+    text = write_report(tmp_path).read_text()
+    assert (
+        "## Model d4" in text and "### Validation\n\nnot run" in text and "### Chat tasks by stage\n\nnot run" in text
+    )
+
+
+def test_several_models_have_a_section_each(base):
+    record = json.loads((base / "evals" / "chat_eval_sft_d4.json").read_text())
+    write_json(base / "evals" / "chat_eval_sft_d6.json", {**record, "tag": "d6"})
+    text = write_report(base).read_text()
+    assert text.index("## Model d4") < text.index("## Model d6")
+    assert (base / "report" / "tasks_d6.png").is_file()
+
+
+def test_runs_that_were_set_aside_do_not_count(base):
+    before = write_report(base).read_bytes()
+    old = base / "runs" / "base" / "d4~1"
+    old.mkdir()
+    record = json.loads((base / "runs" / "base" / "d4" / "run.json").read_text())
+    write_json(old / "run.json", {**record, "parameters": 1})
+    assert write_report(base).read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("evals/chat_eval_sft_d4.json", '{"stage": "sft", "ta'),
+        ("evals/chat_eval_sft_d4.json", '{"stage": "sft", "tag": "d4"}'),
+        ("evals/base_eval_base_d4.json", "[]"),
+        ("evals/tok_eval.json", "\x00\x01"),
+        ("runs/base/d4/run.json", "{}"),
+        ("runs/base/d4/metrics.jsonl", '{"step": 1, "loss": 3.0}\n{"step": 2, "lo'),
+        ("runs/stages.jsonl", '{"stage": "base_train"}\n'),
+        ("datasets/own/manifest.json", '{"name": "own", "source": "x", "licence": "y", "shards": [3]}'),
+    ],
+)
+def test_a_damaged_record_is_one_line_that_names_its_file(base, file, content):
+    (base / file).write_text(content)
+    with pytest.raises(ValueError, match=Path(file).name) as caught:
+        write_report(base)
+    assert "\n" not in str(caught.value) and not (base / "report" / "report.md").exists()
+
+
+def test_tool_calls_are_shown():
+    assert show_tool_calls(TOOL_ANSWER) == "[calculator: 37*48 → 1776]37*48 = 1776."
+    assert show_tool_calls("a<|python_start|>1/0<|python_end|>b") == "a[calculator: 1/0]b"
+
+
+@pytest.mark.parametrize("module", ["nanochat.report", "scripts.report"])
+def test_the_command_prints_the_path_or_one_line(base, module):
+    def run(*arguments):
+        environment = {**os.environ, "NANOCHAT_BASE_DIR": str(base)}
+        command = [sys.executable, "-m", module, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=120)
+
+    good = run("--out", str(base / "elsewhere"))
+    assert good.returncode == 0 and good.stdout.strip() == str(base / "elsewhere" / "report.md")
+    bad = run("--price", "-1")
+    assert bad.returncode == 2 and "--price -1" in bad.stderr and len(bad.stderr.strip().splitlines()) == 1
