@@ -1,6 +1,7 @@
 """Command lines from dataclasses: flags, `--config FILE.yaml`, one-line errors and exit codes."""
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import sys
@@ -33,7 +34,7 @@ class Parser(argparse.ArgumentParser):
     """An argument parser that ends with status 2 and one line on stderr."""
 
     def error(self, message: str) -> typing.NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (see --help)\n")
 
 
 def build_parser(config: type, description: str | None = None) -> argparse.ArgumentParser:
@@ -76,7 +77,10 @@ def _read_config_file(path: str, config: type) -> dict[str, Any]:
         if name not in fields:
             raise ValueError(f"--config {path}: unknown key '{key}'; known: {', '.join(sorted(fields))}")
         kind, choices = _value_type(hints[name]), fields[name].metadata.get("choices")
-        if value is not None:
+        if kind is float and isinstance(value, str):
+            with contextlib.suppress(ValueError):
+                value = float(value)  # YAML takes 1e-3, which has no point, for text
+        if value is not None or type(None) not in typing.get_args(hints[name]):
             fits = isinstance(value, (int, float) if kind is float else kind)
             if not fits or (kind is not bool and isinstance(value, bool)):
                 raise ValueError(f"--config {path}: '{key}' must be {kind.__name__}, not {value!r}")

@@ -3,6 +3,7 @@
 import ctypes
 import os
 import platform
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 # Dense bf16 tensor-core peaks in FLOP/s and memory bandwidths in byte/s, from the vendors' data sheets.
-# The first name found in the device's own name wins, so longer names stand before their prefixes.
+# The first name found as whole words in the device's own name wins, so longer names stand before their prefixes.
 _GPU_PEAKS = {
     "GB200": (2.5e15, 8.0e12),
     "B200": (2.25e15, 8.0e12),
@@ -30,14 +31,20 @@ _GPU_PEAKS = {
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+def _gpu_peaks(device_name: str) -> tuple[float | None, float | None]:
+    # whole words: an L40 is no L4, an RTX A1000 no A100
+    found = (peaks for name, peaks in _GPU_PEAKS.items() if re.search(rf"\b{name}\b", device_name))
+    return next(found, (None, None))
+
+
 def peak_flops(device_name: str) -> float | None:
     """Dense bf16 peak in FLOP/s of a GPU by its name; None when unknown, so that MFU is shown as n/a, never as 0."""
-    return next((peak for name, (peak, _) in _GPU_PEAKS.items() if name in device_name), None)
+    return _gpu_peaks(device_name)[0]
 
 
 def peak_bandwidth(device_name: str) -> float | None:
     """Memory bandwidth in byte/s of a GPU by its name; None when unknown."""
-    return next((bandwidth for name, (_, bandwidth) in _GPU_PEAKS.items() if name in device_name), None)
+    return _gpu_peaks(device_name)[1]
 
 
 def cpu_has_bf16() -> bool:

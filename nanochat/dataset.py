@@ -162,7 +162,7 @@ def _existing(folder: Path) -> dict[str, Any] | None:
 def _prepare_builtin(folder: Path, n: int, seed: int) -> dict[str, Any]:
     from nanochat import world
 
-    sources = [Path(world.__file__), Path(world.__file__).with_name("world_facts.py")]
+    sources = [Path(world.__file__).with_name(f"{name}.py") for name in ("world", "world_facts", "world_phrases")]
     code = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
     recipe = {"seed": seed, "n": n, "world": code, "python": platform.python_version()}
     old = _existing(folder)

@@ -41,14 +41,19 @@ class GPTConfig:
     dropout: float = 0.0  # on each sublayer's output, for runs of many epochs over small data
 
     def __post_init__(self) -> None:
-        if self.n_layer < 1 or self.sequence_len < 1 or self.vocab_size < 1:
-            raise ValueError(f"depth, sequence length and vocabulary must be positive: {self}")
+        sizes = (self.n_layer, self.sequence_len, self.vocab_size, self.n_head, self.n_kv_head, self.n_embd)
+        if min(sizes) < 1:
+            raise ValueError(f"depth, sequence length, vocabulary, heads and width must be positive: {self}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}: change --head-dim")
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head {self.n_head} is not divisible by n_kv_head {self.n_kv_head}")
         if self.head_dim % 2:
             raise ValueError(f"head dim {self.head_dim} must be even for rotary positions: change --head-dim")
+        if max(self.smear_channels, self.value_gate_channels if self.value_embed_every else 0) > self.n_embd:
+            raise ValueError(
+                f"n_embd {self.n_embd} is narrower than its gates: raise --depth, --aspect-ratio or --head-dim"
+            )
         if not self.window_pattern or set(self.window_pattern) - set("SL"):
             raise ValueError(f"--window-pattern {self.window_pattern!r} must be made of the letters S and L")
         if not 0 <= self.dropout < 1:

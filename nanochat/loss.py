@@ -16,7 +16,7 @@ def softcap(z: torch.Tensor, cap: float) -> torch.Tensor:
 def _chunk_losses(x_NC: torch.Tensor, w_VC: torch.Tensor, targets_N: torch.Tensor, cap: float) -> torch.Tensor:
     """Per-token cross-entropy (N,) fp32; 0 where the target is negative."""
     logits_NV = softcap(F.linear(x_NC, w_VC), cap)
-    return F.cross_entropy(logits_NV, targets_N, ignore_index=-1, reduction="none")
+    return F.cross_entropy(logits_NV, targets_N.clamp(min=-1), ignore_index=-1, reduction="none")
 
 
 def _chunk_gradients(

@@ -25,6 +25,9 @@ from nanochat.loss_eval import evaluate_bpb
 from nanochat.optim import MuonAdamW
 from nanochat.tokenizer import Tokenizer
 
+# what a checkpoint must share with the run that goes on from it
+_IDENTITY = ("model_config", "total_batch_size", "num_iterations", "dataset", "source")
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -53,7 +56,7 @@ class TrainConfig:
     save_every: int | None = option(None, "steps between checkpoints; unset = before every evaluation")
     keep: int = option(2, "newest checkpoints kept, beside the one with the best validation")
     resume: str | None = option(
-        None, "go on from a checkpoint: a step, or none for the newest whole one", bare="newest"
+        None, "go on from a step; alone: from the newest whole checkpoint; auto: if there is one", bare="newest"
     )
     compile: bool = option(True, "fuse with torch.compile where a compiler is there")
 
@@ -68,8 +71,8 @@ class TrainConfig:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be 0 or more")
         if not 0 <= self.warmdown_ratio <= 1 or not 0 <= self.final_lr_frac <= 1:
             raise ValueError("--warmdown-ratio and --final-lr-frac must be between 0 and 1")
-        if self.resume is not None and self.resume != "newest" and not self.resume.isdigit():
-            raise ValueError(f"--resume {self.resume}: give a step, or nothing for the newest checkpoint")
+        if self.resume is not None and self.resume not in ("newest", "auto") and not self.resume.isdigit():
+            raise ValueError(f"--resume {self.resume}: give a step, or nothing for the newest checkpoint, or auto")
 
 
 def can_compile(device: torch.device) -> bool:
@@ -240,25 +243,35 @@ class Trainer:
     # Beginning, saving, ending.
 
     def _begin(self) -> None:
-        if self.config.resume is None:
+        wanted = self.config.resume
+        if wanted is None or (wanted == "auto" and not self._has_own_checkpoint()):
             if self.compute.rank == 0:
                 checkpoint.set_aside(self.stage, self.tag)
                 self.run_dir.mkdir(parents=True, exist_ok=True)
             self.compute.barrier()
             return
-        wanted = self.config.resume
-        self.step = checkpoint.newest_whole(self.stage, self.tag) if wanted == "newest" else int(wanted)
+        self.step = int(wanted) if wanted.isdigit() else checkpoint.newest_whole(self.stage, self.tag)
         meta = checkpoint.read_meta(self.stage, self.tag, self.step)
         checkpoint.check_tokenizer(meta, self.tokenizer)
-        for name in ("model_config", "total_batch_size", "num_iterations"):
-            if meta[name] != self.meta[name]:
-                raise ValueError(f"--resume: this run began with {name} {meta[name]}, now it is {self.meta[name]}")
+        for name in _IDENTITY:
+            if meta.get(name) != self.meta.get(name):
+                began, now = meta.get(name), self.meta.get(name)
+                raise ValueError(f"--resume: this run began with {name} {began}, now it is {now}: give the same flags")
         checkpoint.load_state(self.stage, self.tag, self.step, self.model)
         checkpoint.load_optimizer(self.stage, self.tag, self.step, self.optimizer)
         self.saved_step, self.seconds, self.meta["val_bpb"] = self.step, meta["seconds"], meta["val_bpb"]
         if self.compute.rank == 0:
             self._forget_after(self.step)
         print0(f"resumed {self.stage}/{self.tag} at step {self.step} of {self.steps}")
+
+    def _has_own_checkpoint(self) -> bool:
+        """Whether this very run, and not another one of the same tag, has left a whole checkpoint."""
+        try:
+            meta = checkpoint.read_meta(self.stage, self.tag, checkpoint.newest_whole(self.stage, self.tag))
+        except ValueError:
+            return False
+        same = all(meta.get(name) == self.meta.get(name) for name in _IDENTITY)
+        return same and meta["tokenizer_hash"] == self.tokenizer.hash
 
     def _forget_after(self, step: int) -> None:
         """Drop the metrics of steps that will be made again, and a line that a kill cut short."""

@@ -11,18 +11,7 @@ from nanochat.checkpoint import load_model
 from nanochat.common import get_base_dir, print0, write_record
 from nanochat.compute import Compute
 from nanochat.engine import Engine
-from tasks.arithmetic import Arithmetic
-from tasks.identity import Identity
-from tasks.spellingbee import SpellingBee
-from tasks.world import WorldChoice, WorldFacts
-
-TASKS = {
-    "arithmetic": Arithmetic,
-    "spellingbee": SpellingBee,
-    "world": WorldFacts,
-    "choice": WorldChoice,
-    "identity": Identity,
-}
+from tasks.builtin import SCORED as TASKS
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,155 @@
+"""The head's loss against its dense form: torch's cross_entropy on the whole softcapped logits."""
+
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from nanochat.loss import softcap, softcap_cross_entropy
+
+
+def make(N, C, V, ignored=0.3, seed=0, scale=1.0):
+    """x (N, C), W (V, C) with logits of about `scale` times ten, and targets of which a share is ignored."""
+    generator = torch.Generator().manual_seed(seed)
+    x_NC = torch.randn(N, C, generator=generator) * scale
+    w_VC = torch.randn(V, C, generator=generator) * 10 / C**0.5
+    targets_N = torch.randint(0, V, (N,), generator=generator)
+    targets_N[torch.rand(N, generator=generator) < ignored] = -1
+    return x_NC, w_VC, targets_N
+
+
+def dense(x_NC, w_VC, targets_N, cap, reduction):
+    logits_NV = x_NC @ w_VC.T
+    if cap:
+        logits_NV = cap * torch.tanh(logits_NV / cap)
+    return F.cross_entropy(logits_NV, targets_N, ignore_index=-1, reduction=reduction)
+
+
+def value_and_gradients(function, x_NC, w_VC):
+    """The loss and its gradients by x and W; "none" losses are weighted unevenly so that each token's one shows."""
+    x_NC, w_VC = x_NC.clone().requires_grad_(), w_VC.clone().requires_grad_()
+    loss = function(x_NC, w_VC)
+    (loss * torch.linspace(0.5, 2, loss.numel()).view(loss.shape)).sum().backward()
+    return loss.detach(), x_NC.grad, w_VC.grad
+
+
+def assert_equals_dense(x_NC, w_VC, targets_N, cap, reduction, **options):
+    got = value_and_gradients(
+        lambda x, w: softcap_cross_entropy(x, w, targets_N, cap, reduction, **options), x_NC, w_VC
+    )
+    expected = value_and_gradients(lambda x, w: dense(x, w, targets_N, cap, reduction), x_NC, w_VC)
+    for a, b in zip(got, expected, strict=True):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("cap", [15.0, 0.0])
+@pytest.mark.parametrize("chunk", [None, 7, 50, 64])
+def test_equals_the_dense_form(reduction, cap, chunk):
+    assert_equals_dense(*make(N=50, C=16, V=70), cap, reduction, chunk=chunk)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_without_gradients_the_value_is_the_same(reduction):
+    x_NC, w_VC, targets_N = make(N=50, C=16, V=70)
+    with torch.no_grad():
+        got = softcap_cross_entropy(x_NC, w_VC, targets_N, 15.0, reduction, chunk=16)
+        torch.testing.assert_close(got, dense(x_NC, w_VC, targets_N, 15.0, reduction), rtol=1e-5, atol=1e-5)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    N=st.integers(1, 40),
+    C=st.integers(1, 9),
+    V=st.integers(2, 50),
+    chunk=st.integers(1, 45),
+    cap=st.sampled_from([0.0, 5.0, 30.0]),
+    reduction=st.sampled_from(["sum", "none"]),
+    seed=st.integers(0, 1000),
+)
+def test_equals_the_dense_form_for_any_shape(N, C, V, chunk, cap, reduction, seed):
+    x_NC, w_VC, targets_N = make(N, C, V, seed=seed)
+    assert_equals_dense(x_NC, w_VC, targets_N, cap, reduction, chunk=chunk)
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
+def test_compiled_equals_the_dense_form():
+    assert_equals_dense(*make(N=50, C=16, V=70), 15.0, "mean", chunk=32, compiled=True)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_no_target_at_all_gives_zero_and_zero_gradients(reduction):
+    x_NC, w_VC, targets_N = make(N=12, C=8, V=20, ignored=1.1)
+    for result in value_and_gradients(
+        lambda x, w: softcap_cross_entropy(x, w, targets_N, 15.0, reduction, chunk=5), x_NC, w_VC
+    ):
+        assert torch.equal(result, torch.zeros_like(result))
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_every_negative_target_is_ignored(gradients):
+    x_NC, w_VC, targets_N = make(N=12, C=8, V=20)
+    x_NC.requires_grad_(gradients)
+    elsewhere = torch.where(targets_N < 0, -100, targets_N)
+    for reduction in ("mean", "sum", "none"):
+        losses = [softcap_cross_entropy(x_NC, w_VC, t, 15.0, reduction) for t in (targets_N, elsewhere)]
+        assert torch.equal(*losses)
+
+
+def test_bf16_activations_with_fp32_weights_stay_close_to_fp32():
+    x_NC, w_VC, targets_N = make(N=64, C=32, V=70)
+    x_NC, w_VC = x_NC.bfloat16(), w_VC.bfloat16().float()
+    loss, dx, dw = value_and_gradients(lambda x, w: softcap_cross_entropy(x, w, targets_N, 15.0, chunk=16), x_NC, w_VC)
+    expected, dx32, dw32 = value_and_gradients(lambda x, w: dense(x, w, targets_N, 15.0, "mean"), x_NC.float(), w_VC)
+    assert (loss.dtype, dx.dtype, dw.dtype) == (torch.float32, torch.bfloat16, torch.float32)
+    torch.testing.assert_close(loss, expected, rtol=2e-2, atol=0)
+    assert (dx.float() - dx32).norm() < 0.03 * dx32.norm()
+    assert (dw - dw32).norm() < 0.03 * dw32.norm()
+
+
+def test_extreme_logits_stay_finite_and_capped():
+    x_NC, w_VC, targets_N = make(N=10, C=4, V=20, scale=1e6)
+    for result in value_and_gradients(lambda x, w: softcap_cross_entropy(x, w, targets_N, 15.0, chunk=4), x_NC, w_VC):
+        assert torch.isfinite(result).all()
+    z = torch.linspace(-1e4, 1e4, 101)
+    assert softcap(z, 15.0).abs().max() <= 15
+    torch.testing.assert_close(softcap(z / 1e6, 15.0), z / 1e6, rtol=1e-4, atol=0)  # near zero it is the identity
+    assert torch.equal(softcap(z, 0.0), z)
+
+
+def test_an_unknown_reduction_is_refused():
+    with pytest.raises(ValueError, match="average"):
+        softcap_cross_entropy(*make(N=4, C=4, V=8), 15.0, "average")
+
+
+class LargestTensor(TorchDispatchMode):
+    """The most elements that any tensor made under it has."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self.elements = max(self.elements, leaf.numel())
+        return result
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_the_full_logits_never_exist(reduction):
+    N, C, V, chunk = 256, 8, 500, 32
+    x_NC, w_VC, targets_N = make(N, C, V)
+    with LargestTensor() as chunked:
+        value_and_gradients(lambda x, w: softcap_cross_entropy(x, w, targets_N, 15.0, reduction, chunk), x_NC, w_VC)
+    with LargestTensor() as whole:
+        value_and_gradients(lambda x, w: dense(x, w, targets_N, 15.0, reduction), x_NC, w_VC)
+    assert whole.elements == N * V  # the measure sees what it looks for
+    assert chunked.elements <= chunk * V
