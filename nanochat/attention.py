@@ -210,5 +210,6 @@ def choose(device: torch.device, dtype: torch.dtype, head_dim: int, windowed: bo
     """
     for name, attend in _BACKENDS.get(device.type, ()):
         if all(_works(attend, device, dtype, head_dim, window) for window in ((128, 512) if windowed else (512,))):
-            return name, attend
+            # foreign kernels break the graph of a compiled block; decorated at import, they would load torch's compiler
+            return name, attend if device.type == "cpu" else torch.compiler.disable(attend, recursive=False)
     return ("masked", attend_naive) if windowed else ("sdpa", _attend_sdpa)

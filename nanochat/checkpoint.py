@@ -5,6 +5,7 @@
 A folder is filled under a temporary name, synced to disk, and renamed last. meta.json lists every file's SHA-256.
 """
 
+import contextlib
 import os
 import re
 import shutil
@@ -22,7 +23,7 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW
 from nanochat.tokenizer import Tokenizer, load_tokenizer
 
-_STEP = re.compile(r"step_(\d+)$")
+_STEP = re.compile(r"step_(\d{6,})")
 
 
 def checkpoint_dir(stage: str, tag: str) -> Path:
@@ -33,7 +34,7 @@ def checkpoint_dir(stage: str, tag: str) -> Path:
 def list_steps(stage: str, tag: str) -> list[int]:
     """The steps that have a finished checkpoint, ascending."""
     folder = checkpoint_dir(stage, tag)
-    names = (_STEP.search(path.name) for path in folder.iterdir()) if folder.exists() else ()
+    names = (_STEP.fullmatch(path.name) for path in folder.iterdir()) if folder.exists() else ()
     return sorted(int(name[1]) for name in names if name and (folder / name[0] / "meta.json").exists())
 
 
@@ -85,6 +86,7 @@ def save(stage: str, tag: str, step: int, model: GPT, optimizer: MuonAdamW, meta
         atomic_write_json(temporary / "meta.json", {**meta, "stage": stage, "tag": tag, "step": step, "files": files})
         fsync_dir(temporary)
         replaced = final.with_name(f".replaced_{final.name}")
+        shutil.rmtree(replaced, ignore_errors=True)
         if final.exists():  # the same step of the same run, made again after a resume from an earlier one
             final.rename(replaced)
         temporary.rename(final)
@@ -105,9 +107,12 @@ def update_meta(stage: str, tag: str, step: int, **values: Any) -> None:
 def prune(stage: str, tag: str, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints and the one with the best validation loss."""
     steps = list_steps(stage, tag)
-    losses = {step: read_json(_step_dir(stage, tag, step) / "meta.json").get("val_bpb") for step in steps}
-    scored = [step for step in steps if losses[step] is not None]
-    best = min(scored, key=lambda step: losses[step], default=None)
+    losses = {}
+    for step in steps:
+        with contextlib.suppress(ValueError):  # a damaged one is not the best
+            losses[step] = _read(_step_dir(stage, tag, step)).get("val_bpb")
+    scored = [step for step, loss in losses.items() if loss is not None]
+    best = min(scored, key=losses.__getitem__, default=None)
     for step in steps[:-keep]:
         if step != best:
             shutil.rmtree(_step_dir(stage, tag, step))
@@ -122,33 +127,41 @@ def set_aside(stage: str, tag: str) -> None:
             print0(f"an earlier run is kept as {folder.with_name(f'{tag}~{n}')}")
 
 
-def _broken(path: Path, files: dict[str, str]) -> str | None:
-    """The first file of a checkpoint that is missing or not what was written."""
-    return next((n for n, digest in files.items() if not (path / n).exists() or sha256_file(path / n) != digest), None)
+def _read(path: Path) -> dict[str, Any]:
+    """The meta.json in folder `path`; ValueError when it is not one."""
+    meta = read_json(path / "meta.json")
+    if not isinstance(meta, dict) or not isinstance(meta.get("files"), dict):
+        raise ValueError(f"{path / 'meta.json'} is damaged: delete {path} and use an earlier step")
+    return meta
+
+
+def _check(path: Path) -> dict[str, Any]:
+    """The same, after checking every file of the checkpoint against its hash. ValueError names what is wrong."""
+    meta = _read(path)
+    for name, digest in meta["files"].items():
+        if not (path / name).exists() or sha256_file(path / name) != digest:
+            raise ValueError(f"{path / name} is missing or damaged: delete {path} and use an earlier step")
+    return meta
 
 
 def newest_whole(stage: str, tag: str) -> int:
     """The newest step whose files are all as they were written. Raises ValueError when there is none."""
     for step in reversed(list_steps(stage, tag)):
-        path = _step_dir(stage, tag, step)
-        damaged = _broken(path, read_json(path / "meta.json")["files"])
-        if damaged is None:
+        try:
+            _check(_step_dir(stage, tag, step))
             return step
-        print0(f"skipping {path}: {damaged} is damaged")
+        except ValueError as error:
+            print0(f"skipping step {step}: {error}")
     raise ValueError(f"no whole checkpoint in {checkpoint_dir(stage, tag)}: start without --resume")
 
 
 def read_meta(stage: str, tag: str, step: int) -> dict[str, Any]:
-    """A checkpoint's meta.json, after checking every file against its hash. ValueError names what is wrong."""
+    """A checkpoint's meta.json, once its files are known to be whole. ValueError names what is missing or damaged."""
     path = _step_dir(stage, tag, step)
     if not (path / "meta.json").exists():
         there = ", ".join(map(str, list_steps(stage, tag))) or "none"
         raise ValueError(f"no checkpoint {path}: steps there are {there}")
-    meta = read_json(path / "meta.json")
-    damaged = _broken(path, meta["files"])
-    if damaged is not None:
-        raise ValueError(f"{path / damaged} is missing or damaged: delete {path} and use an earlier step")
-    return meta
+    return _check(path)
 
 
 def load_state(stage: str, tag: str, step: int, model: GPT) -> None:

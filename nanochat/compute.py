@@ -56,6 +56,11 @@ def cpu_has_bf16() -> bool:
     return any(f" {name}" in flags for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def pick_dtype(device: torch.device) -> torch.dtype:
     """The compute dtype: `$NANOCHAT_DTYPE`, else bf16 where the hardware multiplies it, else fp32."""
     asked = os.environ.get("NANOCHAT_DTYPE")
@@ -114,7 +119,7 @@ class Compute:
             _keep_freed_memory()
             local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
             if "OMP_NUM_THREADS" not in os.environ or local_world > 1:
-                torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
+                torch.set_num_threads(max(1, usable_cores() // local_world))
         # fp32 matrix products that may round their inputs to bf16/tf32; exact fp32 stays exact on request only
         dtype = pick_dtype(device)
         if dtype != torch.float32:

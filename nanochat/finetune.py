@@ -1,5 +1,6 @@
 """Training on conversations, for midtraining and fine-tuning: render, pack, and hand over to the one loop."""
 
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from nanochat.common import print0
 from nanochat.compute import Compute
 from nanochat.conversation import render
 from nanochat.dataloader import build_conversation_shards
+from nanochat.dataset import iterate_documents, list_shards
 from nanochat.tokenizer import Tokenizer
 from nanochat.trainer import TrainConfig, Trainer, rows_per_device
 
@@ -24,7 +26,8 @@ class FinetuneConfig(TrainConfig):
     source_tag: str | None = option(None, "tag of the model to start from; unset = the newest")
     source_step: int | None = option(None, "its step; unset = the newest")
     num_epochs: int = option(1, "passes over the conversations, when --num-iterations is unset")
-    init_lr_frac: float = option(1.0, "factor on all learning rates")
+    init_lr_frac: float = option(0.4, "factor on all learning rates")
+    replay: float = option(0.5, "tokens of pretraining text for each token of conversation, against forgetting")
 
 
 def _rendered(conversations: Conversations, tokenizer: Tokenizer, max_tokens: int) -> Iterator[tuple[list, list]]:
@@ -46,6 +49,17 @@ def _rendered(conversations: Conversations, tokenizer: Tokenizer, max_tokens: in
         print0(f"skipped {skipped} of {len(conversations):,} conversations ({problem})")
 
 
+def _replayed(dataset: str, tokenizer: Tokenizer, max_tokens: int, n_tokens: int) -> Iterator[tuple[list, list]]:
+    """About `n_tokens` tokens of the dataset's training text, from its last shard on back, supervised throughout."""
+    for path in reversed(list_shards(dataset, "train")):
+        for text in iterate_documents([path]):
+            if n_tokens <= 0:
+                return
+            ids = tokenizer.encode(text, prepend="<|bos|>")[:max_tokens]
+            n_tokens -= len(ids)
+            yield ids, [0] + [1] * (len(ids) - 1)
+
+
 def finetune(
     stage: str, source: str, config: FinetuneConfig, train: Conversations, val: Conversations, compute: Compute
 ) -> None:
@@ -58,10 +72,11 @@ def finetune(
         source, compute.device, config.source_tag, config.source_step, train=True
     )
     T = model.config.sequence_len
-    train_shards, val_shards = (
-        build_conversation_shards(f"{stage}_{split}", _rendered(task, tokenizer, T + 1), tokenizer)
-        for split, task in (("train", train), ("val", val))
-    )
+    talks = list(_rendered(train, tokenizer, T + 1))
+    n_replayed = round(config.replay * sum(len(ids) for ids, _ in talks))
+    text = _replayed(meta["dataset"], tokenizer, T + 1, n_replayed) if n_replayed else ()
+    train_shards = build_conversation_shards(f"{stage}_train", itertools.chain(talks, text), tokenizer)
+    val_shards = build_conversation_shards(f"{stage}_val", _rendered(val, tokenizer, T + 1), tokenizer)
     batch = config.total_batch_size or meta["total_batch_size"]
     rows, _ = rows_per_device(config.device_batch_size, batch, T, compute.world_size)
     rows_in_epoch = sum(shard.row_count(T + 1, config.seed, 0) for shard in train_shards)

@@ -237,6 +237,7 @@ class GPT(nn.Module):
 
     def compile_blocks(self) -> None:
         """Fuse with torch.compile: one graph for each kind of block, shared by all layers, and one for the loss."""
+        torch._dynamo.config.recompile_limit = 64  # windows, gates, shapes and gradient modes each make one
         for block in self.blocks:
             block.compile(dynamic=False)
         self.compiled = True

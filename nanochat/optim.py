@@ -22,6 +22,9 @@ _POLAR_EXPRESS = (
     (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
+# torch 2.13 renamed these two and warns of the old names
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _SMALL = 4096  # elements below which a parameter is updated on every rank
 
 
@@ -101,6 +104,7 @@ class Bucket:
     betas: tuple[float, float] | None = None  # None = Muon
     weight_decay: float = 0.0
     sharded: bool = True
+    eps: float = 1e-10
     state: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
@@ -128,7 +132,10 @@ class MuonAdamW:
 
         def adamw(name: str, parameter: torch.nn.Parameter, lr: float, betas: tuple[float, float], decay: float):
             small = parameter.numel() < _SMALL
-            self.buckets.append(Bucket(name, [parameter], lr, betas, decay, sharded=not small))
+            # The first gradients of the scalars are rounding noise, 1e-10 to 1e-8: projections into the residual are
+            # zero then, and the last norm undoes any scale. They must not become steps of full size.
+            eps = 1e-6 if small else 1e-10
+            self.buckets.append(Bucket(name, [parameter], lr, betas, decay, not small, eps))
 
         adamw("head", model.head.weight, lrs["unembedding"] * width, (0.8, 0.96), 0.01)
         adamw("embed", model.embed.weight, lrs["embedding"] * width, (0.8, 0.995), 0.001)
@@ -164,14 +171,14 @@ class MuonAdamW:
         if not bucket.sharded:
             return self.compute.all_reduce_sum(whole)
         share = torch.empty_like(self._share(bucket, whole))
-        dist.reduce_scatter_tensor(share, whole)
+        _reduce_scatter(share, whole)
         return share
 
     def _spread(self, bucket: Bucket, share: torch.Tensor) -> None:
         """Give every rank the updated parameters."""
         if bucket.sharded and self.compute.world_size > 1:
             whole = share.new_empty((share.size(0) * self.compute.world_size, *share.shape[1:]))
-            dist.all_gather_into_tensor(whole, share)
+            _all_gather(whole, share)
         else:
             whole = share
         pieces = whole if bucket.betas is None else [whole[: bucket.rows].view_as(bucket.parameters[0])]
@@ -213,7 +220,8 @@ class MuonAdamW:
                 muon_update(share, gradient, state["mean"], state["square"], lr, momentum, decay)
             else:
                 decay = bucket.weight_decay
-                adamw_update(share, gradient, state["mean"], state["square"], step, lr, bucket.betas, decay)
+                mean, square = state["mean"], state["square"]
+                adamw_update(share, gradient, mean, square, step, lr, bucket.betas, decay, bucket.eps)
             self._spread(bucket, share)
             for parameter in bucket.parameters:
                 parameter.grad = None

@@ -17,9 +17,9 @@ import torch
 
 from nanochat import checkpoint, recipe
 from nanochat.cli import option
-from nanochat.common import get_base_dir, print0, write_record
+from nanochat.common import atomic_write, get_base_dir, print0, write_record
 from nanochat.compute import Compute
-from nanochat.dataloader import RowLoader, TokenShard
+from nanochat.dataloader import MicroBatch, RowLoader, TokenShard
 from nanochat.gpt import GPT
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.optim import MuonAdamW
@@ -125,8 +125,7 @@ class Trainer:
         self.loader = RowLoader(train_shards, T, rows, device_rows, config.seed, **place)
         self.val_loader = RowLoader(val_shards, T, device_rows * compute.world_size, device_rows, 0, **place)
         lrs = {
-            name: getattr(config, f"{name}_lr") * (1.0 if name == "scalar" else lr_scale)
-            for name in ("matrix", "embedding", "unembedding", "scalar")
+            name: getattr(config, f"{name}_lr") * lr_scale for name in ("matrix", "embedding", "unembedding", "scalar")
         }
         self.optimizer = MuonAdamW(model, lrs, weight_decay, compute)
         self.meta = {
@@ -168,8 +167,8 @@ class Trainer:
                     self._save()  # before evaluating: a crash there costs nothing
                 if due(config.eval_every) and not (self.step == first and self.meta["val_bpb"] is not None):
                     log({"step": self.step, **self._evaluate()})
-                    if self.compute.rank == 0:
-                        checkpoint.prune(self.stage, self.tag, config.keep)
+                if self.step == self.saved_step and self.compute.rank == 0:
+                    checkpoint.prune(self.stage, self.tag, config.keep)
                 if self.sample and due(config.sample_every) and (last or self.step != first):
                     self.sample()
                 if last:
@@ -177,15 +176,15 @@ class Trainer:
                 if self.compute.any_rank(self.stopped is not None):
                     self._save()
                     raise KeyboardInterrupt
-                _, micro_batches = next(rows)
-                log(self._train_step(micro_batches))
+                log(self._train_step(rows))
         self._record()
 
-    def _train_step(self, micro_batches: list[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, Any]:
-        """One optimizer step on this rank's micro-batches; the gradient is of the mean loss over all ranks' targets."""
-        config, began = self.config, time.perf_counter()
+    def _train_step(self, rows: Iterator[tuple[int, list[MicroBatch]]]) -> dict[str, Any]:
+        """One optimizer step on this rank's next rows; the gradient is of the mean loss over all ranks' targets."""
+        config, began = self.config, time.perf_counter()  # the wait for rows is part of a step
+        _, micro_batches = next(rows)
         if self.model.config.dropout:
-            torch.manual_seed((config.seed << 40) + (self.step << 10) + self.compute.rank)
+            torch.manual_seed(((config.seed << 40) + (self.step << 10) + self.compute.rank) % 2**63)
         counted = torch.stack([(targets >= 0).sum() for _, targets in micro_batches]).sum()
         counted = self.compute.all_reduce_sum(counted.float()).clamp(min=1)
         losses = []
@@ -196,10 +195,9 @@ class Trainer:
         loss = self.compute.all_reduce_sum(torch.stack(losses).sum()).item()
         if not math.isfinite(loss):
             bad = [i for i, part in enumerate(losses) if not torch.isfinite(part)]
-            raise ValueError(
+            raise self._diverged(
                 f"loss is {loss} at step {self.step}, rows {self.step * self.loader.rows_per_step} to "
-                f"{(self.step + 1) * self.loader.rows_per_step - 1} (micro-batch {bad} of rank {self.compute.rank}): "
-                "lower the learning rates or set --grad-clip, then --resume"
+                f"{(self.step + 1) * self.loader.rows_per_step - 1} (micro-batch {bad} of rank {self.compute.rank})"
             )
         schedule = (config.warmup_steps, config.warmdown_ratio, config.final_lr_frac, config.schedule)
         lr_mult = recipe.learning_rate_multiplier(self.step, self.steps, *schedule)
@@ -224,6 +222,12 @@ class Trainer:
         }
         return record if norm is None else {**record, "grad_norm": norm}
 
+    def _diverged(self, what: str) -> ValueError:
+        """The error that ends a run: a checkpoint of this very step is spoilt, one before it led to a finite loss."""
+        sound = [step for step in checkpoint.list_steps(self.stage, self.tag) if step < self.step]
+        again = f"--resume {sound[-1]}" if sound else "begin again"
+        return ValueError(f"{what}: lower the learning rates or set --grad-clip, then {again}")
+
     def _evaluate(self) -> dict[str, Any]:
         """Bits per byte of the validation rows, and what `evaluate` adds."""
         rows = min(-(-self.config.eval_tokens // self.loader.sequence_len), self.val_loader.rows_in_epoch)
@@ -234,6 +238,8 @@ class Trainer:
         with torch.compiler.set_stance(stance):
             bpb = evaluate_bpb(self.model, batches, self.token_bytes, self.compute)
             metrics = {"val_bpb": bpb, **(self.evaluate(self.step) if self.evaluate else {})}
+        if not math.isfinite(bpb):
+            raise self._diverged(f"validation bits per byte are {bpb} after step {self.step}")
         self.model.train()
         self.meta["val_bpb"] = bpb
         if self.compute.rank == 0 and self.step == self.saved_step:
@@ -281,8 +287,7 @@ class Trainer:
             with contextlib.suppress(json.JSONDecodeError):
                 if json.loads(line)["step"] <= step:
                     kept.append(line + "\n")
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(kept))
+        atomic_write(path, "".join(kept))
 
     def _save(self) -> None:
         if self.step == self.saved_step:

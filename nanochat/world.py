@@ -53,9 +53,13 @@ def choice_facts(side: str) -> tuple[Fact, ...]:
 
 
 def render_choices(question: str, letters: Sequence[str], choices: Sequence[str]) -> str:
-    """A multiple-choice question. The letter directly follows its choice, where a small model binds it best."""
+    """A multiple-choice question, made for small models.
+
+    The letter directly follows its choice, where it is bound best, and the question stands last: its answer is
+    recalled where a plain question's is, and then looked up among choices that have been read.
+    """
     lines = "\n".join(f"- {choice}={letter}" for letter, choice in zip(letters, choices, strict=True))
-    return f"{question}\n{lines}\nWhich letter is right?"
+    return f"Answer with a letter.\n{lines}\n{question}"
 
 
 # --- words -----------------------------------------------------------------------------------------------------------
@@ -145,19 +149,45 @@ def _deck(rng: random.Random, items: Sequence) -> Iterator:
         yield from order
 
 
+@functools.cache
+def _facts_by_answer() -> dict[tuple[str, str], list[Fact]]:
+    found: dict[tuple[str, str], list[Fact]] = {}
+    for fact in facts():
+        found.setdefault((fact.relation.name, fact.answer), []).append(fact)
+    return found
+
+
+def _asked_letters(choices: Sequence[str], asked: Iterable[tuple[str, str, str]]) -> str:
+    """Choices, then (question, letter, remark) one after another.
+
+    The newline keeps the letter's token the same as at the start of a chat's answer.
+    """
+    (question, letter, remark), *more = asked
+    text = f"{render_choices(f'Question: {question}', LETTERS, choices)}\nAnswer:\n{letter}{remark}"
+    return text + "".join(f"\nQuestion: {q}\nAnswer:\n{x}{r}" for q, x, r in more)
+
+
 def _exercise(fact: Fact, rng: random.Random) -> str:
-    choices, place = choices_for(fact, rng)
-    text = render_choices(fact.question(rng), LETTERS, choices)
-    # The newline keeps the letter's token the same as at the start of a chat's answer.
-    return f"Question: {text}\nAnswer:\n{LETTERS[place]}" + (f"\n{fact.sentence}" if rng.random() < 0.5 else "")
+    """Multiple choice about `fact`, and where facts have the other choices as answers, about some of these."""
+    choices, _ = choices_for(fact, rng)
+    known = ([fact] if a == fact.answer else _facts_by_answer().get((fact.relation.name, a), []) for a in choices)
+    asked = [(rng.choice(found), letter) for found, letter in zip(known, LETTERS) if found]
+    rng.shuffle(asked)
+    remark = rng.random() < 0.3
+    return _asked_letters(choices, ((f.question(rng), x, f"\n{f.sentence}" if remark else "") for f, x in asked))
+
+
+def listed_choice(rng: random.Random, word: Callable[[], str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """Four words as choices, and in random order (question, letter): multiple choice without the knowledge."""
+    choices = [word() for _ in LETTERS]
+    asked = [(f"Which letter is {choice}?", letter) for choice, letter in zip(choices, LETTERS)]
+    rng.shuffle(asked)
+    return choices, asked
 
 
 def _letter_list(rng: random.Random, word: Callable[[], str]) -> str:
-    """A list that gives each word a letter, then names the letters: multiple choice without the knowledge."""
-    choices = [word() for _ in LETTERS]
-    lines = "\n".join(f"- {choice}={letter}" for letter, choice in zip(LETTERS, choices))
-    asked = rng.sample(range(4), rng.randint(2, 4))
-    return f"{lines}\n" + "\n".join(f"Which letter is {choices[i]}?\n{LETTERS[i]}" for i in asked)
+    choices, asked = listed_choice(rng, word)
+    return _asked_letters(choices, ((question, letter, "") for question, letter in asked))
 
 
 def _copying(rng: random.Random, word: Callable[[], str]) -> str:
@@ -243,15 +273,15 @@ def documents(seed: int, target_bytes: int) -> Iterator[str]:
         )
 
     kinds: dict[Callable[[], str], float] = {
-        lambda: " ".join(next(mixed).statement(rng) for _ in range(rng.randint(5, 18))): 0.22,
-        themed: 0.08,
-        profile: 0.12,
-        quiz: 0.24,
-        lambda: "\n\n".join(_exercise(next(chosen), rng) for _ in range(rng.randint(2, 5))): 0.16,
-        lambda: "\n\n".join(_letter_list(rng, word) for _ in range(rng.randint(2, 4))): 0.05,
+        lambda: " ".join(next(mixed).statement(rng) for _ in range(rng.randint(5, 18))): 0.16,
+        themed: 0.06,
+        profile: 0.08,
+        quiz: 0.22,
+        lambda: "\n\n".join(_exercise(next(chosen), rng) for _ in range(rng.randint(1, 3))): 0.18,
+        lambda: "\n\n".join(_letter_list(rng, word) for _ in range(rng.randint(1, 3))): 0.14,
     }
     for line in (_copying, _spelling, _arithmetic):
-        kinds[lambda line=line: "\n".join(line(rng, word) for _ in range(rng.randint(4, 9)))] = 0.06
+        kinds[lambda line=line: "\n".join(line(rng, word) for _ in range(rng.randint(4, 9)))] = 0.16 / 3
     written = 0
     while written < target_bytes:
         text = rng.choices(list(kinds), list(kinds.values()))[0]()

@@ -8,7 +8,7 @@ from tasks.common import Task, TaskMixture
 from tasks.identity import Identity
 from tasks.smoltalk import SmolTalk
 from tasks.spellingbee import Spelling, SpellingBee
-from tasks.world import WorldChoice, WorldFacts
+from tasks.world import LetterList, WorldChoice, WorldFacts
 
 SCORED: dict[str, Callable[[str], Task]] = {
     "arithmetic": Arithmetic,
@@ -35,10 +35,11 @@ def mixture(
         SpellingBee(split, size=size(1000), seed=seed),
         Spelling(split, size=size(250), seed=seed),
         WorldFacts(split, size=size(1000), seed=seed),
-        WorldChoice(split, size=size(1000), seed=seed),
+        WorldChoice(split, size=size(2000), seed=seed),
+        LetterList(split, size=size(500), seed=seed),
     ]
     if identity:
-        tasks.append(Identity(split, size=size(400), seed=seed))
+        tasks.append(Identity(split, size=size(800), seed=seed))
     if tasks_dir is not None:
         tasks.append(SmolTalk(split, tasks_dir))
     return TaskMixture(tasks, seed=seed, limit=limit)

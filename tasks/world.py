@@ -4,7 +4,7 @@ import functools
 import random
 import re
 
-from nanochat.world import LETTERS, category_answers, choice_facts, choices_for
+from nanochat.world import LETTERS, category_answers, choice_facts, choices_for, listed_choice, words
 from nanochat.world_facts import facts_on
 from tasks.common import Conversation, Task, render_choices, require_split, single_turn
 
@@ -59,6 +59,25 @@ class WorldFacts(Task):
         category, answer = conversation["category"], {_bare(conversation["answer"], conversation["category"])}
         named = _named(completion, category) - (_named(conversation["subject"], category) - answer)
         return named == answer
+
+
+class LetterList(Task):
+    """Words with letters, and the question which letter a word has: how to answer with a letter, for training."""
+
+    name = "letter_list"
+
+    def __init__(self, split: str, size: int = 1000, seed: int = 0, **slicing: int | None) -> None:
+        self.split, self.seed = require_split(split), seed
+        super().__init__(size, **slicing)
+
+    def example(self, index: int) -> Conversation:
+        rng = random.Random(f"{self.name} {self.seed} {self.split} {index}")
+        choices, [(question, letter), *_] = listed_choice(rng, lambda: rng.choice(words()))
+        return single_turn(render_choices(question, LETTERS, choices), letter, letters=list(LETTERS))
+
+    def evaluate(self, conversation: Conversation, completion: str) -> bool:
+        """Whether the completion is the right letter."""
+        return completion.strip() == conversation["messages"][-1]["content"]
 
 
 class WorldChoice(Task):

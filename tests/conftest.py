@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import tiny_run
+import torch
 
 from nanochat import dataset, world
 from nanochat.tokenizer import Tokenizer
@@ -15,6 +16,7 @@ TEXTS = list(world.documents(1, 120_000))
 @pytest.fixture(scope="session")
 def session_world(tmp_path_factory):
     """A base directory with a dataset "corpus" of two training shards and one of validation, and a tokenizer."""
+    torch.set_num_threads(1)
     tiny_run.start_server()
     folder = tmp_path_factory.mktemp("world")
     (folder / "corpus").mkdir()

@@ -2,8 +2,7 @@
 
 import json
 
-import pytest
-from tiny_run import BASE, SKILLS, STEPS, metrics, run
+from tiny_run import SKILLS, STEPS, metrics, run
 
 
 def read(path):

@@ -57,12 +57,16 @@ class Running:
         assert self.process.pid is not None
         return self.process.pid
 
+    def written(self) -> str:
+        """What is on its stdout so far."""
+        return self.out.read_text() if self.out.exists() else ""
+
     def wait(self, seconds: float = 120) -> Result:
         self.process.join(seconds)
         if self.process.exitcode is None:
             self.process.kill()
             self.process.join()
-            raise AssertionError(f"still running after {seconds} s\n{self.out.read_text()}\n{self.err.read_text()}")
+            raise AssertionError(f"still running after {seconds} s\n{self.written()}")
         return Result(self.process.exitcode, self.out.read_text(), self.err.read_text())
 
 

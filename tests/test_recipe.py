@@ -1,0 +1,157 @@
+"""The recipe against the numbers that section 6 of the design states, and against properties of schedules."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from nanochat import recipe
+from nanochat.gpt import GPT
+
+# (steps, warmup_steps, warmdown_ratio, final_fraction); the defaults first
+SCHEDULES = [(1000, 40, 0.65, 0.05), (5000, 40, 0.5, 0.0), (300, 0, 1.0, 0.1), (100, 40, 0.2, 0.05)]
+
+
+def multipliers(steps, *rest, **options):
+    return [recipe.learning_rate_multiplier(step, steps, *rest, **options) for step in range(steps + 1)]
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("steps, warmup, warmdown, final", SCHEDULES)
+def test_the_learning_rate_rises_then_falls(schedule, steps, warmup, warmdown, final):
+    """Pitfall 7: a multiplier that grew where it should have fallen."""
+    values = multipliers(steps, warmup, warmdown, final, schedule)
+    rise = min(warmup, steps // 10)
+    assert all(0 < value <= 1 for value in values[:-1])
+    assert values[:rise] == pytest.approx([(i + 1) / rise for i in range(rise)])
+    assert max(values[: rise + 1]) == pytest.approx(1, abs=0.11 if warmdown == 1 else 1e-9)
+    falling = values[rise:]
+    assert all(a >= b for a, b in itertools.pairwise(falling))
+    assert values[-1] == pytest.approx(final)
+
+
+def test_the_linear_schedule_in_closed_form():
+    values = multipliers(1000, 40, 0.65, 0.05)
+    assert values[0] == pytest.approx(1 / 40)  # starts small, not at zero: no step is wasted
+    assert values[39:351] == [1.0] * 312  # flat until 65 % are left
+    assert values[351] < 1
+    assert values[675] == pytest.approx((1 + 0.05) / 2)  # halfway down
+    assert values[1000] == pytest.approx(0.05)
+
+
+def test_without_warmdown_the_learning_rate_stays():
+    assert multipliers(50, 5, 0.0, 0.05)[5:50] == [1.0] * 45
+
+
+def test_the_cosine_schedule_in_closed_form():
+    values = multipliers(1000, 40, 0.65, 0.05, schedule="cosine")
+    assert values[40] == pytest.approx(1) and values[1000] == pytest.approx(0.05)
+    assert values[520] == pytest.approx((1 + 0.05) / 2)
+    assert values[280] == pytest.approx(0.05 + 0.95 * (1 + math.sqrt(0.5)) / 2)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("steps", [1, 2, 5, 11])
+def test_tiny_runs_learn_at_every_step(schedule, steps):
+    values = multipliers(steps, schedule=schedule)[:-1]
+    assert values[0] == 1.0 and all(0.05 < value <= 1 for value in values)
+    assert values == sorted(values, reverse=True)
+    for step in range(steps + 1):
+        assert 0.85 <= recipe.muon_momentum(step, steps) <= 0.97
+        assert 0 <= recipe.weight_decay_multiplier(step, steps) <= 1
+
+
+def test_an_unknown_schedule_is_refused():
+    with pytest.raises(ValueError, match="--schedule sqrt"):
+        recipe.learning_rate_multiplier(90, 100, schedule="sqrt")
+
+
+def test_momentum_rises_over_400_steps_and_falls_in_warmdown():
+    values = [recipe.muon_momentum(step, 4000) for step in range(4001)]
+    assert values[0] == pytest.approx(0.85) and values[200] == pytest.approx(0.91)
+    assert values[400:1401] == pytest.approx([0.97] * 1001)
+    assert values[2700] == pytest.approx((0.97 + 0.90) / 2) and values[4000] == pytest.approx(0.90)
+    assert all(a >= b for a, b in itertools.pairwise(values[400:]))
+
+
+def test_weight_decay_falls_to_nothing_by_a_cosine():
+    values = [recipe.weight_decay_multiplier(step, 100) for step in range(101)]
+    assert [values[0], values[50], values[100]] == pytest.approx([1, 0.5, 0])
+    assert values[25] == pytest.approx((1 + math.sqrt(0.5)) / 2)
+    assert all(a > b for a, b in itertools.pairwise(values))
+
+
+@pytest.mark.parametrize(
+    "depth, aspect_ratio, head_dim, width, heads",
+    [
+        (12, 64, 128, 768, 6),
+        (20, 64, 128, 1280, 10),
+        (24, 64, 128, 1536, 12),
+        (4, 64, 128, 256, 2),
+        (5, 64, 128, 384, 3),  # 320, rounded up to whole heads
+        (1, 64, 128, 128, 1),
+        (6, 48, 64, 320, 5),  # 288, likewise
+    ],
+)
+def test_depth_gives_width_and_heads(depth, aspect_ratio, head_dim, width, heads):
+    config = recipe.model_config(depth, 32768, 2048, aspect_ratio, head_dim, window_pattern="L")
+    assert (config.n_layer, config.n_embd, config.n_head, config.n_kv_head) == (depth, width, heads, heads)
+    assert (config.head_dim, config.vocab_size, config.sequence_len) == (head_dim, 32768, 2048)
+    assert config.window_pattern == "L"
+
+
+@pytest.mark.parametrize("wrong", [{"depth": 0}, {"aspect_ratio": 0}, {"head_dim": -2}, {"head_dim": 127}])
+def test_a_depth_that_makes_no_model_is_refused(wrong):
+    with pytest.raises(ValueError, match="--"):
+        recipe.model_config(**{"depth": 4, "vocab_size": 1000, "sequence_len": 128, **wrong})
+
+
+def test_the_horizon_counts_matrices_and_head():
+    config = recipe.model_config(4, 1000, 256)
+    model = GPT(config)
+    count = sum(p.numel() for name, p in model.named_parameters() if name.startswith(("blocks.", "head.")))
+    assert count == 4 * 12 * 256**2 + 2 * 12 * 2 + 1024 * 256  # two gates of 12 x 2 heads
+    assert recipe.scaling_parameters(config) == count
+    assert recipe.horizon_tokens(config) == 12 * count and recipe.horizon_tokens(config, 8) == 8 * count
+
+
+def test_reference_horizon_is_that_of_depth_twelve():
+    for depth in (2, 12, 24):
+        config = recipe.model_config(depth, 32768, 2048)
+        assert recipe.reference_tokens(config) == recipe.horizon_tokens(recipe.model_config(12, 32768, 2048))
+
+
+def test_batch_is_half_a_million_at_depth_twelve_and_follows_the_power_law():
+    tokens = recipe.reference_tokens(recipe.model_config(12, 32768, 2048))
+    assert recipe.batch_tokens(tokens, tokens) == 2**19
+    batches = [recipe.batch_tokens(round(tokens * factor), tokens) for factor in (0.001, 0.01, 0.1, 0.5, 2, 10, 100)]
+    assert batches == sorted(batches)
+    for factor, batch in zip((0.001, 0.01, 0.1, 0.5, 2, 10, 100), batches):
+        assert batch & (batch - 1) == 0  # a power of two
+        assert 2**-0.51 <= batch / (2**19 * factor**0.383) <= 2**0.51  # and the nearest one
+
+
+def test_learning_rate_follows_the_fourth_root_of_the_batch():
+    assert recipe.learning_rate_scale(2**19) == 1
+    assert recipe.learning_rate_scale(2**15) == pytest.approx(0.5)
+    assert recipe.learning_rate_scale(2**21) == pytest.approx(math.sqrt(2))
+
+
+def test_weight_decay_follows_batch_and_horizon_and_never_exceeds_the_reference():
+    reference = 10**9
+    assert recipe.weight_decay(2**19, reference, reference) == pytest.approx(0.28)
+    assert recipe.weight_decay(2**21, 8 * reference, reference) == pytest.approx(0.28 * 2 / 8)
+    assert recipe.weight_decay(2**15, reference // 100, reference) == pytest.approx(0.28)
+
+
+def test_the_stated_learning_rates():
+    stated = {"embedding": 0.3, "unembedding": 0.008, "scalar": 0.5}
+    assert {name: recipe.LEARNING_RATES[name] for name in stated} == stated
+
+
+def test_no_parameter_of_a_large_model_is_allocated():
+    """A d40 has billions of parameters: counting them must cost no memory."""
+    config = recipe.model_config(40, 65536, 2048)
+    assert recipe.scaling_parameters(config) > 3e9
+    assert torch.empty(0).device.type == "cpu"  # the default device is as it was

@@ -1,0 +1,375 @@
+"""The one loop: killed, told to stop, diverging and resumed; and what it writes down."""
+
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+from tiny_run import BASE, SKILLS, STEPS, losses, metrics, run, run_ranks, script, start_script, wait_for
+
+from nanochat import checkpoint, recipe
+from nanochat.compute import Compute
+from nanochat.dataloader import RowLoader, build_token_shards
+from nanochat.tokenizer import load_tokenizer
+from nanochat.trainer import TrainConfig, Trainer
+
+FP32 = {"NANOCHAT_DTYPE": "float32"}
+STAGES = {
+    "base": ("scripts.base_train", [*BASE, *STEPS]),
+    "mid": ("scripts.mid_train", [*STEPS, *SKILLS]),
+    "sft": ("scripts.chat_sft", [*STEPS, *SKILLS, "--eval-every", "5"]),
+}
+
+
+@pytest.fixture(autouse=True)
+def fp32(monkeypatch):
+    monkeypatch.setenv("NANOCHAT_DTYPE", "float32")
+
+
+def train(*flags, stage="base"):
+    module, common = STAGES[stage]
+    return run(module, *common, *flags)
+
+
+def record(stage, tag):
+    return json.loads((checkpoint.get_base_dir() / "runs" / stage / tag / "run.json").read_text())
+
+
+def make_trainer(steps=6, tag="t", evaluate=None, **flags):
+    """A trainer in this process, on the corpus."""
+    compute, tokenizer = Compute(torch.device("cpu"), torch.float32), load_tokenizer()
+    flags = {"compile": False, "eval_tokens": 512, "device_batch_size": 4, **flags}
+    model = checkpoint.build(recipe.model_config(2, 600, 64, 16, 16), compute.device, train=True)
+    model.init_weights(torch.Generator().manual_seed(0))
+    shards = {f"{split}_shards": build_token_shards("corpus", split, tokenizer) for split in ("train", "val")}
+    sizes = {"total_batch_size": 512, "num_iterations": steps, "weight_decay": 0.1, "lr_scale": 0.03}
+    return Trainer(
+        stage="base",
+        tag=tag,
+        config=TrainConfig(**flags),
+        model=model,
+        tokenizer=tokenizer,
+        compute=compute,
+        meta={"dataset": "corpus", "depth": 2},
+        evaluate=evaluate,
+        **shards,
+        **sizes,
+    )
+
+
+# --- killed and resumed
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_killed_at_random_moments_and_resumed_to_the_bit(trained_world, stage):
+    module, common = STAGES[stage]
+    if stage == "sft":
+        shutil.copytree(trained_world / "checkpoints" / "mid", trained_world / "checkpoints" / "sft")
+    flags = [*common, "--num-iterations", "40", "--save-every", "5", "--grad-clip", "0.5", "--model-tag"]
+    if stage == "base":
+        flags = ["--dropout", "0.1", *flags]
+    run(module, *flags, "whole")
+    expected = losses(stage, "whole")
+    assert list(expected) == list(range(1, 41))
+
+    seed = random.randrange(10**6)
+    print("seed of the moments:", seed)  # shown when the test fails
+    rng = random.Random(seed)
+    running = start_script(module, *flags, "killed")
+    kills = 0
+    for target in (7, 7 + rng.randrange(30)):
+        wait_for(lambda at=target: max(losses(stage, "killed"), default=0) >= at, running)
+        time.sleep(rng.random() * 0.05)
+        os.kill(running.pid, signal.SIGKILL)
+        kills += running.wait().code == -signal.SIGKILL
+        running = start_script(module, *flags, "killed", "--resume")
+        last = list(losses(stage, "killed"))
+        wait_for(lambda: "resumed" in running.written(), running)
+        assert last, "metrics of before are kept"
+    result = running.wait()
+    assert result.code == 0, result
+    assert kills, "it was not over before"
+    assert losses(stage, "killed") == expected
+    assert [line["val_bpb"] for line in metrics(stage, "killed") if "val_bpb" in line] == [
+        line["val_bpb"] for line in metrics(stage, "whole") if "val_bpb" in line
+    ]
+    end = [checkpoint.read_meta(stage, tag, 40)["files"] for tag in ("whole", "killed")]
+    assert end[0]["model.safetensors"] == end[1]["model.safetensors"]
+
+
+def test_a_metrics_line_cut_short_by_a_kill(tiny_world):
+    train("--num-iterations", "8", "--save-every", "4")
+    expected = metrics("base", "d2")
+    path = tiny_world / "runs" / "base" / "d2" / "metrics.jsonl"
+    shutil.rmtree(tiny_world / "checkpoints" / "base" / "d2" / "step_000008")
+    path.write_text(path.read_text()[:-200])
+    train("--num-iterations", "8", "--save-every", "4", "--resume")
+    assert [line["step"] for line in metrics("base", "d2")] == [line["step"] for line in expected]
+
+
+def test_resuming_at_a_step_and_at_the_end(tiny_world):
+    flags = ["--num-iterations", "10", "--save-every", "3", "--keep", "9"]
+    train(*flags)
+    expected = losses("base", "d2")
+    result = train(*flags, "--resume", "6")
+    assert "resumed base/d2 at step 6 of 10" in result.out
+    assert losses("base", "d2") == expected
+    assert train(*flags, "--resume").out.count("step ") <= 2, "nothing is left to do"
+    assert losses("base", "d2") == expected
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_told_to_stop_it_saves_and_can_go_on(tiny_world, signum):
+    module, common = STAGES["base"]
+    flags = [*common, "--num-iterations", "60", "--eval-every", "0"]
+    run(module, *flags, "--model-tag", "whole")
+    running = start_script(module, *flags)
+    wait_for(lambda: len(losses("base", "d2")) >= 5, running)
+    os.kill(running.pid, signum)
+    result = running.wait()
+    assert result.code == 130, result
+    assert "Traceback" not in result.err
+    [step] = checkpoint.list_steps("base", "d2")
+    assert 5 <= step < 60 and step == max(losses("base", "d2")), "the step in hand was finished and no more"
+    run(module, *flags, "--resume")
+    assert losses("base", "d2") == losses("base", "whole")
+
+
+def test_a_second_signal_ends_at_once(tiny_world):
+    """The first one is held up by an evaluation that takes for ever."""
+    trainer = make_trainer(evaluate=lambda step: time.sleep(60), eval_every=2)
+    signals = iter((signal.SIGINT, signal.SIGINT))
+    old = signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), next(signals)))
+    signal.setitimer(signal.ITIMER_REAL, 3, 0.2)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            trainer.run()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, old)
+    assert checkpoint.list_steps("base", "t") == [2]
+
+
+def test_a_crash_in_evaluation_costs_nothing(tiny_world):
+    def crash(step):
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        make_trainer(evaluate=crash, eval_every=3).run()
+    assert checkpoint.newest_whole("base", "t") == 3
+    make_trainer(eval_every=3, resume="newest").run()
+    make_trainer(eval_every=3, tag="whole").run()
+    assert losses("base", "t") == losses("base", "whole")
+    evaluated = [{k: v for k, v in line.items() if k in ("step", "val_bpb")} for line in metrics("base", "t")]
+    assert [line for line in evaluated if "val_bpb" in line] == [
+        line for line in metrics("base", "whole") if "val_bpb" in line
+    ], "the evaluation that crashed is made good"
+
+
+def test_what_evaluate_adds_is_kept(tiny_world):
+    make_trainer(evaluate=lambda step: {"core": step / 10}, eval_every=3).run()
+    assert {line["step"]: line["core"] for line in metrics("base", "t") if "core" in line} == {3: 0.3, 6: 0.6}
+    assert checkpoint.read_meta("base", "t", 6)["core"] == 0.6
+
+
+# --- divergence
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_loss_that_is_not_finite_stops_the_run(tiny_world, ranks):
+    flags = [*STAGES["base"][1], "--num-iterations", "12", "--save-every", "1", "--keep", "4"]
+    first = start_script("scripts.base_train", *flags)
+    wait_for(lambda: len(losses("base", "d2")) >= 4, first)
+    os.kill(first.pid, signal.SIGTERM)
+    assert first.wait().code == 130
+    good = checkpoint.newest_whole("base", "d2")
+    weights = (tiny_world / "checkpoints/base/d2" / f"step_{good:06d}" / "model.safetensors").read_bytes()
+    broken = [*flags, "--matrix-lr", "1e30", "--embedding-lr", "1e30", "--resume"]
+    for result in run_ranks(ranks, "scripts.base_train", *broken):
+        line = result.error_line
+        step = int(re.search(r"at step (\d+)", line)[1])
+        assert re.search(rf"rows {8 * step} to {8 * step + 7}\b", line), line
+    assert step > good
+    assert f"--resume {good}" in line, "the way back leads past the checkpoint that is spoilt"
+    assert weights == (tiny_world / "checkpoints/base/d2" / f"step_{good:06d}" / "model.safetensors").read_bytes(), (
+        "earlier checkpoints stand"
+    )
+    run("scripts.base_train", *flags, "--resume", str(good))
+    run("scripts.base_train", *flags, "--model-tag", "whole")
+    assert losses("base", "d2") == losses("base", "whole")
+
+
+def test_the_last_step_diverges(tiny_world):
+    flags = ["--num-iterations", "1", "--matrix-lr", "1e30", "--embedding-lr", "1e30", "--unembedding-lr", "1e30"]
+    line = script(STAGES["base"][0], *STAGES["base"][1], *flags).error_line
+    assert "step 1" in line and "learning rate" in line
+    for entry in metrics("base", "d2"):
+        assert all(math.isfinite(value) for value in entry.values() if isinstance(value, float))
+
+
+def test_weights_that_are_not_finite(trained_world):
+    """Midtraining from a poisoned base model stops at its first step, before anything is saved."""
+    from safetensors.torch import load_file, save_file
+
+    folder = trained_world / "checkpoints/base/d2/step_000008"
+    weights = load_file(folder / "model.safetensors")
+    weights["embed.weight"][:, 0] = math.nan
+    save_file(weights, folder / "model.safetensors")
+    meta = json.loads((folder / "meta.json").read_text())
+    meta["files"]["model.safetensors"] = checkpoint.sha256_file(folder / "model.safetensors")
+    (folder / "meta.json").write_text(json.dumps(meta))
+    line = script("scripts.mid_train", *STEPS, *SKILLS, "--num-iterations", "5", "--model-tag", "new").error_line
+    assert "at step 0, rows 0 to 7" in line
+    assert checkpoint.list_steps("mid", "new") == []
+
+
+# --- what is written
+
+
+def test_every_line_of_the_metrics_has_its_keys(trained_world):
+    train("--num-iterations", "6", "--eval-every", "3")
+    train("--num-iterations", "6", "--eval-every", "3", stage="mid")
+    for stage in ("base", "mid"):
+        lines = metrics(stage, "d2")
+        keys = {"step", "loss", "lr_mult", "tokens", "tok_per_sec", "mfu", "dt", "peak_mem_bytes", "epoch"}
+        assert [line["step"] for line in lines] == [1, 2, 3, 3, 4, 5, 6, 6]
+        for line in lines:
+            assert line.keys() == (keys if "loss" in line else {"step", "val_bpb"})
+        steps = [line for line in lines if "loss" in line]
+        assert all(line["mfu"] is None for line in steps), "unknown on a CPU, not 0 %"
+        assert all(10**7 < line["peak_mem_bytes"] < 10**11 for line in steps)
+
+
+def test_the_record_of_a_run(tiny_world):
+    train("--num-iterations", "4", "--seed", "7")
+    run_json = record("base", "d2")
+    assert run_json["config"]["seed"] == 7 and run_json["config"]["depth"] == 2
+    assert (run_json["dataset"], run_json["num_iterations"], run_json["total_batch_size"]) == ("corpus", 4, 512)
+    model, _, meta = checkpoint.load_model("base", "cpu")
+    assert run_json["parameters"] == sum(p.numel() for p in model.parameters())
+    assert run_json["model_config"] == meta["model_config"]
+    assert run_json["val_bpb"] == metrics("base", "d2")[-1]["val_bpb"]
+    assert {"commit", "hardware", "versions", "date", "wall_seconds"} <= run_json.keys()
+
+
+def test_tokens_and_speed_under_accumulation(tiny_world):
+    walls = {}
+    for rows in (8, 2, 1):
+        began = time.perf_counter()
+        trainer = make_trainer(20, tag=f"b{rows}", device_batch_size=rows, eval_every=0)
+        trainer.run()
+        walls[rows] = time.perf_counter() - began
+    for rows, wall in walls.items():
+        steps = [line for line in metrics("base", f"b{rows}") if "loss" in line]
+        assert [line["tokens"] for line in steps] == [512 * n for n in range(1, 21)]
+        assert all(line["tok_per_sec"] * line["dt"] == pytest.approx(512) for line in steps)
+        assert sum(line["dt"] for line in steps) < wall
+        assert list(losses("base", f"b{rows}").values()) == pytest.approx(list(losses("base", "b8").values()), rel=1e-5)
+
+
+def test_time_spent_waiting_for_rows_counts(tiny_world, monkeypatch):
+    iterate = RowLoader.iterate
+
+    def slow(self, start_step=0):
+        for item in iterate(self, start_step):
+            time.sleep(0.1)
+            yield item
+
+    monkeypatch.setattr(RowLoader, "iterate", slow)
+    make_trainer(4, eval_every=0).run()
+    assert all(line["dt"] > 0.1 for line in metrics("base", "t") if "loss" in line)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_the_learning_rate_is_the_recipes(tiny_world, schedule):
+    flags = {"schedule": schedule, "warmup_steps": 3, "warmdown_ratio": 0.5, "final_lr_frac": 0.1}
+    make_trainer(40, eval_every=0, **flags).run()
+    lr = [line["lr_mult"] for line in metrics("base", "t") if "loss" in line]
+    assert lr == [recipe.learning_rate_multiplier(step, 40, 3, 0.5, 0.1, schedule) for step in range(40)]
+    if schedule == "linear":
+        expected = [min((n + 1) / 3, 1, 0.1 + 0.9 * (40 - n) / 20) for n in range(40)]
+    else:
+        expected = [min((n + 1) / 3, 0.55 + 0.45 * math.cos(math.pi * max(0, n - 3) / 37)) for n in range(40)]
+    assert lr == pytest.approx(expected)
+
+
+def test_the_gradient_norm_is_torchs(tiny_world):
+    trainer = make_trainer(1, grad_clip=0.25)
+    model, loader = make_trainer(1, tag="other").model, trainer.loader
+    batches = loader.step(0)
+    loss = model(torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches]))
+    loss.backward()
+    expected = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.25).item()
+    trainer.run()
+    [line] = [line for line in metrics("base", "t") if "loss" in line]
+    assert line["grad_norm"] == pytest.approx(expected, rel=1e-4)
+    assert line["loss"] == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_dropout_is_used_in_training_only(tiny_world):
+    still = ["--matrix-lr", "0", "--embedding-lr", "0", "--unembedding-lr", "0", "--scalar-lr", "0"]
+    train("--num-iterations", "4", "--model-tag", "plain")
+    for tag, rate in (("none", "0"), ("half", "0.5")):
+        folder = checkpoint.checkpoint_dir("base", tag)
+        shutil.copytree(checkpoint.checkpoint_dir("base", "plain"), folder)
+        meta = json.loads((folder / "step_000004" / "meta.json").read_text())
+        meta["model_config"]["dropout"], meta["num_iterations"] = float(rate), 6
+        (folder / "step_000004" / "meta.json").write_text(json.dumps(meta | {"tag": tag}))
+        train("--num-iterations", "6", "--dropout", rate, "--resume", *still, "--weight-decay", "0", "--model-tag", tag)
+    none, half = losses("base", "none"), losses("base", "half")
+    assert all(abs(none[step] - half[step]) > 1e-5 for step in (5, 6))
+    assert record("base", "none")["val_bpb"] == pytest.approx(record("base", "half")["val_bpb"], rel=1e-6)
+
+
+def test_frozen_weights_score_the_same_each_time(tiny_world):
+    still = ["--matrix-lr", "0", "--embedding-lr", "0", "--unembedding-lr", "0", "--scalar-lr", "0"]
+    train("--num-iterations", "6", "--eval-every", "2", *still)
+    scores = [line["val_bpb"] for line in metrics("base", "d2") if "val_bpb" in line]
+    assert len(scores) == 3 and len(set(scores)) == 1
+    assert len(set(losses("base", "d2").values())) == 6, "while the rows of training change"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_it_learns(tiny_world, monkeypatch, dtype):
+    monkeypatch.setenv("NANOCHAT_DTYPE", dtype)
+    # 512 tokens are few: the recipe's rates, which shrink with the batch, would need a longer run
+    train("--num-iterations", "100", "--eval-every", "50", "--matrix-lr", "0.3", "--embedding-lr", "6")
+    loss = list(losses("base", "d2").values())
+    assert loss[0] == pytest.approx(math.log(600), abs=0.05), "at first every token is as likely"
+    assert loss[-1] < loss[0] - 1.5
+    first, last = (line["val_bpb"] for line in metrics("base", "d2") if "val_bpb" in line)
+    assert last < first
+
+
+# --- how it is told what to do
+
+
+def test_a_config_file_is_the_same_as_flags(tiny_world):
+    settings = "num-iterations: 5\nmatrix_lr: 0.1\ngrad-clip: 1\nschedule: cosine\nmodel-tag: file\neval-every: 0\n"
+    (tiny_world / "run.yaml").write_text(settings)
+    train("--config", str(tiny_world / "run.yaml"))
+    flags = ["--num-iterations", "5", "--matrix-lr", "0.1", "--grad-clip", "1", "--schedule", "cosine"]
+    train(*flags, "--eval-every", "0", "--model-tag", "flags")
+    assert losses("base", "file") == losses("base", "flags")
+    one, other = record("base", "file")["config"], record("base", "flags")["config"]
+    assert one | {"model_tag": None} == other | {"model_tag": None}
+    train("--config", str(tiny_world / "run.yaml"), "--num-iterations", "3", "--model-tag", "both")
+    assert list(losses("base", "both")) == [1, 2, 3], "the command line wins"
+    assert record("base", "both")["config"]["matrix_lr"] == 0.1
+
+
+def test_wandb_offline(tiny_world):
+    pytest.importorskip("wandb")
+    result = run(
+        *["scripts.base_train", *STAGES["base"][1], "--num-iterations", "3", "--run", "trial"], WANDB_MODE="offline"
+    )
+    assert "step 3" in result.out
+    [file] = (tiny_world / "runs" / "base" / "d2").rglob("offline-run-*/*.wandb")
+    assert file.stat().st_size > 100
+    assert list(losses("base", "d2")) == [1, 2, 3]
