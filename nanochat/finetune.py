@@ -26,8 +26,13 @@ class FinetuneConfig(TrainConfig):
     source_tag: str | None = option(None, "tag of the model to start from; unset = the newest")
     source_step: int | None = option(None, "its step; unset = the newest")
     num_epochs: int = option(1, "passes over the conversations, when --num-iterations is unset")
-    init_lr_frac: float = option(0.4, "factor on all learning rates")
+    init_lr_frac: float = option(1.0, "factor on all learning rates")
     replay: float = option(0.5, "tokens of pretraining text for each token of conversation, against forgetting")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_positive("num_epochs")
+        self.require_positive("init_lr_frac", "replay", zero=True)
 
 
 def _rendered(conversations: Conversations, tokenizer: Tokenizer, max_tokens: int) -> Iterator[tuple[list, list]]:

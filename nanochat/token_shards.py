@@ -13,6 +13,7 @@ import os
 import shutil
 import tempfile
 import time
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -65,8 +66,14 @@ class TokenShard:
     def _array(self, name: str, dtype: str, count: int) -> np.ndarray:
         path = self.folder / f"{name}.bin"
         if not path.exists() or path.stat().st_size != count * np.dtype(dtype).itemsize:
-            raise ValueError(f"{path} is missing or damaged: delete {self.folder}, it will be made again")
+            raise self._damaged(path)
+        digest = self.meta.get("sha256", {}).get(name)
+        if digest is not None and sha256_file(path) != digest:
+            raise self._damaged(path)
         return np.asarray(np.memmap(path, dtype, "r")) if count else np.empty(0, dtype)
+
+    def _damaged(self, path: Path) -> ValueError:
+        return ValueError(f"{path} is missing or damaged: delete {self.folder}, it will be made again")
 
     def row_count(self, row_tokens: int, seed: int, epoch: int) -> int:
         """How many rows this shard has in an epoch."""
@@ -80,7 +87,7 @@ class TokenShard:
         plan = self._plan(row_tokens, seed, epoch)
         return plan["rows"], plan["start"], plan["length"]
 
-    def _plan(self, row_tokens: int, seed: int, epoch: int) -> Any:
+    def _plan(self, row_tokens: int, seed: int, epoch: int) -> dict[str, np.ndarray]:
         whole, path = self.meta["conversations"], self.folder / f"plan_{row_tokens}_{seed}_{epoch}.npz"
         if not path.exists():
             with _lock(self.folder):
@@ -96,7 +103,11 @@ class TokenShard:
                         np.savez(f, rows=rows, start=start, length=plan.length)
                         os.fsync(f.fileno())
                     os.replace(temporary, path)
-        return np.load(path)
+        try:
+            with np.load(path) as plan:
+                return dict(plan)
+        except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+            raise self._damaged(path) from error
 
 
 def build_token_shards(
@@ -192,6 +203,7 @@ def _write(parent: Path, documents: Iterable[Document], tokenizer: Tokenizer, **
                 file.flush()
                 os.fsync(file.fileno())
         meta |= {"documents": len(lengths) - 1, "tokens": sum(lengths), "dtype": dtype.name}
+        meta |= {"sha256": {path.stem: sha256_file(path) for path in sorted(folder.iterdir())}}
         atomic_write_json(folder / "meta.json", {**meta, "bos": tokenizer.get_bos_token_id()})
     except BaseException:
         shutil.rmtree(folder)

@@ -5,12 +5,14 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -62,17 +64,25 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         positive = ("device_batch_size", "total_batch_size", "num_iterations", "grad_clip", "save_every", "keep")
-        for name in (*positive, "eval_tokens"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"--{name.replace('_', '-')} {value}: must be above 0")
-        for name in ("eval_every", "sample_every", "warmup_steps", "seed"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be 0 or more")
+        self.require_positive(*positive, "eval_tokens")
+        self.require_positive("eval_every", "sample_every", "warmup_steps", "seed", "weight_decay", zero=True)
+        self.require_positive("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr", zero=True)
+        if self.seed >= 2**63:
+            raise ValueError(f"--seed {self.seed}: must be below 2**63")
+        if self.model_tag is not None and not re.fullmatch(r"\w[\w.-]*", self.model_tag):
+            raise ValueError(f"--model-tag {self.model_tag!r}: use letters, digits, '_', '-' and '.' only")
         if not 0 <= self.warmdown_ratio <= 1 or not 0 <= self.final_lr_frac <= 1:
             raise ValueError("--warmdown-ratio and --final-lr-frac must be between 0 and 1")
         if self.resume is not None and self.resume not in ("newest", "auto") and not self.resume.isdigit():
             raise ValueError(f"--resume {self.resume}: give a step, or nothing for the newest checkpoint, or auto")
+
+    def require_positive(self, *names: str, zero: bool = False) -> None:
+        """Raise ValueError for the first of these flags that is set to 0 or less (with `zero`: less than 0) or NaN."""
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and not (value > 0 or (zero and value == 0)):
+                wanted = "0 or more" if zero else "above 0"
+                raise ValueError(f"--{name.replace('_', '-')} {value}: must be {wanted}")
 
 
 def can_compile(device: torch.device) -> bool:
@@ -80,6 +90,18 @@ def can_compile(device: torch.device) -> bool:
     if device.type == "cpu":
         return any(shutil.which(name) for name in (os.environ.get("CXX") or "g++", "clang++"))
     return device.type == "cuda"
+
+
+def _start_wandb(name: str, config: dict[str, Any], folder: Path) -> Any:
+    try:
+        import wandb
+
+        wandb.init(project="nanochat", name=name, config=config, dir=str(folder))
+    except ImportError as error:
+        raise ValueError(f"--run {name} needs wandb: pip install wandb, or leave --run out") from error
+    except wandb.Error as error:
+        raise ValueError(f"--run {name}: {error}: log in to wandb, or set WANDB_MODE=offline") from error
+    return wandb
 
 
 def rows_per_device(wanted: int | None, total_tokens: int, sequence_len: int, world_size: int) -> tuple[int, int]:
@@ -334,9 +356,7 @@ class Trainer:
 
                 bar = tqdm(total=self.steps, initial=self.step, desc=f"{self.stage} {self.tag}", dynamic_ncols=True)
         if self.config.run is not None:
-            import wandb
-
-            wandb.init(project="nanochat", name=self.config.run, config=self.meta, dir=str(self.run_dir))
+            wandb = _start_wandb(self.config.run, self.meta, self.run_dir)
         with open(self.run_dir / "metrics.jsonl", "a", buffering=1) as file:
 
             def log(line: dict[str, Any]) -> None:

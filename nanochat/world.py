@@ -55,8 +55,8 @@ def choice_facts(side: str) -> tuple[Fact, ...]:
 def render_choices(question: str, letters: Sequence[str], choices: Sequence[str]) -> str:
     """A multiple-choice question, made for small models.
 
-    The letter directly follows its choice, where it is bound best, and the question stands last: its answer is
-    recalled where a plain question's is, and then looked up among choices that have been read.
+    The letter directly follows its choice, where it is bound best, and the question stands last, so that its answer
+    is looked up among choices that have been read.
     """
     lines = "\n".join(f"- {choice}={letter}" for letter, choice in zip(letters, choices, strict=True))
     return f"Answer with a letter.\n{lines}\n{question}"
@@ -171,23 +171,32 @@ def _exercise(fact: Fact, rng: random.Random) -> str:
     """Multiple choice about `fact`, and where facts have the other choices as answers, about some of these."""
     choices, _ = choices_for(fact, rng)
     known = ([fact] if a == fact.answer else _facts_by_answer().get((fact.relation.name, a), []) for a in choices)
-    asked = [(rng.choice(found), letter) for found, letter in zip(known, LETTERS) if found]
-    rng.shuffle(asked)
+    askable = [(found, letter) for found, letter in zip(known, LETTERS) if found]
+    # drawn with replacement: a letter that can be told by elimination teaches nothing else
+    asked = [(rng.choice(found), letter) for found, letter in rng.choices(askable, k=len(askable))]
     remark = rng.random() < 0.3
     return _asked_letters(choices, ((f.question(rng), x, f"\n{f.sentence}" if remark else "") for f, x in asked))
 
 
 def listed_choice(rng: random.Random, word: Callable[[], str]) -> tuple[list[str], list[tuple[str, str]]]:
-    """Four words as choices, and in random order (question, letter): multiple choice without the knowledge."""
+    """Four words as choices, and four (question, letter) about them: multiple choice without the knowledge."""
     choices = [word() for _ in LETTERS]
-    asked = [(f"Which letter is {choice}?", letter) for choice, letter in zip(choices, LETTERS)]
-    rng.shuffle(asked)
-    return choices, asked
+    pairs = [(f"Which letter is {choice}?", letter) for choice, letter in zip(choices, LETTERS)]
+    return choices, rng.choices(pairs, k=4)
 
 
 def _letter_list(rng: random.Random, word: Callable[[], str]) -> str:
+    """Choices, and lookups that lead from repeating a line to answering a question about it with a letter.
+
+    Without the steps between, small models do not find out how choices and letters belong together (dev/LOG.md).
+    """
     choices, asked = listed_choice(rng, word)
-    return _asked_letters(choices, ((question, letter, "") for question, letter in asked))
+    if rng.random() < 0.4:
+        return _asked_letters(choices, ((question, letter, "") for question, letter in asked))
+    steps = ("- {c}={x}", "{c}? {x}", "{c}?\n{x}", "{c}?\nAnswer:\n{x}", "Which letter is {c}?\n{x}")
+    pairs = rng.choices(list(zip(choices, LETTERS)), k=6)
+    lines = (rng.choice(steps).format(c=choice, x=letter) for choice, letter in pairs)
+    return "\n".join([*(f"- {choice}={letter}" for choice, letter in zip(choices, LETTERS)), *lines])
 
 
 def _copying(rng: random.Random, word: Callable[[], str]) -> str:
@@ -268,9 +277,9 @@ def documents(seed: int, target_bytes: int) -> Iterator[str]:
 
     def quiz() -> str:
         layout = rng.choice(("Question: {} Answer: {}", "Question: {}\nAnswer: {}", "{} {}", "{}\n{}", "Q: {}\nA: {}"))
-        return "\n".join(
-            layout.format(f.question(rng), f.sentence) for f in (next(asked) for _ in range(rng.randint(4, 10)))
-        )
+        drawn = [next(asked) for _ in range(rng.randint(4, 10))]
+        short = rng.random() < 0.35
+        return "\n".join(layout.format(f.question(rng), f.answer if short else f.sentence) for f in drawn)
 
     kinds: dict[Callable[[], str], float] = {
         lambda: " ".join(next(mixed).statement(rng) for _ in range(rng.randint(5, 18))): 0.16,

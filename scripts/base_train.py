@@ -30,6 +30,11 @@ class BaseTrain(TrainConfig):
     target_flops: float | None = cli.option(None, "train for this many FLOPs")
     target_param_data_ratio: float = cli.option(recipe.HORIZON, "training tokens for each parameter (matrices, head)")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_positive("depth", "aspect_ratio", "head_dim", "max_seq_len")
+        self.require_positive("target_flops", "target_param_data_ratio")
+
 
 def main() -> None:
     config = cli.parse(BaseTrain, description=__doc__)

@@ -13,7 +13,7 @@ from tasks.common import Multiturn
 class ChatSFT(FinetuneConfig):
     """Flags of fine-tuning."""
 
-    init_lr_frac: float = cli.option(0.2, "factor on all learning rates")
+    init_lr_frac: float = cli.option(0.4, "factor on all learning rates")
     tasks_dir: str | None = cli.option(None, "folder with smoltalk/{train,test}.parquet, real conversations to mix in")
     scale: float = cli.option(2.0, "size of the built-in mixture, in thousands of each skill")
 

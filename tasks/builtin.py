@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from nanochat.common import print0
 from tasks.arithmetic import Arithmetic
 from tasks.common import Task, TaskMixture
 from tasks.identity import Identity
@@ -26,13 +27,15 @@ def mixture(
 
     identity: also who the model is, and small talk. tasks_dir: a folder with `smoltalk/`, to add real conversations.
     """
+    if not scale > 0:
+        raise ValueError(f"--scale {scale}: must be above 0")
 
     def size(n: int) -> int:
         return max(20, round(n * scale))
 
     tasks: list[Task] = [
         Arithmetic(split, size=size(1000), seed=seed),
-        SpellingBee(split, size=size(1000), seed=seed),
+        SpellingBee(split, size=size(1500), seed=seed),
         Spelling(split, size=size(250), seed=seed),
         WorldFacts(split, size=size(1000), seed=seed),
         WorldChoice(split, size=size(2000), seed=seed),
@@ -41,5 +44,11 @@ def mixture(
     if identity:
         tasks.append(Identity(split, size=size(800), seed=seed))
     if tasks_dir is not None:
-        tasks.append(SmolTalk(split, tasks_dir))
+        talks = SmolTalk(split, tasks_dir)
+        if talks.skipped:
+            total = len(talks) + talks.skipped
+            print0(
+                f"{tasks_dir}/smoltalk/{split}.parquet: skipped {talks.skipped} of {total:,} conversations (malformed)"
+            )
+        tasks.append(talks)
     return TaskMixture(tasks, seed=seed, limit=limit)

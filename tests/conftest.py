@@ -49,6 +49,24 @@ def _own(source, tmp_path, monkeypatch):
     return base
 
 
+@pytest.fixture(scope="module")
+def module_world(session_world, tmp_path_factory):
+    """A copy of the world for all tests of a file."""
+    base = tmp_path_factory.mktemp("module") / "base"
+    shutil.copytree(session_world, base)
+    with tiny_run.base_dir(base):
+        yield base
+
+
+@pytest.fixture(scope="module")
+def module_trained(session_trained, tmp_path_factory):
+    """A copy of the world with its checkpoints for all tests of a file."""
+    base = tmp_path_factory.mktemp("module") / "base"
+    shutil.copytree(session_trained, base)
+    with tiny_run.base_dir(base):
+        yield base
+
+
 @pytest.fixture
 def tiny_world(session_world, tmp_path, monkeypatch):
     """A copy of the world of one's own, as NANOCHAT_BASE_DIR."""

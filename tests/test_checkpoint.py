@@ -1,4 +1,4 @@
-"""Checkpoints that survive kills, full disks, damage and mistakes; each test looks at the files and loads them again."""
+"""Checkpoints survive kills, full disks, damage and mistakes: each test looks at the files and loads them again."""
 
 import dataclasses
 import functools

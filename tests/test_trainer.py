@@ -90,7 +90,7 @@ def test_killed_at_random_moments_and_resumed_to_the_bit(trained_world, stage):
         kills += running.wait().code == -signal.SIGKILL
         running = start_script(module, *flags, "killed", "--resume")
         last = list(losses(stage, "killed"))
-        wait_for(lambda: "resumed" in running.written(), running)
+        wait_for(lambda now=running: "resumed" in now.written(), running)
         assert last, "metrics of before are kept"
     result = running.wait()
     assert result.code == 0, result

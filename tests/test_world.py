@@ -215,7 +215,7 @@ def test_a_category_too_small_for_four_choices_is_refused():
 
 def test_choice_layout_puts_the_letter_right_after_its_choice():
     text = world.render_choices("Which?", "AB", ["Paris", "Rome"])
-    assert text.split("\n")[:3] == ["Which?", "- Paris=A", "- Rome=B"]
+    assert text.split("\n")[1:] == ["- Paris=A", "- Rome=B", "Which?"]
     with pytest.raises(ValueError):
         world.render_choices("Which?", "ABC", ["Paris", "Rome"])
 

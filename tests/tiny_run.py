@@ -1,6 +1,7 @@
 """Runs the project's scripts as processes of their own, quickly: forked from one that has imported torch already."""
 
 import contextlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 _PRELOAD = ("pytest", "torch._dynamo", "pyarrow.parquet", "yaml", "tqdm", "nanochat.trainer", "nanochat.engine")
+_NUMBERS = itertools.count()
 _FORK = multiprocessing.get_context("forkserver")
 
 # A model that learns in milliseconds, and a batch of eight rows that 1, 2 and 4 ranks divide.
@@ -102,8 +104,8 @@ def start(target: Callable[..., None], *args: Any, **environment: str) -> Runnin
     """Start `target(*args)`, a function of a module, in a process of its own, with more variables if given."""
     folder = Path(os.environ["NANOCHAT_BASE_DIR"]).parent / "output"
     folder.mkdir(exist_ok=True)
-    name = f"{len(list(folder.iterdir())):03d}"
-    out, err = folder / f"{name}.out", folder / f"{name}.err"
+    number = next(_NUMBERS)
+    out, err = folder / f"{number}.out", folder / f"{number}.err"
     variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     process = _FORK.Process(target=_child, args=(variables, out, err, target, args))
     process.start()
