@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from nanochat.common import atomic_write_json, fsync_dir, get_base_dir, print0, read_json, sha256_file
 from nanochat.compute import Compute, pick_dtype
-from nanochat.gpt import GPT, GPTConfig
+from nanochat.gpt import GPT, GPTConfig, Linear
 from nanochat.optim import MuonAdamW
 from nanochat.tokenizer import Tokenizer, load_tokenizer
 
@@ -227,5 +227,7 @@ def build(config: GPTConfig, device: torch.device, train: bool) -> GPT:
     dtype = pick_dtype(device)
     with torch.device("meta"):
         model = GPT(config, dtype, torch.float32 if device.type == "cpu" else dtype)
-        model = model if train else model.to(dtype)
+        for module in () if train else model.modules():
+            if isinstance(module, Linear):
+                module.to(dtype)
     return model.to_empty(device=device)

@@ -227,7 +227,7 @@ class GPT(nn.Module):
         self.embed_skip.copy_(torch.lerp(*self._ends("embed_skip"), steps))
         if config.smear_channels:
             nn.init.uniform_(self.smear_gate.weight, 0, 0.02, generator=generator)
-            self.smear_scale.zero_()
+            self.smear_scale.fill_(1.0)
         if config.backout:
             self.backout.fill_(config.backout)
 
@@ -250,7 +250,7 @@ class GPT(nn.Module):
 
     def _smear(self, x_BTC: torch.Tensor, previous_BTC: torch.Tensor) -> torch.Tensor:
         gate_BT1 = torch.sigmoid(self.smear_gate(x_BTC[..., : self.config.smear_channels]))
-        return x_BTC + self.smear_scale.to(x_BTC.dtype) * gate_BT1 * previous_BTC
+        return x_BTC + self.smear_scale * gate_BT1 * previous_BTC
 
     def _previous(self, idx_BT: torch.Tensor, x_BTC: torch.Tensor, cache: Any | None) -> torch.Tensor:
         """The embedding of the token before each token; zero before the first."""
@@ -272,18 +272,19 @@ class GPT(nn.Module):
         if config.smear_channels:
             x_BTC = self._smear(x_BTC, self._previous(idx_BT, x_BTC, cache))
         x0_BTC = x_BTC
-        scales, skips = self.resid_scale.to(x_BTC.dtype), self.embed_skip.to(x_BTC.dtype)
         windowed = min(config.windows) < idx_BT.size(1)
         attend = None if cache is not None else attention.choose(self.device, self.dtype, config.head_dim, windowed)[1]
         for layer, block in enumerate(self.blocks):
             ve_BTC = self.value_embeds[str(layer)](idx_BT).to(self.dtype) if config.has_value_embed(layer) else None
             if cache is not None:
                 attend = functools.partial(_attend_cached, cache, layer, positions_BT)
-            x_BTC = block(x_BTC, x0_BTC, ve_BTC, scales[layer], skips[layer], cos_BT1D, sin_BT1D, attend)
+            x_BTC = block(
+                x_BTC, x0_BTC, ve_BTC, self.resid_scale[layer], self.embed_skip[layer], cos_BT1D, sin_BT1D, attend
+            )
             if config.backout and layer == config.n_layer // 2:
                 middle_BTC = x_BTC
         if config.backout:
-            x_BTC = x_BTC - self.backout.to(x_BTC.dtype) * middle_BTC
+            x_BTC = x_BTC - self.backout * middle_BTC
         return norm(x_BTC)
 
     def _rotation(self, positions_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -191,10 +191,11 @@ def _letter_list(rng: random.Random, word: Callable[[], str]) -> str:
     Without the steps between, small models do not find out how choices and letters belong together (dev/LOG.md).
     """
     choices, asked = listed_choice(rng, word)
-    if rng.random() < 0.4:
+    if rng.random() < 0.25:
         return _asked_letters(choices, ((question, letter, "") for question, letter in asked))
     steps = ("- {c}={x}", "{c}? {x}", "{c}?\n{x}", "{c}?\nAnswer:\n{x}", "Which letter is {c}?\n{x}")
-    pairs = rng.choices(list(zip(choices, LETTERS)), k=6)
+    steps = steps if rng.random() < 0.6 else steps[:1]
+    pairs = rng.choices(list(zip(choices, LETTERS)), k=10)
     lines = (rng.choice(steps).format(c=choice, x=letter) for choice, letter in pairs)
     return "\n".join([*(f"- {choice}={letter}" for choice, letter in zip(choices, LETTERS)), *lines])
 
@@ -282,15 +283,15 @@ def documents(seed: int, target_bytes: int) -> Iterator[str]:
         return "\n".join(layout.format(f.question(rng), f.answer if short else f.sentence) for f in drawn)
 
     kinds: dict[Callable[[], str], float] = {
-        lambda: " ".join(next(mixed).statement(rng) for _ in range(rng.randint(5, 18))): 0.16,
-        themed: 0.06,
-        profile: 0.08,
-        quiz: 0.22,
-        lambda: "\n\n".join(_exercise(next(chosen), rng) for _ in range(rng.randint(1, 3))): 0.18,
-        lambda: "\n\n".join(_letter_list(rng, word) for _ in range(rng.randint(1, 3))): 0.14,
+        lambda: " ".join(next(mixed).statement(rng) for _ in range(rng.randint(5, 18))): 0.12,
+        themed: 0.05,
+        profile: 0.06,
+        quiz: 0.20,
+        lambda: "\n\n".join(_exercise(next(chosen), rng) for _ in range(rng.randint(1, 3))): 0.15,
+        lambda: "\n\n".join(_letter_list(rng, word) for _ in range(rng.randint(1, 3))): 0.30,
     }
     for line in (_copying, _spelling, _arithmetic):
-        kinds[lambda line=line: "\n".join(line(rng, word) for _ in range(rng.randint(4, 9)))] = 0.16 / 3
+        kinds[lambda line=line: "\n".join(line(rng, word) for _ in range(rng.randint(4, 9)))] = 0.04
     written = 0
     while written < target_bytes:
         text = rng.choices(list(kinds), list(kinds.values()))[0]()

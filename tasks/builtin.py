@@ -38,8 +38,8 @@ def mixture(
         SpellingBee(split, size=size(1500), seed=seed),
         Spelling(split, size=size(250), seed=seed),
         WorldFacts(split, size=size(1000), seed=seed),
-        WorldChoice(split, size=size(2000), seed=seed),
-        LetterList(split, size=size(500), seed=seed),
+        WorldChoice(split, size=size(2500), seed=seed),
+        LetterList(split, size=size(1500), seed=seed),
     ]
     if identity:
         tasks.append(Identity(split, size=size(800), seed=seed))

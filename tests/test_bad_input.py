@@ -225,7 +225,10 @@ def test_a_shard_that_is_damaged(tiny_world, split):
 def test_a_token_shard_that_is_damaged(tiny_world, name, damage):
     run(*TRAIN)
     folder = next(path for path in list_shards("corpus", "train")[0].parent.glob("tokens_*/shard_00000_*"))
-    [path] = folder.glob("plan_*.npz") if name == "plan" else [folder / name]
+    [plan] = folder.glob("plan_*.npz")
+    path = plan if name == "plan" else folder / name
+    if name == "offsets.bin":
+        plan.unlink()  # which was made from the offsets and does without them
     data = path.read_bytes()
     path.write_bytes(data[:-9] if damage == "short" else b"\xff" * len(data))
     line = script(*TRAIN).error_line

@@ -74,7 +74,7 @@ def test_the_evaluations_run_on_every_stage(finished):
     out = run("scripts.base_eval", *small).out
     record = json.loads((base / "evals" / "base_eval_base_d2.json").read_text())
     assert (record["stage"], record["tag"], record["step"]) == ("base", "d2", 6)
-    assert 0 < record["val_bpb"] and record["samples"]
+    assert record["val_bpb"] > 0 and record["samples"]
     assert "bits per byte" in out
     for stage in ("mid", "sft"):
         run("scripts.chat_eval", "--stage", stage, "--model-tag", "d2", "--max-problems", "2", "--max-new-tokens", "8")

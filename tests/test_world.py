@@ -147,11 +147,11 @@ def test_articles():
 
 @pytest.fixture(scope="module")
 def documents() -> list[str]:
-    return list(world.documents(0, 2_000_000))
+    return list(world.documents(0, 4_000_000))
 
 
 def test_documents_are_a_function_of_seed_and_size(documents):
-    again = list(world.documents(0, 2_000_000))
+    again = list(world.documents(0, 4_000_000))
     assert again == documents
     assert list(world.documents(0, 50_000)) == documents[: len(list(world.documents(0, 50_000)))]
     assert list(world.documents(1, 50_000)) != list(world.documents(0, 50_000))
