@@ -35,8 +35,8 @@ if [ -n "$SMOKE" ]; then
     EVAL="--eval-tokens 16384 --max-per-task 20" CHAT="--max-problems 20 --max-new-tokens 32"
 elif [ "$GPUS" -eq 0 ]; then
     PROFILE=cpu DEPTH=${DEPTH:-4} DATASET=${DATASET:-builtin} SHARDS=8 VOCAB=4096
-    BASE="--max-seq-len 512 --window-pattern L --total-batch-size 8192 --num-iterations 300 --matrix-lr .04 --embedding-lr .6 --unembedding-lr .016 --eval-every 100 --eval-tokens 65536"
-    MID="--scale 3 --replay 1 --init-lr-frac 2 --warmdown-ratio .5 --total-batch-size 8192 --num-iterations 360 --eval-every 120" SFT="--scale .8 --init-lr-frac 1 --total-batch-size 8192"
+    BASE="--max-seq-len 512 --window-pattern L --total-batch-size 8192 --num-iterations 280 --matrix-lr .04 --embedding-lr .6 --unembedding-lr .016 --eval-every 100 --eval-tokens 65536"
+    MID="--scale 3 --replay 1 --init-lr-frac 2 --warmdown-ratio .5 --total-batch-size 8192 --num-iterations 340 --eval-every 120" SFT="--scale 1.6 --init-lr-frac 2 --total-batch-size 8192 --num-iterations 170"
     EVAL="--eval-tokens 65536" CHAT="--max-problems 200 --max-new-tokens 48"
 elif [ "$GPUS" -lt 8 ]; then
     PROFILE=gpu DEPTH=${DEPTH:-12} DATASET=${DATASET:-climbmix} SHARDS=40 VOCAB=32768
@@ -49,14 +49,16 @@ fi
 TAG="d$DEPTH-$PROFILE"
 echo "profile $PROFILE: depth $DEPTH, dataset $DATASET, $GPUS GPUs; everything is written to $NANOCHAT_BASE_DIR"
 
-# stage NAME COMMAND...: run it once; its mark holds the command, so that other flags run it anew.
+# stage NAME COMMAND...: run it once; its mark holds the command, so that other flags run it, and all after it, anew.
+ANEW=
 stage() {
     local name=$1 mark="$NANOCHAT_BASE_DIR/runs/.done-$TAG-$1" began=$SECONDS
     shift
-    if [ "$(cat "$mark" 2> /dev/null)" = "$*" ]; then
+    if [ -z "$ANEW" ] && [ "$(cat "$mark" 2> /dev/null)" = "$*" ]; then
         echo "== $name: done before"
         return
     fi
+    ANEW=1
     echo "== $name: $*"
     "$@"
     echo "{\"stage\": \"$name\", \"seconds\": $((SECONDS - began))}" >> "$NANOCHAT_BASE_DIR/runs/stages.jsonl"

@@ -45,6 +45,8 @@ REMOTES = {
 
 @dataclass(frozen=True)
 class Config:
+    """Flags of `python -m nanochat.dataset`."""
+
     name: str = cli.option("builtin", "builtin, climbmix, fineweb-edu, or a folder of .parquet, .jsonl or .txt")
     shards: int | None = cli.option(None, "training shards: 8 unless said, of a folder all", flag="-n")
     mirror: str | None = cli.option(None, "base URL of another hub (or set NANOCHAT_HUB)")
@@ -303,6 +305,7 @@ def _split_documents(files: Sequence[Path], counts: Counter[str]) -> Iterator[tu
 
 
 def main() -> None:
+    """Prepare a dataset from the command line."""
     config = cli.parse(Config, description="Prepare a dataset.")
     prepare(config.name, config.shards, mirror=config.mirror, workers=config.workers, seed=config.seed)
 

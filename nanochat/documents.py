@@ -75,6 +75,7 @@ def _read_parquet(path: Path) -> Iterator[str | None]:
 
 @contextlib.contextmanager
 def parquet_errors(path: Path) -> Iterator[None]:
+    """Turn what pyarrow raises about a damaged file into a ValueError that names it."""
     import pyarrow as pa
 
     try:

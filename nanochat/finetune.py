@@ -87,6 +87,7 @@ def finetune(
     rows_in_epoch = sum(shard.row_count(T + 1, config.seed, 0) for shard in train_shards)
     steps = config.num_iterations or max(1, config.num_epochs * rows_in_epoch // rows)
     origin = f"{source}/{meta['tag']} step {meta['step']}"
+    source_id = f"{origin} {meta['files']['model.safetensors'][:12]}"
     print0(
         f"{stage} from {origin}: {len(train):,} conversations in {rows_in_epoch:,} rows of {T}; "
         f"{steps} steps of {batch:,} tokens"
@@ -104,7 +105,7 @@ def finetune(
         num_iterations=steps,
         weight_decay=config.weight_decay or 0.0,
         lr_scale=recipe.learning_rate_scale(batch) * config.init_lr_frac,
-        meta={"dataset": meta["dataset"], "depth": meta["depth"], "source": origin},
+        meta={"dataset": meta["dataset"], "depth": meta["depth"], "source": source_id},
     )
     trainer.run()
     compute.close()
