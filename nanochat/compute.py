@@ -122,8 +122,7 @@ class Compute:
                 torch.set_num_threads(max(1, usable_cores() // local_world))
         # fp32 matrix products that may round their inputs to bf16/tf32; exact fp32 stays exact on request only
         dtype = pick_dtype(device)
-        if dtype != torch.float32:
-            torch.set_float32_matmul_precision("high")
+        torch.set_float32_matmul_precision("highest" if dtype == torch.float32 else "high")
         if world_size > 1 and not dist.is_initialized():
             backend = "nccl" if device_type == "cuda" else "gloo"
             dist.init_process_group(backend, device_id=device if device_type == "cuda" else None)

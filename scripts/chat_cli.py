@@ -1,5 +1,6 @@
 """Chat in the terminal: `python -m scripts.chat_cli`, or `-p "..."` for one answer."""
 
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -92,6 +93,7 @@ def main() -> None:
     compute = Compute.create(config.device_type)
     model, tokenizer, meta = load_model(config.stage, compute.device, config.model_tag, config.step)
     on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where a shell started us with SIGINT ignored
     chat = Chat(
         Engine(model, tokenizer, max_batch=1),
         config,

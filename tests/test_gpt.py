@@ -275,7 +275,7 @@ def test_initial_values_have_the_documented_statistics():
         assert 0 <= gate.min() < gate.max() <= 0.02, name
     torch.testing.assert_close(weights["resid_scale"], torch.tensor([1.15, 1.125, 1.10, 1.075, 1.05]))
     torch.testing.assert_close(weights["embed_skip"], torch.tensor([0.20, 0.1625, 0.125, 0.0875, 0.05]))
-    assert weights["smear_scale"] == 0 and weights["backout"].item() == pytest.approx(0.2)
+    assert weights["smear_scale"] == 1 and weights["backout"].item() == pytest.approx(0.2)
 
 
 @pytest.mark.parametrize(

@@ -244,7 +244,7 @@ def test_choice_letters_are_uniform_and_the_answer_stands_at_its_letter():
             letters[letter] += 1
             choices = dict(re.findall(r"^- (.+)=([A-D])$", question(conversation), re.MULTILINE))
             right = next(choice for choice, at in choices.items() if at == letter)
-            asked = question(conversation).split("\n")[0].lower()
+            asked = question(conversation).split("\n")[-1].lower()
             assert len(choices) == 4 and any(subject in asked and answer == right for subject, answer in true)
         assert all(abs(letters[letter] / 2000 - 0.25) < 0.04 for letter in "ABCD")
     assert task.eval_type == "categorical" and task.baseline == 0.25 and conversation["letters"] == list("ABCD")
