@@ -98,8 +98,16 @@ class Terminal:
     def send(self, text):
         os.write(self.fd, text.encode())
 
-    def exit_code(self):
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+    def exit_code(self, seconds=30):
+        deadline = time.time() + seconds
+        while time.time() < deadline:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                return os.waitstatus_to_exitcode(status)
+            time.sleep(0.05)
+        os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+        raise AssertionError(f"still running, saw {self.seen!r}")
 
 
 def test_a_session_on_a_terminal(base_dir):
@@ -121,6 +129,7 @@ def test_a_session_on_a_terminal(base_dir):
     terminal.send("Hello\n")
     terminal.expect("tiny model.")
     terminal.expect("> ")
+    time.sleep(0.5)  # the prompt is written a moment before readline listens for signals
     terminal.send("\x03")
     assert terminal.exit_code() == 130
 
