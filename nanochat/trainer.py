@@ -175,7 +175,7 @@ class Trainer:
         if config.compile and can_compile(self.compute.device):
             self.model.compile_blocks()
         elif config.compile:
-            print0("torch.compile is off: no C++ compiler (install g++ for about a third more speed)")
+            print0("torch.compile is off: no C++ compiler (installing g++ makes it faster)")
         first = self.step
         with self._signals(), self._log() as log, contextlib.closing(self.loader):
             rows = self.loader.iterate(self.step)
