@@ -167,13 +167,25 @@ def _asked_letters(choices: Sequence[str], asked: Iterable[tuple[str, str, str]]
     return text + "".join(f"\nQuestion: {q}\nAnswer:\n{x}{r}" for q, x, r in more)
 
 
+def choice_questions(
+    fact: Fact, rng: random.Random, side: str | None = None
+) -> tuple[list[str], list[tuple[Fact, str]]]:
+    """Four choices for `fact`, and up to four (fact, letter) to ask: `fact`, and facts whose answers the others are.
+
+    side: ask facts of this side alone. Drawn with replacement: a letter that can be told by elimination teaches
+    nothing else.
+    """
+    choices, _ = choices_for(fact, rng)
+    known = [[fact] if a == fact.answer else _facts_by_answer().get((fact.relation.name, a), []) for a in choices]
+    if side:
+        known = [[f for f in found if fact_side(f) == side] for found in known]
+    askable = [(found, letter) for found, letter in zip(known, LETTERS) if found]
+    return choices, [(rng.choice(found), letter) for found, letter in rng.choices(askable, k=len(askable))]
+
+
 def _exercise(fact: Fact, rng: random.Random) -> str:
     """Multiple choice about `fact`, and where facts have the other choices as answers, about some of these."""
-    choices, _ = choices_for(fact, rng)
-    known = ([fact] if a == fact.answer else _facts_by_answer().get((fact.relation.name, a), []) for a in choices)
-    askable = [(found, letter) for found, letter in zip(known, LETTERS) if found]
-    # drawn with replacement: a letter that can be told by elimination teaches nothing else
-    asked = [(rng.choice(found), letter) for found, letter in rng.choices(askable, k=len(askable))]
+    choices, asked = choice_questions(fact, rng)
     remark = rng.random() < 0.3
     return _asked_letters(choices, ((f.question(rng), x, f"\n{f.sentence}" if remark else "") for f, x in asked))
 

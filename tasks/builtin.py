@@ -38,11 +38,11 @@ def mixture(
         SpellingBee(split, size=size(1500), seed=seed),
         Spelling(split, size=size(250), seed=seed),
         WorldFacts(split, size=size(1000), seed=seed),
-        WorldChoice(split, size=size(2500), seed=seed),
-        LetterList(split, size=size(1500), seed=seed),
+        WorldChoice(split, size=size(2000), seed=seed),
+        LetterList(split, size=size(1000), seed=seed),
     ]
     if identity:
-        tasks.append(Identity(split, size=size(800), seed=seed))
+        tasks.append(Identity(split, size=size(1500), seed=seed))
     if tasks_dir is not None:
         talks = SmolTalk(split, tasks_dir)
         if talks.skipped:

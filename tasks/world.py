@@ -3,8 +3,17 @@
 import functools
 import random
 import re
+from collections.abc import Sequence
 
-from nanochat.world import LETTERS, category_answers, choice_facts, choices_for, listed_choice, words
+from nanochat.world import (
+    LETTERS,
+    category_answers,
+    choice_facts,
+    choice_questions,
+    choices_for,
+    listed_choice,
+    words,
+)
 from nanochat.world_facts import facts_on
 from tasks.common import Conversation, Task, render_choices, require_split, single_turn
 
@@ -61,8 +70,17 @@ class WorldFacts(Task):
         return named == answer
 
 
+def _choice_talk(choices: Sequence[str], asked: Sequence[tuple[str, str]]) -> Conversation:
+    """Four choices, and one (question, letter) after another about them: many letters to learn for few tokens."""
+    (question, letter), *more = asked
+    talk = single_turn(render_choices(question, LETTERS, choices), letter, letters=list(LETTERS))
+    for question, letter in more:
+        talk["messages"] += single_turn(question, letter)["messages"]
+    return talk
+
+
 class LetterList(Task):
-    """Words with letters, and the question which letter a word has: how to answer with a letter, for training."""
+    """Words with letters, and questions which letter a word has: how to answer with a letter, for training."""
 
     name = "letter_list"
 
@@ -72,8 +90,7 @@ class LetterList(Task):
 
     def example(self, index: int) -> Conversation:
         rng = random.Random(f"{self.name} {self.seed} {self.split} {index}")
-        choices, [(question, letter), *_] = listed_choice(rng, lambda: rng.choice(words()))
-        return single_turn(render_choices(question, LETTERS, choices), letter, letters=list(LETTERS))
+        return _choice_talk(*listed_choice(rng, lambda: rng.choice(words())))
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
         """Whether the completion is the right letter."""
@@ -81,7 +98,10 @@ class LetterList(Task):
 
 
 class WorldChoice(Task):
-    """A fact asked with four choices, the right letter uniform over A to D; the answer is the letter alone."""
+    """A fact asked with four choices, the right letter uniform over A to D; the answer is the letter alone.
+
+    "train" goes on to ask about the other choices, in further turns.
+    """
 
     name = "world_choice"
     eval_type = "categorical"
@@ -97,9 +117,12 @@ class WorldChoice(Task):
     def example(self, index: int) -> Conversation:
         rng = random.Random(f"{self.name} {self.seed} {self.split} {index}")
         fact = self.facts[index % len(self.facts)]
-        choices, place = choices_for(fact, rng)
-        question = render_choices(fact.question(rng), LETTERS, choices)
-        return single_turn(question, LETTERS[place], letters=list(LETTERS))
+        if self.split == "test":
+            choices, place = choices_for(fact, rng)
+            asked = [(fact, LETTERS[place])]
+        else:
+            choices, asked = choice_questions(fact, rng, side="chat")
+        return _choice_talk(choices, [(f.question(rng), letter) for f, letter in asked])
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
         """Whether the completion is the right letter."""

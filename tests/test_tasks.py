@@ -32,6 +32,13 @@ def question(conversation) -> str:
     return conversation["messages"][0]["content"]
 
 
+def exchanges(conversation):
+    """Each turn's question and answer; in multiple choice the question's last line, and the choice at the letter."""
+    choices = {at: choice for choice, at in re.findall(r"^- (.+)=([A-D])$", question(conversation), re.MULTILINE)}
+    texts = [message["content"] for message in conversation["messages"]]
+    return [(asked.split("\n")[-1], choices.get(answer, answer)) for asked, answer in zip(texts[::2], texts[1::2])]
+
+
 def said(conversation) -> str:
     """The reference answer as an engine would decode it."""
     content = conversation["messages"][-1]["content"]
@@ -181,15 +188,11 @@ def test_no_training_conversation_states_a_held_out_fact():
     chat = {fact.sentence for fact in facts_on("chat")}
     found = Counter()
     for conversation in itertools.chain(WorldFacts("train", size=6000), WorldChoice("train", size=6000)):
-        asked, answer = question(conversation).lower(), conversation["messages"][-1]["content"].lower()
-        if "letters" in conversation:
-            asked, *lines = asked.split("\n")
-            answer = next(line[2:-2] for line in lines if line.endswith(f"={answer}"))
-        else:
-            assert conversation["messages"][-1]["content"] in chat
-        stated = set(itertools.product(pattern.findall(asked), pattern.findall(answer)))
-        assert not stated & held_out, conversation
-        found["names"] += bool(stated)
+        for asked, answer in exchanges(conversation):
+            assert "letters" in conversation or answer in chat
+            stated = set(itertools.product(pattern.findall(asked.lower()), pattern.findall(answer.lower())))
+            assert not stated & held_out, conversation
+            found["names"] += bool(stated)
     assert found["names"] > 11_000  # the scan sees the facts that are there
 
 
@@ -240,13 +243,13 @@ def test_choice_letters_are_uniform_and_the_answer_stands_at_its_letter():
         task = WorldChoice(split, size=2000)
         letters = Counter()
         for conversation in task:
-            letter = conversation["messages"][-1]["content"]
-            letters[letter] += 1
-            choices = dict(re.findall(r"^- (.+)=([A-D])$", question(conversation), re.MULTILINE))
-            right = next(choice for choice, at in choices.items() if at == letter)
-            asked = question(conversation).split("\n")[-1].lower()
-            assert len(choices) == 4 and any(subject in asked and answer == right for subject, answer in true)
-        assert all(abs(letters[letter] / 2000 - 0.25) < 0.04 for letter in "ABCD")
+            letters.update(message["content"] for message in conversation["messages"][1::2])
+            assert len(re.findall(r"^- .+=[A-D]$", question(conversation), re.MULTILINE)) == 4
+            for asked, right in exchanges(conversation):
+                assert any(subject in asked.lower() and answer == right for subject, answer in true)
+        total = letters.total()
+        assert (total > 2000) == (split == "train")  # in training, the same choices are asked about again
+        assert all(abs(letters[letter] / total - 0.25) < 0.04 for letter in "ABCD")
     assert task.eval_type == "categorical" and task.baseline == 0.25 and conversation["letters"] == list("ABCD")
 
 
@@ -254,9 +257,8 @@ def test_held_out_answers_are_no_giveaway_in_training_choices():
     """A name that only ever is a wrong choice would be learned to be wrong."""
     wrong, right = set(), set()
     for conversation in WorldChoice("train", size=15000):
-        letter = conversation["messages"][-1]["content"]
-        for choice, at in re.findall(r"^- (.+)=([A-D])$", question(conversation), re.MULTILINE):
-            (right if at == letter else wrong).add(choice)
+        right.update(answer for _, answer in exchanges(conversation))
+        wrong.update(re.findall(r"^- (.+)=[A-D]$", question(conversation), re.MULTILINE))
     assert wrong - right <= {fact.answer for fact in facts() if fact.relation.category in ("day", "month", "ordinal")}
 
 
