@@ -34,12 +34,12 @@ def mixture(
         return max(20, round(n * scale))
 
     tasks: list[Task] = [
-        Arithmetic(split, size=size(1000), seed=seed),
+        Arithmetic(split, size=size(1300), seed=seed),
         SpellingBee(split, size=size(1500), seed=seed),
         Spelling(split, size=size(250), seed=seed),
         WorldFacts(split, size=size(1000), seed=seed),
-        WorldChoice(split, size=size(2000), seed=seed),
-        LetterList(split, size=size(1000), seed=seed),
+        WorldChoice(split, size=size(2500), seed=seed),
+        LetterList(split, size=size(1300), seed=seed),
     ]
     if identity:
         tasks.append(Identity(split, size=size(1500), seed=seed))
