@@ -6,6 +6,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from nanochat import kernels
+
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
 _BLOCK = 128  # queries to a block on CPU; short windows are multiples of it
 
@@ -97,19 +99,18 @@ def _block_attention_backward(
     grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, weights: torch.Tensor, window: int
 ) -> list[torch.Tensor]:
     N, T, _ = q.shape
-    dq = torch.empty_like(q)
-    dk, dv = torch.zeros_like(k, dtype=torch.float32), torch.zeros_like(v, dtype=torch.float32)
-    taken = 0
-    for a, b, first in _block_spans(T, window):
-        shape = (N, b - a, b - first)
-        block = weights[taken : taken + shape[0] * shape[1] * shape[2]].view(shape)
-        taken += block.numel()
-        dv[:, first:b] += torch.bmm(block.mT, grad[:, a:b])
-        dweights = torch.bmm(grad[:, a:b], v[:, first:b].mT)
-        dscores = torch._softmax_backward_data(dweights, block, -1, q.dtype)
+    dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    end = weights.numel()
+    for a, b, first in reversed(_block_spans(T, window)):
+        block = weights[end - N * (b - a) * (b - first) : end].view(N, b - a, b - first)
+        end -= block.numel()
+        dy = grad[:, a:b].contiguous()
+        dscores = torch._softmax_backward_data(torch.bmm(dy, v[:, first:b].mT), block, -1, q.dtype)
         torch.bmm(dscores, k[:, first:b], out=dq[:, a:b])
-        dk[:, first:b] += torch.bmm(dscores.mT, q[:, a:b])
-    return [dq, dk.to(k.dtype), dv.to(v.dtype)]
+        # added up by the products themselves, small terms (of late queries) first, as the sums are in q's dtype
+        dv[:, first:b].baddbmm_(block.mT, dy)
+        dk[:, first:b].baddbmm_(dscores.mT, q[:, a:b])
+    return [dq, dk, dv]
 
 
 @_block_attention_backward.register_fake
@@ -118,6 +119,7 @@ def _(grad, q, k, v, weights, window):
 
 
 def _save_for_backward(ctx, inputs, output) -> None:
+    ctx.set_materialize_grads(False)  # the weights have none, which would be zeros of their size
     ctx.save_for_backward(*inputs[:3], output[1])
     ctx.window = inputs[3]
 
@@ -142,12 +144,29 @@ def _attend_blocks(q_BTHD: torch.Tensor, k_BTKD: torch.Tensor, v_BTKD: torch.Ten
     return _block_attention(*heads, min(window, -(-T // _BLOCK) * _BLOCK))[0].view(B, H, T, D).transpose(1, 2)
 
 
-def _attend_flash3(q_BTHD: torch.Tensor, k_BTKD: torch.Tensor, v_BTKD: torch.Tensor, window: int) -> torch.Tensor:
-    """FlashAttention-3 (Hopper) where its package is installed."""
-    from flash_attn_interface import flash_attn_func
+@functools.cache
+def _flash3() -> Callable[..., torch.Tensor]:
+    try:
+        from flash_attn_interface import flash_attn_func
+    except ImportError:
+        from kernels import get_kernel
 
-    y = flash_attn_func(q_BTHD, k_BTKD, v_BTKD, causal=True, window_size=(window - 1, 0))
+        flash_attn_func = get_kernel("kernels-community/flash-attn3", version=1).flash_attn_func
+    return flash_attn_func
+
+
+def _attend_flash3(q_BTHD: torch.Tensor, k_BTKD: torch.Tensor, v_BTKD: torch.Tensor, window: int) -> torch.Tensor:
+    """FlashAttention-3 (arXiv 2407.08608, Hopper) from its own package, or through the hub's package `kernels`."""
+    y = _flash3()(q_BTHD, k_BTKD, v_BTKD, causal=True, window_size=(window - 1, 0))
     return y[0] if isinstance(y, tuple) else y
+
+
+def _attend_cudnn(q_BTHD: torch.Tensor, k_BTKD: torch.Tensor, v_BTKD: torch.Tensor, window: int) -> torch.Tensor:
+    """cuDNN's kernel through PyTorch; full causal attention only."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return _attend_sdpa(q_BTHD, k_BTKD, v_BTKD, window)
 
 
 @functools.cache
@@ -163,42 +182,29 @@ def _flex_kernel(window: int, T: int, device: str) -> Callable[..., torch.Tensor
 
 
 def _attend_flex(q_BTHD: torch.Tensor, k_BTKD: torch.Tensor, v_BTKD: torch.Tensor, window: int) -> torch.Tensor:
-    """Windows by FlexAttention's block-sparse kernel; full attention by the fused one."""
+    """Windows by FlexAttention's block-sparse kernel; full attention by what is fastest at it."""
     T = q_BTHD.size(1)
     if window >= T:
-        return _attend_sdpa(q_BTHD, k_BTKD, v_BTKD, window)
+        return choose(q_BTHD.device, q_BTHD.dtype, q_BTHD.size(3), False)[1](q_BTHD, k_BTKD, v_BTKD, window)
     q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BTKD, v_BTKD))
     return _flex_kernel(window, T, str(q.device))(q, k, v).transpose(1, 2)
 
 
-_BACKENDS: dict[str, tuple[tuple[str, Attend], ...]] = {
-    "cuda": (("flash-attention-3", _attend_flash3), ("flex", _attend_flex)),
-    "cpu": (("blocks", _attend_blocks),),
-    "mps": (),
+# by device, and by whether some layers have windows
+_BACKENDS: dict[tuple[str, bool], tuple[tuple[str, Attend], ...]] = {
+    ("cuda", True): (("flash-attention-3", _attend_flash3), ("flex", _attend_flex)),
+    ("cuda", False): (("flash-attention-3", _attend_flash3), ("cudnn", _attend_cudnn)),
+    ("cpu", True): (("blocks", _attend_blocks),),
+    ("cpu", False): (("blocks", _attend_blocks),),
 }
 
 
-@torch.inference_mode(False)
-@torch.enable_grad()
-def _works(attend: Attend, device: torch.device, dtype: torch.dtype, head_dim: int, window: int) -> bool:
+def _works(name: str, attend: Attend, device: torch.device, dtype: torch.dtype, head_dim: int, window: int) -> bool:
     """Run forward and backward once against the definition: a kernel may import well and still fail on launch."""
     generator = torch.Generator().manual_seed(0)
-    T = 300
-    shapes = ((1, T, 4, head_dim), (1, T, 2, head_dim), (1, T, 2, head_dim))
-    values = [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
-    tolerance = 1e-4 if dtype == torch.float32 else 5e-2
-    results = []
-    try:
-        for form in (attend_naive, attend):
-            q, k, v = (x.clone().requires_grad_() for x in values)
-            y = form(q, k, v, window)
-            y.float().square().sum().backward()
-            results.append([x.float() for x in (y, q.grad, k.grad, v.grad)])
-        return all((a - b).abs().max() <= tolerance * a.abs().max() for a, b in zip(*results, strict=True))
-    except Exception as error:  # whatever a foreign kernel raises means: not this one
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        print(f"attention backend {attend.__name__.removeprefix('_attend_')} refused: {reason}")
-        return False
+    values = [torch.randn(1, 300, heads, head_dim, generator=generator).to(device, dtype) for heads in (4, 2, 2)]
+    forms = [lambda q, k, v, form=form: form(q, k, v, window) for form in (attend, attend_naive)]
+    return kernels.agrees(f"attention by {name}", *forms, values)
 
 
 @functools.cache
@@ -208,8 +214,9 @@ def choose(device: torch.device, dtype: torch.dtype, head_dim: int, windowed: bo
     Kernels are probed forward and backward, with and without a window. When none passes, full attention falls back
     to PyTorch's own, and windows to the masked definition, which is right but slow.
     """
-    for name, attend in _BACKENDS.get(device.type, ()):
-        if all(_works(attend, device, dtype, head_dim, window) for window in ((128, 512) if windowed else (512,))):
+    for name, attend in _BACKENDS.get((device.type, windowed), ()):
+        windows = (128, 512) if windowed else (512,)
+        if all(_works(name, attend, device, dtype, head_dim, window) for window in windows):
             # foreign kernels break the graph of a compiled block; decorated at import, they would load torch's compiler
             return name, attend if device.type == "cpu" else torch.compiler.disable(attend, recursive=False)
     return ("masked", attend_naive) if windowed else ("sdpa", _attend_sdpa)

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from nanochat import sharding
 from nanochat.common import atomic_write_json, fsync_dir, get_base_dir, print0, read_json, sha256_file
 from nanochat.compute import Compute, pick_dtype
 from nanochat.gpt import GPT, GPTConfig, Linear
@@ -55,6 +56,7 @@ def save(stage: str, tag: str, step: int, model: GPT, optimizer: MuonAdamW, meta
     final = _step_dir(stage, tag, step)
     temporary = final.with_name(f".writing_{final.name}")
     failure: Exception | None = None
+    state = sharding.whole_state(model, compute.rank)
 
     def attempt(write: Callable[[], None], ranks: bool) -> None:
         """Do one part of the work, then let all ranks agree whether it went well on each of them."""
@@ -73,7 +75,7 @@ def save(stage: str, tag: str, step: int, model: GPT, optimizer: MuonAdamW, meta
     def begin() -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        save_file(model.state_dict(), temporary / "model.safetensors")
+        save_file(state, temporary / "model.safetensors")
         _sync(temporary / "model.safetensors")
 
     def share() -> None:
@@ -166,11 +168,16 @@ def read_meta(stage: str, tag: str, step: int) -> dict[str, Any]:
 
 def load_state(stage: str, tag: str, step: int, model: GPT) -> None:
     """Fill `model` from a checkpoint; a missing, extra or mis-shaped tensor raises ValueError."""
-    path = _step_dir(stage, tag, step) / "model.safetensors"
-    try:
-        model.load_state_dict(load_file(path, device=str(model.device)), strict=True)
-    except RuntimeError as error:
-        raise ValueError(f"{path} does not fit the model: {error}") from error
+    path, state = _step_dir(stage, tag, step) / "model.safetensors", model.state_dict()
+    with safe_open(path, framework="pt", device=str(model.device)) as file:
+        there = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        wanted = {name: tuple(value.shape) for name, value in state.items()}
+        if there != wanted:
+            wrong = sorted(name for name in there.keys() | wanted.keys() if there.get(name) != wanted.get(name))
+            raise ValueError(f"{path} does not fit the model: {', '.join(wrong[:3])} of {len(wrong)}")
+        for name, value in state.items():
+            rows = file.get_slice(name)[sharding.local_rows(value)] if there[name] else file.get_tensor(name)
+            sharding.local(value).copy_(rows)
 
 
 def load_optimizer(stage: str, tag: str, step: int, optimizer: MuonAdamW) -> None:
@@ -199,12 +206,17 @@ def check_tokenizer(meta: dict[str, Any], tokenizer: Tokenizer) -> None:
 
 
 def load_model(
-    stage: str, device: torch.device | str, tag: str | None = None, step: int | None = None, train: bool = False
+    stage: str,
+    device: torch.device | str,
+    tag: str | None = None,
+    step: int | None = None,
+    train: bool = False,
+    shard: Compute | None = None,
 ) -> tuple[GPT, Tokenizer, dict[str, Any]]:
     """A trained model, its tokenizer and its meta; tag None = the newest run, step None = its newest whole one.
 
-    `train`: keep embeddings in the training precision; otherwise the model is in eval mode. Raises ValueError, with
-    the remedy, when something is missing, damaged, or belongs to another tokenizer.
+    train: keep embeddings in the training precision, cut as `build` does; otherwise the model is in eval mode. Raises
+    ValueError, with the remedy, when something is missing, damaged, or belongs to another tokenizer.
     """
     tokenizer = load_tokenizer()
     tag = tag or find_tag(stage)
@@ -214,15 +226,16 @@ def load_model(
         step = newest_whole(stage, tag)
     meta = read_meta(stage, tag, step)
     check_tokenizer(meta, tokenizer)
-    model = build(GPTConfig.from_dict(meta["model_config"]), torch.device(device), train)
+    model = build(GPTConfig.from_dict(meta["model_config"]), torch.device(device), train, shard)
     load_state(stage, tag, step, model)
     return (model.train() if train else model.eval()), tokenizer, meta
 
 
-def build(config: GPTConfig, device: torch.device, train: bool) -> GPT:
+def build(config: GPTConfig, device: torch.device, train: bool, shard: Compute | None = None) -> GPT:
     """A model without values on `device`, in the compute dtype of this machine (see compute.py).
 
     For inference the matrices are in that dtype as well, which rounds them once instead of at every use.
+    shard: over whose ranks the parameters are cut into shares (sharding.py); no rank ever holds them whole.
     """
     dtype = pick_dtype(device)
     with torch.device("meta"):
@@ -230,4 +243,6 @@ def build(config: GPTConfig, device: torch.device, train: bool) -> GPT:
         for module in () if train else model.modules():
             if isinstance(module, Linear):
                 module.to(dtype)
+    if shard is not None:
+        sharding.shard(model, shard)
     return model.to_empty(device=device)

@@ -30,6 +30,11 @@ def _value_type(annotation: Any) -> type:
     return annotation
 
 
+def _words(annotation: Any) -> tuple[str, ...]:
+    """`int | Literal["auto"] | None` -> ("auto",): values that are taken as they are."""
+    return tuple(word for part in typing.get_args(annotation) for word in typing.get_args(part))
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser that ends with status 2 and one line on stderr."""
 
@@ -49,8 +54,14 @@ def build_parser(config: type, description: str | None = None) -> argparse.Argum
         if kind is bool:
             parser.add_argument(*names, dest=field.name, help=text, action=argparse.BooleanOptionalAction)
         else:
-            metavar = None if meta.get("choices") else kind.__name__.upper()
-            value = {"type": kind, "choices": meta.get("choices"), "metavar": metavar}
+            words = _words(hints[field.name])
+
+            def read(text: str, kind: type = kind, words: tuple[str, ...] = words) -> Any:
+                return text if text in words else kind(text)
+
+            read.__name__ = kind.__name__  # argparse names it to the user
+            metavar = None if meta.get("choices") else "|".join((kind.__name__.upper(), *words))
+            value = {"type": read, "choices": meta.get("choices"), "metavar": metavar}
             if meta.get("bare") is not None:
                 value |= {"nargs": "?", "const": meta["bare"]}
             parser.add_argument(*names, dest=field.name, help=text, **value)
@@ -80,7 +91,8 @@ def _read_config_file(path: str, config: type) -> dict[str, Any]:
         if kind is float and isinstance(value, str):
             with contextlib.suppress(ValueError):
                 value = float(value)  # YAML takes 1e-3, which has no point, for text
-        if value is not None or type(None) not in typing.get_args(hints[name]):
+        wordy = isinstance(value, str) and value in _words(hints[name])
+        if not wordy and (value is not None or type(None) not in typing.get_args(hints[name])):
             fits = isinstance(value, (int, float) if kind is float else kind)
             if not fits or (kind is not bool and isinstance(value, bool)):
                 raise ValueError(f"--config {path}: '{key}' must be {kind.__name__}, not {value!r}")

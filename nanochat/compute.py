@@ -5,6 +5,7 @@ import os
 import platform
 import re
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -125,7 +126,15 @@ class Compute:
         torch.set_float32_matmul_precision("highest" if dtype == torch.float32 else "high")
         if world_size > 1 and not dist.is_initialized():
             backend = "nccl" if device_type == "cuda" else "gloo"
-            dist.init_process_group(backend, device_id=device if device_type == "cuda" else None)
+            # a rank that waits this long for another takes it for dead and ends, for torchrun to start it again
+            patience = timedelta(seconds=float(os.environ.get("NANOCHAT_TIMEOUT") or 600))
+            store, place = None, {"rank": rank, "world_size": world_size, "timeout": patience}
+            if os.environ.get("GROUP_WORLD_SIZE") == "1":
+                # torchrun keeps its store over restarts, and in it the addresses of the dead (torch 2.13). Several
+                # hosts count restarts each for itself: there dev/hosts.sh and dev/slurm.sh have it make a new one.
+                attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+                store = dist.PrefixStore(f"attempt_{attempt}", next(dist.rendezvous("env://", **place))[0])
+            dist.init_process_group(backend, store=store, device_id=device if device_type == "cuda" else None, **place)
         return cls(device, dtype, rank, world_size)
 
     @property

@@ -14,7 +14,7 @@ from nanochat.conversation import render
 from nanochat.dataloader import build_conversation_shards
 from nanochat.dataset import iterate_documents, list_shards
 from nanochat.tokenizer import Tokenizer
-from nanochat.trainer import TrainConfig, Trainer, rows_per_device
+from nanochat.trainer import TrainConfig, Trainer, rows_per_step
 
 Conversations = Sequence[dict[str, Any]]
 
@@ -73,8 +73,9 @@ def finetune(
     Batch size and steps default to the source run's batch and to one pass over the conversations. Raises
     ValueError when there is no source model, or no usable conversation.
     """
+    shard = compute if config.shard_params else None
     model, tokenizer, meta = checkpoint.load_model(
-        source, compute.device, config.source_tag, config.source_step, train=True
+        source, compute.device, config.source_tag, config.source_step, train=True, shard=shard
     )
     T = model.config.sequence_len
     talks = list(_rendered(train, tokenizer, T + 1))
@@ -83,7 +84,7 @@ def finetune(
     train_shards = build_conversation_shards(f"{stage}_train", itertools.chain(talks, text), tokenizer)
     val_shards = build_conversation_shards(f"{stage}_val", _rendered(val, tokenizer, T + 1), tokenizer)
     batch = config.total_batch_size or meta["total_batch_size"]
-    rows, _ = rows_per_device(config.device_batch_size, batch, T, compute.world_size)
+    rows = rows_per_step(batch, T, compute.world_size)
     rows_in_epoch = sum(shard.row_count(T + 1, config.seed, 0) for shard in train_shards)
     steps = config.num_iterations or max(1, config.num_epochs * rows_in_epoch // rows)
     origin = f"{source}/{meta['tag']} step {meta['step']}"

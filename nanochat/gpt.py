@@ -10,8 +10,9 @@ from typing import Any
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
-from nanochat import attention
+from nanochat import attention, fp8, kernels
 from nanochat.attention import Attend
 from nanochat.loss import softcap, softcap_cross_entropy
 
@@ -54,6 +55,8 @@ class GPTConfig:
             raise ValueError(
                 f"n_embd {self.n_embd} is narrower than its gates: raise --depth, --aspect-ratio or --head-dim"
             )
+        if not 0 <= self.softcap <= 80:
+            raise ValueError(f"softcap {self.softcap} must be between 0 and 80: the loss takes e^softcap in fp32")
         if not self.window_pattern or set(self.window_pattern) - set("SL"):
             raise ValueError(f"--window-pattern {self.window_pattern!r} must be made of the letters S and L")
         if not 0 <= self.dropout < 1:
@@ -101,12 +104,16 @@ def rotate(x_BTHD: torch.Tensor, cos_BT1D: torch.Tensor, sin_BT1D: torch.Tensor)
 
 
 class Linear(nn.Linear):
-    """A matrix without bias, kept in fp32 and used in the dtype of its input."""
+    """A matrix without bias, kept in fp32 and used in the dtype of its input, or in training in fp8."""
+
+    fp8 = False  # set by `fp8.convert`
 
     def __init__(self, n_in: int, n_out: int) -> None:
         super().__init__(n_in, n_out, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.fp8 and self.training:
+            return fp8.linear(x, self.weight)
         return F.linear(x, self.weight.to(x.dtype))
 
 
@@ -141,12 +148,16 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """Two matrices around a squared ReLU (arXiv 2109.08668), four times as wide inside."""
 
+    fused = False  # set by `GPT.compile_blocks` where `kernels.fused_mlp_pays`
+
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.up = Linear(config.n_embd, 4 * config.n_embd)
         self.down = Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x_BTC: torch.Tensor) -> torch.Tensor:
+        if self.fused and not self.up.fp8:
+            return kernels.fused_mlp(x_BTC, self.up.weight, self.down.weight)
         return self.down(F.relu(self.up(x_BTC)).square())
 
 
@@ -199,6 +210,7 @@ class GPT(nn.Module):
         if config.backout:
             self.backout = nn.Parameter(torch.empty(()))
         self.compiled = False
+        self.checkpointing = False  # keep a block's inputs alone for the backward pass (arXiv 1604.06174)
 
     @property
     def device(self) -> torch.device:
@@ -238,7 +250,9 @@ class GPT(nn.Module):
     def compile_blocks(self) -> None:
         """Fuse with torch.compile: one graph for each kind of block, shared by all layers, and one for the loss."""
         torch._dynamo.config.recompile_limit = 64  # windows, gates, shapes and gradient modes each make one
+        fused = kernels.fused_mlp_pays(self.device, self.dtype, self.config.n_embd)
         for block in self.blocks:
+            block.mlp.fused = fused
             block.compile(dynamic=False)
         self.compiled = True
 
@@ -278,7 +292,9 @@ class GPT(nn.Module):
             ve_BTC = self.value_embeds[str(layer)](idx_BT).to(self.dtype) if config.has_value_embed(layer) else None
             if cache is not None:
                 attend = functools.partial(_attend_cached, cache, layer, positions_BT)
-            x_BTC = block(
+            again = self.checkpointing and torch.is_grad_enabled()
+            run = functools.partial(checkpoint, block, use_reentrant=False) if again else block
+            x_BTC = run(
                 x_BTC, x0_BTC, ve_BTC, self.resid_scale[layer], self.embed_skip[layer], cos_BT1D, sin_BT1D, attend
             )
             if config.backout and layer == config.n_layer // 2:

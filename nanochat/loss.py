@@ -1,10 +1,15 @@
 """The head's loss: projection, softcap and cross-entropy in chunks, so that the full logits never exist."""
 
 import functools
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
+
+from nanochat import kernels
+
+ChunkGradients = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], tuple[torch.Tensor, torch.Tensor]]
 
 
 def softcap(z: torch.Tensor, cap: float) -> torch.Tensor:
@@ -26,38 +31,64 @@ def _chunk_gradients(
 
     d loss / d z = (softmax(logits) - onehot) · (1 - tanh²(z/cap)); rows without a target are zero.
     """
-    z_NV = F.linear(x_NC, w_VC).float()
-    tanh_NV = torch.tanh(z_NV / cap) if cap else None
-    logits_NV = z_NV if tanh_NV is None else cap * tanh_NV
+    logits_NV = F.linear(x_NC, w_VC).float()
+    if cap:
+        # by exponentials, which a CPU makes three times as fast as tanh; so bounded, they need no maximum taken out
+        tanh_NV = 1 - 2 / ((logits_NV * (2 / cap)).exp() + 1)
+        logits_NV = cap * tanh_NV
+        lse_N1 = logits_NV.exp().sum(1, keepdim=True).log()
+    else:
+        lse_N1 = logits_NV.logsumexp(1, keepdim=True)
     valid_N1 = (targets_N >= 0).unsqueeze(1)
     safe_N1 = targets_N.clamp(min=0).unsqueeze(1)
-    lse_N1 = logits_NV.logsumexp(1, keepdim=True)
     loss = ((lse_N1 - logits_NV.gather(1, safe_N1)) * valid_N1).sum()
-    hit_NV = torch.arange(z_NV.size(1), device=x_NC.device) == safe_N1
+    hit_NV = torch.arange(logits_NV.size(1), device=x_NC.device) == safe_N1
     grad_NV = ((logits_NV - lse_N1).exp() - hit_NV.float()) * valid_N1
-    if tanh_NV is not None:
+    if cap:
         grad_NV = grad_NV * (1 - tanh_NV * tanh_NV)
     return loss, grad_NV.to(x_NC.dtype)
 
 
+def _triton_chunk_gradients(
+    x_NC: torch.Tensor, w_VC: torch.Tensor, targets_N: torch.Tensor, cap: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same in one kernel, which reads the head's output twice and overwrites it by the gradient."""
+    z_NV = F.linear(x_NC, w_VC)
+    return kernels.softcap_cross_entropy_(z_NV, targets_N, cap).sum(), z_NV
+
+
 @functools.cache
-def _compiled_chunk_gradients():
-    return torch.compile(_chunk_gradients, dynamic=False)
+def choose(device: torch.device, dtype: torch.dtype, compiled: bool) -> tuple[str, ChunkGradients]:
+    """How a chunk's loss and gradient are made here, by name: by Triton where a probe shows that it works,
+    else by torch.compile where it is wanted, else eagerly."""
+    if device.type == "cuda" and kernels.triton:
+        generator = torch.Generator().manual_seed(0)
+        targets_N = torch.randint(-1, 70, (32,), generator=generator).to(device)
+        inputs = [torch.randn(n, 16, generator=generator).to(device, dtype) for n in (32, 70)]
+        forms = [
+            lambda x, w, f=f: _ChunkedLossSum.apply(x, w, targets_N, 15.0, 16, f)
+            for f in (_triton_chunk_gradients, _chunk_gradients)
+        ]
+        if kernels.agrees("Triton cross-entropy", *forms, inputs):
+            return "triton", _triton_chunk_gradients
+    if compiled:
+        return "compiled", torch.compile(_chunk_gradients, dynamic=False)
+    return "eager", _chunk_gradients
 
 
 class _ChunkedLossSum(torch.autograd.Function):
     """Summed loss whose gradients are made in the forward pass, while each chunk's logits are still in cache."""
 
     @staticmethod
-    def forward(ctx, x_NC, w_VC, targets_N, cap: float, chunk: int, compiled: bool):
+    def forward(ctx, x_NC, w_VC, targets_N, cap: float, chunk: int, chunk_gradients: ChunkGradients):
         w = w_VC.to(x_NC.dtype)
         total = torch.zeros((), device=x_NC.device)
         dx_NC = torch.empty_like(x_NC)
         dw_VC = torch.zeros_like(w_VC, dtype=torch.float32)
         for x, targets, dx in zip(x_NC.split(chunk), targets_N.split(chunk), dx_NC.split(chunk), strict=True):
             # a last, shorter chunk would be one more graph to compile
-            kernel = _compiled_chunk_gradients() if compiled and x.size(0) == chunk else _chunk_gradients
-            loss, grad_NV = kernel(x, w, targets, cap)
+            make = chunk_gradients if x.size(0) == chunk else _chunk_gradients
+            loss, grad_NV = make(x, w, targets, cap)
             total += loss
             torch.mm(grad_NV, w, out=dx)
             dw_VC += grad_NV.t() @ x
@@ -84,14 +115,17 @@ def softcap_cross_entropy(
 
     Negative targets are ignored. reduction: "sum" | "mean" (over the targets that count; 0 when there are none) |
     "none" (per token, fp32). Equal in value and gradient to the dense form. compiled: fuse each chunk's
-    elementwise work with torch.compile. The default chunk keeps a chunk's logits in a CPU's cache, or a GPU busy.
+    elementwise work with torch.compile where no kernel does (`choose`). The default chunk keeps a chunk's logits in a
+    CPU's cache, or a GPU busy.
     """
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"loss_reduction={reduction!r}: choose mean, sum or none")
-    chunk = chunk or (256 if x_NC.device.type == "cpu" else 4096)
+    chunks = -(-max(1, len(x_NC)) // (chunk or (256 if x_NC.device.type == "cpu" else 4096)))
+    chunk = max(1, -(-len(x_NC) // chunks))  # of one size, as far as may be
     grad = torch.is_grad_enabled() and (x_NC.requires_grad or w_VC.requires_grad)
     if grad and reduction != "none":
-        total = _ChunkedLossSum.apply(x_NC, w_VC, targets_N, cap, chunk, compiled)
+        chunk_gradients = choose(x_NC.device, x_NC.dtype, compiled)[1]
+        total = _ChunkedLossSum.apply(x_NC, w_VC, targets_N, cap, chunk, chunk_gradients)
         return total if reduction == "sum" else total / (targets_N >= 0).sum().clamp(min=1)
     w = w_VC.to(x_NC.dtype)
     losses = []

@@ -1,11 +1,17 @@
 """Muon for the matrices and AdamW for everything else, in one optimizer with its state sharded over the ranks.
 
 Sharding is ZeRO-2 (arXiv 1910.02054): gradients are reduce-scattered, each rank keeps the state of its share and
-updates it, and the updated parameters are all-gathered. A share is a slice along the first axis of a bucket: of
-stacked matrices of one shape for Muon, of a flattened parameter for AdamW. Parameters too small to be worth the
-messages are all-reduced and updated everywhere. Saved shares join and split again on any number of ranks.
+updates it, and the updated parameters are all-gathered. Rank r of w owns the matrices r, r + w, ... of a shape (Muon)
+and the r-th block of rows of any other parameter (AdamW). Parameters too small to be worth the messages are
+all-reduced and updated everywhere. Saved shares join and split again on any number of ranks.
+
+A message is one matrix for each owner, or one parameter. After `overlap_next_backward` it leaves as soon as its
+gradients are there, while the backward pass goes on. The order of messages is fixed, last layers first, so that ranks
+agree on it whatever took part in their loss.
 """
 
+import functools
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -25,7 +31,7 @@ _POLAR_EXPRESS = (
 # torch 2.13 renamed these two and warns of the old names
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_SMALL = 4096  # elements below which a parameter is updated on every rank
+SMALL = 4096  # elements below which a parameter is updated on every rank
 
 
 def orthogonalize(g_KMN: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -96,6 +102,17 @@ def adamw_update(
 
 
 @dataclass
+class Message:
+    """Gradients that are reduced together, on their way."""
+
+    parameters: list[torch.nn.Parameter]
+    missing: set[torch.nn.Parameter] = field(default_factory=set)  # those whose gradient is not there yet
+    work: dist.Work | None = None
+    sent: torch.Tensor | None = None  # kept until it is
+    share: torch.Tensor | None = None  # this rank's part of the sum, once `work` is done
+
+
+@dataclass
 class Bucket:
     """Parameters that are updated together: stacked matrices (Muon), or one parameter (AdamW)."""
 
@@ -107,20 +124,30 @@ class Bucket:
     sharded: bool = True
     eps: float = 1e-10
     state: dict[str, torch.Tensor] = field(default_factory=dict)
+    messages: list[Message] = field(default_factory=list)
 
     @property
     def rows(self) -> int:
-        """Length of the axis that is cut into shares: matrices, or elements."""
-        return len(self.parameters) if self.betas is None else self.parameters[0].numel()
+        """Length of the axis that is cut into shares: matrices, or rows of a parameter (of a scalar: 0)."""
+        return len(self.parameters) if self.betas is None else sum(self.parameters[0].shape[:1])
+
+    def whole(self, tensors: list[torch.Tensor]) -> torch.Tensor:
+        """What is cut into shares along its first axis: the matrices stacked, or the one parameter."""
+        return torch.stack(tensors) if self.betas is None else tensors[0]
 
 
 class MuonAdamW:
     """The optimizer of a `GPT`. Gradients are summed over ranks, so each rank's loss is its part of the whole.
 
     learning rates: keys matrix, embedding, unembedding, scalar (recipe.py); AdamW's follow width as (width/768)^-½.
+    overlap: whether `overlap_next_backward` does anything. The results are the same to the bit.
     """
 
-    def __init__(self, model: GPT, lrs: dict[str, float], weight_decay: float, compute: Compute) -> None:
+    ranks_a_matrix = 2  # beyond that every rank updates all matrices of a shape: shares would be padding mostly
+
+    def __init__(
+        self, model: GPT, lrs: dict[str, float], weight_decay: float, compute: Compute, overlap: bool = True
+    ) -> None:
         self.compute = compute
         # An fp32 run is there to be exact: bf16 would turn the order of a sum into 1e-2 of loss within 20 steps.
         self.muon_dtype = torch.float32 if compute.dtype == torch.float32 else torch.bfloat16
@@ -128,13 +155,14 @@ class MuonAdamW:
         shapes: dict[tuple[int, ...], list[torch.nn.Parameter]] = {}
         for parameter in model.blocks.parameters():
             shapes.setdefault(tuple(parameter.shape), []).append(parameter)
-        self.buckets = [
-            Bucket(f"muon_{'x'.join(map(str, shape))}", stack, lrs["matrix"], None, weight_decay)
-            for shape, stack in shapes.items()
-        ]
+        self.buckets: list[Bucket] = []
+        for shape, stack in shapes.items():
+            sharded = compute.world_size <= self.ranks_a_matrix * len(stack)
+            name = f"muon_{'x'.join(map(str, shape))}"
+            self.buckets.append(Bucket(name, stack, lrs["matrix"], None, weight_decay, sharded))
 
         def adamw(name: str, parameter: torch.nn.Parameter, lr: float, betas: tuple[float, float], decay: float):
-            small = parameter.numel() < _SMALL
+            small = parameter.numel() < SMALL
             # The first gradients of the scalars are rounding noise, 1e-10 to 1e-8: projections into the residual are
             # zero then, and the last norm undoes any scale. They must not become steps of full size.
             eps = 1e-6 if small else 1e-10
@@ -152,50 +180,129 @@ class MuonAdamW:
                 adamw(name, parameter, lrs["scalar"] * 0.4, (0.8, 0.95), 0.0)
         covered = sum(len(bucket.parameters) for bucket in self.buckets)
         assert covered == len(list(model.parameters())), "a parameter has no optimizer"
+        self._plan(model)
+        self._sent, self._overlapping = 0, False
+        if overlap and compute.world_size > 1:
+            for _, message in self._queue:
+                for parameter in message.parameters:
+                    parameter.register_post_accumulate_grad_hook(functools.partial(self._arrived, message))
 
-    def _stack(self, bucket: Bucket, tensors: list[torch.Tensor]) -> torch.Tensor:
-        """One tensor with the bucket's rows first, padded with zeros to a multiple of the ranks."""
-        whole = torch.stack(tensors) if bucket.betas is None else tensors[0].flatten()
-        if not bucket.sharded or self.compute.world_size == 1:
+    # The ways of a gradient to its owner and of a parameter back to all.
+
+    def _plan(self, model: GPT) -> None:
+        """Cut buckets into messages and put both in the order in which a backward pass completes them."""
+        layers = dict.fromkeys(model.parameters(), -1) | {model.head.weight: model.config.n_layer}
+        for part in (model.blocks, model.value_embeds):
+            layers |= {p: int(name.split(".")[0]) for name, p in part.named_parameters()}
+        w = self.compute.world_size
+        for bucket in self.buckets:
+            n = w if w > 1 and bucket.sharded else len(bucket.parameters)
+            bucket.messages = [Message(bucket.parameters[i : i + n]) for i in range(0, len(bucket.parameters), n)]
+        self.buckets.sort(key=lambda bucket: -min(layers[p] for p in bucket.parameters))
+        self._queue = [(bucket, message) for bucket in self.buckets for message in bucket.messages]
+        self._queue.sort(key=lambda item: -min(layers[p] for p in item[1].parameters))
+
+    def overlap_next_backward(self) -> None:
+        """Call before the last backward pass of a step, whose gradients complete those of the passes before it."""
+        self._overlapping = True
+        for _, message in self._queue:
+            message.missing = set(message.parameters)
+
+    def _arrived(self, message: Message, parameter: torch.Tensor) -> None:
+        if self._overlapping:
+            message.missing.discard(parameter)
+            while self._sent < len(self._queue) and not self._queue[self._sent][1].missing:
+                self._send_next()
+
+    @torch.no_grad()
+    def _send_next(self) -> None:
+        """Begin to reduce the next message, and free its gradients; zero where one took no part in the loss."""
+        bucket, message = self._queue[self._sent]
+        self._sent += 1
+        self._reduce(bucket, message, [torch.zeros_like(p) if p.grad is None else p.grad for p in message.parameters])
+        for parameter in message.parameters:
+            parameter.grad = None
+
+    def _reduce(self, bucket: Bucket, message: Message, gradients: list[torch.Tensor]) -> None:
+        w = self.compute.world_size
+        message.share = whole = bucket.whole(gradients)
+        if w > 1 and not bucket.sharded:
+            message.work = dist.all_reduce(whole, async_op=True)
+        elif w > 1:
+            message.sent = whole = pad_rows(whole, w).contiguous()
+            if self.compute.device.type == "cuda":
+                message.share = torch.empty_like(whole[: whole.size(0) // w])
+                message.work = _reduce_scatter(message.share, whole, async_op=True)
+            else:  # gloo's reduce_scatter is an all-reduce, twice the bytes: send each part to where it is summed
+                message.share = torch.empty_like(whole)
+                message.work = dist.all_to_all_single(message.share, whole, async_op=True)
+
+    def _reduced(self, bucket: Bucket) -> torch.Tensor:
+        """This rank's share of the gradient, summed over ranks."""
+        shares = []
+        for message in bucket.messages:
+            if message.work is not None:
+                message.work.wait()
+            share = message.share
+            if message.sent is not None and self.compute.device.type != "cuda":
+                share = share.unflatten(0, (self.compute.world_size, -1)).sum(0)
+            shares.append(share)
+            message.work = message.sent = message.share = None
+        gradient = torch.cat(shares) if len(shares) > 1 else shares[0]
+        # Sums of the same bf16 gradients in another order differ in the last bit of fp32. Rounded to bf16 they are the
+        # same again on any number of ranks; otherwise losses differ by 1e-4 within 20 steps.
+        return gradient.bfloat16().to(gradient.dtype) if self.compute.dtype == torch.bfloat16 else gradient
+
+    def _cut(self, bucket: Bucket, whole: torch.Tensor) -> torch.Tensor:
+        """This rank's share of a whole, zeros where there is nothing left to own."""
+        rank, world_size = self.compute.rank, self.compute.world_size
+        if not bucket.sharded or world_size == 1:
             return whole
-        return _pad(whole, self.compute.world_size)
+        whole = pad_rows(whole, world_size)
+        return whole[rank::world_size] if bucket.betas is None else whole.chunk(world_size)[rank]
 
-    def _share(self, bucket: Bucket, whole: torch.Tensor) -> torch.Tensor:
-        if not bucket.sharded or self.compute.world_size == 1:
-            return whole
-        return whole.chunk(self.compute.world_size)[self.compute.rank]
+    def _own(self, bucket: Bucket) -> torch.Tensor:
+        """This rank's share of the parameters; may be a view of them."""
+        return self._cut(bucket, bucket.whole([p.detach() for p in bucket.parameters])).contiguous()
 
-    def _reduce(self, bucket: Bucket) -> torch.Tensor:
-        """This rank's share of the gradient, summed over ranks; zero where a parameter took no part in the loss."""
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket.parameters]
-        whole = self._stack(bucket, gradients)
-        if self.compute.world_size == 1:
-            return whole
-        if not bucket.sharded:
-            return self.compute.all_reduce_sum(whole)
-        share = torch.empty_like(self._share(bucket, whole))
-        _reduce_scatter(share, whole)
-        return share
-
-    def _spread(self, bucket: Bucket, share: torch.Tensor) -> None:
-        """Give every rank the updated parameters."""
-        if bucket.sharded and self.compute.world_size > 1:
-            whole = share.new_empty((share.size(0) * self.compute.world_size, *share.shape[1:]))
-            _all_gather(whole, share)
+    def _spread(self, bucket: Bucket, share: torch.Tensor) -> Callable[[], None]:
+        """Begin to give every rank the updated parameters; calling the result ends it."""
+        w = self.compute.world_size
+        if not bucket.sharded or w == 1:
+            pieces = share if bucket.betas is None else ()  # AdamW has worked on the parameter itself
+            work = None
         else:
-            whole = share
-        pieces = whole if bucket.betas is None else [whole[: bucket.rows].view_as(bucket.parameters[0])]
-        for parameter, value in zip(bucket.parameters, pieces):
-            parameter.copy_(value)
+            whole = share.new_empty((share.size(0) * w, *share.shape[1:]))
+            work = _all_gather(whole, share, async_op=True)
+            rows = bucket.rows
+            pieces = [whole[:rows]] if bucket.betas else [whole[at] for at in _dealt(rows, w)]
+
+        def finish() -> None:
+            if work is not None:
+                work.wait()
+            for parameter, value in zip(bucket.parameters, pieces):
+                parameter.copy_(value)
+
+        return finish
+
+    def traffic(self) -> tuple[int, float]:
+        """Messages in which gradients are reduced, and bytes of gradients and parameters that a rank sends, a step."""
+        w, total = self.compute.world_size, 0.0
+        for bucket, message in self._queue:
+            rows = len(message.parameters) if bucket.betas is None else bucket.rows
+            padded = -(-rows // w) * w / rows if bucket.sharded else 1
+            total += 2 * (w - 1) / w * padded * sum(p.numel() * p.element_size() for p in message.parameters)
+        return len(self._queue), total
+
+    # A step.
 
     def _state(self, bucket: Bucket, share: torch.Tensor) -> dict[str, torch.Tensor]:
         if not bucket.state:
             bucket.state["mean"] = torch.zeros_like(share, dtype=torch.float32)
-            if bucket.betas is None:
-                neuron_dim = -1 if share.size(-2) >= share.size(-1) else -2
-                bucket.state["square"] = torch.zeros_like(share.mean(neuron_dim, keepdim=True), dtype=torch.float32)
-            else:
-                bucket.state["square"] = torch.zeros_like(share, dtype=torch.float32)
+            like = share
+            if bucket.betas is None:  # one a neuron
+                like = share[..., :1] if share.size(-2) >= share.size(-1) else share[..., :1, :]
+            bucket.state["square"] = torch.zeros_like(like, dtype=torch.float32)
         return bucket.state
 
     @torch.no_grad()
@@ -212,22 +319,28 @@ class MuonAdamW:
         clip: the largest L2 norm of the whole gradient, applied after reduction so that all ranks agree; the norm
         before clipping is returned when it was asked for.
         """
-        gradients = [self._reduce(bucket) for bucket in self.buckets]
-        norm = self._clip(gradients, clip) if clip is not None else None
+        while self._sent < len(self._queue):
+            self._send_next()
+        self._sent, self._overlapping = 0, False
+        gradients: Iterable[torch.Tensor] = map(self._reduced, self.buckets)
+        norm, finish = None, None
+        if clip is not None:
+            gradients = list(gradients)
+            norm = self._clip(gradients, clip)
         for bucket, gradient in zip(self.buckets, gradients, strict=True):
-            share = self._share(bucket, self._stack(bucket, [p.detach() for p in bucket.parameters])).clone()
+            share = self._own(bucket)
             state = self._state(bucket, share)
-            lr = bucket.lr * lr_mult
+            moments, lr = (state["mean"], state["square"]), bucket.lr * lr_mult
             if bucket.betas is None:
                 decay = bucket.weight_decay * decay_mult
-                muon_update(share, gradient, state["mean"], state["square"], lr, momentum, decay, dtype=self.muon_dtype)
+                muon_update(share, gradient, *moments, lr, momentum, decay, dtype=self.muon_dtype)
             else:
-                decay = bucket.weight_decay
-                mean, square = state["mean"], state["square"]
-                adamw_update(share, gradient, mean, square, step, lr, bucket.betas, decay, bucket.eps)
-            self._spread(bucket, share)
-            for parameter in bucket.parameters:
-                parameter.grad = None
+                adamw_update(share, gradient, *moments, step, lr, bucket.betas, bucket.weight_decay, bucket.eps)
+            before, finish = finish, self._spread(bucket, share)
+            if before is not None:  # one bucket travels while the next is updated
+                before()
+        if finish is not None:
+            finish()
         return norm
 
     def _clip(self, gradients: list[torch.Tensor], clip: float) -> float:
@@ -240,32 +353,44 @@ class MuonAdamW:
             gradient.mul_(min(1.0, clip / (norm + 1e-6)))
         return norm
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """This rank's share of the state, by `bucket/part`."""
-        return {f"{b.name}/{part}": value for b in self.buckets for part, value in b.state.items()}
+    # Saving.
 
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """This rank's share of the state, by `bucket/part`; what every rank holds is in rank 0's."""
+        mine = [bucket for bucket in self.buckets if bucket.sharded or self.compute.rank == 0]
+        return {f"{bucket.name}/{part}": value for bucket in mine for part, value in bucket.state.items()}
+
+    @torch.no_grad()
     def load_state_dicts(self, shares: list[dict[str, torch.Tensor]]) -> None:
         """Take up the state that any number of ranks saved, given in the order of their ranks.
 
         Raises ValueError when a part is missing or has another shape: a checkpoint of another model.
         """
         for bucket in self.buckets:
-            own = self._share(bucket, self._stack(bucket, [p.detach() for p in bucket.parameters]))
             bucket.state = {}
-            for part, like in self._state(bucket, own).items():
+            for part, like in self._state(bucket, self._own(bucket)).items():
                 key = f"{bucket.name}/{part}"
-                if any(key not in share for share in shares):
+                pieces = [share[key] for share in shares if key in share]
+                if not pieces:
                     raise ValueError(f"the optimizer state lacks {key}: resume the run with the flags it began with")
-                pieces = [share[key] for share in shares] if bucket.sharded else [shares[0][key]]
-                whole = torch.cat(pieces)[: bucket.rows] if pieces[0].dim() else pieces[0]
-                if bucket.sharded and self.compute.world_size > 1:
-                    whole = _pad(whole, self.compute.world_size)
-                piece = self._share(bucket, whole)
-                if piece.shape != like.shape:
+                rows, whole = bucket.rows, torch.cat(pieces) if bucket.rows else pieces[0]
+                if rows <= sum(whole.shape[:1]) < rows + len(pieces):
+                    whole = (
+                        whole[_dealt(rows, len(pieces))] if bucket.betas is None else whole[:rows] if rows else whole
+                    )
+                    whole = self._cut(bucket, whole)
+                if whole.shape != like.shape:
                     raise ValueError(f"the optimizer state {key} is of another model: resume with the same flags")
-                like.copy_(piece)
+                like.copy_(whole)
 
 
-def _pad(x: torch.Tensor, world_size: int) -> torch.Tensor:
-    missing = -x.size(0) % world_size
+def pad_rows(x: torch.Tensor, multiple: int) -> torch.Tensor:
+    """`x` with zeros added along the first axis up to a multiple."""
+    missing = -x.size(0) % multiple
     return torch.cat((x, x.new_zeros((missing, *x.shape[1:])))) if missing else x
+
+
+def _dealt(rows: int, world_size: int) -> list[int]:
+    """Where each of `rows` matrices, dealt to the ranks in turn, stands in the ranks' shares laid end to end."""
+    each = -(-rows // world_size)
+    return [row % world_size * each + row // world_size for row in range(rows)]

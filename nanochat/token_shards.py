@@ -77,17 +77,18 @@ class TokenShard:
 
     def row_count(self, row_tokens: int, seed: int, epoch: int) -> int:
         """How many rows this shard has in an epoch."""
-        return len(self._plan(row_tokens, seed, epoch)["rows"])
+        (rows,) = self._plan(row_tokens, seed, epoch, "rows")
+        return len(rows)
 
     def plan(self, row_tokens: int, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The rows of an epoch: rows_R2 (first piece, one past the last), and each piece's start and length in `ids`.
 
         A row without a supervised target is left out.
         """
-        plan = self._plan(row_tokens, seed, epoch)
-        return plan["rows"], plan["start"], plan["length"]
+        return self._plan(row_tokens, seed, epoch, "rows", "start", "length")
 
-    def _plan(self, row_tokens: int, seed: int, epoch: int) -> dict[str, np.ndarray]:
+    def _plan(self, row_tokens: int, seed: int, epoch: int, *names: str) -> tuple[np.ndarray, ...]:
+        """The arrays of a plan that are asked for: a resumed run walks many shards for their rows alone."""
         whole, path = self.meta["conversations"], self.folder / f"plan_{row_tokens}_{seed}_{epoch}.npz"
         if not path.exists():
             with _lock(self.folder):
@@ -105,8 +106,8 @@ class TokenShard:
                     os.replace(temporary, path)
         try:
             with np.load(path) as plan:
-                return dict(plan)
-        except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+                return tuple(plan[name] for name in names)
+        except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
             raise self._damaged(path) from error
 
 

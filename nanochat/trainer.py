@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import math
 import os
 import re
@@ -12,19 +11,17 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from nanochat import checkpoint, recipe
+from nanochat import checkpoint, fp8, preflight, recipe, run_log, sharding
 from nanochat.cli import option
-from nanochat.common import atomic_write, get_base_dir, print0, write_record
+from nanochat.common import get_base_dir, print0, write_record
 from nanochat.compute import Compute
 from nanochat.dataloader import MicroBatch, RowLoader, TokenShard
 from nanochat.gpt import GPT
 from nanochat.loss_eval import evaluate_bpb
-from nanochat.optim import MuonAdamW
 from nanochat.tokenizer import Tokenizer
 
 # what a checkpoint must share with the run that goes on from it
@@ -39,7 +36,12 @@ class TrainConfig:
     device_type: str | None = option(None, "cuda | mps | cpu; unset = the fastest there is", ("cuda", "mps", "cpu"))
     seed: int = option(1337, "seed of weights and data order")
     model_tag: str | None = option(None, "name of the run's checkpoints")
-    device_batch_size: int | None = option(None, "rows a device takes at once; unset = up to 32 that divide the batch")
+    device_batch_size: int | Literal["auto"] | None = option(
+        None, "rows a device takes at once; auto: as many as fit in memory; unset = auto on CUDA, else up to 32"
+    )
+    activation_checkpointing: bool | None = option(
+        None, "keep blocks' inputs alone and make the rest again in the backward pass; unset = where memory needs it"
+    )
     total_batch_size: int | None = option(None, "tokens a step over all devices and accumulation steps")
     num_iterations: int | None = option(None, "steps")
     embedding_lr: float = option(recipe.LEARNING_RATES["embedding"], "AdamW learning rate of the embeddings")
@@ -61,11 +63,15 @@ class TrainConfig:
         None, "go on from a step; alone: from the newest whole checkpoint; auto: if there is one", bare="newest"
     )
     compile: bool = option(True, "fuse with torch.compile where a compiler is there")
+    shard_params: bool = option(False, "share out the parameters over the ranks as well, where one cannot hold them")
+    overlap: bool = option(True, "send gradients while the backward pass goes on; the results are the same to the bit")
+    fp8: bool = option(False, "matrix products of the blocks in fp8 (Ada, Hopper or later)")
+    price: float | None = option(None, "dollars an hour of all machines together, to say what the run will cost")
 
     def __post_init__(self) -> None:
-        positive = ("device_batch_size", "total_batch_size", "num_iterations", "grad_clip", "save_every", "keep")
-        self.require_positive(*positive, "eval_tokens")
-        self.require_positive("eval_every", "sample_every", "warmup_steps", "seed", "weight_decay", zero=True)
+        positive = ("total_batch_size", "num_iterations", "grad_clip", "save_every", "keep", "eval_tokens")
+        self.require_positive(*positive, *("device_batch_size",) * (self.device_batch_size != "auto"))
+        self.require_positive("eval_every", "sample_every", "warmup_steps", "seed", "weight_decay", "price", zero=True)
         self.require_positive("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr", zero=True)
         if self.seed >= 2**63:
             raise ValueError(f"--seed {self.seed}: must be below 2**63")
@@ -92,29 +98,15 @@ def can_compile(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def _start_wandb(name: str, config: dict[str, Any], folder: Path) -> Any:
-    try:
-        import wandb
-
-        wandb.init(project="nanochat", name=name, config=config, dir=str(folder))
-    except ImportError as error:
-        raise ValueError(f"--run {name} needs wandb: pip install wandb, or leave --run out") from error
-    except wandb.Error as error:
-        raise ValueError(f"--run {name}: {error}: log in to wandb, or set WANDB_MODE=offline") from error
-    return wandb
-
-
-def rows_per_device(wanted: int | None, total_tokens: int, sequence_len: int, world_size: int) -> tuple[int, int]:
-    """(rows a step, rows a device takes at once). Raises ValueError when the sizes do not divide."""
+def rows_per_step(total_tokens: int, sequence_len: int, world_size: int) -> int:
+    """Rows of a step over all ranks. Raises ValueError when the sizes do not divide."""
     rows, rest = divmod(total_tokens, sequence_len)
     if rest or rows % world_size:
         raise ValueError(
             f"--total-batch-size {total_tokens} is not a whole number of rows of {sequence_len} tokens on each of "
             f"{world_size} processes: make it a multiple of {sequence_len * world_size}"
         )
-    share = rows // world_size
-    device_rows = wanted or max(n for n in range(1, min(32, share) + 1) if share % n == 0)
-    return rows, device_rows
+    return rows
 
 
 class Trainer:
@@ -141,15 +133,26 @@ class Trainer:
         """`meta` goes into every checkpoint; `evaluate(step)` adds metrics to an evaluation; `sample()` prints some."""
         self.stage, self.tag, self.config, self.model, self.compute = stage, tag, config, model, compute
         self.tokenizer, self.steps, self.evaluate, self.sample = tokenizer, num_iterations, evaluate, sample
+        if config.fp8:
+            if compute.device.type != "cuda":
+                raise ValueError("--fp8 needs a GPU with fp8 products (Ada, Hopper or later): leave it out")
+            fp8.convert(model)
+        if config.compile and can_compile(compute.device):
+            model.compile_blocks()
+        elif config.compile:
+            print0("torch.compile is off: no C++ compiler (installing g++ makes it faster)")
         T = model.config.sequence_len
-        rows, device_rows = rows_per_device(config.device_batch_size, total_batch_size, T, compute.world_size)
+        rows = rows_per_step(total_batch_size, T, compute.world_size)
+        wanted = (config.device_batch_size, config.activation_checkpointing)
+        self.plan = preflight.plan(model, rows // compute.world_size, *wanted, compute)
+        device_rows, model.checkpointing = self.plan.rows, self.plan.checkpointing
         place = {"rank": compute.rank, "world_size": compute.world_size, "device": compute.device}
         self.loader = RowLoader(train_shards, T, rows, device_rows, config.seed, **place)
         self.val_loader = RowLoader(val_shards, T, device_rows * compute.world_size, device_rows, 0, **place)
         lrs = {
             name: getattr(config, f"{name}_lr") * lr_scale for name in ("matrix", "embedding", "unembedding", "scalar")
         }
-        self.optimizer = MuonAdamW(model, lrs, weight_decay, compute)
+        self.optimizer = sharding.make_optimizer(model, lrs, weight_decay, compute, overlap=config.overlap)
         self.meta = {
             **meta,
             "model_config": dataclasses.asdict(model.config),
@@ -172,12 +175,11 @@ class Trainer:
         config = self.config
         self._begin()
         self.model.train()
-        if config.compile and can_compile(self.compute.device):
-            self.model.compile_blocks()
-        elif config.compile:
-            print0("torch.compile is off: no C++ compiler (installing g++ makes it faster)")
-        first = self.step
-        with self._signals(), self._log() as log, contextlib.closing(self.loader):
+        first, title = self.step, f"{self.stage} {self.tag}"
+        size = (self.steps - first, self.tokens_per_step)
+        preflight.announce(title, self.model, self.plan, self.compute, *size, config.price)
+        log_to = (self.run_dir, title, first, self.steps, config.run, self.meta)
+        with self._signals(), run_log.open_log(*log_to, self.compute.rank) as log, contextlib.closing(self.loader):
             rows = self.loader.iterate(self.step)
             while True:
                 last = self.step == self.steps
@@ -198,7 +200,11 @@ class Trainer:
                 if self.compute.any_rank(self.stopped is not None):
                     self._save()
                     raise KeyboardInterrupt
-                log(self._train_step(rows))
+                try:
+                    log(self._train_step(rows))
+                except torch.OutOfMemoryError as error:
+                    less = "a smaller --device-batch-size or --activation-checkpointing"
+                    raise ValueError(f"out of memory with {self.plan.rows} rows at once: try {less}") from error
         self._record()
 
     def _train_step(self, rows: Iterator[tuple[int, list[MicroBatch]]]) -> dict[str, Any]:
@@ -213,6 +219,8 @@ class Trainer:
         for idx_BT, targets_BT in micro_batches:
             loss = self.model(idx_BT, targets_BT, loss_reduction="sum") / counted
             losses.append(loss.detach())
+            if len(losses) == len(micro_batches):
+                self.optimizer.overlap_next_backward()
             loss.backward()
         loss = self.compute.all_reduce_sum(torch.stack(losses).sum()).item()
         if not math.isfinite(loss):
@@ -289,7 +297,7 @@ class Trainer:
         checkpoint.load_optimizer(self.stage, self.tag, self.step, self.optimizer)
         self.saved_step, self.seconds, self.meta["val_bpb"] = self.step, meta["seconds"], meta["val_bpb"]
         if self.compute.rank == 0:
-            self._forget_after(self.step)
+            run_log.forget_after(self.run_dir, self.step)
         print0(f"resumed {self.stage}/{self.tag} at step {self.step} of {self.steps}")
 
     def _has_own_checkpoint(self) -> bool:
@@ -300,16 +308,6 @@ class Trainer:
             return False
         same = all(meta.get(name) == self.meta.get(name) for name in _IDENTITY)
         return same and meta["tokenizer_hash"] == self.tokenizer.hash
-
-    def _forget_after(self, step: int) -> None:
-        """Drop the metrics of steps that will be made again, and a line that a kill cut short."""
-        path = self.run_dir / "metrics.jsonl"
-        kept = []
-        for line in path.read_text().splitlines() if path.exists() else ():
-            with contextlib.suppress(json.JSONDecodeError):
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-        atomic_write(path, "".join(kept))
 
     def _save(self) -> None:
         if self.step == self.saved_step:
@@ -322,6 +320,7 @@ class Trainer:
         if self.compute.rank == 0:
             parameters = sum(p.numel() for p in self.model.parameters())
             record = {"stage": self.stage, "tag": self.tag, **self.meta, "parameters": parameters}
+            record |= {"plan": dataclasses.asdict(self.plan), "peak_mem_bytes": self.compute.peak_memory()}
             write_record(self.run_dir / "run.json", {**record, "wall_seconds": self.seconds})
 
     @contextlib.contextmanager
@@ -340,50 +339,3 @@ class Trainer:
         finally:
             for signum, handler in old.items():
                 signal.signal(signum, handler)
-
-    # Telling what happens.
-
-    @contextlib.contextmanager
-    def _log(self) -> Iterator[Callable[[dict[str, Any]], None]]:
-        """A function that takes a line of metrics: to metrics.jsonl, to wandb, and to the screen."""
-        if self.compute.rank:
-            yield lambda line: None
-            return
-        bar, wandb = None, None
-        if sys.stderr.isatty():
-            with contextlib.suppress(ImportError):
-                from tqdm import tqdm
-
-                bar = tqdm(total=self.steps, initial=self.step, desc=f"{self.stage} {self.tag}", dynamic_ncols=True)
-        if self.config.run is not None:
-            wandb = _start_wandb(self.config.run, self.meta, self.run_dir)
-        with open(self.run_dir / "metrics.jsonl", "a", buffering=1) as file:
-
-            def log(line: dict[str, Any]) -> None:
-                file.write(json.dumps(line) + "\n")
-                if wandb is not None:
-                    wandb.log(line, step=line["step"])
-                if "loss" not in line:
-                    scores = ", ".join(f"{k} {v:.4f}" for k, v in line.items() if isinstance(v, float))
-                    (bar.write if bar is not None else print0)(f"step {line['step']}: {scores}")
-                elif bar is not None:
-                    bar.set_postfix_str(f"loss {line['loss']:.4f}, {line['tok_per_sec']:,.0f} tok/s")
-                    bar.update()
-                elif line["step"] <= 3 or line["step"] % max(1, self.steps // 50) == 0:
-                    print0(self._plain(line))
-
-            try:
-                yield log
-            finally:
-                if bar is not None:
-                    bar.close()
-                if wandb is not None:
-                    wandb.finish()
-
-    def _plain(self, line: dict[str, Any]) -> str:
-        mfu = "n/a" if line["mfu"] is None else f"{line['mfu']:.1%}"
-        left = (self.steps - line["step"]) * line["dt"] / 60
-        return (
-            f"step {line['step']:5d}/{self.steps} | loss {line['loss']:.4f} | lr x{line['lr_mult']:.3f} | "
-            f"{line['tok_per_sec']:,.0f} tok/s | mfu {mfu} | epoch {line['epoch']} | {left:.1f} min left"
-        )

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nanochat import checkpoint, cli, recipe
+from nanochat import checkpoint, cli, recipe, sharding
 from nanochat.common import print0
 from nanochat.compute import Compute
 from nanochat.dataloader import build_token_shards
@@ -42,8 +42,9 @@ def main() -> None:
     tokenizer = load_tokenizer()
     shape = (config.depth, tokenizer.get_vocab_size(), config.max_seq_len, config.aspect_ratio, config.head_dim)
     model_config = recipe.model_config(*shape, window_pattern=config.window_pattern, dropout=config.dropout)
-    model = checkpoint.build(model_config, compute.device, train=True)
-    model.init_weights(torch.Generator(compute.device).manual_seed(config.seed))
+    shard = compute if config.shard_params else None
+    model = checkpoint.build(model_config, compute.device, train=True, shard=shard)
+    sharding.init_weights(model, torch.Generator(compute.device).manual_seed(config.seed))
 
     if config.target_flops is not None:
         tokens = round(config.target_flops / model.flops_per_token())
@@ -54,18 +55,12 @@ def main() -> None:
         tokens = config.num_iterations * config.total_batch_size
     batch = config.total_batch_size or recipe.batch_tokens(tokens, reference)
     steps = config.num_iterations or max(1, round(tokens / batch))
-    tokens = steps * batch
     decay = config.weight_decay
     if decay is None:
-        decay = recipe.weight_decay(batch, tokens, reference)
-    print0(
-        f"d{config.depth}: {sum(p.numel() for p in model.parameters()):,} parameters, "
-        f"{model.flops_per_token() / 1e6:,.1f} MFLOPs a token, {compute.world_size} x {compute.name}, {compute.dtype}; "
-        f"{steps} steps of {batch:,} tokens = {tokens:,}"
-    )
+        decay = recipe.weight_decay(batch, steps * batch, reference)
 
     def sample() -> None:
-        if compute.rank == 0:
+        if compute.rank == 0 or config.shard_params:  # a layer in shares needs every rank to run
             model.eval()
             prompts = [tokenizer.encode(prompt, prepend="<|bos|>") for prompt in PROMPTS]
             with torch.compiler.set_stance("force_eager"):

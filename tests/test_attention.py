@@ -1,6 +1,7 @@
 """Attention. Oracles: the definition, itself held against torch's own attention under an explicit mask."""
 
 import itertools
+import sys
 
 import pytest
 import torch
@@ -155,16 +156,59 @@ BROKEN = [
 @pytest.mark.parametrize("broken", BROKEN)
 def test_the_probe_passes_over_a_broken_backend(broken, monkeypatch, capsys):
     good = ("definition", attend_naive)
-    monkeypatch.setitem(attention._BACKENDS, "cpu", (("broken", broken), good))
+    monkeypatch.setitem(attention._BACKENDS, ("cpu", True), (("broken", broken), good))
     assert choose(CPU, torch.float32, 16, True) == good
     assert "Traceback" not in capsys.readouterr().out
 
 
 def test_without_any_backend_attention_is_still_right(monkeypatch):
-    monkeypatch.setitem(attention._BACKENDS, "cpu", (("broken", fails_on_launch),))
+    for windowed in (True, False):
+        monkeypatch.setitem(attention._BACKENDS, ("cpu", windowed), (("broken", fails_on_launch),))
     q, k, v = make(40)
     for windowed, window in ((True, 8), (False, 40)):
         assert_same(choose(CPU, torch.float32, 16, windowed)[1], masked_sdpa, q, k, v, window, 1e-5)
+
+
+FLASH3 = """
+import torch
+import torch.nn.functional as F
+
+def flash_attn_func(q, k, v, softmax_scale=None, causal=False, qv=None, window_size=(-1, -1)):
+    left, right = window_size
+    assert causal and right == 0 and softmax_scale is None
+    distance = torch.arange(q.size(1))[:, None] - torch.arange(k.size(1))
+    seen = (distance >= 0) & (distance <= left)  # its window counts the keys before the query's own
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True).transpose(1, 2)
+    return RESULT
+"""
+HUB = """
+from types import SimpleNamespace
+import hub_flash
+
+def get_kernel(name, version):
+    assert (name, version) == ("kernels-community/flash-attn3", 1)
+    return SimpleNamespace(flash_attn_func=hub_flash.flash_attn_func)
+"""
+
+
+@pytest.mark.parametrize("result", ["y", "(y, None)"])  # older versions return the log-sum-exps too
+@pytest.mark.parametrize("source", ["package", "hub"])
+def test_flash_attention_3_is_called_by_its_own_conventions(source, result, tmp_path, monkeypatch):
+    """Its documented interface, written out with torch's attention; the kernel itself needs a Hopper GPU."""
+    names = {"package": "flash_attn_interface", "hub": "hub_flash"}
+    (tmp_path / f"{names[source]}.py").write_text(FLASH3.replace("RESULT", result))
+    if source == "hub":
+        (tmp_path / "kernels.py").write_text(HUB)
+    monkeypatch.syspath_prepend(tmp_path)
+    attention._flash3.cache_clear()
+    try:
+        for window in (5, 33):
+            assert_same(attention._attend_flash3, masked_sdpa, *make(33), window, 1e-5)
+    finally:
+        attention._flash3.cache_clear()
+        for name in (*names.values(), "kernels"):
+            sys.modules.pop(name, None)
 
 
 def shapes_of_operations(attend, T, window):

@@ -40,12 +40,12 @@ def fp32(monkeypatch):
     monkeypatch.setenv("NANOCHAT_DTYPE", "float32")
 
 
-# A weight that differs in its last bit of fp32 may round to another number of bf16, which is 2^15 times as far away.
-@pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-4), ("bfloat16", 1e-2)])
-def test_one_two_and_four_ranks_reach_the_same_losses(tiny_world, monkeypatch, dtype, bound):
+# With bf16 the same micro-batches, here of one row, must make the gradients: those of others are rounded otherwise.
+@pytest.mark.parametrize(("dtype", "flags"), [("float32", []), ("bfloat16", ["--device-batch-size", "1"])])
+def test_one_two_and_four_ranks_reach_the_same_losses(tiny_world, monkeypatch, dtype, flags):
     monkeypatch.setenv("NANOCHAT_DTYPE", dtype)
     for ranks in (1, 2, 4):
-        results = train(ranks, f"r{ranks}")
+        results = train(ranks, f"r{ranks}", *flags)
         assert not any(re.search("^(step|d2:)", result.out, re.M) for result in results[1:]), "one rank speaks"
         assert all("Warning" not in result.err for result in results)
         lines = Counter(re.findall(r"step +(\d+)/20", results[0].out))
@@ -57,7 +57,7 @@ def test_one_two_and_four_ranks_reach_the_same_losses(tiny_world, monkeypatch, d
     for ranks in (2, 4):
         found = difference("r1", f"r{ranks}")
         print(f"{dtype}, {ranks} ranks: largest difference {found:.1e}")
-        assert found < bound
+        assert found < 1e-4
 
 
 def test_accumulation_is_another_division_of_the_same_rows(tiny_world):
@@ -75,8 +75,8 @@ def test_shares_of_two_ranks_make_one_whole(tiny_world):
     halves = [load_file(folder / f"optim.{rank:03d}.safetensors") for rank in (0, 1)]
     whole = load_file(checkpoint.checkpoint_dir("base", "one") / "step_000020" / "optim.000.safetensors")
     elements = sum(value.numel() for value in whole.values())
+    assert halves[0].keys() == whole.keys() > halves[1].keys()
     for half in halves:
-        assert half.keys() == whole.keys()
         assert sum(value.numel() for value in half.values()) < 0.6 * elements
 
 

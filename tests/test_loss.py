@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from nanochat import loss
 from nanochat.loss import softcap, softcap_cross_entropy
 
 
@@ -81,6 +82,20 @@ def test_equals_the_dense_form_for_any_shape(N, C, V, chunk, cap, reduction, see
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
 def test_compiled_equals_the_dense_form():
     assert_equals_dense(*make(N=50, C=16, V=70), 15.0, "mean", chunk=32, compiled=True)
+
+
+@pytest.mark.parametrize("N, chunk, sizes", [(10, 256, [10]), (12, 8, [6, 6]), (256, 64, [64] * 4), (11, 4, [4, 4])])
+def test_chunks_are_of_one_size_so_that_a_fast_form_makes_them_all(N, chunk, sizes, monkeypatch):
+    """Fewer tokens than a chunk, or a chunk and a half, must not fall to the eager form; a remainder does."""
+    seen = []
+
+    def fast(x_NC, *rest):
+        seen.append(len(x_NC))
+        return loss._chunk_gradients(x_NC, *rest)
+
+    monkeypatch.setattr(loss, "choose", lambda *_: ("fast", fast))
+    assert_equals_dense(*make(N, C=8, V=20), 15.0, "mean", chunk=chunk)
+    assert seen == sizes
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])

@@ -229,6 +229,16 @@ def test_weights_that_are_not_finite(trained_world):
     assert checkpoint.list_steps("mid", "new") == []
 
 
+def test_memory_that_runs_out_after_all(tiny_world, monkeypatch):
+    def forward(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    trainer = make_trainer()
+    monkeypatch.setattr(trainer.model, "forward", forward)
+    with pytest.raises(ValueError, match="out of memory with 4 rows at once: try a smaller --device-batch-size"):
+        trainer.run()
+
+
 # --- what is written
 
 
@@ -255,6 +265,8 @@ def test_the_record_of_a_run(tiny_world):
     assert run_json["parameters"] == sum(p.numel() for p in model.parameters())
     assert run_json["model_config"] == meta["model_config"]
     assert run_json["val_bpb"] == metrics("base", "d2")[-1]["val_bpb"]
+    assert (run_json["plan"]["rows"], run_json["plan"]["accumulation"]) == (8, 1)
+    assert 0 < run_json["plan"]["peak"] < run_json["peak_mem_bytes"], "a process holds more than its tensors"
     assert {"commit", "hardware", "versions", "date", "wall_seconds"} <= run_json.keys()
 
 
