@@ -181,6 +181,7 @@ class Compute:
         return bool(self.all_reduce_sum(torch.tensor(int(flag), device=self.device)).item())
 
     def close(self) -> None:
-        """Leave the process group."""
+        """Leave the process group; every rank calls this."""
         if dist.is_initialized():
+            dist.barrier()  # gloo's threads let go of the last tensors, which at exit could abort (PyTorch PR 179291)
             dist.destroy_process_group()
