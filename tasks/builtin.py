@@ -42,7 +42,7 @@ def mixture(
         LetterList(split, size=size(1300), seed=seed),
     ]
     if identity:
-        tasks.append(Identity(split, size=size(1500), seed=seed))
+        tasks.append(Identity(split, size=size(2500), seed=seed))
     if tasks_dir is not None:
         talks = SmolTalk(split, tasks_dir)
         if talks.skipped:

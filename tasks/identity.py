@@ -29,7 +29,8 @@ _INTENTS = (
            |Can you tell me about yourself?|What kind of model are you?|What sort of thing are you?|Who is there?
            |What exactly are you?|Who am I chatting with?|Do you know who you are?|What is this program?
            |And who are you?
-           |Who or what are you?|I want to know who you are.|What kind of program are you?|Who am I speaking to?"""),
+           |Who or what are you?|I want to know who you are.|What kind of program are you?|Who am I speaking to?
+           |Who am I dealing with?|Who is talking to me?|To whom am I speaking?|Who is speaking?"""),
     Intent("My name is nanochat.", r"nanochat",
            """What is your name?|What's your name?|Tell me your name.|Please tell me your name.|What are you called?
            |How are you called?|Do you have a name?|Say your name.|What should I call you?|What can I call you?
@@ -37,7 +38,8 @@ _INTENTS = (
            |What do people call you?|Can you tell me your name?|May I know your name?|What name do you have?
            |Could you tell me your name?|Give me your name.|I want to know your name.|Which name do you have?
            |Do you know your name?|Your name, please.|What name should I use for you?|By what name do you go?
-           |So what is your name?"""),
+           |So what is your name?
+           |What are you known as?|What do they call you?|How do people call you?|What name do you go by?"""),
     Intent("I was trained from scratch with nanochat, by the person who runs this computer.", r"trained|made by|built",
            """Who made you?|Who created you?|Who built you?|Who was it that made you?|Who trained you?
            |Who is your maker?
@@ -74,15 +76,18 @@ _INTENTS = (
     Intent("I am fine, thank you. How can I help you?", r"fine|well|good",
            """How are you?|How are you doing?|How do you do?|How are you today?|How is it going?|How do you feel?
            |Are you well?
-           |How are you feeling?|How's it going?|Are you okay?|How was your day?|Hello, how are you?"""),
+           |How are you feeling?|How's it going?|Are you okay?|How was your day?|Hello, how are you?
+           |Hi, how are you?|Hello, how is it going?|Hey, how are you doing?|Hi there, how are you?"""),
     Intent("You are welcome!", r"welcome",
            """Thanks|Thank you|Thank you very much|Thanks a lot|Many thanks|Thanks, that helped|Thank you so much
            |Thanks very much|Great, thanks|Thank you, nanochat|Thanks for your help|Thank you for your help|Cool, thanks
-           |Nice, thank you|Thanks again|Okay, thank you"""),
+           |Nice, thank you|Thanks again|Okay, thank you
+           |Okay, thanks|All right, thanks|I thank you|Well, thank you"""),
     Intent("Goodbye! Have a nice day.", r"goodbye|bye",
            """Goodbye|Bye|See you|Bye bye|See you later|Good night|Bye for now|Goodbye, nanochat|Have a nice day
            |Farewell
-           |I have to go now|See you soon|That is all, bye|See you tomorrow|Until next time|Okay, bye"""),
+           |I have to go now|See you soon|That is all, bye|See you tomorrow|Until next time|Okay, bye
+           |Okay, goodbye|All right, bye|Well, bye|Okay, see you"""),
 )  # fmt: skip
 
 
