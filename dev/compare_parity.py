@@ -59,7 +59,8 @@ MATCHED = (
     "Matched: the rows of every step and evaluation, fp32, eager, shapes, learning rates and weight decay after each "
     "side's own scaling, 2 steps of warmup, no decay. Set inside the reference, which has no flag: learning rate "
     f"{0.4 * SCALAR_LR:g} of smear and backout (its own: 0.2), AdamW epsilon {SCALAR_EPS:g} of scalars (its own: "
-    "1e-10). Not matched from own weights: our smear begins at 1, the reference's at 0."
+    "1e-10). Equal starting weights are ours, with uniform values within .02 in head and projections that begin at "
+    "zero. Not matched from own weights: our smear begins at 1, the reference's at 0."
 )
 
 
