@@ -285,7 +285,7 @@ class GPT(nn.Module):
         x_BTC = norm(self.embed(idx_BT).to(self.dtype))
         if config.smear_channels:
             x_BTC = self._smear(x_BTC, self._previous(idx_BT, x_BTC, cache))
-        x0_BTC = x_BTC
+        x0_BTC = x_BTC.view_as(x_BTC)  # the same tensor twice would be one more graph to compile for the first block
         windowed = min(config.windows) < idx_BT.size(1)
         attend = None if cache is not None else attention.choose(self.device, self.dtype, config.head_dim, windowed)[1]
         for layer, block in enumerate(self.blocks):
