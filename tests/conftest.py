@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 
 import pytest
 import tiny_run
@@ -11,6 +12,14 @@ from nanochat import dataset, world
 from nanochat.tokenizer import Tokenizer
 
 TEXTS = list(world.documents(1, 120_000))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ctrl_c_arrives():
+    """A shell starts what is in the background with SIGINT ignored, and children inherit that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")
