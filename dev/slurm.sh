@@ -16,7 +16,7 @@ set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-.}"
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # a new one for each attempt: compute.py says why
 case " $* " in *" --resume"*) ;; *) set -- "$@" --resume auto ;; esac
-first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p) # not head, which would end scontrol by a broken pipe
 export MEETING="$first:$((20000 + SLURM_JOB_ID % 10000))"
 # shellcheck disable=SC2016  # expanded on the nodes
 exec srun --no-kill --wait=0 --kill-on-bad-exit=0 bash -c 'exec .venv/bin/python -m torch.distributed.run \
