@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -118,7 +119,7 @@ def child_environment(base: Path, dtype: str | None) -> dict[str, str]:
 
 
 @dataclass(frozen=True)
-class Side:
+class Side(ABC):
     """One of the programs compared: `ours`, or the reference in one of its settings."""
 
     name: str
@@ -127,9 +128,9 @@ class Side:
     flags: Sequence[str] = ()  # added to the flags that all sides share
     hooks: dict[str, Any] = field(default_factory=dict)  # see compare_child
 
+    @abstractmethod
     def run(self, shared: Sequence[str], log: Path) -> Outcome:
         """Train with the shared flags and read what came of it."""
-        raise NotImplementedError
 
     def _train(self, root: Path, flags: Iterable[str], log: Path) -> Transcript:
         for left in ("runs", "checkpoints", "base_checkpoints"):  # of an earlier run: nothing is resumed

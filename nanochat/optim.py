@@ -278,8 +278,7 @@ class MuonAdamW:
         else:
             whole = share.new_empty((share.size(0) * w, *share.shape[1:]))
             work = _all_gather(whole, share, async_op=True)
-            rows = bucket.rows
-            pieces = [whole[:rows]] if bucket.betas else [whole[at] for at in _dealt(rows, w)]
+            pieces = [whole[: bucket.rows]] if bucket.betas else [whole[at] for at in _dealt(bucket.rows, w)]
 
         def finish() -> None:
             if work is not None:
@@ -327,7 +326,7 @@ class MuonAdamW:
             self._send_next()
         self._sent, self._overlapping = 0, False
         gradients: Iterable[torch.Tensor] = map(self._reduced, self.buckets)
-        norm, finish = None, None
+        norm, finish = None, lambda: None
         if clip is not None:
             gradients = list(gradients)
             norm = self._clip(gradients, clip)
@@ -341,10 +340,8 @@ class MuonAdamW:
             else:
                 adamw_update(share, gradient, *moments, step, lr, bucket.betas, bucket.weight_decay, bucket.eps)
             before, finish = finish, self._spread(bucket, share)
-            if before is not None:  # one bucket travels while the next is updated
-                before()
-        if finish is not None:
-            finish()
+            before()  # one bucket travels while the next is updated
+        finish()
         return norm
 
     def _clip(self, gradients: list[torch.Tensor], clip: float) -> float:
@@ -379,9 +376,10 @@ class MuonAdamW:
                     raise ValueError(f"the optimizer state lacks {key}: resume the run with the flags it began with")
                 rows, whole = bucket.rows, torch.cat(pieces) if bucket.rows else pieces[0]
                 if rows <= sum(whole.shape[:1]) < rows + len(pieces):
-                    whole = (
-                        whole[_dealt(rows, len(pieces))] if bucket.betas is None else whole[:rows] if rows else whole
-                    )
+                    if bucket.betas is None:
+                        whole = whole[_dealt(rows, len(pieces))]
+                    elif rows:
+                        whole = whole[:rows]
                     whole = self._cut(bucket, whole)
                 if whole.shape != like.shape:
                     raise ValueError(f"the optimizer state {key} is of another model: resume with the same flags")
