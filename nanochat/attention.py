@@ -65,8 +65,9 @@ def attend_to_slots(
     """
     (B, T, H, D), (K, S) = q_BTHD.shape, (keys_BKDS.size(1), keys_BKDS.size(3))
     G, M, exact = H // K, T * H // K, invariant and q_BTHD.dtype == torch.float32
-    q_NMD = q_BTHD.view(B, T, K, G, D).transpose(1, 2).reshape(B * K, M, D)
-    padding = -M % 8 if exact else int(M == 1)  # bf16 products of one row are slower than of two
+    q_NMD = q_BTHD.reshape(B * K, G, D) if T == 1 else _rows(q_BTHD.view(B, T, K, G, D))
+    # in bf16 a product of one row is slower than of two, where it is large
+    padding = -M % 8 if exact else int(M == 1 and B * K * S >= 2048)
     if padding:
         q_NMD = F.pad(q_NMD, (0, 0, 0, padding))
     scores_BKMS = torch.bmm(q_NMD, keys_BKDS.reshape(B * K, D, S)).view(B, K, M + padding, S)
@@ -78,12 +79,21 @@ def attend_to_slots(
     if sinks_H is not None:
         sinks = sinks_H.float().view(1, K, 1, G).expand(B, -1, T, -1).reshape(B, K, M, 1)
         scores_BKMS = torch.cat((F.pad(sinks, (0, 0, 0, padding)), scores_BKMS), dim=-1)
-    weights_NMS = scores_BKMS.softmax(-1)[..., -S:].to(values_BKSD.dtype).reshape(B * K, M + padding, S)
+    weights_BKMS = scores_BKMS.softmax(-1).to(values_BKSD.dtype)
+    weights_NMS = (weights_BKMS if sinks_H is None else weights_BKMS[..., 1:]).reshape(B * K, M + padding, S)
     values_NSD, part = values_BKSD.reshape(B * K, S, D), 128 if exact else S
-    y_NMD = torch.bmm(weights_NMS[..., :part], values_NSD[:, :part])
+    y_NMD = torch.bmm(weights_NMS[..., :part], values_NSD[:, :part]) if exact else torch.bmm(weights_NMS, values_NSD)
     for first in range(part, S, part):
         y_NMD = torch.baddbmm(y_NMD, weights_NMS[..., first : first + part], values_NSD[:, first : first + part])
-    return y_NMD[:, :M].reshape(B, K, T, G, D).transpose(1, 2).reshape(B, T, H, D)
+    if padding:
+        y_NMD = y_NMD[:, :M]
+    return y_NMD.reshape(B, T, H, D) if T == 1 else y_NMD.reshape(B, K, T, G, D).transpose(1, 2).reshape(B, T, H, D)
+
+
+def _rows(q_BTKGD: torch.Tensor) -> torch.Tensor:
+    """A kv head's queries as rows of one matrix, (B·K, T·G, D)."""
+    B, T, K, G, D = q_BTKGD.shape
+    return q_BTKGD.transpose(1, 2).reshape(B * K, T * G, D)
 
 
 def _heads_first(x_BTHD: torch.Tensor, heads: int) -> torch.Tensor:

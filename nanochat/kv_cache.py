@@ -150,9 +150,8 @@ class CacheRows:
         """Write a layer's new keys and values at their positions (-1 = padding, lost); return all, (B, S, K, D), slot s
         being position s: not for layers that keep a ring. Views, nothing is copied out."""
         assert self._cache.ring(layer) is None, "a ring has no slot for each position: use `attend`"
-        keys, values = self._write(layer, k_BTKD, v_BTKD, positions_BT)
-        S = _up(self._length)
-        return keys[..., :S].permute(0, 3, 1, 2), values[:, :, :S].transpose(1, 2)
+        keys_BKDS, values_BKSD = self._write(layer, k_BTKD, v_BTKD, positions_BT, _up(self._length))
+        return keys_BKDS.permute(0, 3, 1, 2), values_BKSD.transpose(1, 2)
 
     def attend(
         self,
@@ -173,10 +172,9 @@ class CacheRows:
         if (ring, window) not in self._seen:
             self._seen[ring, window] = self._look(ring, window, positions_BT)
         slots_BT, mask_BTS = self._seen[ring, window]
-        keys, values = self._write(layer, k_BTKD, v_BTKD, slots_BT)
-        S, scale = mask_BTS.size(-1), scale or q_BTHD.size(3) ** -0.5
-        settings = mask_BTS, scale, sinks_H, cache.invariant
-        return attention.attend_to_slots(q_BTHD, keys[..., :S], values[:, :, :S], *settings)
+        keys_BKDS, values_BKSD = self._write(layer, k_BTKD, v_BTKD, slots_BT, mask_BTS.size(-1))
+        settings = mask_BTS, scale or q_BTHD.size(3) ** -0.5, sinks_H, cache.invariant
+        return attention.attend_to_slots(q_BTHD, keys_BKDS, values_BKSD, *settings)
 
     def advance(self, idx_BT: torch.Tensor, positions_BT: torch.Tensor) -> None:
         """Note the last token of each row that was read; padding, where there is any, stands at the end of a row."""
@@ -184,21 +182,25 @@ class CacheRows:
         last_B = idx_BT.gather(1, (n_read_B1 - 1).clamp(min=0))[:, 0]
         self.last_token_B.copy_(torch.where(n_read_B1[:, 0] > 0, last_B, self.last_token_B))
 
-    def _write(self, layer: int, k_BTKD: torch.Tensor, v_BTKD: torch.Tensor, slots_BT: torch.Tensor):
-        keys, values = self._cache.memory(layer, k_BTKD)
-        keys[self._row_B1, :, :, slots_BT] = k_BTKD
-        values[self._row_B1, :, slots_BT] = v_BTKD
-        return keys[self._rows], values[self._rows]
+    def _write(
+        self, layer: int, k_BTKD: torch.Tensor, v_BTKD: torch.Tensor, slots_BT: torch.Tensor, S: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Put new keys and values in a layer's slots; what its first S slots hold then."""
+        keys_RKDS, values_RKSD = self._cache.memory(layer, k_BTKD)
+        keys_RKDS[self._row_B1, :, :, slots_BT] = k_BTKD
+        values_RKSD[self._row_B1, :, slots_BT] = v_BTKD
+        return keys_RKDS[self._rows, :, :, :S], values_RKSD[self._rows, :, :S]
 
     def _look(self, ring: int | None, window: int, positions_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Where layers with this ring write the new positions, and the mask of what their queries see, (B, T, S)."""
         S = min(_up(self._length), ring or self._cache.n_slots)
-        held_BS = torch.arange(S, device=positions_BT.device)[None]  # the position that each slot holds
+        held_B1S = torch.arange(S, device=positions_BT.device)[None, None]  # the position that each slot holds
         if ring is not None and self._length > ring:
-            newest_B1 = positions_BT[:, -1:]
-            held_BS = newest_B1 - (newest_B1 - held_BS) % ring
-        distance_BTS = positions_BT[:, :, None] - held_BS[:, None]
-        hidden_BTS = (distance_BTS < 0) | (distance_BTS >= window)
+            newest_B11 = positions_BT[:, -1:, None]
+            held_B1S = newest_B11 - (newest_B11 - held_B1S) % ring
+        hidden_BTS = held_B1S > positions_BT[:, :, None]
+        if window < self._length:
+            hidden_BTS = hidden_BTS | (held_B1S <= positions_BT[:, :, None] - window)
         if ring is None:
             return positions_BT, attention.mask(hidden_BTS)
-        return positions_BT % ring, attention.mask(hidden_BTS | (held_BS[:, None] < 0))
+        return positions_BT % ring, attention.mask(hidden_BTS | (held_B1S < 0))

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 
 from nanochat.gpt import GPT, norm
 from nanochat.kv_cache import CacheRows, LayerNeed
-from nanochat.loss import softcap
 
 
 @functools.cache
@@ -40,6 +39,7 @@ class PackedLinear:
 
     def __init__(self, weight_OC: torch.Tensor, relu: bool = False, invariant: bool = True, int8: bool = False) -> None:
         cpu, dtype, self.relu = weight_OC.device.type == "cpu", weight_OC.dtype, relu
+        self.weights, self.bytes = weight_OC.numel(), weight_OC.numel() * (1 if int8 else dtype.itemsize)
         self.rows = 1  # how many the product wants at least, or a multiple of
         if int8:
             if not cpu or dtype != torch.bfloat16:
@@ -73,8 +73,8 @@ class _Block:
             gate_KC = rows[0].new_zeros(config.n_kv_head, config.n_embd)
             gate_KC[:, : config.value_gate_channels] = attn.gate.weight
             rows.append(gate_KC)
-            table = 3 * model.value_embeds[str(layer)].weight[: config.vocab_size]
-            self.value_embed_VKD = table.to(model.dtype).unflatten(1, (config.n_kv_head, config.head_dim))
+            table_VC = 3 * model.value_embeds[str(layer)].weight[: config.vocab_size].to(model.dtype)
+            self.value_embed_VKD = table_VC.view(-1, config.n_kv_head, config.head_dim)
         self.qkvg = PackedLinear(torch.cat(rows), **form)
         self.out = PackedLinear(attn.out.weight.to(model.dtype), **form)
         self.up = PackedLinear(mlp.up.weight.to(model.dtype), relu=True, **form)
@@ -92,7 +92,7 @@ class PackedGPT:
     def __init__(self, model: GPT, invariant: bool = True, int8: bool = False) -> None:
         config, dtype = model.config, model.dtype
         self.config, self.device, self.dtype = config, model.device, dtype
-        self.eps = torch.finfo(dtype).eps  # of F.rms_norm in gpt.py
+        self.eps = torch.tensor(torch.finfo(dtype).eps, device=model.device)  # of F.rms_norm in gpt.py
         self.cache_needs = [LayerNeed(config.n_kv_head, config.head_dim, window) for window in config.windows]
         self.attention_scale = config.qk_scale**2 / config.head_dim**0.5
         embed_VC = norm(model.embed.weight[: config.vocab_size].to(dtype))
@@ -108,6 +108,7 @@ class PackedGPT:
         self.blocks = [_Block(model, layer, **form) for layer in range(config.n_layer)]
         self.backout = model.backout.item() if config.backout else 0.0
         self.head = PackedLinear(model.head.weight[: config.vocab_size].to(dtype), **form)
+        self.products = [each for b in self.blocks for each in (b.qkvg, b.out, b.up, b.down)] + [self.head]
 
     def __call__(
         self, idx_BT: torch.Tensor, *, cache: CacheRows, positions_BT: torch.Tensor, last_only: bool = False
@@ -133,18 +134,22 @@ class PackedGPT:
         if self.backout:
             x_NC = torch.add(x_NC, middle_NC, alpha=-self.backout)
         x_BTC = x_NC.view(B, T, -1)[:, -1:] if last_only else x_NC.view(B, T, -1)
-        logits_NV = softcap(self.head(self._norm(x_BTC.flatten(0, 1))), config.softcap)
+        logits_NV = self.head(self._norm(x_BTC.flatten(0, 1))).float()
+        if config.softcap:
+            logits_NV = logits_NV.div_(config.softcap).tanh_().mul_(config.softcap)
         return logits_NV.view(B, -1, config.vocab_size)
 
     def _norm(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, x.shape[-1:], eps=self.eps).to(self.dtype)
+        """RMSNorm, made of fewer steps than F.rms_norm is on CPU."""
+        root = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return (x * torch.addcmul(self.eps, root, root, value=1 / x.size(-1)).rsqrt_()).to(self.dtype)
 
     def _project(self, block: _Block, x_NC, idx_N, cos_N1D, sin_N1D) -> tuple[torch.Tensor, ...]:
         """Queries, keys (both rotated and normed; qk_scale is left to the softmax) and values, in the compute dtype."""
         H, K, D = self.config.n_head, self.config.n_kv_head, self.config.head_dim
         qkvg_NO = block.qkvg(self._norm(x_NC))
-        heads_NHD = qkvg_NO[:, : (H + 2 * K) * D].unflatten(1, (H + 2 * K, D))
-        qk_NHD, v_NKD = heads_NHD[:, : H + K].float(), heads_NHD[:, H + K :]
+        qk_NHD = qkvg_NO[:, : (H + K) * D].float().view(-1, H + K, D)
+        v_NKD = qkvg_NO[:, (H + K) * D : (H + 2 * K) * D].view(-1, K, D)
         qk_NHD = self._norm(torch.addcmul(qk_NHD * cos_N1D, qk_NHD.roll(D // 2, dims=-1), sin_N1D))
         if block.value_embed_VKD is not None:
             v_NKD = torch.addcmul(v_NKD, qkvg_NO[:, -K:, None].sigmoid(), block.value_embed_VKD[idx_N])

@@ -104,7 +104,7 @@ def test_rows_hold_what_was_written(draw, max_tokens, context, windows):
         for layer in range(2):
             cache.slots(layer, torch.tensor(positions))
             rows = cache.rows(row, row + 1, max(positions) + 1)
-            rows._write(layer, k_BTKD, -k_BTKD, cache.slots(layer, torch.tensor([positions])))
+            rows._write(layer, k_BTKD, -k_BTKD, cache.slots(layer, torch.tensor([positions])), 1)
 
     def check(row):
         for layer, (keys, values) in enumerate(cache.layers):
@@ -168,7 +168,7 @@ def fill(cache, row, tokens, positions):
     k_BTKD = torch.tensor([tokens[p] for p in positions]).float()[None, :, None, None].expand(1, -1, 1, 2)
     for layer in range(2):
         rows = cache.rows(row, row + 1, max(positions, default=0) + 1)
-        rows._write(layer, k_BTKD, -k_BTKD, cache.slots(layer, torch.tensor([list(positions)], dtype=torch.int64)))
+        rows._write(layer, k_BTKD, -k_BTKD, cache.slots(layer, torch.tensor([list(positions)], dtype=torch.int64)), 1)
 
 
 def row_tokens(cache, row, layer, positions):
