@@ -64,10 +64,11 @@ def attend_to_slots(
     unless its rows are a multiple of 8, and sums over slots go in parts of 128.
     """
     (B, T, H, D), (K, S) = q_BTHD.shape, (keys_BKDS.size(1), keys_BKDS.size(3))
-    G, M, exact = H // K, T * H // K, invariant and q_BTHD.dtype == torch.float32
+    G, M, cpu = H // K, T * H // K, q_BTHD.device.type == "cpu"
+    exact = invariant and cpu and q_BTHD.dtype == torch.float32
     q_NMD = q_BTHD.reshape(B * K, G, D) if T == 1 else _rows(q_BTHD.view(B, T, K, G, D))
     # in bf16 a product of one row is slower than of two, where it is large
-    padding = -M % 8 if exact else int(M == 1 and B * K * S >= 2048)
+    padding = -M % 8 if exact else int(cpu and M == 1 and B * K * S >= 2048)
     if padding:
         q_NMD = F.pad(q_NMD, (0, 0, 0, padding))
     scores_BKMS = torch.bmm(q_NMD, keys_BKDS.reshape(B * K, D, S)).view(B, K, M + padding, S)

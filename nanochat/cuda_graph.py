@@ -12,12 +12,12 @@ class Forward:
     """The model over new tokens of neighbouring cache rows.
 
     On a GPU a step of decoding is bound by the launches of its kernels. A graph holds them all for a fixed shape: so
-    many rows (a power of two, the others idle) of so many slots. It is captured at its first use, and again when the
-    cache has moved.
+    many rows (a power of two, those at the end idle) of so many slots. It is captured at its first use, and again when
+    the cache has moved. Idle rows write to their slots too, so whoever decodes gives all rows that hold something.
     """
 
     def __init__(self, model: Any, cache: KVCache) -> None:
-        self.model, self.cache = model, cache
+        self.model, self.cache, self.graphs = model, cache, cache.last_token.device.type == "cuda"
         self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]] = {}
         self._captured = -1  # the cache's version in the graphs
 
@@ -27,12 +27,11 @@ class Forward:
         """Logits (B, V) after the last of each row's tokens (equally many a row), which stand at start, start + 1, ...;
         previous: the token before each row's first, or -1."""
         B, T = len(tokens), len(tokens[0])
-        length, graphed = max(starts) + T, self.cache.last_token.device.type == "cuda" and T == 1 and first_row == 0
+        length, graphed = max(starts) + T, self.graphs and T == 1 and first_row == 0
         if graphed:
-            rows = 1 << (B - 1).bit_length()
-            self.cache.reserve(rows, length)
-            pad = [0] * (rows - B)
-            tokens, starts, previous = [*tokens, *([0] for _ in pad)], [*starts, *pad], [*previous, *pad]
+            idle = [0] * ((1 << (B - 1).bit_length()) - B)
+            self.cache.reserve(B + len(idle), length)
+            tokens, starts, previous = [*tokens, *([0] for _ in idle)], [*starts, *idle], [*previous, *idle]
         inputs = torch.tensor([[*row, start, last] for row, start, last in zip(tokens, starts, previous, strict=True)])
         inputs = inputs.to(self.cache.last_token.device, non_blocking=True)
         return self._replay(inputs, length)[:B] if graphed else self._run(inputs, first_row, length)

@@ -97,9 +97,10 @@ class Engine:
     ) -> None:
         if max_batch < 1:
             raise ValueError(f"--max-batch {max_batch} must be at least 1")
-        if int8 and not isinstance(model, GPT):
+        whole = isinstance(model, GPT) and not hasattr(model.embed.weight, "to_local")  # not in shares (sharding.py)
+        self.model = PackedGPT(model, deterministic, int8) if whole else model
+        if int8 and not whole:
             raise ValueError("int8 weights are for this project's own models")
-        self.model = PackedGPT(model, deterministic, int8) if isinstance(model, GPT) else model
         self.tokenizer, self.max_batch, self.context = tokenizer, max_batch, model.config.sequence_len
         self.vocab_size = getattr(model.config, "vocab_size", None) or tokenizer.get_vocab_size()
         self.needs = getattr(self.model, "cache_needs", ())
@@ -196,7 +197,8 @@ class Engine:
         if decode:
             slots = [request.slot for request in decode]
             # rows between that are still being read come along: what is written of them is written again
-            logits.append(self._read(self.running[: max(slots) + 1], 1)[slots])
+            rows = self.running if self.forward.graphs else self.running[: max(slots) + 1]
+            logits.append(self._read(rows, 1)[slots])
             ready += decode
         for request, n in prefill:
             logits_1V = self._read([request], n)

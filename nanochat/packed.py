@@ -1,12 +1,14 @@
 """GPT packed for inference: the same function as gpt.py in fewer steps, for decoding is bound by steps and by memory.
 
 Query, key, value and gate are one product. What follows from a token alone (its normed embedding, how much smear it
-takes) is looked up, not computed. On CPU the matrices lie in oneDNN's blocked layout, or in int8. The residual is fp32.
+takes) is looked up, not computed. On CPU the matrices lie as a library's own product wants them. The residual is fp32.
 
 Shapes: N = B·T tokens, C width, H query heads, K kv heads, D head dim, O outputs, V vocabulary.
 """
 
 import functools
+import warnings
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,47 +16,43 @@ import torch.nn.functional as F
 from nanochat.gpt import GPT, norm
 from nanochat.kv_cache import CacheRows, LayerNeed
 
-
-@functools.cache
-def _onednn_works(dtype: torch.dtype) -> bool:
-    """Whether PyTorch's prepacked oneDNN product runs here and gives what F.linear gives."""
-    if not torch.backends.mkldnn.is_available() or dtype == torch.float16:
-        return False
-    w_OC, x_NC = (torch.randn(n, 64, generator=torch.Generator().manual_seed(n)).to(dtype) for n in (96, 3))
-    try:
-        packed = torch.ops.mkldnn._reorder_linear_weight(w_OC, 16)
-        y_NO = torch.ops.mkldnn._linear_pointwise(x_NC, packed, None, "relu", [], "")
-    except (RuntimeError, AttributeError):
-        return False
-    return torch.allclose(y_NO.float(), F.linear(x_NC, w_OC).relu().float(), atol=0.1, rtol=0.02)
+NARROW = 384  # up to this width a product's fixed cost counts for more than its rate (dev/LOG.md)
+Form = Literal["plain", "onednn", "fp16", "int8"]
 
 
 class PackedLinear:
-    """x·Wᵀ for rows x_NC, with or without a ReLU after it, in the fastest form there is.
+    """x·Wᵀ for rows x_NC, with or without a ReLU after it, in one of several forms.
 
-    invariant: on CPU a row's result has the same bits whatever rows stand beside it. oneDNN's packed product is so by
-    nature, in fp32 from two rows on; PyTorch's plain one where the rows are a multiple of eight.
-    int8: weights rounded to 8 bits, with a scale for each output (on CPU and in bf16 alone).
+    plain: PyTorch's product. onednn: oneDNN's, packed for it: the best rate. fp16: FBGEMM's, of weights in fp16 (which
+    hold what bf16 does, but for values below 6e-5) and activations in fp32: half of oneDNN's rate, but twice as fast
+    at a single row. int8: weights in 8 bits with a scale for each output, activations in bf16.
+    invariant: on CPU a row's result has the same bits whatever rows stand beside it. The last two are so by nature, as
+    is oneDNN in bf16, and in fp32 from two rows on; PyTorch where the rows are a multiple of eight.
     """
 
-    def __init__(self, weight_OC: torch.Tensor, relu: bool = False, invariant: bool = True, int8: bool = False) -> None:
-        cpu, dtype, self.relu = weight_OC.device.type == "cpu", weight_OC.dtype, relu
-        self.weights, self.bytes = weight_OC.numel(), weight_OC.numel() * (1 if int8 else dtype.itemsize)
-        self.rows = 1  # how many the product wants at least, or a multiple of
-        if int8:
-            if not cpu or dtype != torch.bfloat16:
-                raise ValueError("int8 weights are for CPUs, and bf16 activations: set NANOCHAT_DTYPE=bfloat16")
-            self.scale_O = (weight_OC.float().abs().amax(dim=1).clamp(min=1e-12) / 127).to(dtype)
-            self.weight = (weight_OC.float() / self.scale_O.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
-            self.product = lambda x_NC: torch._weight_int8pack_mm(x_NC, self.weight, self.scale_O)
-        elif cpu and _onednn_works(dtype):
-            self.weight, self.relu = torch.ops.mkldnn._reorder_linear_weight(weight_OC.contiguous(), 16), False
-            settings = None, "relu" if relu else "none", [], ""
-            self.product = lambda x_NC: torch.ops.mkldnn._linear_pointwise(x_NC, self.weight, *settings)
-            self.rows = 2 if invariant and dtype == torch.float32 else 1
+    def __init__(
+        self, weight_OC: torch.Tensor, form: Form = "plain", relu: bool = False, invariant: bool = True
+    ) -> None:
+        self.inputs, self.relu, self.rows = weight_OC.dtype, relu, 1  # rows: how many the product wants a multiple of
+        self.weights, self.bytes = weight_OC.numel(), weight_OC.nbytes
+        if form == "int8":
+            if self.inputs != torch.bfloat16 or weight_OC.size(1) % 16 or weight_OC.device.type != "cpu":
+                raise ValueError("int8 weights need a CPU, NANOCHAT_DTYPE=bfloat16, and a width of whole sixteens")
+            self.bytes //= 2
+            scale_O = (weight_OC.float().abs().amax(dim=1).clamp(min=1e-12) / 127).to(self.inputs)
+            weight = (weight_OC.float() / scale_O.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
+            self.product = lambda x_NC: torch._weight_int8pack_mm(x_NC, weight, scale_O)
+        elif form == "fp16":
+            self.inputs, packed = torch.float32, torch.ops.quantized.linear_prepack_fp16(weight_OC.float(), None)
+            self.product = lambda x_NC: torch.ops.quantized.linear_dynamic_fp16(x_NC, packed)
+        elif form == "onednn":
+            packed, self.relu = torch.ops.mkldnn._reorder_linear_weight(weight_OC.contiguous(), 16), False
+            settings = packed, None, "relu" if relu else "none", [], ""
+            self.product = lambda x_NC: torch.ops.mkldnn._linear_pointwise(x_NC, *settings)
+            self.rows = 2 if invariant and self.inputs == torch.float32 else 1
         else:
-            self.weight, self.rows = weight_OC, 8 if cpu and invariant else 1
-            self.product = lambda x_NC: F.linear(x_NC, self.weight)
+            self.product = lambda x_NC: F.linear(x_NC, weight_OC)
+            self.rows = 8 if invariant and weight_OC.device.type == "cpu" else 1
 
     def __call__(self, x_NC: torch.Tensor) -> torch.Tensor:
         N, padding = x_NC.size(0), -x_NC.size(0) % self.rows
@@ -62,10 +60,30 @@ class PackedLinear:
         return y_NO.relu_() if self.relu else y_NO
 
 
+@functools.cache
+def _works(form: Form, dtype: torch.dtype) -> bool:
+    """Whether a form runs here and gives what the plain one gives."""
+    w_OC, x_NC = (torch.randn(n, 64, generator=torch.Generator().manual_seed(n)).to(dtype) for n in (96, 3))
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            packed = PackedLinear(w_OC, form, relu=True)
+            y_NO = packed(x_NC.to(packed.inputs))
+    except (RuntimeError, AttributeError):
+        return False
+    return torch.allclose(y_NO.float(), F.linear(x_NC.float(), w_OC.float()).relu(), atol=0.1, rtol=0.02)
+
+
+def choose_form(width: int, dtype: torch.dtype, device: torch.device) -> Form:
+    """The fastest form of a model's products that is exact in its dtype."""
+    if device.type == "cpu" and dtype == torch.bfloat16 and width <= NARROW and _works("fp16", dtype):
+        return "fp16"
+    return "onednn" if device.type == "cpu" and dtype != torch.float16 and _works("onednn", dtype) else "plain"
+
+
 class _Block:
     """One layer's matrices and tables."""
 
-    def __init__(self, model: GPT, layer: int, **form: bool) -> None:
+    def __init__(self, model: GPT, layer: int, form: Form, invariant: bool) -> None:
         config, attn, mlp = model.config, model.blocks[layer].attn, model.blocks[layer].mlp
         rows = [matrix.weight.to(model.dtype) for matrix in (attn.q, attn.k, attn.v)]
         self.value_embed_VKD = None
@@ -75,17 +93,17 @@ class _Block:
             rows.append(gate_KC)
             table_VC = 3 * model.value_embeds[str(layer)].weight[: config.vocab_size].to(model.dtype)
             self.value_embed_VKD = table_VC.view(-1, config.n_kv_head, config.head_dim)
-        self.qkvg = PackedLinear(torch.cat(rows), **form)
-        self.out = PackedLinear(attn.out.weight.to(model.dtype), **form)
-        self.up = PackedLinear(mlp.up.weight.to(model.dtype), relu=True, **form)
-        self.down = PackedLinear(mlp.down.weight.to(model.dtype), **form)
+        self.qkvg = PackedLinear(torch.cat(rows), form, False, invariant)
+        self.out = PackedLinear(attn.out.weight.to(model.dtype), form, False, invariant)
+        self.up = PackedLinear(mlp.up.weight.to(model.dtype), form, True, invariant)
+        self.down = PackedLinear(mlp.down.weight.to(model.dtype), form, False, invariant)
         self.scale, self.skip = model.resid_scale[layer].item(), model.embed_skip[layer].item()
 
 
 class PackedGPT:
     """A GPT's weights as they are now, packed. Called as the GPT is with a cache; see the model protocol in engine.py.
 
-    invariant and int8 as in PackedLinear.
+    invariant: see PackedLinear and `attention.attend_to_slots`.
     """
 
     @torch.inference_mode()
@@ -104,10 +122,11 @@ class PackedGPT:
         cos_1S1D, sin_1S1D = model._rotation(torch.arange(config.sequence_len, device=model.device)[None])
         self.cos_S1D = torch.cat((cos_1S1D, cos_1S1D), dim=-1)[0].float()
         self.sin_S1D = torch.cat((-sin_1S1D, sin_1S1D), dim=-1)[0].float()
-        form = {"invariant": invariant, "int8": int8}
-        self.blocks = [_Block(model, layer, **form) for layer in range(config.n_layer)]
+        form = "int8" if int8 else choose_form(config.n_embd, dtype, model.device)
+        self.blocks = [_Block(model, layer, form, invariant) for layer in range(config.n_layer)]
         self.backout = model.backout.item() if config.backout else 0.0
-        self.head = PackedLinear(model.head.weight[: config.vocab_size].to(dtype), **form)
+        self.head = PackedLinear(model.head.weight[: config.vocab_size].to(dtype), form, False, invariant)
+        self.inputs = self.head.inputs  # the dtype that products read
         self.products = [each for b in self.blocks for each in (b.qkvg, b.out, b.up, b.down)] + [self.head]
 
     def __call__(
@@ -126,31 +145,31 @@ class PackedGPT:
             q_NHD, k_NKD, v_NKD = self._project(block, x_NC, idx_N, cos_N1D, sin_N1D)
             q_BTHD, k_BTKD, v_BTKD = (y.view(B, T, -1, config.head_dim) for y in (q_NHD, k_NKD, v_NKD))
             y_BTHD = cache.attend(layer, q_BTHD, k_BTKD, v_BTKD, positions_BT, self.attention_scale)
-            x_NC = x_NC + block.out(y_BTHD.reshape(B * T, -1))
-            hidden_NH = block.up(self._norm(x_NC))
+            x_NC = x_NC + block.out(y_BTHD.reshape(B * T, -1).to(self.inputs))
+            hidden_NH = block.up(self._norm(x_NC, self.inputs))
             x_NC = x_NC + block.down(hidden_NH * hidden_NH)
             if layer == config.n_layer // 2:
                 middle_NC = x_NC
         if self.backout:
             x_NC = torch.add(x_NC, middle_NC, alpha=-self.backout)
         x_BTC = x_NC.view(B, T, -1)[:, -1:] if last_only else x_NC.view(B, T, -1)
-        logits_NV = self.head(self._norm(x_BTC.flatten(0, 1))).float()
+        logits_NV = self.head(self._norm(x_BTC.flatten(0, 1), self.inputs)).float()
         if config.softcap:
             logits_NV = logits_NV.div_(config.softcap).tanh_().mul_(config.softcap)
         return logits_NV.view(B, -1, config.vocab_size)
 
-    def _norm(self, x: torch.Tensor) -> torch.Tensor:
-        """RMSNorm, made of fewer steps than F.rms_norm is on CPU."""
+    def _norm(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """RMSNorm of fp32, made of fewer steps than F.rms_norm is on CPU."""
         root = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        return (x * torch.addcmul(self.eps, root, root, value=1 / x.size(-1)).rsqrt_()).to(self.dtype)
+        return (x * torch.addcmul(self.eps, root, root, value=1 / x.size(-1)).rsqrt_()).to(dtype)
 
     def _project(self, block: _Block, x_NC, idx_N, cos_N1D, sin_N1D) -> tuple[torch.Tensor, ...]:
         """Queries, keys (both rotated and normed; qk_scale is left to the softmax) and values, in the compute dtype."""
         H, K, D = self.config.n_head, self.config.n_kv_head, self.config.head_dim
-        qkvg_NO = block.qkvg(self._norm(x_NC))
+        qkvg_NO = block.qkvg(self._norm(x_NC, self.inputs))
         qk_NHD = qkvg_NO[:, : (H + K) * D].float().view(-1, H + K, D)
         v_NKD = qkvg_NO[:, (H + K) * D : (H + 2 * K) * D].view(-1, K, D)
-        qk_NHD = self._norm(torch.addcmul(qk_NHD * cos_N1D, qk_NHD.roll(D // 2, dims=-1), sin_N1D))
+        qk_NHD = self._norm(torch.addcmul(qk_NHD * cos_N1D, qk_NHD.roll(D // 2, dims=-1), sin_N1D), self.dtype)
         if block.value_embed_VKD is not None:
             v_NKD = torch.addcmul(v_NKD, qkvg_NO[:, -K:, None].sigmoid(), block.value_embed_VKD[idx_N])
-        return qk_NHD[:, :H], qk_NHD[:, H:], v_NKD
+        return qk_NHD[:, :H], qk_NHD[:, H:], v_NKD.to(self.dtype)

@@ -379,3 +379,30 @@ def test_int8_weights_are_near_and_refused_where_they_cannot_be(tokenizer):
     with pytest.raises(ValueError, match="own models"):
         scripted = scripted_engine(tokenizer, {})
         Engine(scripted.model, tokenizer, int8=True)
+
+
+def test_a_model_that_is_not_packed_gives_the_same(tokenizer):
+    """Whatever obeys the protocol: the GPT itself, behind a wrapper that hides what it is."""
+    model = random_model(tokenizer.get_vocab_size())
+    plain = types.SimpleNamespace(config=model.config, device=model.device)
+    plain_class = type("Plain", (), {"__call__": lambda self, *args, **kwargs: model(*args, **kwargs), **vars(plain)})
+    prompts = [tokenizer.encode("How many r " * (1 + 9 * i), prepend="<|bos|>") for i in range(5)]
+    expected = Engine(model, tokenizer, max_batch=3).complete(prompts, max_tokens=30)
+    assert Engine(plain_class(), tokenizer, max_batch=3, step_tokens=40).complete(prompts, max_tokens=30) == expected
+
+
+def test_the_shapes_of_graphs_give_the_same(tokenizer):
+    """What a GPU replays, run as it is: rows to a power of two with idle ones, slots to a power of two."""
+    model = random_model(tokenizer.get_vocab_size(), sequence_len=768)
+    prompts = [tokenizer.encode("How many r " * (1 + 20 * (i % 4)), prepend="<|bos|>") for i in range(9)]
+    expected = Engine(model, tokenizer).complete(prompts, max_tokens=40)
+    engine, shapes = Engine(model, tokenizer, max_batch=5, step_tokens=32), set()
+
+    def replay(inputs, length):
+        slots = min(1 << (length - 1).bit_length(), engine.cache.n_slots - 1)
+        shapes.add((len(inputs), slots))
+        return engine.forward._run(inputs, 0, slots)
+
+    engine.forward.graphs, engine.forward._replay = True, replay
+    assert engine.complete(prompts, max_tokens=40) == expected
+    assert {rows for rows, _ in shapes} <= {1, 2, 4, 8} and len(shapes) >= 4
