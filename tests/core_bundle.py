@@ -1,0 +1,42 @@
+"""What the tests of CORE share: bundles made for them, tiny models, and where the real rows are."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from nanochat.gpt import GPT, GPTConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+BUNDLE = ROOT.parent / "shared" / "data" / "eval_bundle"
+needs_bundle = pytest.mark.skipif(not BUNDLE.is_dir(), reason="no ../shared/data/eval_bundle here")
+
+CHOICE = {"query": "Sky?", "choices": ["blue", "black"], "gold": 0}
+SCHEMA = {"context_options": ["The cat", "The dog"], "continuation": "barked.", "gold": 1}
+CLOZE = {"context": " Two and two are ", "continuation": "four"}
+
+
+def tiny_model(vocab_size, sequence_len, n_layer=1):
+    """Random weights in every tensor, so that no two options come out alike."""
+    torch.manual_seed(0)
+    shape = {"n_layer": n_layer, "n_head": 2, "n_kv_head": 1, "n_embd": 32}
+    model = GPT(GPTConfig(sequence_len=sequence_len, vocab_size=vocab_size, **shape)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def write_bundle(folder, tasks):
+    """tasks: label -> (kind, shots, baseline in percent, rows or None for no file)."""
+    (folder / "eval_data").mkdir(parents=True)
+    lines, table = ["icl_tasks:"], ["Eval Task,Random baseline"]
+    for label, (kind, shots, baseline, rows) in tasks.items():
+        lines += [f"- {{label: {label}, dataset_uri: {label}.jsonl, num_fewshot: [{shots}], icl_task_type: {kind}}}"]
+        table.append(f"{label},{baseline}")
+        if rows is not None:
+            text = "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+            (folder / "eval_data" / f"{label}.jsonl").write_text(text)
+    (folder / "core.yaml").write_text("\n".join(lines))
+    (folder / "eval_meta_data.csv").write_text("\n".join(table) + "\n")
+    return folder
