@@ -2,7 +2,7 @@
 
 import re
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,16 +78,16 @@ def _scores_table(scores: ByStage, mean: str = "", means: Sequence[float] = ()) 
     return _table(("task", "n", "chance", *scores), rows)
 
 
-def _base_table(evals: ByStage) -> str:
+def _base_table(evals: Mapping[str, Record], name: str = "stage") -> str:
     cores = [record["core"] or {"core_metric": None, "skipped": {}} for record in evals.values()]
-    gains = _gains([core["core_metric"] for core in cores], lambda gain: f"{gain:+.4f}")
+    gains = _gains([core["core_metric"] if name == "stage" else None for core in cores], lambda gain: f"{gain:+.4f}")
     rows = []
     for (stage, record), core, gain in zip(evals.items(), cores, gains):
         bits = [None if record[key] is None else f"{record[key]:.4f}" for key in ("train_bpb", "val_bpb")]
         metric = core["core_metric"]
         score = None if metric is None else f"{metric:.4f} ± {core['core_stderr']:.4f}{gain}"
-        rows.append((stage, *bits, score, ", ".join(core["skipped"]) or "none"))
-    return _table(("stage", "bits per byte, train", "validation", "CORE", "tasks skipped"), rows)
+        rows.append((stage, *bits, score, record.get("bundle"), ", ".join(core["skipped"]) or "none"))
+    return _table((name, "bits per byte, train", "validation", "CORE", "of bundle", "tasks skipped"), rows)
 
 
 def _series(run: Record, key: str) -> tuple[list[int], list[float]]:
@@ -316,11 +316,13 @@ def write_report(base_dir: Path, out_dir: Path | None = None, price: float | Non
     out_dir = out_dir or base_dir / "report"
     records = Records.read(base_dir)
     models = [_model_section(records, tag, out_dir) for tag in records.tags()] or [f"## Model\n\n{NOT_RUN}"]
+    foreign = {record["tag"]: record for record in records.base_evals if record["stage"] not in STAGES}
     parts = [
         "# Report",
         "Accuracies are in percent, ± one standard error; in brackets, the gain over the stage before.",
         _head([*records.runs, *records.base_evals, *records.chat_evals]),
         *models,
+        *([f"## Open-weights models, by the same code\n\n{_base_table(foreign, 'model')}"] if foreign else []),
         f"## Tokenizer\n\n{_tokenizer_table(records.tokenizer)}",
         f"## Wall time{' and cost' if price is not None else ''}\n\n{_times_table(records.stage_times, price)}",
         f"## Data and licences\n\n{_data_table(records.manifests)}",

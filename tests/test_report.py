@@ -90,7 +90,7 @@ def base(tmp_path):
     core = {"core_metric": 0.1234, "core_stderr": 0.02, "skipped": {"gone": "no file"}}
     core |= {"details": {"world_cloze": score(0.4, n=100), "world_schema": score(0.6, n=100, baseline=0.5)}}
     samples = [{"prompt": "The capital of France is", "text": " Paris."}]
-    evaluation = {"stage": "base", "tag": "d4", "step": 120, "train_bpb": 1.2345, "val_bpb": 1.3456}
+    evaluation = {"stage": "base", "tag": "d4", "step": 120, "train_bpb": 1.2345, "val_bpb": 1.3456, "bundle": "world"}
     write_json(
         base / "evals" / "base_eval_base_d4.json", {**evaluation, "core": core, "samples": samples, **PROVENANCE}
     )
@@ -117,7 +117,7 @@ def test_the_numbers_of_the_records_are_in_the_report(base):
     assert row(text, "choice")[1:] == ["200", "25", "25.0 ± 3.1", "50.0 ± 3.5 (+25.0)", "65.0 ± 3.4 (+15.0)"]
     assert row(text, "identity")[3:] == ["–", "–", "95.0 ± 1.5"]
     assert row(text, "**ChatCORE**")[3:] == ["0.000", "0.617 (+0.617)", "0.819 (+0.203)"]
-    assert ["base", "1.2345", "1.3456", "0.1234 ± 0.0200", "gone"] in [
+    assert ["base", "1.2345", "1.3456", "0.1234 ± 0.0200", "world", "gone"] in [
         [cell.strip() for cell in line.strip("|").split(" | ")] for line in text.splitlines()
     ]
     assert row(text, "world_cloze")[1:] == ["100", "0", "40.0 ± 4.9"]
@@ -197,6 +197,15 @@ def test_a_model_card_lists_the_data_of_its_runs_alone(base):
     write_json(base / "datasets/x/manifest.json", {"name": "x", "source": "s", "licence": "secret", "shards": shards})
     card = model_card(Records.read(base), "d4", "base")
     assert "CC-BY-NC-4.0" in card and "secret" not in card
+
+
+def test_open_weights_models_have_a_table_of_their_own(base):
+    record = json.loads((base / "evals" / "base_eval_base_d4.json").read_text())
+    foreign = {**record, "stage": "hf", "tag": "gpt2", "train_bpb": None, "val_bpb": None, "bundle": "core"}
+    write_json(base / "evals" / "base_eval_hf_gpt2.json", foreign)
+    text = write_report(base).read_text()
+    assert "## Model gpt2" not in text
+    assert row(text, "gpt2") == ["gpt2", "–", "–", "0.1234 ± 0.0200", "core", "gone"]
 
 
 def test_runs_that_were_set_aside_do_not_count(base):
