@@ -139,8 +139,10 @@ def check(
     outcome, error = verdict["outcome"], verdict["error"]
     if outcome == "passed" and not hmac.compare_digest(str(verdict["token"]), token):
         outcome, error = "failed", "a verdict without the token"
-    for kind, start in (("memory", "MemoryError"), ("output", "OSError: [Errno 27]")):
-        outcome = kind if outcome == "failed" and error.startswith(start) else outcome
+    if outcome == "failed" and error.startswith(("MemoryError", "OSError: [Errno 12]")):
+        outcome = "memory"
+    elif outcome == "failed" and error.startswith("OSError: [Errno 27]"):
+        outcome = "output"
     return Result(outcome, "\n".join(filter(None, (text, error))), time.monotonic() - begin)
 
 

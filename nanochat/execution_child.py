@@ -167,9 +167,12 @@ def filter_system_calls() -> None:
         argument, bits, value = call[3:]
         code += [(equal, 0, 5, call[column]), (load, 0, 0, 16 + 8 * argument), (mask, 0, 0, bits)]
         code += [(equal, 0, 1, value), (answer, 0, 0, allow), (load, 0, 0, 0)]
-    code += [(answer, 0, 0, deny)]
-    instructions = b"".join(struct.pack("=HBBI", *instruction) for instruction in code)
-    buffer = ctypes.create_string_buffer(instructions)
+    install_filter([*code, (answer, 0, 0, deny)])
+
+
+def install_filter(code: list[tuple[int, int, int, int]]) -> None:
+    """Put this process and its children under a program of seccomp: instructions (code, jump if true, if false, k)."""
+    buffer = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *instruction) for instruction in code))
     program = ctypes.create_string_buffer(struct.pack("@HP", len(code), ctypes.addressof(buffer)))
     _call("prctl", 22, ctypes.c_ulong(2), program)  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
 
@@ -238,15 +241,14 @@ def guard(judge: int, ready: int, timeout: float) -> NoReturn:
 
 def send(descriptor: int, message: Any) -> None:
     """Write one message: a line of JSON."""
-    data = json.dumps(message).encode() + b"\n"
+    data = memoryview(json.dumps(message).encode() + b"\n")
     while data:
         data = data[os.write(descriptor, data) :]
 
 
 def receive(stream: BinaryIO) -> Any:
-    """The next message; EOFError when there is no whole line."""
-    line = stream.readline(MESSAGE_BYTES)
-    if not line.endswith(b"\n"):
+    """The next message; EOFError when there is none, ValueError when it is too long or no JSON."""
+    if not (line := stream.readline(MESSAGE_BYTES)):
         raise EOFError
     return json.loads(line)
 
@@ -364,10 +366,11 @@ def main() -> None:
         for descriptor in (0, 1, 2, start):
             os.close(descriptor)
         guard(worker, ready, settings["timeout"])
+    os.close(ready)
     layers = confine(layers, settings["folder"], settings["memory"], math.ceil(settings["timeout"]) + 1)
     (requests, ask), (hear, replies), (empty, nobody) = os.pipe(), os.pipe(), os.pipe()
     program = os.fork()
-    for descriptor in (ask, hear, nobody, start) if program == 0 else (requests, replies, empty):
+    for descriptor in (ask, hear, nobody, start) if program == 0 else (requests, replies, empty, nobody):
         os.close(descriptor)
     with contextlib.suppress(EOFError, BrokenPipeError):
         if program == 0:
