@@ -26,8 +26,7 @@ from typing import Any
 from tqdm import tqdm
 
 from dev import bench
-from nanochat import cli, execution
-from nanochat import execution_child as child
+from nanochat import cli, execution, sandbox
 from nanochat.common import get_base_dir
 
 TEST = "def check(candidate):\n    assert candidate(3) == 9\n    assert candidate(-4) == 16\ncheck(f)"
@@ -49,7 +48,10 @@ def gain(*actions):
             print(type(error).__name__, str(error)[:80])
         else:
             print('ESCA' + 'PED', repr(result)[:200])
-REPLIES = sys._getframe().f_back.f_back.f_back.f_locals['replies']
+frame = sys._getframe()
+while frame and 'replies' not in frame.f_locals:
+    frame = frame.f_back
+REPLIES = frame.f_locals['replies'] if frame else 1
 def syscall(*args):
     if libc.syscall(*args) < 0:
         raise OSError(ctypes.get_errno(), 'system call')
@@ -124,8 +126,8 @@ def do_without(layers: list[str]) -> None:
     code = [(0x20, 0, 0, 0)]  # load the number; where it is one of these, answer EPERM
     for layer in layers:
         code += [(0x15, 0, 1, LAYERS[layer][column]), (0x06, 0, 0, 0x00050001)]
-    child._prctl(38, 1)
-    child.install_filter([*code, (0x06, 0, 0, 0x7FFF0000)])
+    sandbox.prctl(38, 1)
+    sandbox.install_filter([*code, (0x06, 0, 0, 0x7FFF0000)])
 
 
 class Outside:
@@ -204,14 +206,14 @@ def outside() -> Iterator[Outside]:
     with tempfile.TemporaryDirectory(prefix="escape-") as folder:
         world = Outside(Path(folder))
         handlers = {number: signal.signal(number, lambda n, _: world.signals.append(n)) for number in SIGNALS}
-        child._prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
+        sandbox.prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
         os.environ["NANOCHAT_CANARY"], tempfile.tempdir = world.secret, str(world.temporary)
         try:
             yield world
         finally:
             del os.environ["NANOCHAT_CANARY"]
             tempfile.tempdir = None
-            child._prctl(36, 0)
+            sandbox.prctl(36, 0)
             for number, handler in handlers.items():
                 signal.signal(number, handler)
             for listener in world.listeners.values():

@@ -6,10 +6,11 @@ types. Whatever a program does to its own interpreter (`os._exit(0)`, a patched 
 that equal everything) it does to itself: the tests, their verdict, and the token without which a verdict is none (a
 nonce, written after the last test) are never in its reach.
 
-Both live in `execution_child.py`, under every layer that the kernel grants without root: namespaces (mounts, processes,
-network, ...), a private read-only root with an empty working directory, no capabilities, Landlock, a list of allowed
-system calls, no environment, limits. Root becomes nobody. `MINIMUM` is what no program may run without: the system call
-filter leaves no sockets, no processes and no signals; a private root or Landlock no file but the interpreter's own.
+Both live in `execution_child.py`, under every layer of `sandbox.py` that the kernel grants without root: namespaces
+(mounts, processes, network, ...), a private read-only root with an empty working directory, no capabilities, Landlock,
+a list of allowed system calls, no environment, limits. Root becomes nobody. `MINIMUM` is what no program may run
+without: the system call filter leaves no sockets, no processes and no signals to others; a private root or Landlock
+leaves no file but the interpreter's own.
 """
 
 import functools
@@ -30,6 +31,10 @@ from typing import Any
 from nanochat import execution_child as child
 
 MEMORY = 256 << 20  # bytes of address space of each process
+START = (  # of a Python that has no site-packages, nor this project on its path for long
+    f"import sys; sys.path.append({str(Path(__file__).parents[1])!r}); from nanochat import execution_child; "
+    "sys.path.pop(); execution_child.main"
+)
 TAIL_BYTES = 4096  # kept of what was printed
 START_SECONDS = 30.0  # for Python to start on a busy machine
 LIMITS = ("memory limit", "CPU limit", "file size limit", "open file limit", "process limit")  # a file: also output
@@ -60,12 +65,13 @@ def _run(
     settings = {"memory": memory, "timeout": timeout, "needs": list(needs)}
     with tempfile.TemporaryDirectory(prefix="nanochat-", ignore_cleanup_errors=True) as parent:
         output, folder = Path(parent, "output"), Path(parent, "empty")
-        os.chmod(parent, 0o755)
-        folder.mkdir(mode=0o755)
+        folder.mkdir()
+        for path in (parent, folder):
+            os.chmod(path, 0o755)  # for nobody
         with (
             open(output, "ab") as printed,
             subprocess.Popen(
-                [sys.executable, "-I", "-S", "-u", child.__file__, json.dumps(settings | {"folder": str(folder)})],
+                [sys.executable, "-I", "-S", "-u", "-c", f"{START}({settings | {'folder': str(folder)}})"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=printed,
@@ -86,7 +92,7 @@ def _run(
 
 @functools.cache
 def _layers() -> dict[str, bool]:
-    messages, _, text = _run({}, MEMORY, 1.0, [()])
+    messages, _, text = _run({}, MEMORY, 1.0, [()])  # a need that nothing meets: it reports and ends
     if not messages:
         raise RuntimeError(f"isolated Python did not start: {text}")
     return messages[0]
@@ -120,7 +126,7 @@ def check(
     A name that the test does not define is a function of the program. Arguments are passed by value: a change that the
     function makes in them stays on its side. `prelude` is source of the test's side: HumanEval's prompt up to the
     function to be written, whose helpers the program then cannot redefine for the test. `timeout` is in seconds from
-    when both sides are ready, `memory` in bytes of address space of each. Runs without site-packages.
+    when both sides are ready, `memory` in bytes of address space of each. Without site-packages, sockets or asyncio.
 
     Raises ValueError when less than the minimum of isolation is in force, unless `unsafe`, which takes what there is.
     """
