@@ -232,7 +232,7 @@ def test_the_report_is_what_a_program_finds():
 
 
 def test_another_kernel_gets_no_silent_yes(monkeypatch):
-    monkeypatch.setattr(execution, "_layers", lambda: dict.fromkeys(execution.LIMITS, True))  # as on macOS
+    monkeypatch.setattr(execution, "isolation", lambda: dict.fromkeys(execution.LIMITS, True))  # as on macOS
     with pytest.raises(ValueError, match=r"no private root or Landlock, no system call filter.*--unsafe"):
         execution.require_isolation()
     execution.require_isolation(unsafe=True)
