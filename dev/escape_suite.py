@@ -34,7 +34,7 @@ CONTROLS = {"control: right": "def f(x):\n    return x * x", "control: wrong": "
 MARKER = "ESCA" + "PED"
 GRACE = 2.0  # seconds a check may take beyond its limit
 STRAYS = [f"{folder}/escape" for folder in ("/dev/shm", "/tmp", "/var/tmp", "/run", "")]
-SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM, signal.SIGIO)
+SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGHUP, signal.SIGIO)
 LAYERS = {"namespaces": ("unshare", 272, 97), "Landlock": ("landlock_create_ruleset", 444, 444)}  # x86_64, aarch64
 
 PREFIX = """

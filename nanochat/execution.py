@@ -56,13 +56,11 @@ class Result:
         return self.outcome == "passed"
 
 
-def _run(
-    task: dict[str, str], memory: int, timeout: float, needs: Iterable[Iterable[str]]
-) -> tuple[list[Any], int, str]:
-    """Messages of a judge started for `task` (the layers in force; a verdict), the guard's exit status, the output."""
+def _run(task: dict[str, str], memory: int, timeout: float, needs: list[Any]) -> tuple[dict[str, bool], Any, str]:
+    """What a judge started for `task` says: layers in force and, where they meet `needs`, a verdict; what was printed."""
     if os.name != "posix":
         raise ValueError("model-written code runs on Linux only, or with --unsafe on another POSIX system")
-    settings = {"memory": memory, "timeout": timeout, "needs": list(needs)}
+    settings = {"memory": memory, "timeout": timeout, "needs": needs}
     with tempfile.TemporaryDirectory(prefix="nanochat-", ignore_cleanup_errors=True) as parent:
         output, folder = Path(parent, "output"), Path(parent, "empty")
         folder.mkdir()
@@ -87,20 +85,21 @@ def _run(
             finally:
                 guard.terminate()
         text = output.read_bytes()[-TAIL_BYTES:].decode(errors="replace").rstrip()
-    return [json.loads(line) for line in answers.splitlines()], guard.returncode, text
+    lines = answers.split(b"\n")[:-1]  # without one that its writer's end cut short
+    if not lines:
+        raise RuntimeError(f"isolated Python did not start: {text}")
+    late = {"outcome": "timeout", "error": f"no verdict within {timeout:g} s"}
+    none = late if guard.returncode == child.TIMED_OUT else {"outcome": "killed", "error": "no verdict"}
+    layers, verdict = [*map(json.loads, lines), none][:2]
+    return layers, verdict, text
 
 
 @functools.cache
-def _layers() -> dict[str, bool]:
-    messages, _, text = _run({}, MEMORY, 1.0, [()])  # a need that nothing meets: it reports and ends
-    if not messages:
-        raise RuntimeError(f"isolated Python did not start: {text}")
-    return messages[0]
-
-
 def isolation() -> dict[str, bool]:
-    """Layer -> whether it is in force here: what the kernel answered processes started for the question."""
-    return dict(_layers()) if os.name == "posix" else {}
+    """Layer -> whether it is in force here: what the kernel answered processes started for the question, once."""
+    if os.name != "posix":
+        return {}
+    return _run({}, MEMORY, 1.0, [()])[0]  # a need that nothing meets: the judge reports and ends
 
 
 def _refuse(layers: dict[str, bool]) -> None:
@@ -134,14 +133,9 @@ def check(
         raise ValueError("a check needs a timeout above 0 seconds and at least 64 MiB of memory")
     begin, token = time.monotonic(), secrets.token_hex(16)
     task = {"program": program, "prelude": prelude, "test": test, "token": token}
-    messages, status, text = _run(task, memory, timeout, () if unsafe else MINIMUM)
-    if not messages:
-        raise RuntimeError(f"isolated Python did not start: {text}")
-    layers, *verdicts = messages
+    layers, verdict, text = _run(task, memory, timeout, [] if unsafe else MINIMUM)
     if not unsafe:
         _refuse(layers)
-    missing = ("timeout", f"no verdict within {timeout:g} s") if status == child.TIMED_OUT else ("killed", "no verdict")
-    verdict = verdicts[0] if verdicts else dict(zip(("outcome", "error"), missing))
     outcome, error = verdict["outcome"], verdict["error"]
     if outcome == "passed" and not hmac.compare_digest(str(verdict["token"]), token):
         outcome, error = "failed", "a verdict without the token"
