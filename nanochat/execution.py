@@ -57,7 +57,7 @@ class Result:
 
 
 def _run(task: dict[str, str], memory: int, timeout: float, needs: list[Any]) -> tuple[dict[str, bool], Any, str]:
-    """What a judge started for `task` says: layers in force and, where they meet `needs`, a verdict; what was printed."""
+    """What a judge started for `task` says: layers in force and, where these meet `needs`, a verdict; the output."""
     if os.name != "posix":
         raise ValueError("model-written code runs on Linux only, or with --unsafe on another POSIX system")
     settings = {"memory": memory, "timeout": timeout, "needs": needs}
