@@ -81,13 +81,13 @@ def _run(task: dict[str, str], memory: int, timeout: float, needs: list[Any]) ->
             try:
                 answers, _ = guard.communicate(json.dumps(task).encode() + b"\n", START_SECONDS + timeout)
             except subprocess.TimeoutExpired as error:
-                raise RuntimeError(f"isolated Python did not start within {START_SECONDS:g} s") from error
+                raise TimeoutError(f"isolated Python did not start within {START_SECONDS:g} s") from error
             finally:
                 guard.terminate()
         text = output.read_bytes()[-TAIL_BYTES:].decode(errors="replace").rstrip()
     lines = answers.split(b"\n")[:-1]  # without one that its writer's end cut short
     if not lines:
-        raise RuntimeError(f"isolated Python did not start: {text}")
+        raise OSError(f"isolated Python did not start: {text}")
     late = {"outcome": "timeout", "error": f"no verdict within {timeout:g} s"}
     none = late if guard.returncode == child.TIMED_OUT else {"outcome": "killed", "error": "no verdict"}
     layers, verdict = [*map(json.loads, lines), none][:2]
