@@ -21,7 +21,7 @@ from nanochat.core_tasks import CoreTask, build_prompts, draw_examples, fingerpr
 from nanochat.kv_cache import KVCache
 
 WINDOW = 32  # rows that are batched together, and dealt out to the ranks: the same ones on any number of ranks
-CHUNK = 256  # positions of a prompt read at a time, which bounds attention's scores
+CHUNK = 2048  # positions of a prompt read at a time, which bounds the scores of attention over a cache
 SHARED = 0.75  # least part of the longest prompt that a common prefix must be: what follows it is read one by one
 Model = Callable[..., torch.Tensor]
 
@@ -179,7 +179,7 @@ def score_spans(model: Model, spans: Sequence[Span], max_tokens: int | None = No
     cached = {"cache", "positions_BT", "last_only"} <= known.keys()
     if max_tokens is None:
         on_cpu = torch.device(getattr(model, "device", "cpu")).type == "cpu"
-        max_tokens = (4096 if cached else 2048) * (1 if on_cpu else 8)
+        max_tokens = 2048 if on_cpu else 16384
     scores = [Score(0.0, 0, False)] * len(spans)
     for batch in _batches(_group(spans, cached), max_tokens):
         for groups, k, logits_BTV in _read(model, batch, cached):
