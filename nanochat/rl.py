@@ -206,27 +206,25 @@ class Rollouts:
 
     def evaluate(self, step: int) -> dict[str, Any]:
         """`tasks`: of each test task the accuracy of the likeliest answers and pass@k of sampled ones, with errors."""
-        config, compute, tasks = self.config, self.compute, {}
+        compute, longest, tasks = self.compute, self.config.max_new_tokens, {}
         for task in self.test:
-            n = min(config.eval_problems, len(task))
-            engine = Engine(self.model, self.tokenizer, config.rollout_batch_size)
-            size = {"max_problems": n, "max_new_tokens": config.max_new_tokens}
-            record = evaluate_task(task, self.model, self.tokenizer, engine, **size, compute=compute)
+            n = min(self.config.eval_problems, len(task))
+            engine = Engine(self.model, self.tokenizer, self.config.rollout_batch_size)
+            record = evaluate_task(task, self.model, self.tokenizer, engine, n, max_new_tokens=longest, compute=compute)
             record.pop("samples")
             groups = self.sample({f"test {task.name} {i}": (task, i) for i in range(n)}, PASS_AT[-1])
-            right_N = torch.zeros(n, device=compute.device)
-            right_N[compute.rank :: compute.world_size] = torch.tensor([sum(group.rewards) for group in groups]).to(
-                right_N
-            )
+            right_N, own = torch.zeros(n, device=compute.device), [sum(group.rewards) for group in groups]
+            right_N[compute.rank :: compute.world_size] = torch.tensor(own, device=compute.device)
             rights = [int(right) for right in compute.all_reduce_sum(right_N).tolist()]
-            shown = [("accuracy", record["accuracy"], record["stderr"])]
+            record["pass_at_k"] = {}
             for k in PASS_AT:
-                passed_N = torch.tensor([pass_at_k(PASS_AT[-1], right, k) for right in rights])
-                shown.append((f"pass@{k}", passed_N.mean().item(), passed_N.std(unbiased=False).item() / n**0.5))
-                record |= {f"pass@{k}": shown[-1][1], f"pass@{k}_stderr": shown[-1][2]}
+                chance_N = torch.tensor([pass_at_k(PASS_AT[-1], right, k) for right in rights])
+                score = {"accuracy": chance_N.mean().item(), "stderr": chance_N.std(unbiased=False).item() / n**0.5}
+                record["pass_at_k"][str(k)] = score
+            shown = {"accuracy": record, **{f"pass@{k}": score for k, score in record["pass_at_k"].items()}}
+            scores = (f"{name} {100 * s['accuracy']:.1f} ± {100 * s['stderr']:.1f} %" for name, s in shown.items())
+            print0(f"step {step}: {task.name}, {n} problems: {', '.join(scores)}")
             tasks[task.name] = record
-            scores = ", ".join(f"{name} {100 * value:.1f} ± {100 * error:.1f} %" for name, value, error in shown)
-            print0(f"step {step}: {task.name}, {n} problems: {scores}")
         return {"tasks": tasks}
 
 
