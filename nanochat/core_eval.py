@@ -21,8 +21,8 @@ from nanochat.core_tasks import CoreTask, build_prompts, draw_examples, fingerpr
 from nanochat.kv_cache import KVCache
 
 WINDOW = 32  # rows that are batched together, and dealt out to the ranks: the same ones on any number of ranks
-CHUNK = 256  # positions of a prompt read at a time, which bounds attention's scores
-WORTH = 16  # tokens that must be saved before sequences share a prefix
+CHUNK = 2048  # positions of a prompt read at a time, which bounds the scores of attention over a cache
+SHARED = 0.75  # least part of the longest prompt that a common prefix must be: what follows it is read one by one
 Model = Callable[..., torch.Tensor]
 
 
@@ -105,13 +105,13 @@ def _group(spans: Sequence[Span], share: bool) -> list[_Group]:
     for i in sorted(range(len(spans)), key=lambda i: spans[i].ids):
         if spans[i].start == len(spans[i].ids):
             continue
-        length = spans[i].start - 1 if share else 0  # the token before the scored ones is read for its logits
+        alone = spans[i].start - 1 if share else 0  # the token before the scored ones is read for its logits
         prefix, members = runs[-1] if runs else (0, [i])
-        both = min(prefix, length, _common_prefix([spans[members[-1]].ids, spans[i].ids]))
-        if len(members) * both > (len(members) - 1) * prefix + WORTH:  # tokens saved, together and apart
+        both = min(prefix, alone, _common_prefix([spans[members[-1]].ids, spans[i].ids]))
+        if both and both >= SHARED * max(spans[place].start for place in (*members, i)):
             runs[-1] = both, [*members, i]
         else:
-            runs.append((length, [i]))
+            runs.append((alone, [i]))
     groups = []
     for length, members in runs:
         tails: dict[tuple[int, ...], list[int]] = {}
@@ -179,7 +179,7 @@ def score_spans(model: Model, spans: Sequence[Span], max_tokens: int | None = No
     cached = {"cache", "positions_BT", "last_only"} <= known.keys()
     if max_tokens is None:
         on_cpu = torch.device(getattr(model, "device", "cpu")).type == "cpu"
-        max_tokens = (4096 if cached else 2048) * (1 if on_cpu else 8)
+        max_tokens = 2048 if on_cpu else 16384
     scores = [Score(0.0, 0, False)] * len(spans)
     for batch in _batches(_group(spans, cached), max_tokens):
         for groups, k, logits_BTV in _read(model, batch, cached):

@@ -244,11 +244,11 @@ def ragged(draw):
 
 @pytest.mark.parametrize("kind", MODELS)
 @settings(max_examples=60, deadline=None)
-@given(spans=ragged(), max_tokens=st.integers(1, 200), chunk=st.integers(1, 30), worth=st.integers(0, 20))
-def test_spans_of_any_lengths_score_as_if_each_were_alone(kind, spans, max_tokens, chunk, worth):
+@given(spans=ragged(), max_tokens=st.integers(1, 200), chunk=st.integers(1, 30), shared=st.floats(0, 1))
+def test_spans_of_any_lengths_score_as_if_each_were_alone(kind, spans, max_tokens, chunk, shared):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(core_eval, "CHUNK", chunk)
-        patch.setattr(core_eval, "WORTH", worth)
+        patch.setattr(core_eval, "SHARED", shared)
         check_scores(MODELS[kind], spans, max_tokens)
 
 
