@@ -12,7 +12,7 @@ import torch
 from nanochat.common import print0
 from nanochat.compute import Compute, usable_cores
 from nanochat.conversation import render_for_completion
-from nanochat.core_eval import accuracy_record, pad_right
+from nanochat.core_eval import Span, accuracy_record, score_spans
 from nanochat.engine import Engine, Request
 
 SAMPLES = 3  # conversations a task keeps for the report
@@ -26,26 +26,23 @@ def _last_question(conversation: dict[str, Any]) -> str:
 
 
 def choose_letters(
-    model: Any, tokenizer: Any, prompts: Sequence[list[int]], letters: Sequence[Sequence[str]], batch_size: int = 32
+    model: Any, tokenizer: Any, prompts: Sequence[list[int]], letters: Sequence[Sequence[str]]
 ) -> list[str]:
     """For each prompt the letter that the model finds likeliest as the next token; the first of equals.
 
     prompts: token ids, of any lengths; letters: those to choose from, a prompt. Nothing is sampled, and tokens other
     than the letters do not count. Raises ValueError when a letter is not a single token.
     """
-    answers = [""] * len(prompts)
-    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # little padding
-    for start in range(0, len(prompts), batch_size):
-        batch = by_length[start : start + batch_size]
-        last_B = torch.tensor([len(prompts[i]) - 1 for i in batch])
-        idx_BT = pad_right([prompts[i] for i in batch]).to(model.device)
-        logits_BV = model(idx_BT)[torch.arange(len(batch)), last_B].float().cpu()
-        for i, logits_V in zip(batch, logits_BV):
-            ids = tokenizer.encode(list(letters[i]))
-            if any(len(token) != 1 for token in ids):
-                raise ValueError(f"letters {letters[i]} must be one token each: retrain with scripts.tok_train")
-            answers[i] = max(zip(letters[i], ids), key=lambda pair: logits_V[pair[1][0]].item())[0]
-    return answers
+    spans = []
+    for prompt, choices in zip(prompts, letters, strict=True):
+        for token in tokenizer.encode(list(choices)):
+            if len(token) != 1:
+                raise ValueError(f"letters {choices} must be one token each: retrain with scripts.tok_train")
+            spans.append(Span([*prompt, *token], len(prompt)))
+    scores = iter(score_spans(model, spans))
+    return [
+        max([(letter, next(scores).logprob) for letter in choices], key=lambda pair: pair[1])[0] for choices in letters
+    ]
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
@@ -139,7 +136,7 @@ def evaluate_task(
             prompts = [ids if len(ids) <= limit else [ids[0], *ids[len(ids) - limit + 1 :]] for ids in whole]
             if categorical:
                 letters = [conversation["letters"] for conversation in batch]
-                answers = choose_letters(model, tokenizer, prompts, letters, batch_size)
+                answers = choose_letters(model, tokenizer, prompts, letters)
             else:
                 answers = _sampled(engine, tokenizer, prompts, places, num_samples, **settings)
             asked = [conversation for conversation in batch for _ in range(num_samples)]
