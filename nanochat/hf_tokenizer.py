@@ -81,7 +81,7 @@ class HFTokenizer:
         """What each id stands for. Byte-level vocabularies spell bytes in an alphabet of their own, the others write
         a space as U+2581 and bytes without a character as <0x..>."""
         byte_level = self.backend.decoder is not None and self.backend.decoder.decode(["Ġ"]) == " "
-        alphabet = _byte_alphabet() if byte_level else {}
+        alphabet = byte_alphabet() if byte_level else {}
         result = []
         for i in range(self.get_vocab_size()):
             token = self.backend.id_to_token(i) or ""
@@ -164,7 +164,7 @@ def _clean(text: str) -> str:
     return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _byte_alphabet() -> dict[str, int]:
+def byte_alphabet() -> dict[str, int]:
     """The printable character that stands for each byte in byte-level vocabularies (GPT-2)."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = sorted(set(range(256)) - set(printable))
