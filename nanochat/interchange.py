@@ -280,6 +280,7 @@ def export_checkpoint(folder: Path, stage: str, tag: str | None, step: int | Non
     atomic_write_json(folder / "config.json", {**values, **ends, "dtype": "float32"})
     atomic_write_json(folder / "generation_config.json", {**ends, "use_cache": not coded})
     atomic_write(folder / "tokenizer.json", to_tokenizer_json(tokenizer))
+    tokenizer.save(folder / "tokenizer")  # our own form, which tiktoken runs, for the way back
     names = {"bos_token": "<|bos|>", "eos_token": "<|assistant_end|>", "tokenizer_class": "PreTrainedTokenizerFast"}
     limits = {"model_max_length": model.config.sequence_len, "clean_up_tokenization_spaces": False}
     atomic_write_json(folder / "tokenizer_config.json", {**names, **limits})
@@ -288,7 +289,8 @@ def export_checkpoint(folder: Path, stage: str, tag: str | None, step: int | Non
         shutil.copy(Path(__file__).with_name("modeling_nanochat_gpt.txt"), folder / "modeling_nanochat_gpt.py")
     facts = {name: meta.get(name) for name in ("stage", "tag", "step", "val_bpb", "dataset", "source")}
     atomic_write(folder / "README.md", _card(model, facts, coded))
-    hashes = {path.name: sha256_file(path) for path in sorted(folder.iterdir())}
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    hashes = {path.relative_to(folder).as_posix(): sha256_file(path) for path in files}
     atomic_write_json(folder / "hashes.json", {"sha256": hashes, "tokenizer_hash": tokenizer.hash, **facts})
     trust = ", trust_remote_code=True" if coded else ""
     return f"{folder}: AutoModelForCausalLM.from_pretrained({str(folder)!r}{trust})"

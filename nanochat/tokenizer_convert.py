@@ -3,6 +3,7 @@
 import itertools
 import json
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ def to_tokenizer_json(tokenizer: Tokenizer) -> str:
     merges = [(spell(a), spell(b)) for a, b in _merges(ranks)]
     backend = tokenizers.Tokenizer(models.BPE(vocab, merges, ignore_merges=True))
     # possessive repeats of a range mean another thing to `tokenizers`, and nothing here where no more can match
-    split = pre_tokenizers.Split(tokenizers.Regex(pattern.replace("}+", "}")), "isolated")
+    split = pre_tokenizers.Split(tokenizers.Regex(re.sub(r"(\{\d+(,\d*)?\})\+", r"\1", pattern)), "isolated")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
     backend.decoder = decoders.ByteLevel()
@@ -137,7 +138,7 @@ def from_tokenizer_json(path: Path) -> Tokenizer:
 def find_tokenizer(folder: Path, given: str | None = None) -> Tokenizer:
     """The tokenizer of a checkpoint: in `given`, or in `folder`, or where the original keeps it. ValueError when there
     is none."""
-    places = [Path(given)] if given else [folder, folder / "tokenizer", folder.parent.parent / "tokenizer"]
+    places = [Path(given)] if given else [folder / "tokenizer", folder, folder.parent.parent / "tokenizer"]
     for place in places:
         if (place / "tokenizer.pkl").is_file():
             return read_pickled(place / "tokenizer.pkl")
