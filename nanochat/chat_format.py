@@ -20,6 +20,7 @@ from nanochat.conversation import validate
 from nanochat.hf_tokenizer import HFTokenizer
 
 _SECONDS, _LONGEST = 2.0, 1 << 22  # of processor time and of characters, that a template may take
+_CONTINUE = "{{ bos_token }}{{ messages[-1].content }}"
 _BROKEN = "\ufdd0"  # a noncharacter: stands inside what looks like a special token in somebody's message
 HARMONY_CHANNELS = "# Valid channels: analysis, commentary, final. Channel must be included for every message."
 
@@ -28,8 +29,8 @@ class Reasoning(str):
     """A piece of what the model says to itself before it answers."""
 
 
-def chat_format(folder: Path | str, tokenizer: HFTokenizer) -> "Template | Harmony | Continuation":
-    """The format that the model in `folder` was trained to chat in; without one it continues the last message."""
+def chat_format(folder: Path | str, tokenizer: HFTokenizer) -> "Template | Harmony":
+    """The format that the model in `folder` was trained to chat in; without one it goes on with the last message."""
     folder = Path(folder)
     if (folder / "config.json").is_file() and read_json(folder / "config.json").get("model_type") == "gpt_oss":
         return Harmony(tokenizer)
@@ -39,7 +40,7 @@ def chat_format(folder: Path | str, tokenizer: HFTokenizer) -> "Template | Harmo
     if isinstance(template, list):  # several, by name
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
         template = named.get("default")
-    return Template(template, tokenizer) if isinstance(template, str) else Continuation(tokenizer)
+    return Template(template if isinstance(template, str) else _CONTINUE, tokenizer)
 
 
 def _plain(content: Any) -> str:
@@ -52,8 +53,8 @@ class Template:
 
     def __init__(self, source: str, tokenizer: HFTokenizer) -> None:
         self.tokenizer = tokenizer
-        names = [re.escape(name) for name in sorted(tokenizer.special_tokens, key=len, reverse=True)]
-        self._special = re.compile("|".join(names) or "(?!)")
+        names = sorted(filter(None, tokenizer.special_tokens), key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, names)) or "(?!)")
         self._template = _compile(source)
 
     def render(self, messages: Sequence[dict[str, Any]], **variables: Any) -> list[int]:
@@ -64,6 +65,9 @@ class Template:
         messages = [{**m, "content": self._break_marks(_plain(m["content"]))} for m in messages]
         settings = self.tokenizer.settings
         marks = {k: v.get("content") if isinstance(v, dict) else v for k, v in settings.items() if k.endswith("_token")}
+        if not marks.get("bos_token"):
+            first = self.tokenizer.get_bos_token_id()
+            marks["bos_token"] = "" if first is None else self.tokenizer.decode([first])
         text = _run(self._template, {"messages": messages, "add_generation_prompt": True, **marks, **variables})
         ids = []
         for piece in re.split(f"([^{_BROKEN}]{_BROKEN}[^{_BROKEN}]*{_BROKEN})", text):
@@ -93,11 +97,9 @@ def _compile(source: str) -> Any:
         intercepted_binops = frozenset(("*", "**", "%"))
 
         def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-            sizes = [len(x) if isinstance(x, (str, list, tuple)) else abs(x) for x in (left, right)]
-            grows = (
-                operator == "*" and isinstance(left, str | list | tuple) != isinstance(right, str | list | tuple)
-            ) or (operator == "**")
-            if (grows and max(sizes) > 10_000) or (operator == "%" and isinstance(left, str)):
+            repeats = [x for x in (left, right) if not isinstance(x, (str, list, tuple))]
+            grows = operator == "**" or (operator == "*" and len(repeats) == 1)
+            if (grows and max(map(abs, repeats), default=0) > 10_000) or (operator == "%" and isinstance(left, str)):
                 raise SecurityError(f"operator {operator} is limited here")
             return super().call_binop(context, operator, left, right)
 
@@ -191,22 +193,6 @@ class Decoder:
 
     def _mark(self, name: str) -> None:
         self._kind = {"<think>": Reasoning, "</think>": str}.get(name, self._kind)
-
-
-class Continuation:
-    """For models that were never taught to chat: they go on with the last message, and know nothing of the others."""
-
-    def __init__(self, tokenizer: HFTokenizer) -> None:
-        self.tokenizer = tokenizer
-
-    def render(self, messages: Sequence[dict[str, Any]]) -> list[int]:
-        """Ids of the last message, after the token that begins a document where there is one."""
-        validate({"messages": messages}, allow_empty_reply=True)
-        return self.tokenizer.encode(_plain(messages[-1]["content"]), prepend=self.tokenizer.get_bos_token_id())
-
-    def decoder(self) -> Decoder:
-        """For one answer."""
-        return Decoder(self.tokenizer)
 
 
 class Harmony:

@@ -76,28 +76,20 @@ class Attention(nn.Module):
         return self.c_proj(attend(q_BTHD, k_BTHD, v_BTHD, positions_BT, window, cache, layer).reshape(B, T, C))
 
 
-class MLP(nn.Module):
-    """Two matrices around a GELU in its tanh form."""
-
-    def __init__(self, config: GPT2Config) -> None:
-        super().__init__()
-        self.c_fc, self.c_proj = Conv1D(config.n_embd, config.n_inner), Conv1D(config.n_inner, config.n_embd)
-
-    def forward(self, x_BTC: torch.Tensor) -> torch.Tensor:
-        return self.c_proj(F.gelu(self.c_fc(x_BTC), approximate="tanh"))
-
-
 class Block(nn.Module):
-    """Attention, then MLP, each on the normed residual."""
+    """Attention, then two matrices around a GELU in its tanh form, each on the normed residual."""
 
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
-        self.ln_1, self.ln_2 = (nn.LayerNorm(config.n_embd, config.eps) for _ in range(2))
-        self.attn, self.mlp = Attention(config), MLP(config)
+        C, inner = config.n_embd, config.n_inner
+        self.ln_1, self.ln_2 = (nn.LayerNorm(C, config.eps) for _ in range(2))
+        self.attn = Attention(config)
+        self.mlp = nn.ModuleDict({"c_fc": Conv1D(C, inner), "c_proj": Conv1D(inner, C)})
 
     def forward(self, x_BTC, positions_BT, window: int, cache, layer: int) -> torch.Tensor:
         x_BTC = x_BTC + self.attn(self.ln_1(x_BTC), positions_BT, window, cache, layer)
-        return x_BTC + self.mlp(self.ln_2(x_BTC))
+        inner_BTI = F.gelu(self.mlp["c_fc"](self.ln_2(x_BTC)), approximate="tanh")
+        return x_BTC + self.mlp["c_proj"](inner_BTI)
 
 
 class GPT2(OpenModel):

@@ -40,11 +40,11 @@ class Settings:
             raise ValueError(f"{self.where}: '{name}' is {value!r:.40}, which is not from {low} to {high}")
         return value
 
-    def number(self, name: str, default: float | None = None) -> float:
-        """A finite number above 0."""
+    def number(self, name: str, default: float | None = None, low: float = 0.0) -> float:
+        """A finite number above `low`."""
         value = self._read(name, (int, float), "a number", default)
-        if not 0 < value < float("inf"):
-            raise ValueError(f"{self.where}: '{name}' is {value!r:.40}, which is not a number above 0")
+        if not low < value < 1e30:
+            raise ValueError(f"{self.where}: '{name}' is {value!r:.40}, which is not a number above {low:g}")
         return float(value)
 
     def flag(self, name: str, default: bool = False) -> bool:
@@ -79,7 +79,7 @@ def rotary_frequencies(settings: Settings, head_dim: int, theta: float) -> tuple
     """
     values = settings.values.get("rope_parameters") or settings.values.get("rope_scaling") or {}
     rope = Settings(values, f"{settings.where}: rope_parameters")
-    theta = rope.number("rope_theta", settings.number("rope_theta", theta))
+    theta = rope.number("rope_theta", settings.number("rope_theta", theta), low=1.0)
     kind = rope.values.get("rope_type") or rope.values.get("type") or "default"
     rope.expect("partial_rotary_factor", 1.0)
     if head_dim % 2:
@@ -94,7 +94,8 @@ def rotary_frequencies(settings: Settings, head_dim: int, theta: float) -> tuple
         return tuple((plain / factor).tolist()), 1.0
     original = rope.integer("original_max_position_embeddings", settings.values.get("max_position_embeddings"))
     if kind == "llama3":
-        low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
+        low = rope.number("low_freq_factor")
+        high = rope.number("high_freq_factor", low=low)
         turns = original * plain / (2 * math.pi)  # in the original context
         kept = ((turns - low) / (high - low)).clamp(0, 1)
         return tuple((plain * kept + plain / factor * (1 - kept)).tolist()), 1.0

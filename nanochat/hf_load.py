@@ -47,6 +47,8 @@ def read_config(folder: Path | str) -> dict[str, Any]:
     if not isinstance(values, dict) or not isinstance(values.get("model_type"), str):
         raise ValueError(f"{path} names no model_type")
     kind = values["model_type"]
+    if kind in ("nanochat", "nanochat_gpt"):
+        raise ValueError(f"{folder} is a nanochat's: python -m scripts.models import makes it one of your checkpoints")
     if kind not in FAMILIES:
         named = f"{kind!r:.60} {values.get('architectures') or ''!s:.80}".strip()
         raise ValueError(f"{path}: the architecture {named} is not supported; known are {', '.join(FAMILIES)}")
@@ -86,6 +88,8 @@ def stored_tensors(folder: Path | str) -> dict[str, Stored]:
 
 
 def _read_header(path: Path) -> dict[str, Stored]:
+    if not path.is_file():  # nor a pipe, which would be waited for
+        raise ValueError(f"{path} is missing: download the whole model")
     try:
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")

@@ -16,6 +16,7 @@ from nanochat.common import read_json
 if TYPE_CHECKING:
     import tokenizers
 
+_LARGEST_ID = 1 << 22
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
@@ -53,6 +54,8 @@ class HFTokenizer:
             backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the package raises nothing narrower
             raise ValueError(f"{path} is damaged or of a kind that is not supported ({error})") from error
+        if max(backend.get_vocab(with_added_tokens=True).values(), default=0) > _LARGEST_ID:
+            raise ValueError(f"{path} has ids above {_LARGEST_ID}, which no model has")
         names = ("config.json", "tokenizer_config.json", "generation_config.json")
         config, settings, generation = (read_json(folder / n) if (folder / n).is_file() else {} for n in names)
         for name, values in zip(names, (config, settings, generation)):

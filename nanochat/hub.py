@@ -95,16 +95,22 @@ def _list_files(url: str, root: str, timeout: float, retries: int, backoff: floa
 
     while query:
         entries, following = _retry(page, url, retries, backoff)
-        for entry in entries:
-            if entry["type"] == "file":
-                path = entry["path"]
-                if path.startswith("/") or {"..", ""} & set(path.split("/")) or "\\" in path:
-                    raise ValueError(f"{url}: the hub lists {path!r:.80}, which would lie outside the folder")
-                sha256 = (entry.get("lfs") or {}).get("oid")
-                files.append(RemoteFile(path, f"{root}/{quote(path)}", entry["size"], sha256))
+        try:
+            there = [entry for entry in entries if entry["type"] == "file"]
+            files += [
+                _listed(root, entry["path"], entry["size"], (entry.get("lfs") or {}).get("oid")) for entry in there
+            ]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{url}: not a listing of files ({error!r:.80}): is it a hub?") from error
         # Only the cursor is taken from the next page's address: behind a mirror, its host is another.
         query = dict(parse_qsl(urlsplit(following).query)) if following else {}
     return files
+
+
+def _listed(root: str, path: str, size: int, sha256: str | None) -> RemoteFile:
+    if path.startswith("/") or {"..", ".", ""} & set(path.split("/")) or "\\" in path:
+        raise ValueError(f"the hub lists {path!r:.80} below {root}, which would lie outside the folder")
+    return RemoteFile(path, f"{root}/{quote(path)}", int(size), sha256)
 
 
 def download(

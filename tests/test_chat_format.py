@@ -72,6 +72,8 @@ def test_templates_render_as_transformers_does(folder, tokenizer, template, mess
 def test_where_a_template_is_found(folder, tokenizer):
     plain = chat_format(folder, tokenizer).render(TALK)
     assert plain == [0, *tokenizer.encode("Grüße")], "a model that only continues text"
+    tokenizer.settings["bos_token"] = None
+    assert chat_format(folder, tokenizer).render(TALK) == plain
     tokenizer.settings["chat_template"] = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": "y"}]
     assert tokenizer.decode(chat_format(folder, tokenizer).render(TALK)) == "y"
     tokenizer.settings["chat_template"] = "z"

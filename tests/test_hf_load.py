@@ -111,6 +111,9 @@ def test_what_does_not_fit_is_named(folder):
     refused(folder, "model.layers.9.extra", "does not place" if several else "not the model's")
     path.unlink()
     refused(folder, path.name)
+    if several:
+        os.mkfifo(path)
+        refused(folder, path.name)
 
 
 @pytest.mark.parametrize(
@@ -133,6 +136,12 @@ def test_what_does_not_fit_is_named(folder):
         ({"rope_parameters": {"rope_type": "linear"}}, ["factor"]),
         ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, ["partial_rotary_factor"]),
         ({"rope_parameters": [1]}, ["object"]),
+        ({"rope_parameters": {"rope_theta": 1}}, ["rope_theta"]),
+        ({"rope_parameters": {"rope_theta": 10**400}}, ["rope_theta"]),
+        (
+            {"rope_parameters": {"rope_type": "llama3", "factor": 2, "low_freq_factor": 4, "high_freq_factor": 4}},
+            ["high"],
+        ),
         ({"layer_types": ["linear_attention"] * 3}, ["linear_attention"]),
         ({"layer_types": ["full_attention"]}, ["layer_types"]),
         ({"quantization_config": {"quant_method": "gptq"}}, ["gptq"]),
@@ -145,7 +154,7 @@ def test_config_is_checked(saved, tmp_path, changes, words):
     refused(folder, *words)
 
 
-@pytest.mark.parametrize("text", ["[]", "{", "", "null", '{"model_type": 3}'])
+@pytest.mark.parametrize("text", ["[]", "{", "", "null", '{"model_type": 3}', "[" * 10**5, '{"a":' * 10**5])
 def test_config_that_is_none(saved, tmp_path, text):
     folder = shutil.copytree(saved[0], tmp_path / "model")
     (folder / "config.json").write_text(text)
@@ -291,7 +300,10 @@ def test_ids_that_begin_and_end(saved, tmp_path):
     assert HFTokenizer.from_directory(folder).get_bos_token_id() is None
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"model": {"type": "Magic"}}'])
+HUGE_ID = '{"model": {"type": "BPE", "vocab": {"a": 0, "b": 4294967295}, "merges": []}, "added_tokens": []}'
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"model": {"type": "Magic"}}', HUGE_ID])
 def test_damaged_tokenizer(saved, tmp_path, text):
     folder = shutil.copytree(saved[0], tmp_path / "model")
     (folder / "tokenizer.json").write_text(text)

@@ -163,6 +163,13 @@ def test_a_listing_that_leads_out_of_the_folder(server, tmp_path, path):
     assert not list(tmp_path.rglob("*evil*")) and not Path("/tmp/evil.safetensors").exists()
 
 
+@pytest.mark.parametrize("size", ["many", None, [3]])
+def test_a_listing_that_is_none(server, size):
+    server.sizes["config.json"] = size
+    with pytest.raises(ValueError):
+        model_store.download(NAME, **FAST)
+
+
 @pytest.mark.parametrize("name", ["tiny", "../x", "a/b/c", "", "a/../b", "me/ti ny", "/etc/passwd"])
 def test_names(server, name):
     with pytest.raises(ValueError, match="ORG/NAME"):
