@@ -248,9 +248,9 @@ class HarmonyDecoder(Decoder):
 
     def _mark(self, name: str) -> None:
         if name == "<|message|>":
-            _, _, channel = self._header.decode(errors="replace").partition("<|channel|>")
-            shown = channel.startswith("final") or (channel.startswith("commentary") and "to=" not in channel)
-            self._kind, self._header = str if shown or not channel else Reasoning, b""
+            header = self._header.decode(errors="replace")
+            said = header.partition("<|channel|>")[2].startswith(("final", "commentary")) and "to=" not in header
+            self._kind, self._header = str if said or "<|channel|>" not in header else Reasoning, b""
         elif name == "<|channel|>":
             self._header += name.encode()
         elif name in ("<|start|>", "<|end|>", "<|return|>", "<|call|>"):

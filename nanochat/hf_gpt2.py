@@ -117,12 +117,10 @@ class GPT2(OpenModel):
         return self.ln_f(x_BTC)
 
 
-def build(values: dict[str, Any]) -> GPT2:
-    """The model that config.json describes, on the current default device."""
-    return GPT2(GPT2Config.from_json(values))
-
-
 def rename(name: str) -> str | None:
     """A tensor's name in a file -> in the model; None = not needed."""
     name = name.removeprefix("transformer.")
     return None if _MASKS.fullmatch(name) else name
+
+
+CONFIG, build = GPT2Config, GPT2

@@ -13,7 +13,7 @@ from nanochat import mxfp4
 from nanochat.hf_layers import Settings
 from nanochat.hf_llama import Llama, LlamaConfig, rename, shape
 
-__all__ = ["MODEL_TYPES", "build", "rename"]
+__all__ = ["CONFIG", "MODEL_TYPES", "build", "rename"]
 MODEL_TYPES = ("gpt_oss",)
 _FEW_PAIRS = 128  # of a token and an expert: as many as the kernel for packed matrices takes at once
 
@@ -122,6 +122,9 @@ class MoE(nn.Module):
         return self.experts(x_NC, expert_NK, weight_NK).view_as(x_BTC)
 
 
-def build(values: dict[str, Any]) -> Llama:
-    """The model that config.json describes, on the current default device."""
-    return Llama(GptOssConfig.from_json(values), MoE)
+def build(config: GptOssConfig) -> Llama:
+    """The model without values, on the current default device."""
+    return Llama(config, MoE)
+
+
+CONFIG = GptOssConfig

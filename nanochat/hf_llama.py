@@ -191,11 +191,9 @@ class Llama(OpenModel):
         return self.model(idx_BT, positions_BT, cache)
 
 
-def build(values: dict[str, Any]) -> Llama:
-    """The model that config.json describes, on the current default device."""
-    return Llama(LlamaConfig.from_json(values))
-
-
 def rename(name: str) -> str | None:
     """A tensor's name in a file -> in the model; None = not needed."""
     return None if name.endswith("rotary_emb.inv_freq") else name
+
+
+CONFIG, build = LlamaConfig, Llama

@@ -144,7 +144,7 @@ def load_model(folder: Path | str, device: torch.device | str, dtype: torch.dtyp
     dtype = dtype or pick_dtype(device)
     family = FAMILIES[values["model_type"]]
     with torch.device("meta"):
-        model = family.build(values)
+        model = family.build(family.CONFIG.from_json(values))
     state = {}
     by_file: dict[Path, list[tuple[str, Stored]]] = {}
     for target, tensor in _fit(model, family, stored, folder).items():

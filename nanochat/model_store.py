@@ -152,8 +152,7 @@ def remove(name: str) -> int:
 def info(folder: Path) -> dict[str, Any]:
     """What a model's folder holds, from its config and the headers of its files alone."""
     config, tensors = hf_load.read_config(folder), hf_load.stored_tensors(folder).values()
-    with torch.device("meta"):
-        model = hf_load.FAMILIES[config["model_type"]].build(config)
+    shape = hf_load.FAMILIES[config["model_type"]].CONFIG.from_json(config)
     sizes = {"F32": 4, "BF16": 2, "F16": 2, "U8": 1}
     packed = sum(torch.Size(t.shape).numel() for t in tensors if t.name.endswith("_blocks"))
     plain = sum(torch.Size(t.shape).numel() for t in tensors if t.dtype != "U8")
@@ -162,8 +161,8 @@ def info(folder: Path) -> dict[str, Any]:
         "parameters": plain + 2 * packed,
         "bytes": sum(torch.Size(t.shape).numel() * sizes.get(t.dtype, 8) for t in tensors),
         "types": sorted({t.dtype for t in tensors}),
-        "context": model.config.sequence_len,
-        "vocabulary": model.config.vocab_size,
+        "context": shape.sequence_len,
+        "vocabulary": shape.vocab_size,
         "commit": read_manifest(folder).get("commit"),
         "folder": str(folder),
     }

@@ -200,6 +200,7 @@ ANSWERS = {
     "<|message|>no channel": ("", "no channel"),
     "<|channel|>commentary<|message|>I look.<|end|><|start|>assistant<|channel|>commentary to=functions.f "
     '<|constrain|>json<|message|>{"a": 1}<|call|>': ('{"a": 1}', "I look."),
+    ' to=functions.f<|channel|>commentary json<|message|>{"a": 1}<|call|>': ('{"a": 1}', ""),
     "<|channel|>analysis<|message|>cut of": ("cut of", ""),
     "never a message": ("", ""),
 }
