@@ -77,7 +77,8 @@ class Template:
         return ids
 
     def _break_marks(self, text: str) -> str:
-        """<|mark|> -> <�|mark|>�, by which it is known again after the template has moved it about."""
+        """The text with what looks like special tokens in it broken, so that it is known again after the template has
+        moved it about."""
         return self._special.sub(lambda m: m[0][0] + _BROKEN + m[0][1:] + _BROKEN, text.replace(_BROKEN, ""))
 
     def decoder(self) -> "Decoder":

@@ -112,6 +112,8 @@ def _build(config: GPTConfig, state: State, origin: str) -> GPT:
 def _read_original(folder: Path) -> tuple[GPT, dict[str, Any]]:
     """The newest model_<step>.pt with its meta_<step>.json."""
     steps = {int(m[1]): path for path in folder.glob("model_*.pt") if (m := re.fullmatch(r"model_(\d+)", path.stem))}
+    if not steps:
+        raise ValueError(f"{folder} holds no model_<step>.pt: rename the one to import so")
     path = steps[max(steps)]
     meta_path = path.with_name(f"{path.stem.replace('model', 'meta', 1)}.json")
     if not meta_path.is_file():
@@ -120,7 +122,8 @@ def _read_original(folder: Path) -> tuple[GPT, dict[str, Any]]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         state = {name.removeprefix("_orig_mod."): value for name, value in state.items()}
-        assert all(isinstance(value, torch.Tensor) for value in state.values())
+        if wrong := [name for name, value in state.items() if not isinstance(value, torch.Tensor)]:
+            raise TypeError(f"{wrong[0]!r:.60} is no tensor")
     except Exception as error:  # a damaged or hostile file can raise anything
         raise ValueError(f"{path} is not a plain dict of tensors ({' '.join(str(error).split())[:200]})") from error
     named = meta.get("model_config") if isinstance(meta, dict) else None
@@ -158,9 +161,9 @@ def _read_folder(folder: Path) -> tuple[GPT, dict[str, Any]]:
     settings.expect("attention_bias", False)
     settings.expect("intermediate_size", 4 * settings.integer("hidden_size"))
     heads = settings.integer("num_attention_heads")
-    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    if rope.get("rope_type", "default") != "default":
-        raise ValueError(f"{folder}: rotary positions of kind {rope['rope_type']!r} are not nanochat's")
+    rope = Settings(values.get("rope_parameters") or values.get("rope_scaling") or {}, "config.json: rope_parameters")
+    rope.expect("rope_type", "default")
+    capped = values.get("final_logit_softcapping", 15.0) is not None
     if "lm_head.weight" not in state and settings.flag("tie_word_embeddings"):
         state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
     own = {
@@ -170,8 +173,8 @@ def _read_folder(folder: Path) -> tuple[GPT, dict[str, Any]]:
         "n_head": heads,
         "n_kv_head": settings.integer("num_key_value_heads", heads),
         "n_embd": settings.integer("hidden_size"),
-        "rope_base": float(rope.get("rope_theta") or values.get("rope_theta") or 10_000.0),
-        "softcap": float(values["final_logit_softcapping"] or 0) if "final_logit_softcapping" in values else 15.0,
+        "rope_base": rope.number("rope_theta", settings.number("rope_theta", 10_000.0), low=1.0),
+        "softcap": settings.number("final_logit_softcapping", 15.0) if capped else 0.0,
     }
     config = GPTConfig(**{**PLAIN, **own, "window_pattern": "L"})
     state = _rename(state, _NANOCHAT, _NANOCHAT_BLOCK, "model.layers")

@@ -52,7 +52,8 @@ def open_model(name: str, device: torch.device, say: Callable[[str], None] = pri
     """(model, tokenizer, format) of a model by name; says how much memory it takes. ValueError when it is not here,
     or does not fit in what is free."""
     if name in own_checkpoints():
-        model, tokenizer, meta = checkpoint.load_model(*name.split("/")[:1], device, name.split("/")[1])
+        stage, tag = name.split("/")
+        model, tokenizer, meta = checkpoint.load_model(stage, device, tag)
         size = sum(p.numel() * p.element_size() for p in model.parameters())
         say(f"{name}, step {meta['step']}: {size / 1e9:.2f} GB of weights on {device}")
         return model, tokenizer, OwnFormat(tokenizer)
