@@ -23,12 +23,18 @@ def attend_naive(q_BTHD: torch.Tensor, k_BTKD: torch.Tensor, v_BTKD: torch.Tenso
 
 
 def cached_attention(
-    q_BTHD: torch.Tensor, k_BSKD: torch.Tensor, v_BSKD: torch.Tensor, positions_BT: torch.Tensor, window: int
+    q_BTHD: torch.Tensor,
+    k_BSKD: torch.Tensor,
+    v_BSKD: torch.Tensor,
+    positions_BT: torch.Tensor,
+    window: int,
+    sinks_H: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of new queries to a cache in which slot s holds position s. Returns (B, T, H, D).
 
     positions_BT says where each query stands, row by row; rows may differ in length. A query at position p sees
     slots p - window + 1 .. p; a negative position marks padding, whose output means nothing (but is finite).
+    sinks_H: one more logit a head, unscaled, that takes its share of the softmax and gives nothing (gpt-oss).
     Written as two matrix products around a softmax, which gives a row the same result, to rounding, in any batch.
     """
     B, T, H, D = q_BTHD.shape
@@ -38,7 +44,10 @@ def cached_attention(
     distance_BTS = positions_BT.clamp(min=0)[:, :, None] - torch.arange(S, device=q_BTHD.device)
     hidden_BTS = (distance_BTS < 0) | (distance_BTS >= window)
     scores = scores_BKGS.view(B, K, H // K, T, S).float().masked_fill(hidden_BTS[:, None, None], float("-inf"))
-    weights_BKGS = scores.softmax(-1).to(v_BSKD.dtype).view(B, K, H // K * T, S)
+    if sinks_H is not None:
+        sinks = sinks_H.float().view(1, K, H // K, 1, 1).expand(B, -1, -1, T, 1)
+        scores = torch.cat((scores, sinks), dim=-1)
+    weights_BKGS = scores.softmax(-1)[..., :S].to(v_BSKD.dtype).reshape(B, K, H // K * T, S)
     y_BKGD = weights_BKGS @ v_BSKD.transpose(1, 2)
     return y_BKGD.view(B, K, H // K, T, D).permute(0, 3, 1, 2, 4).reshape(B, T, H, D)
 
