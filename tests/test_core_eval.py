@@ -8,11 +8,21 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from core_bundle import BUNDLE, CHOICE, CLOZE, ROOT, SCHEMA, needs_bundle, tiny_model, write_bundle
+from core_bundle import (
+    BUNDLE,
+    CHOICE,
+    CLOZE,
+    ROOT,
+    SCHEMA,
+    Foreign,
+    needs_bundle,
+    random_gpt2,
+    tiny_model,
+    write_bundle,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -135,27 +145,6 @@ def agrees_with_the_oracle(model, tokenizer, max_per_task):
     return result
 
 
-class Foreign:
-    """A model of another library as the evaluation sees it: nothing but `model(idx_BT) -> logits_BTV`."""
-
-    def __init__(self, model, context):
-        self.model, self.config = model, SimpleNamespace(sequence_len=context)
-
-    def __call__(self, idx_BT):
-        return self.model(idx_BT).logits
-
-
-def gpt2(vocab_size, context):
-    """GPT-2 as transformers has it, small, with random weights large enough to have opinions."""
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    shape = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": context, "vocab_size": vocab_size}
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape)).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    return model
-
-
 @needs_bundle
 @pytest.mark.parametrize(("context", "max_per_task"), [(128, 4), (1024, 2)])
 def test_real_rows_score_as_the_oracle_does(tokenizer, context, max_per_task):
@@ -166,23 +155,20 @@ def test_real_rows_score_as_the_oracle_does(tokenizer, context, max_per_task):
 
 @needs_bundle
 def test_a_model_without_a_cache_scores_as_the_oracle_does(tokenizer):
-    agrees_with_the_oracle(Foreign(gpt2(tokenizer.get_vocab_size(), 256), 256), tokenizer, 2)
+    agrees_with_the_oracle(Foreign(random_gpt2(tokenizer.get_vocab_size(), 256), 256), tokenizer, 2)
 
 
 @needs_bundle
 def test_log_likelihoods_are_those_of_lm_eval(tokenizer):
     """lm-evaluation-harness with the same model and the same tokens, on one task of each kind."""
-    pytest.importorskip("lm_eval")
-    from lm_eval.models.huggingface import HFLM
+    HFLM = pytest.importorskip("lm_eval.models.huggingface").HFLM
+    import tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    model = gpt2(tokenizer.get_vocab_size(), 1024)
-    vocabulary = {f"t{i}": i for i in range(tokenizer.get_vocab_size())}
-    from tokenizers import Tokenizer as Words
-    from tokenizers import models as word_models
-
-    words = Words(word_models.WordLevel(vocabulary, unk_token="t0"))
-    harness = HFLM(model, tokenizer=PreTrainedTokenizerFast(tokenizer_object=words, eos_token="t0"), batch_size=4)
+    model = random_gpt2(tokenizer.get_vocab_size(), 1024)
+    words = {f"t{i}": i for i in range(tokenizer.get_vocab_size())}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="t0"))
+    harness = HFLM(model, tokenizer=PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="t0"), batch_size=4)
     for task in read_tasks(BUNDLE):
         if task.label not in ("arc_easy", "winograd", "jeopardy", "copa"):
             continue
