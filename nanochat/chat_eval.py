@@ -7,7 +7,8 @@ import torch
 
 from nanochat.compute import Compute
 from nanochat.conversation import render_for_completion
-from nanochat.core_eval import accuracy_record, pad_right
+from nanochat.core_eval import accuracy_record
+from nanochat.spans import pad_right
 
 SAMPLES = 3  # conversations a task keeps for the report
 
