@@ -380,6 +380,16 @@ def test_two_ranks_do_what_one_does(base):
     assert (a - b).norm() < 1e-4 * a.norm()
 
 
+def test_what_is_trained_is_what_has_sampled(base):
+    """A model with dropout uses it for neither."""
+    learn(model_tag="plain", num_iterations=2)
+    path = base / "checkpoints/sft/d2/step_000001/meta.json"
+    meta = json.loads(path.read_text())
+    path.write_text(json.dumps({**meta, "model_config": {**meta["model_config"], "dropout": 0.5}}))
+    learn(model_tag="dropout", num_iterations=2)
+    assert steps("dropout") == steps("plain")
+
+
 # --- what it is for
 
 
