@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -54,9 +55,9 @@ class Config:
     def task_names(self) -> list[str]:
         if self.tasks is not None:
             return list(dict.fromkeys(self.tasks.split(",")))
+        if self.tasks_dir is not None and not Path(self.tasks_dir).is_dir():
+            raise ValueError(f"--tasks-dir {self.tasks_dir}: no such folder")
         there = [name for name, task in public.SCORED.items() if task.local("test", self.tasks_dir)]
-        if self.tasks_dir is not None and not there:
-            raise ValueError(f"--tasks-dir {self.tasks_dir} holds no test.parquet of {', '.join(public.SCORED)}")
         return [*builtin.SCORED, *there]
 
     def task(self, name: str) -> Task:
