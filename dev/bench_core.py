@@ -21,8 +21,9 @@ from dev import bench
 from nanochat import checkpoint, cli, recipe, world
 from nanochat.common import get_base_dir
 from nanochat.compute import Compute
-from nanochat.core_eval import Score, Span, evaluate_core_task, is_right, score_spans, scored_spans
+from nanochat.core_eval import evaluate_core_task, is_right, scored_spans
 from nanochat.core_tasks import CoreTask, build_prompts, draw_examples, read_rows, read_tasks
+from nanochat.spans import Score, Span, score_spans
 from nanochat.tokenizer import Tokenizer
 
 

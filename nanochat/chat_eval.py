@@ -12,8 +12,9 @@ import torch
 from nanochat.common import print0
 from nanochat.compute import Compute, usable_cores
 from nanochat.conversation import render_for_completion
-from nanochat.core_eval import Span, accuracy_record, score_spans
+from nanochat.core_eval import accuracy_record
 from nanochat.engine import Engine, Request
+from nanochat.spans import Span, score_spans
 
 SAMPLES = 3  # conversations a task keeps for the report
 # What ChatCORE is defined over, so that it compares with published numbers, where all six are there.

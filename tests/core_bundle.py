@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,6 +25,27 @@ def tiny_model(vocab_size, sequence_len, n_layer=1):
     model = GPT(GPTConfig(sequence_len=sequence_len, vocab_size=vocab_size, **shape)).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+class Foreign:
+    """A model of another library as the evaluation sees it: nothing but `model(idx_BT) -> logits_BTV`."""
+
+    def __init__(self, model, context):
+        self.model, self.config = model, SimpleNamespace(sequence_len=context)
+
+    def __call__(self, idx_BT):
+        return self.model(idx_BT).logits
+
+
+def random_gpt2(vocab_size, context):
+    """GPT-2 as transformers has it, small, with random weights large enough to have opinions."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    shape = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": context, "vocab_size": vocab_size}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
     return model
 
 

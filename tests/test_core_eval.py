@@ -8,19 +8,28 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from core_bundle import BUNDLE, CHOICE, CLOZE, ROOT, SCHEMA, needs_bundle, tiny_model, write_bundle
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from core_bundle import (
+    BUNDLE,
+    CHOICE,
+    CLOZE,
+    ROOT,
+    SCHEMA,
+    Foreign,
+    needs_bundle,
+    random_gpt2,
+    tiny_model,
+    write_bundle,
+)
 
 from nanochat import core_eval
 from nanochat.compute import Compute
-from nanochat.core_eval import Score, Span, evaluate_core, is_right, score_spans, scored_spans
+from nanochat.core_eval import evaluate_core, is_right, scored_spans
 from nanochat.core_tasks import CoreTask, build_prompts, draw_examples, read_rows, read_tasks
 from nanochat.loss_eval import evaluate_bpb
+from nanochat.spans import Score, score_spans
 from nanochat.tokenizer import Tokenizer
 
 
@@ -135,27 +144,6 @@ def agrees_with_the_oracle(model, tokenizer, max_per_task):
     return result
 
 
-class Foreign:
-    """A model of another library as the evaluation sees it: nothing but `model(idx_BT) -> logits_BTV`."""
-
-    def __init__(self, model, context):
-        self.model, self.config = model, SimpleNamespace(sequence_len=context)
-
-    def __call__(self, idx_BT):
-        return self.model(idx_BT).logits
-
-
-def gpt2(vocab_size, context):
-    """GPT-2 as transformers has it, small, with random weights large enough to have opinions."""
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    shape = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": context, "vocab_size": vocab_size}
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape)).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    return model
-
-
 @needs_bundle
 @pytest.mark.parametrize(("context", "max_per_task"), [(128, 4), (1024, 2)])
 def test_real_rows_score_as_the_oracle_does(tokenizer, context, max_per_task):
@@ -166,23 +154,20 @@ def test_real_rows_score_as_the_oracle_does(tokenizer, context, max_per_task):
 
 @needs_bundle
 def test_a_model_without_a_cache_scores_as_the_oracle_does(tokenizer):
-    agrees_with_the_oracle(Foreign(gpt2(tokenizer.get_vocab_size(), 256), 256), tokenizer, 2)
+    agrees_with_the_oracle(Foreign(random_gpt2(tokenizer.get_vocab_size(), 256), 256), tokenizer, 2)
 
 
 @needs_bundle
 def test_log_likelihoods_are_those_of_lm_eval(tokenizer):
     """lm-evaluation-harness with the same model and the same tokens, on one task of each kind."""
-    pytest.importorskip("lm_eval")
-    from lm_eval.models.huggingface import HFLM
+    HFLM = pytest.importorskip("lm_eval.models.huggingface").HFLM
+    import tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    model = gpt2(tokenizer.get_vocab_size(), 1024)
-    vocabulary = {f"t{i}": i for i in range(tokenizer.get_vocab_size())}
-    from tokenizers import Tokenizer as Words
-    from tokenizers import models as word_models
-
-    words = Words(word_models.WordLevel(vocabulary, unk_token="t0"))
-    harness = HFLM(model, tokenizer=PreTrainedTokenizerFast(tokenizer_object=words, eos_token="t0"), batch_size=4)
+    model = random_gpt2(tokenizer.get_vocab_size(), 1024)
+    words = {f"t{i}": i for i in range(tokenizer.get_vocab_size())}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="t0"))
+    harness = HFLM(model, tokenizer=PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="t0"), batch_size=4)
     for task in read_tasks(BUNDLE):
         if task.label not in ("arc_easy", "winograd", "jeopardy", "copa"):
             continue
@@ -208,94 +193,6 @@ def test_scored_spans_by_hand(bytes_tokenizer):
     assert spans("language_modeling", CLOZE, context=6) == [" four"]
     assert spans("language_modeling", CLOZE, context=4) == ["our"]  # the first token has nothing before it
     assert spans("multiple_choice", CHOICE, context=3) == ["ue", "ck"]
-
-
-def plain_score(model, span):
-    with torch.no_grad():
-        logp = model(torch.tensor([span.ids]))[0].double().log_softmax(-1)
-    places = range(span.start, len(span.ids))
-    hits = [logp[t - 1].argmax().item() == span.ids[t] for t in places]
-    return Score(sum(logp[t - 1, span.ids[t]].item() for t in places), len(hits), bool(hits) and all(hits))
-
-
-def check_scores(model, spans, max_tokens):
-    for span, score in zip(spans, score_spans(model, spans, max_tokens), strict=True):
-        expected = plain_score(model, span)
-        assert score.logprob == pytest.approx(expected.logprob, abs=1e-4)
-        assert score[1:] == expected[1:]
-
-
-CACHED = tiny_model(5, 60, 2)
-MODELS = {"cache": CACHED, "plain": lambda idx_BT: CACHED(idx_BT)}
-
-
-@st.composite
-def ragged(draw):
-    """Spans of few different tokens, many of them with beginnings of others."""
-    spans = []
-    for _ in range(draw(st.integers(0, 9))):
-        ids = draw(st.lists(st.integers(0, 4), min_size=1, max_size=24))
-        if spans and draw(st.booleans()):
-            other = draw(st.sampled_from(spans)).ids
-            ids = (other[: draw(st.integers(0, len(other)))] + ids)[:60]
-        spans.append(Span(ids, draw(st.integers(1, len(ids)))))
-    return spans
-
-
-@pytest.mark.parametrize("kind", MODELS)
-@settings(max_examples=60, deadline=None)
-@given(spans=ragged(), max_tokens=st.integers(1, 200), chunk=st.integers(1, 30), shared=st.floats(0, 1))
-def test_spans_of_any_lengths_score_as_if_each_were_alone(kind, spans, max_tokens, chunk, shared):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(core_eval, "CHUNK", chunk)
-        patch.setattr(core_eval, "SHARED", shared)
-        check_scores(MODELS[kind], spans, max_tokens)
-
-
-def test_prompts_of_more_than_a_chunk_and_windows_score_as_if_each_were_alone():
-    model, rng = tiny_model(50, 1024, 4), random.Random(0)
-    assert min(model.config.windows) == 256
-    head = rng.choices(range(50), k=600)
-    spans = [
-        Span(head[:cut] + rng.choices(range(50), k=more), cut + 1) for cut, more in ((600, 9), (600, 30), (555, 3))
-    ]
-    spans += [Span(rng.choices(range(50), k=k), k - 2) for k in (900, 300, 5)]
-    check_scores(model, spans, 4096)
-    check_scores(model, spans, 100)
-
-
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.2)])
-def test_every_precision_scores_near_its_own_plain_form(dtype, tolerance):
-    model, rng = tiny_model(50, 128).to(dtype), random.Random(1)
-    model.dtype = dtype
-    spans = [Span(rng.choices(range(50), k=k), k - 4) for k in (12, 40, 41, 100)]
-    for score, span in zip(score_spans(model, spans), spans):
-        assert score.logprob / 4 == pytest.approx(plain_score(model, span).logprob / 4, abs=tolerance)
-
-
-def test_what_is_shared_is_read_once_and_logits_are_made_for_the_rest_alone():
-    model, rng = tiny_model(50, 512), random.Random(0)
-    read, made = [], []
-    forward = model.forward
-
-    def spy(idx_BT, *args, cache=None, positions_BT=None, last_only=False):
-        logits_BTV = forward(idx_BT, *args, cache=cache, positions_BT=positions_BT, last_only=last_only)
-        read.append(int((positions_BT >= 0).sum()))
-        made.append(logits_BTV.shape[0] * logits_BTV.shape[1])
-        return logits_BTV
-
-    model.forward = spy
-    spans = []
-    for _ in range(8):  # rows of four options of 5 tokens
-        head = rng.choices(range(50), k=400)
-        spans += [Span(head + rng.choices(range(50), k=5), 400) for _ in range(4)]
-    score_spans(model, spans)
-    assert sum(read) == 8 * (399 + 4 * 5)  # the last token of an option is scored, not read
-    assert sum(made) <= 8 * (2 + 4 * 5)
-    read.clear()
-    same = [Span([*head, answer], 400) for answer in range(10)]  # answers of one token
-    score_spans(model, same)
-    assert sum(read) == 400
 
 
 def test_ties_go_to_the_first_and_nothing_to_score_wins_only_in_front():
