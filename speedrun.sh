@@ -41,11 +41,11 @@ elif [ "$GPUS" -eq 0 ]; then
     EVAL="--eval-tokens 65536" CHAT="--max-problems 200 --max-new-tokens 48"
 elif [ "$GPUS" -lt 8 ]; then
     PROFILE=gpu DEPTH=${DEPTH:-12} DATASET=${DATASET:-climbmix} SHARDS=40 VOCAB=32768
-    BASE="--eval-every 500 --save-every 1000" MID="--scale 30" SFT="--scale 8" EVAL="" CHAT="--max-problems 1000"
+    BASE="--eval-every 500 --save-every 1000" MID="--scale 30" SFT="--scale 8" EVAL="" CHAT="--max-problems 1000 --max-new-tokens 512"
 else
     PROFILE=node DEPTH=${DEPTH:-24} DATASET=${DATASET:-climbmix} SHARDS=170 VOCAB=32768
     BASE="--target-param-data-ratio 8 --device-batch-size 16 --eval-every 1000" MID="--scale 100" SFT="--scale 20"
-    EVAL="" CHAT="--max-problems 2000"
+    EVAL="" CHAT="--max-problems 2000 --max-new-tokens 512"
 fi
 TAG="d$DEPTH-$PROFILE"
 echo "profile $PROFILE: depth $DEPTH, dataset $DATASET, $GPUS GPUs; everything is written to $NANOCHAT_BASE_DIR"

@@ -47,8 +47,6 @@ class Config:
             raise ValueError("--num-samples: all would be alike; give --temperature above 0, such as .8")
         if self.pass_k is not None and self.pass_k > self.num_samples:
             raise ValueError(f"--pass-k {self.pass_k}: needs --num-samples {self.pass_k} or more")
-        if self.tasks_dir is not None and not Path(self.tasks_dir).is_dir():
-            raise ValueError(f"--tasks-dir {self.tasks_dir} is no folder")
         known = [*builtin.SCORED, *public.SCORED]
         if unknown := [name for name in (self.tasks or "").split(",") if self.tasks is not None and name not in known]:
             raise ValueError(f"--tasks: no task {', '.join(unknown)}; choose from {', '.join(known)}")
@@ -57,9 +55,9 @@ class Config:
     def task_names(self) -> list[str]:
         if self.tasks is not None:
             return list(dict.fromkeys(self.tasks.split(",")))
+        if self.tasks_dir is not None and not Path(self.tasks_dir).is_dir():
+            raise ValueError(f"--tasks-dir {self.tasks_dir}: no such folder")
         there = [name for name, task in public.SCORED.items() if task.local("test", self.tasks_dir)]
-        if self.tasks_dir is not None and not there:
-            print0(f"--tasks-dir {self.tasks_dir} holds no test.parquet of {', '.join(public.SCORED)}")
         return [*builtin.SCORED, *there]
 
     def task(self, name: str) -> Task:

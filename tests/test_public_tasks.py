@@ -9,12 +9,14 @@ import sys
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 
 import pytest
 from hub_server import HubServer
 
+from nanochat.compute import usable_cores
 from nanochat.conversation import render, validate
 from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
 from nanochat.tools import calculate
@@ -211,12 +213,15 @@ def test_humaneval_judges_by_running(right):
     except ValueError as error:
         pytest.skip(str(error))
     task = HumanEval("test", REAL)
-    for i in range(0, len(task), 1 if right else 3):
-        answer = task[i]["messages"][-1]["content"]
-        lines = answer.removesuffix("\n```").split("\n")
-        place = max(n for n, line in enumerate(lines) if line.startswith("    "))  # the function's last line
-        wrong = "\n".join([*lines[:place], "    return 'wrong'", *lines[place + 1 :], "```"])
-        assert task.evaluate(task[i], answer if right else wrong) is right, task[i]["entry_point"]
+    problems = list(task)
+    answers = [problem["messages"][-1]["content"] for problem in problems]
+    if not right:  # one line more, the first of the function's body
+        wrong_line = "    return 'wrong'\n"
+        heads = [f"```python\n{problem['prompt']}" for problem in problems]
+        answers = [answer.replace(head, head + wrong_line) for answer, head in zip(answers, heads)]
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        verdicts = list(pool.map(task.evaluate, problems, answers))
+    assert verdicts == [right] * 100
 
 
 # --- judges ----------------------------------------------------------------------------------------------------------
