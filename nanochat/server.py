@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nanochat.engine import AnswerDecoder, Engine, Request, ToolCall
+from nanochat.engine import AnswerDecoder, Engine, Request, ToolCall, Update
 
 if TYPE_CHECKING:
     import flask
@@ -101,13 +101,16 @@ class EngineLoop:
                     deliveries.put((None, "error"))
                 self._queues.clear()
 
-    def _deliver(self, advanced: list[tuple[Request, int | None]]) -> None:
+    def _deliver(self, updates: list[Update]) -> None:
         with self._wake:
-            for request, token in advanced:
-                if request in self._queues:
-                    self._queues[request].put((token, request.finish_reason))
-                    if request.finish_reason is not None:
-                        del self._queues[request]
+            for update in updates:
+                if update.request in self._queues:
+                    deliveries = self._queues[update.request]
+                    for token in update.tokens:
+                        deliveries.put((token, None))
+                    if update.finish_reason is not None:
+                        deliveries.put((None, update.finish_reason))
+                        del self._queues[update.request]
 
 
 def _number(
