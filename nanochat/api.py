@@ -96,7 +96,7 @@ class Parameters(Strict):
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=0, le=2**31, description="0: off.")
     min_p: float | None = Field(None, ge=0, le=1)
-    repetition_penalty: float | None = Field(None, gt=0, le=10)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=10)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     logit_bias: dict[Annotated[str, Field(pattern="^[0-9]{1,9}$")], Bias] | None = None
@@ -240,12 +240,10 @@ def completion_requests(body: CompletionRequest, engine: Engine, limits: tuple[f
     limits: the temperature where none is given, and the most tokens an answer may have (None: any number).
     """
     temperature, most = limits
-    settings = body.settings(engine.vocab_size, temperature)
-    max_tokens = _at_most(body.tokens_wanted(), most)
-    requests = [
-        Request(tokens, max_tokens, sample=i, **settings) for tokens in body.prompts(engine) for i in range(body.n or 1)
-    ]
+    settings, most = body.settings(engine.vocab_size, temperature), _at_most(body.tokens_wanted(), most)
+    each = range(body.n or 1)
     try:
+        requests = [Request(tokens, most, sample=i, **settings) for tokens in body.prompts(engine) for i in each]
         for request in requests:
             engine.check(request)
     except ValueError as error:

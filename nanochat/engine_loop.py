@@ -58,8 +58,10 @@ class EngineLoop:
         return len(self._tickets)
 
     def submit(self, requests: Sequence[Request]) -> "queue.SimpleQueue[Delivery]":
-        """Queue requests; the result brings their deliveries. Raises ApiError 429 when too many are open, 503 when
-        the engine is dead or the server ends."""
+        """Queue requests; the result brings their deliveries. Raises ApiError 400 when they are more than may ever be
+        open, 429 when too many are so now, 503 when the engine is dead or the server ends."""
+        if len(requests) > self.most_open:
+            raise ApiError(400, f"{len(requests)} answers at once: this server makes at most {self.most_open}", "n")
         with self._wake:
             if self._closed or self.draining:
                 why = "the server is shutting down" if self.error is None else "the engine has stopped: see the log"

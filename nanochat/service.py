@@ -86,19 +86,20 @@ class Service:
         self.cache = ResponseCache(int(config.cache_mb * 2**20), config.cache_seconds)
         self.limits = config.temperature, config.max_tokens
 
-    def _start(self, form: ChatFormat, body: Any, messages: Any, requests: Sequence[Request]) -> Completion:
+    def _start(self, form: ChatFormat, body: Any, requests: Sequence[Request], *known: Any) -> Completion:
+        """known: what decides the answer besides the body, and whose it is."""
         head = {"id": form.prefix + uuid.uuid4().hex, "created": int(time.time()), "model": self.model_name}
         key = None
         if self.config.cache_mb and (body.seed is not None or requests[0].temperature == 0):
             asked = body.model_dump(exclude={"stream", "stream_options", "user", "session_id", "model"})
-            key = ResponseCache.key([form.prefix, asked, messages])
+            key = ResponseCache.key([form.prefix, asked, *known])
         with_logprobs = body.top_logprobs_wanted() is not None
         return Completion(self, Answer(form, head, len(requests), with_logprobs), requests, key)
 
     def complete(self, body: CompletionRequest, owner: int) -> Completion:
         """Begin the answer to /v1/completions."""
         requests = completion_requests(body, self.engine, self.limits)
-        return self._start(TextFormat(self.engine.tokenizer), body, None, requests)
+        return self._start(TextFormat(self.engine.tokenizer), body, requests, owner)
 
     def chat(self, body: ChatRequest, owner: int) -> Completion:
         """Begin the answer to /v1/chat/completions, in its session if it names one."""
@@ -111,7 +112,7 @@ class Service:
                 raise ApiError(400, str(error), "messages") from error
         try:
             requests = chat_requests(body, messages, self.engine, self.limits)
-            completion = self._start(ChatFormat(self.engine.tokenizer), body, messages, requests)
+            completion = self._start(ChatFormat(self.engine.tokenizer), body, requests, owner, messages)
         except BaseException:
             if name is not None:
                 self.sessions.end(owner, name)

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import threading
-from collections.abc import Callable
 from typing import Any
 
 from nanochat.api import ApiError
@@ -72,11 +71,6 @@ class Sessions:
         with self._lock:
             self._kept.pop((owner, name), None)
 
-    def clear(self) -> None:
-        """Forget them all."""
-        with self._lock:
-            self._kept.clear()
-
 
 class ResponseCache:
     """Answers of requests that name all that decides them (temperature 0 or a seed), for `seconds`, up to `most_bytes`
@@ -104,9 +98,9 @@ class ResponseCache:
             entry = self._kept.get(key)
         return None if entry is None else entry[0]
 
-    def put(self, key: str, value: Any, size: Callable[[Any], int] = lambda value: len(repr(value))) -> None:
+    def put(self, key: str, value: Any) -> None:
         """Keep `value`, unless it is larger than the whole cache."""
-        n_bytes = size(value)
+        n_bytes = len(repr(value))  # near enough
         with self._lock:
             if n_bytes <= self._kept.maxsize:
                 self._kept[key] = (value, n_bytes)

@@ -313,6 +313,8 @@ def test_plain_completions(server):
     several = completion(port, [ids, ids[:-1]], n=2, max_tokens=4, seed=3, temperature=1.5)
     assert [choice["index"] for choice in several["choices"]] == [0, 1, 2, 3]
     assert several["usage"]["prompt_tokens"] == 2 * len(ids) - 1 and several["usage"]["completion_tokens"] <= 16
+    status, _, data = request(port, "POST", "/v1/completions", {"prompt": ["x"] * 73})  # never, not only now
+    assert status == 400 and "at most 72" in json.loads(data)["error"]["message"]
     alone = completion(port, ids, n=2, max_tokens=4, seed=3, temperature=1.5)
     assert [c["text"] for c in alone["choices"]] == [c["text"] for c in several["choices"][:2]]
 
