@@ -221,35 +221,23 @@ def _refusal(error: ValidationError, kind: type[Parameters]) -> ApiError:
     return ApiError(400, f"'{name}' is not right: {'; or '.join(said)}", name)
 
 
-def chat_requests(body: ChatRequest, messages: list[dict], engine: Engine, limits: tuple[float, int | None]) -> list:
-    """The engine's requests for `n` answers to `messages`. limits: see `completion_requests`."""
-    temperature, most = limits
-    settings = body.settings(engine.vocab_size, temperature)
-    try:
-        first = engine.chat_request({"messages": messages}, _at_most(body.tokens_wanted(), most), **settings)
-        engine.check(first)
-    except ValueError as error:
-        raise ApiError(400, str(error), "messages") from error
-    more = [Request(first.tokens, first.max_tokens, sample=i, **settings) for i in range(1, body.n or 1)]
-    return [first, *more]
+def make_requests(
+    body: Any, engine: Engine, messages: list[dict] | None, temperature: float, most: int | None
+) -> list[Request]:
+    """The engine's requests for `n` answers to `messages`, or for `n` continuations of each prompt of the body.
 
-
-def completion_requests(body: CompletionRequest, engine: Engine, limits: tuple[float, int | None]) -> list[Request]:
-    """The engine's requests for `n` continuations of each prompt.
-
-    limits: the temperature where none is given, and the most tokens an answer may have (None: any number).
+    temperature: where none is given. most: tokens that an answer may have, None = any number.
     """
-    temperature, most = limits
-    settings, most = body.settings(engine.vocab_size, temperature), _at_most(body.tokens_wanted(), most)
-    each = range(body.n or 1)
+    settings = body.settings(engine.vocab_size, temperature)
+    most = min((limit for limit in (body.tokens_wanted(), most) if limit is not None), default=None)
     try:
-        requests = [Request(tokens, most, sample=i, **settings) for tokens in body.prompts(engine) for i in each]
+        if messages is None:
+            prompts = body.prompts(engine)
+        else:
+            prompts = [engine.chat_request({"messages": messages}, most).tokens]
+        requests = [Request(each, most, sample=i, **settings) for each in prompts for i in range(body.n or 1)]
         for request in requests:
             engine.check(request)
     except ValueError as error:
-        raise ApiError(400, str(error), "prompt") from error
+        raise ApiError(400, str(error), "prompt" if messages is None else "messages") from error
     return requests
-
-
-def _at_most(wanted: int | None, most: int | None) -> int | None:
-    return min((limit for limit in (wanted, most) if limit is not None), default=None)

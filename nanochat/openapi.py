@@ -23,7 +23,7 @@ EXAMPLES = {
 MAKING = (400, 404, 413, 415, 429, 503)
 COMPLETION = ("id", "object", "created", "model", "choices", "usage")
 MODEL = ("id", "object", "created", "owned_by", "context_length")
-SESSION = ("id", "turns", "dropped_turns", "tokens", "context", "expires_in", "messages")
+SESSION = ("id", "turns", "dropped_turns", "tokens", "context", "expires_in", "cached_tokens", "messages")
 # method, path, what it is, what its answer has (or its media type, where that is text), refusals, the type of its body
 OPERATIONS: tuple[tuple[str, str, str, tuple[str, ...] | str, tuple[int, ...], Any], ...] = (
     ("get", "/", "The chat page", "text/html", (), None),

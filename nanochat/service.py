@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nanochat.answers import Answer, ChatFormat, TextFormat, content_of, usage_of
-from nanochat.api import ApiError, ChatRequest, CompletionRequest, chat_requests, completion_requests
+from nanochat.api import ApiError, ChatRequest, CompletionRequest, make_requests
 from nanochat.cli import option
 from nanochat.engine import Engine, Request
 from nanochat.engine_loop import Delivery, EngineLoop, read_deliveries
@@ -98,7 +98,7 @@ class Service:
 
     def complete(self, body: CompletionRequest, owner: int) -> Completion:
         """Begin the answer to /v1/completions."""
-        requests = completion_requests(body, self.engine, self.limits)
+        requests = make_requests(body, self.engine, None, *self.limits)
         return self._start(TextFormat(self.engine.tokenizer), body, requests, owner)
 
     def chat(self, body: ChatRequest, owner: int) -> Completion:
@@ -111,7 +111,7 @@ class Service:
             except ValueError as error:
                 raise ApiError(400, str(error), "messages") from error
         try:
-            requests = chat_requests(body, messages, self.engine, self.limits)
+            requests = make_requests(body, self.engine, messages, *self.limits)
             completion = self._start(ChatFormat(self.engine.tokenizer), body, requests, owner, messages)
         except BaseException:
             if name is not None:
@@ -132,6 +132,7 @@ class Service:
             turns = sum(message["role"] == "user" for message in whole)
             account = {"id": name, "turns": turns, "dropped_turns": dropped, "tokens": answer.usage["total_tokens"]}
             account |= {"context": self.context, "expires_in": self.config.session_seconds}
+            account |= answer.usage["prompt_tokens_details"]
             self.sessions.end(owner, name, {**account, "messages": whole})
             answer.extra["session"] = account
 

@@ -4,6 +4,7 @@ and what it does not."""
 import asyncio
 import http.client
 import json
+import re
 import subprocess
 import sys
 import time
@@ -138,4 +139,5 @@ def test_schemathesis(tmp_path):
         run = [sys.executable, "-m", "schemathesis.cli", "run", url, *options, "--mode", "all", "--no-color"]
         result = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
-    assert "12 selected" in " ".join(result.stdout.split()) and "No issues found" in result.stdout, result.stdout
+    passed = re.search(r"(\d+) generated, \1 passed", result.stdout)
+    assert passed and int(passed[1]) > 100 and "Tested: 11" in result.stdout, result.stdout  # all but /openapi.json
