@@ -90,7 +90,7 @@ def _add_policy(app: "flask.Flask", service: Service, keys: list[str]) -> None:
         fits = [hmac.compare_digest(given.encode(), key.encode()) for key in keys]
         if not any(fits):
             # a browser asks its user for a name, which does not matter, and a password: the page works with keys, too
-            ask = {"WWW-Authenticate": 'Bearer, Basic realm="nanochat: the password is an API key"'}
+            ask = {"WWW-Authenticate": 'Basic realm="nanochat: the password is an API key"'}
             raise ApiError(
                 401, "no valid API key: send 'Authorization: Bearer KEY'", code="invalid_api_key", headers=ask
             )

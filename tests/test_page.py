@@ -357,6 +357,32 @@ def test_errors_are_said_in_words(open_page):
     assert "exceeds" in page.get_by_role("alert").last.inner_text()
 
 
+def test_a_server_that_has_gone(browser):
+    """A real one, stopped: said in words, and what was asked is not lost."""
+    with running_server() as (_, port):
+        context = browser.new_context()
+        page = context.new_page()
+        page.goto(f"http://127.0.0.1:{port}/")
+        ask(page, "Hello", 1)
+    ask(page, "What is 37*48?", 2)
+    assert page.get_by_role("alert").inner_text() == "The server cannot be reached. Is it still running?"
+    assert page.evaluate("JSON.parse(localStorage['nanochat.chats'])[0].messages.length") == 4
+    context.close()
+
+
+def test_the_page_works_with_keys(browser, monkeypatch):
+    """The browser asks for a password, which is a key, and sends it along from then on."""
+    monkeypatch.setenv("NANOCHAT_API_KEYS", "a-long-key")
+    with running_server() as (_, port):
+        for key, status in (("a-long-key", 200), ("another-key", 401)):
+            context = browser.new_context(http_credentials={"username": "me", "password": key})
+            page = context.new_page()
+            assert page.goto(f"http://127.0.0.1:{port}/").status == status
+            if status == 200:
+                assert text_of("Hello") in ask(page, "Hello", 1).inner_text()
+            context.close()
+
+
 @pytest.mark.parametrize(
     ("name", "options"),
     [
