@@ -37,6 +37,7 @@ class Config:
     top_p: float = option(1.0, "draw from the likeliest tokens that make up this share of the probability")
     max_tokens: int | None = option(None, "longest answer in tokens; unset: as far as the context goes")
     seed: int = option(42, "the same seed gives the same answer")
+    int8: bool = option(False, "weights of a model of this project in 8 bits, on CPU")
     device_type: str | None = option(None, "cuda, mps or cpu; unset: the best there is")
 
 
@@ -183,7 +184,7 @@ def main() -> None:
     on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # also where a shell started us with SIGINT ignored
     chat = Chat(
-        Engine(model, tokenizer, max_batch=1),
+        Engine(model, tokenizer, max_batch=1, int8=config.int8),
         config,
         write=lambda text: print(text, end="", flush=True),
         live=sys.stdout.isatty(),

@@ -25,6 +25,7 @@ class Config(ServerConfig):
     model_tag: str | None = option(None, "which model of that stage; unset: the newest")
     step: int | None = option(None, "which step; unset: the last")
     max_batch: int = option(32, "answers made at the same time; further ones wait")
+    int8: bool = option(False, "weights of a model of this project in 8 bits, on CPU")
     drain_seconds: float = option(30.0, "at SIGTERM, how long answers that were begun may take to end")
     access_log: bool = option(True, "a line of JSON on stderr for each request, without what was said")
     device_type: str | None = option(None, "cuda, mps or cpu; unset: the best there is")
@@ -35,7 +36,7 @@ def main() -> None:
     config = cli.parse(Config, description=__doc__)
     compute = Compute.create(config.device_type)
     model, tokenizer, meta = load_model(config.stage, compute.device, config.model_tag, config.step)
-    engine = Engine(model, tokenizer, config.max_batch)
+    engine = Engine(model, tokenizer, config.max_batch, int8=config.int8)
     app = create_app(engine, f"nanochat-{meta['stage']}-{meta['tag']}", config)
     server, loop = make_server(app, config.host, config.port), app.extensions["engine_loop"]
     logging.basicConfig(format="%(message)s")
