@@ -18,7 +18,7 @@ import socket
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -156,7 +156,7 @@ class Outside:
         names = ("CANARY", "OUTSIDE", "SOCKET", "ABSTRACT", "PORT", "PARENT")
         values = (str(self.canary), str(self.open), str(folder / "socket"), self.abstract, port, os.getpid())
         self.head = "".join(f"{name} = {value!r}\n" for name, value in zip(names, values)) + PREFIX
-        self.before = self._state()
+        self.before, self.children = self._state(), children()
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -177,7 +177,7 @@ class Outside:
             "too long": seconds > limit + GRACE,
             "too much memory": peak > execution.MEMORY + (64 << 20),
             "signal sent": bool(self.signals),
-            "process left": bool(children_left()),
+            "process left": bool(children_left(self.children)),
             "folder left": bool(list(self.temporary.iterdir())),
         }
         now = self._state()
@@ -187,14 +187,19 @@ class Outside:
         return [name for name, happened in found.items() if happened]
 
 
-def children_left() -> list[str]:
-    """Process ids of children that are there still after half a second; orphans of our checks become our children."""
+def children() -> set[int]:
+    """Process ids of this process's children; orphans of our checks become our children."""
+    return set(map(int, Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()))
+
+
+def children_left(before: Set[int] = frozenset()) -> set[int]:
+    """Children that were not there `before` and are there still after half a second."""
     end = time.monotonic() + 0.5
     while True:
-        with contextlib.suppress(ChildProcessError):
-            while os.waitpid(-1, os.WNOHANG)[0]:
-                pass
-        left = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+        for process in children() - before:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(process, os.WNOHANG)
+        left = children() - before
         if not left or time.monotonic() > end:
             return left
         time.sleep(0.01)
