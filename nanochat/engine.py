@@ -99,7 +99,8 @@ class Engine:
             raise ValueError(f"--max-batch {max_batch} must be at least 1")
         if int8 and not isinstance(model, GPT):
             raise ValueError("int8 weights are for this project's own models")
-        self.model = PackedGPT(model, deterministic, int8) if isinstance(model, GPT) else model
+        packed = type(model) is GPT  # one whose parameters are cut over ranks (FSDP) is a subclass
+        self.model = PackedGPT(model, deterministic, int8) if packed else model
         self.tokenizer, self.max_batch, self.context = tokenizer, max_batch, model.config.sequence_len
         self.vocab_size = getattr(model.config, "vocab_size", None) or tokenizer.get_vocab_size()
         self.needs = getattr(self.model, "cache_needs", ())
