@@ -385,7 +385,7 @@ def test_a_split_is_fetched_once_with_its_manifest(gsm8k_hub, tmp_path):
         assert [c["messages"][0]["content"] for c in task] == [f"{i} {j}" for i in range(3) for j in range(4)]
     assert sorted(downloads(gsm8k_hub)) == [f"main/test-0000{i}-of-00003.parquet" for i in range(3)]
     folder = tmp_path / "base" / "tasks" / "gsm8k"
-    manifest = json.loads((folder / "test.json").read_text())
+    manifest = json.loads((folder / "test.manifest.json").read_text())
     assert manifest["licence"] == "MIT" and manifest["source"].endswith("/datasets/openai/gsm8k")
     assert [len(gsm8k_hub.files[entry["file"]]) for entry in manifest["files"]] == [
         e["bytes"] for e in manifest["files"]
@@ -420,7 +420,7 @@ def test_a_killed_download_leaves_no_manifest_and_is_continued(gsm8k_hub, tmp_pa
     process.kill()
     process.wait()
     arrived = part.stat().st_size
-    assert 0 < arrived <= 100_000 and not (folder / "test.json").exists() and GSM8K.local("test") == []
+    assert 0 < arrived <= 100_000 and not (folder / "test.manifest.json").exists() and GSM8K.local("test") == []
     assert len(GSM8K("test")) == 12
     assert gsm8k_hub.requests[-1] == ("main/test-00002-of-00003.parquet", f"bytes={arrived}-")
 
