@@ -120,8 +120,8 @@ def fetch(task: type[ParquetTask], split: str, tasks_dir: Path | str | None = No
             paths = hub.download_many(shards, folder, label=f"{task.name} {split}")
         except (ConnectionError, ValueError) as error:
             raise ValueError(
-                f"{folder / split}.parquet is missing and the hub does not give it ({error}): connect, or set "
-                f"NANOCHAT_HUB to a mirror, or name a folder that holds {task.name}/{split}.parquet by --tasks-dir"
+                f"{folder / split}.parquet is missing: connect, or set NANOCHAT_HUB to a mirror, or name a folder that "
+                f"holds {task.name}/{split}.parquet by --tasks-dir (the hub: {error})"
             ) from error
         record = {"source": f"{hub.base_url()}/datasets/{task.repo}", "licence": task.licence}
         record["files"] = [
