@@ -349,10 +349,10 @@ def memory():
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no /proc here")
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_memory_stays_flat_over_a_thousand_rows(tmp_path, dtype):
-    bundle = words_bundle(tmp_path, 550, longest=150)
-    output = start("memory", BUNDLE=str(bundle), NANOCHAT_DTYPE=dtype).communicate(timeout=120)[0]
+def test_memory_stays_flat_over_a_thousand_rows(tmp_path):
+    """In bf16, for which a CPU keeps a kernel of each shape it has seen."""
+    bundle = words_bundle(tmp_path, 550, longest=60)
+    output = start("memory", BUNDLE=str(bundle), NANOCHAT_DTYPE="bfloat16").communicate(timeout=120)[0]
     result = json.loads(output.strip().splitlines()[-1])
     assert result["rows"] == 1100
     early, late = max(result["bytes"][2:5]), result["bytes"][-1]
@@ -360,27 +360,27 @@ def test_memory_stays_flat_over_a_thousand_rows(tmp_path, dtype):
 
 
 def ranks():
-    """What each process of the test below runs."""
-    core_eval.WINDOW = 3
-    compute = Compute.create("cpu")
-    tokenizer = Tokenizer.train_from_iterator(["abc"], 265)
-    result = evaluate_core(tiny_model(265, 64), tokenizer, os.environ["BUNDLE"], compute=compute)
+    """What each process of the test below runs, and the test itself alone."""
+    compute, tokenizer = Compute.create("cpu"), Tokenizer.train_from_iterator(["abc"], 265)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(core_eval, "WINDOW", 3)
+        result = evaluate_core(tiny_model(265, 64), tokenizer, os.environ["BUNDLE"], compute=compute)
     rows = torch.arange(12 * 65).remainder(265).view(12, 65)[compute.rank :: compute.world_size]
     bpb = evaluate_bpb(tiny_model(265, 64), [(rows[:, :-1], rows[:, 1:])], tokenizer.token_bytes, compute)
     compute.close()
     return {"core": result, "bpb": round(bpb, 4)}
 
 
-def test_any_number_of_ranks_agrees_with_one(tmp_path):
+def test_any_number_of_ranks_agrees_with_one(tmp_path, monkeypatch):
     bundle = words_bundle(tmp_path, 16)  # in windows of three: the ranks' shares differ
-    processes = []
-    for world in (1, 3):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NANOCHAT_DTYPE": "float32", "BUNDLE": str(bundle)}
-        processes += [start("ranks", RANK=str(rank), WORLD_SIZE=str(world), **shared) for rank in range(world)]
+    monkeypatch.setenv("BUNDLE", str(bundle))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "3"}
+    processes = [start("ranks", RANK=str(rank), **shared) for rank in range(3)]
+    alone = json.loads(json.dumps(ranks()))
     outputs = [json.loads(process.communicate(timeout=120)[0].strip().splitlines()[-1]) for process in processes]
-    assert all(output == outputs[0] for output in outputs)
-    assert outputs[0]["core"]["details"]["words"]["n"] == 16
-    assert "0" in outputs[0]["core"]["details"]["words"]["outcomes"]
+    assert outputs == [alone] * 3
+    assert alone["core"]["details"]["words"]["n"] == 16
+    assert set(alone["core"]["details"]["words"]["outcomes"]) == {"0", "1"}
