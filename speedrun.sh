@@ -5,7 +5,7 @@
 #   NANOCHAT_BASE_DIR  where everything is written (default ~/.cache/nanochat)
 #   DEPTH              another depth than the hardware's profile has
 #   DATASET            another dataset: builtin, climbmix, fineweb-edu, or a folder of your own text
-#   TASKS_DIR          a folder of published tasks, NAME/SPLIT.parquet; unset: runs on GPUs download them
+#   TASKS_DIR          a folder of published conversations and tasks, such as smoltalk/train.parquet
 #   PRICE              dollars an hour of this machine, for the report
 #   WANDB_RUN          name of a wandb run
 set -euo pipefail
@@ -75,11 +75,13 @@ train() { # NAME MODULE FLAGS...: a training stage on all GPUs, resumed where it
 }
 talk="${TASKS_DIR:+--tasks-dir $TASKS_DIR}"
 
-# 2. Text, and a tokenizer made for it.
+# 2. Text, and a tokenizer made for it; conversations and tasks to train on and to be measured by.
 stage dataset python -m nanochat.dataset --name "$DATASET" -n "$SHARDS"
-if [[ -z ${TASKS_DIR:-} && $PROFILE =~ ^(gpu|node)$ && $DATASET =~ ^(climbmix|fineweb-edu)$ ]]; then
-    stage tasks python -m tasks.public
-fi
+case $PROFILE-$DATASET in
+    gpu-climbmix | gpu-fineweb-edu | node-climbmix | node-fineweb-edu) # there is a network
+        [ -n "${TASKS_DIR:-}" ] || stage tasks python -m tasks.public
+        EVAL="--bundle core" ;;
+esac
 stage tokenizer python -m scripts.tok_train --dataset "$DATASET" --vocab-size "$VOCAB"
 stage tok_eval python -m scripts.tok_eval --dataset "$DATASET"
 

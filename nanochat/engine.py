@@ -1,129 +1,227 @@
 """Generation: many requests at once, each at its own position, with the calculator inside the batch.
 
-The loop is add / step / stream. A model is anything with `.config.sequence_len`, `.device` and
-`model(idx_BT, cache=..., positions_BT=..., last_only=True) -> logits_B1V`, as in gpt.py.
+    step() = schedule, run the model, take a token for each request that was read to its end
+
+A model is anything with `.config.sequence_len`, `.config.vocab_size`, `.device` and
+`model(idx_BT, cache=..., positions_BT=..., last_only=True) -> logits_B1V`. Its layers give their new keys and values to
+`cache.update` or `cache.attend` (kv_cache.py). With `.cache_needs`, a `LayerNeed` a layer, windows cost no more memory
+than they show. A GPT is packed first (packed.py).
+
+The same request with the same seed gives the same tokens alone and in any company, in any slot, whatever of it was
+known before, in whatever chunks it is read, and after it had to give up its slot: bit by bit on CPU (`deterministic`).
 """
 
-import codecs
 import itertools
-import random
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 
 from nanochat.conversation import drop_oldest_turns, render_for_completion, validate
+from nanochat.cuda_graph import Forward
+from nanochat.detokenizer import AnswerDecoder, ToolCall
+from nanochat.gpt import GPT
 from nanochat.kv_cache import KVCache
-from nanochat.sampling import sample
+from nanochat.packed import PackedGPT
+from nanochat.prefix_cache import BLOCK, PrefixCache
+from nanochat.request import Request
+from nanochat.sampling import sample, score
+from nanochat.scheduler import Scheduler
 from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
 from nanochat.tools import calculate
 
+__all__ = ["AnswerDecoder", "Engine", "Request", "ToolCall", "Update"]
 
-@dataclass(eq=False)
-class Request:
-    """One sequence to be continued: what is asked for, and how far it has come."""
+SAVE_EVERY = 64  # tokens of an answer between copies to the prefix cache; rings hold as many besides their window
 
-    tokens: Sequence[int]
-    max_tokens: int | None = None  # None = to the end of the context
-    temperature: float = 1.0  # 0 = always the likeliest token
-    top_k: int | None = None  # None or 0 = any token
-    seed: int = 42
-    sample: int = 0  # tells apart requests that share a seed
 
-    output: list[int] = field(default_factory=list)  # without the token that ended it
-    mask: list[int] = field(default_factory=list)  # 1 = sampled by the model, 0 = forced by a tool
-    finish_reason: str | None = None  # "stop" | "length" | "abort"; None while it waits or runs
-    stop_token: int | None = None  # the token that ended it, when the reason is "stop"
+class Update(NamedTuple):
+    """What a step brought a request: new tokens, what they complete for its decoder, and why it ended, if it did."""
 
-    def __post_init__(self) -> None:
-        if not self.tokens:
-            raise ValueError("the prompt is empty: begin it with <|bos|>")
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise ValueError(f"max_tokens {self.max_tokens} must be at least 1")
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature {self.temperature} must be 0 or more")
-        if self.top_k is not None and self.top_k < 0:
-            raise ValueError(f"top_k {self.top_k} must be 0 (off) or more")
-        self._random = random.Random(f"{self.seed}:{self.sample}")  # a string: integer seeds lose their sign
-        self._forced: deque[int] = deque()  # a tool's result, still to be read by the model
-        self._expression: list[int] | None = None  # tokens since <|python_start|>
+    request: Request
+    tokens: list[int]
+    events: list[Any]
+    finish_reason: str | None
+
+
+class CacheSlots:
+    """The scheduler's view of a cache: rows, of which some begin with what is known already."""
+
+    def __init__(self, cache: KVCache, prefixes: PrefixCache) -> None:
+        self.cache, self.prefixes = cache, prefixes
+        self.n_queried = self.n_reused = 0  # tokens of requests that began, and how many of them were known
+
+    def fits(self, sizes: Sequence[int]) -> bool:
+        """Whether sequences of so many tokens have room at the same time."""
+        return self.cache.fits(sizes)
+
+    def attach(self, request: Request, running: Sequence[Request], twin: Request | None) -> int:
+        """Begin `request` in its row; returns how many of its first tokens are there already. The last is always read,
+        for its logits."""
+        limit = request.size - 1
+        self.cache.reserve(request.slot + 1, max(r.size for r in (*running, request)))
+        shared = min(twin.n_read, len(request.tokens), limit) if twin else 0
+        if shared and self.cache.rewinds(twin.n_read, shared):
+            self.cache.copy_row(twin.slot, request.slot, shared)
+            request.chain = twin.chain[: shared // BLOCK]
+        else:
+            request.chain = self.prefixes.load(request.slot, request.pending(limit), limit)
+            shared = BLOCK * len(request.chain)
+        self.n_queried, self.n_reused = self.n_queried + request.size, self.n_reused + shared
+        return shared
+
+    def move(self, source: int, target: int, size: int) -> None:
+        """Give the first `size` positions of row `source` to row `target`."""
+        self.cache.copy_row(source, target, size)
 
 
 class Engine:
     """Runs requests in batches of at most `max_batch`; the others wait, first come first served. Not thread-safe.
 
-    Request i of `running` owns row i of the cache; when one finishes, the last row moves into its place.
+    step_tokens: at most so many tokens are read in a step, those that are continued included.
+    cache_tokens, prefix_tokens: memory for running requests (None = for `max_batch` contexts) and for known beginnings,
+    in tokens; one takes `bytes_per_token`. deterministic: see above. int8: weights of a GPT in 8 bits, on CPU.
     """
 
-    def __init__(self, model: Any, tokenizer: Tokenizer, max_batch: int = 32) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Tokenizer,
+        max_batch: int = 32,
+        *,
+        step_tokens: int = 256,
+        cache_tokens: int | None = None,
+        prefix_tokens: int = 8192,
+        deterministic: bool = True,
+        int8: bool = False,
+    ) -> None:
         if max_batch < 1:
             raise ValueError(f"--max-batch {max_batch} must be at least 1")
-        self.model, self.tokenizer, self.max_batch = model, tokenizer, max_batch
-        self.cache = KVCache(model.device)
-        self.waiting: deque[Request] = deque()
-        self.running: list[Request] = []
+        if int8 and not isinstance(model, GPT):
+            raise ValueError("int8 weights are for this project's own models")
+        packed = type(model) is GPT  # one whose parameters are cut over ranks (FSDP) is a subclass
+        self.model = PackedGPT(model, deterministic, int8) if packed else model
+        self.tokenizer, self.max_batch, self.context = tokenizer, max_batch, model.config.sequence_len
+        self.vocab_size = getattr(model.config, "vocab_size", None) or tokenizer.get_vocab_size()
+        self.needs = getattr(self.model, "cache_needs", ())
+        step_tokens = max(step_tokens, 2 * max_batch)
+        chunk = max(step_tokens, SAVE_EVERY)
+        self.cache = KVCache(model.device, self.needs, self.context, chunk, cache_tokens, deterministic)
+        self.slots = CacheSlots(self.cache, PrefixCache(self.cache, prefix_tokens))
+        self.scheduler = Scheduler(self.slots, max_batch, step_tokens)
+        self.forward = Forward(self.model, self.cache)
+        self.n_prompt_tokens = self.n_output_tokens = 0
         # a foreign tokenizer lacks some of them
         self._special = {name: tokenizer.special_tokens.get(name) for name in SPECIAL_TOKENS}
         self._stop_tokens = {self._special["<|assistant_end|>"], self._special["<|bos|>"]}
+        self._stop_tokens |= getattr(tokenizer, "stop_tokens", frozenset())
+
+    @property
+    def waiting(self) -> list[Request]:
+        """Requests without a slot, in the order of service."""
+        return self.scheduler.waiting
+
+    @property
+    def running(self) -> list[Request]:
+        """Requests with a slot."""
+        return self.scheduler.running
 
     @property
     def busy(self) -> bool:
         """Whether any request waits or runs."""
         return bool(self.waiting or self.running)
 
+    @property
+    def bytes_per_token(self) -> int | None:
+        """Cache memory of one token; None for a model that does not say what it needs. Windows cap it."""
+        size = sum(2 * need.kv_heads * need.head_dim for need in self.needs)
+        return size * self.model.dtype.itemsize if size else None
+
+    def stats(self) -> dict[str, int]:
+        """Gauges and counters since the start, as servers show them."""
+        return {
+            "running": len(self.running),
+            "waiting": len(self.waiting),
+            "cache_tokens": sum(request.n_read for request in self.running),
+            "prompt_tokens": self.n_prompt_tokens,
+            "output_tokens": self.n_output_tokens,
+            "prefix_queried_tokens": self.slots.n_queried,
+            "prefix_reused_tokens": self.slots.n_reused,
+            "preemptions": self.scheduler.n_preempted,
+        }
+
     def check(self, request: Request) -> None:
-        """Raise ValueError when `request` can never run: its prompt leaves no room in the context."""
-        context = self.model.config.sequence_len
-        if len(request.tokens) >= context:
-            raise ValueError(f"a prompt of {len(request.tokens)} tokens leaves no room in the context of {context}")
+        """Raise ValueError when `request` can never run: its prompt leaves no room in the context or cache, or has
+        tokens that the model does not know."""
+        n = len(request.tokens)
+        if n >= self.context:
+            raise ValueError(f"a prompt of {n} tokens leaves no room in the context of {self.context}")
+        longest = min(self.context, n + (request.max_tokens or self.context))
+        if not self.cache.fits([longest]):
+            raise ValueError(f"{longest} tokens do not fit in a cache of {self.cache.max_tokens}: lower max_tokens")
+        for token in (min(request.tokens), max(request.tokens), *request.logit_bias):
+            if not 0 <= token < self.vocab_size:
+                raise ValueError(f"token {token} is not in the vocabulary of {self.vocab_size}")
 
     def chat_request(self, conversation: dict[str, Any], max_tokens: int | None = None, **settings: Any) -> Request:
         """The request for a chat's next answer. The oldest turns are left out where the context is too short for
         them and the answer, for which up to a quarter of it is kept free.
         """
         validate(conversation, allow_empty_reply=True)
-        context = self.model.config.sequence_len
-        room = context - min(max_tokens or context, context // 4)
+        room = self.context - min(max_tokens or self.context, self.context // 4)
         messages = drop_oldest_turns(conversation["messages"], self.tokenizer, room)
         return Request(render_for_completion({"messages": messages}, self.tokenizer), max_tokens, **settings)
 
     def add(self, request: Request) -> None:
-        """Queue a request; raises ValueError when its prompt does not fit the context."""
+        """Queue a request; raises ValueError when it can never run."""
         self.check(request)
-        self.waiting.append(request)
+        if request.stop and request.decoder is None:
+            request.decoder = AnswerDecoder(self.tokenizer, request.stop)
+        self.scheduler.add(request)
+        self.n_prompt_tokens += len(request.tokens)
 
     def abort(self, request: Request) -> None:
         """Forget a request, wherever it is; one that has finished stays as it is."""
-        if request.finish_reason is not None:
-            return
-        request.finish_reason = "abort"
-        if request in self.waiting:
-            self.waiting.remove(request)
-        self._retire()
+        if request.finish_reason is None:
+            request.finish_reason = "abort"
+            self._retire(request)
 
     @torch.inference_mode()
-    def step(self) -> list[tuple[Request, int | None]]:
-        """Advance every running request by one token, after that admit waiting ones and give them their first.
-
-        Returns (request, token) pairs; the token is None when the request ended without adding one to its output.
-        """
-        advanced = self._decode() if self.running else []
-        self._retire()
-        admitted = [self.waiting.popleft() for _ in range(min(len(self.waiting), self.max_batch - len(self.running)))]
-        for _, group in itertools.groupby(admitted, key=lambda request: request.tokens):
-            advanced += self._prefill(list(group))
-        self._retire()
-        return advanced
+    def step(self) -> list[Update]:
+        """Continue every request that was read to its end by a token, and read on in the others."""
+        decode, prefill = self.scheduler.schedule()
+        if not self.running:
+            return []
+        self.cache.reserve(len(self.running), max(request.size for request in self.running))
+        ready, logits = [], []
+        if decode:
+            slots = [request.slot for request in decode]
+            # rows between that are still being read come along: what is written of them is written again
+            logits.append(self._read(self.running[: max(slots) + 1], 1)[slots])
+            ready += decode
+        for request, n in prefill:
+            logits_1V = self._read([request], n)
+            request.n_read += n
+            if not request.n_pending:
+                ready.append(request)
+                logits.append(logits_1V)
+        for request in decode:
+            request.n_read += 1
+        updates = self._extend(ready, torch.cat(logits)) if ready else []
+        for request in [*decode, *(request for request, _ in prefill)]:
+            self._remember(request)
+            if request.finish_reason is not None:
+                self._retire(request)
+        return updates
 
     def run(self, requests: Iterable[Request]) -> None:
         """Finish all of `requests`, in batches; results are in their `output`, `mask` and `finish_reason`."""
         requests = list(requests)
         for request in requests:
             self.check(request)
-        self.waiting.extend(requests)
         try:
+            for request in requests:
+                self.add(request)
             while any(request.finish_reason is None for request in requests):
                 self.step()
         finally:
@@ -149,13 +247,15 @@ class Engine:
         temperature: float = 1.0,
         top_k: int | None = None,
         seed: int = 42,
+        **settings: Any,
     ) -> Iterator[tuple[list[int], list[int]]]:
         """Continue one prompt `num_samples` times; yields (token_column, mask_column), one entry a sample.
 
         mask: 1 = sampled, 0 = forced by a tool. A sample's column of its end holds the end token, sampled; columns
-        after that are filled with <|assistant_end|> and mask 0.
+        after that are filled with <|assistant_end|> and mask 0. settings: further ones of a Request.
         """
-        requests = [Request(tokens, max_tokens, temperature, top_k, seed, i) for i in range(num_samples)]
+        first = tokens, max_tokens, temperature, top_k, seed
+        requests = [Request(*first, sample, **settings) for sample in range(num_samples)]
         padding = self._special["<|assistant_end|>"]
         try:
             for request in requests:
@@ -199,137 +299,69 @@ class Engine:
         self.run(requests)
         return [request.output for request in requests]
 
-    def _prefill(self, group: list[Request]) -> list[tuple[Request, int | None]]:
-        """Read one prompt once for all requests of `group`, which share it; each draws its own first token."""
-        tokens, first = group[0].tokens, len(self.running)
-        self.cache.clear_row(first)
-        logits_1V = self._forward([list(tokens)], [list(range(len(tokens)))], first)
-        for i in range(1, len(group)):
-            self.cache.copy_row(first, first + i, len(tokens))
-        self.running += group
-        return self._extend(group, logits_1V.expand(len(group), -1))
+    def _read(self, requests: Sequence[Request], n: int) -> torch.Tensor:
+        """The model over the next `n` tokens of requests in neighbouring slots; the last column's logits, (B, V)."""
+        tokens = [request.pending(n) for request in requests]
+        starts, previous = [request.n_read for request in requests], [request.previous for request in requests]
+        return self.forward(requests[0].slot, tokens, starts, previous)
 
-    def _decode(self) -> list[tuple[Request, int | None]]:
-        positions = [[len(r.tokens) + len(r.output) - 1] for r in self.running]
-        logits_BV = self._forward([[r.output[-1]] for r in self.running], positions, 0)
-        return self._extend(self.running, logits_BV)
+    def _extend(self, requests: Sequence[Request], logits_BV: torch.Tensor) -> list[Update]:
+        """Give each request its next token, and what a tool answers to it."""
+        numbers = [request.random.random() if request.temperature else 0.0 for request in requests]
+        tokens = sample(logits_BV, requests, numbers).tolist()
+        scores = score(logits_BV, requests, tokens)
+        updates = []
+        for request, token, its_score in zip(requests, tokens, scores, strict=True):
+            new = self._accept(request, token)
+            if its_score is not None and new:
+                request.scores.append(its_score)
+            events = [event for each in new for event in request.decoder.feed(each)] if request.decoder else []
+            if request.finish_reason is None and getattr(request.decoder, "stopped", False):
+                request.finish_reason = "stop"
+            if request.finish_reason is not None and request.decoder:
+                events += request.decoder.finish()
+            self.n_output_tokens += len(new)
+            updates.append(Update(request, new, events, request.finish_reason))
+        return updates
 
-    def _forward(self, idx: list[list[int]], positions: list[list[int]], first_row: int) -> torch.Tensor:
-        """The model over rows of new tokens, cache rows first_row and after; logits of the last column, (B, V)."""
-        device = self.model.device
-        idx_BT, positions_BT = torch.tensor(idx, device=device), torch.tensor(positions, device=device)
-        length = max(row[-1] for row in positions) + 1
-        rows = self.cache.rows(first_row, first_row + len(idx), length)
-        logits_B1V = self.model(idx_BT, cache=rows, positions_BT=positions_BT, last_only=True)
-        rows.advance(idx_BT, positions_BT)
-        return logits_B1V[:, -1]
-
-    def _extend(self, requests: list[Request], logits_BV: torch.Tensor) -> list[tuple[Request, int | None]]:
-        """Give each request its next token: the next of a tool's result where one is pending, else a sampled one."""
-        numbers = [0.0 if r._forced or not r.temperature else r._random.random() for r in requests]
-        settings = [r.temperature for r in requests], [r.top_k for r in requests]
-        sampled = sample(logits_BV, *settings, numbers).tolist()
-        result = []
-        for request, token in zip(requests, sampled, strict=True):
-            forced = bool(request._forced)
-            result.append((request, self._accept(request, request._forced.popleft() if forced else token, forced)))
-        return result
-
-    def _accept(self, request: Request, token: int, forced: bool) -> int | None:
+    def _accept(self, request: Request, token: int) -> list[int]:
+        """Take a sampled token; returns what it adds to the output: itself, and a tool's answer, which is forced."""
         if token in self._stop_tokens:
             request.finish_reason, request.stop_token = "stop", token
-            return None
-        request.output.append(token)
-        request.mask.append(int(not forced))
-        if not forced:
-            self._use_tool(request, token)
-        n_total = len(request.tokens) + len(request.output)
-        if len(request.output) == request.max_tokens or n_total == self.model.config.sequence_len:
+            return []
+        room = min(request.max_tokens or self.context, self.context - len(request.tokens)) - len(request.output)
+        new = [token, *self._use_tool(request, token)][:room]
+        request.output += new
+        request.mask += [1] + [0] * (len(new) - 1)
+        if len(new) == room:
             request.finish_reason = "length"
-        return token
+        return new
 
-    def _use_tool(self, request: Request, token: int) -> None:
+    def _use_tool(self, request: Request, token: int) -> list[int]:
         """Follow the calculator's marks; after a valid expression its result is forced upon the model."""
         if token == self._special["<|python_start|>"]:
-            request._expression = []
-        elif request._expression is not None and token == self._special["<|python_end|>"]:
-            value = calculate(self.tokenizer.decode(request._expression))
-            request._expression = None
+            request.expression = []
+        elif request.expression is not None and token == self._special["<|python_end|>"]:
+            value = calculate(self.tokenizer.decode(request.expression))
+            request.expression = None
             if value is not None:
                 begin, end = self._special["<|output_start|>"], self._special["<|output_end|>"]
-                request._forced.extend([begin, *self.tokenizer.encode(value), end])
-        elif request._expression is not None:
-            request._expression.append(token)
+                return [begin, *self.tokenizer.encode(value), end]
+        elif request.expression is not None:
+            request.expression.append(token)
+        return []
+
+    def _remember(self, request: Request) -> None:
+        """Have the prefix cache keep what was read of a request, now and then."""
+        known = BLOCK * len(request.chain)
+        if request.n_read - known >= SAVE_EVERY or request.state == "prefill" or request.finish_reason is not None:
+            read = [*request.tokens, *request.output][: request.n_read]
+            self.slots.prefixes.save(request.slot, read, request.chain)
 
     @torch.inference_mode()
-    def _retire(self) -> None:
-        for row in reversed(range(len(self.running))):
-            if self.running[row].finish_reason is not None:
-                last = self.running.pop()
-                if row < len(self.running):
-                    self.cache.copy_row(len(self.running), row, len(last.tokens) + len(last.output))
-                    self.running[row] = last
+    def _retire(self, request: Request) -> None:
+        self.scheduler.remove(request)
 
     def _abort_all(self, requests: Iterable[Request]) -> None:
         for request in requests:
             self.abort(request)
-
-
-class ToolCall(NamedTuple):
-    """A use of the calculator; `result` is None when the expression was not valid."""
-
-    expression: str
-    result: str | None
-
-
-class AnswerDecoder:
-    """Turns the tokens of an answer, as they come, into text and tool calls fit to be shown.
-
-    A character whose bytes are split over tokens is held back until it is whole.
-    """
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._names = {token: name for name, token in tokenizer.special_tokens.items()}
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._inside: str | None = None  # the mark we are behind: <|python_start|> or <|output_start|>
-        self._collected: list[int] = []
-        self._expression: str | None = None  # of a call whose result has not come yet
-
-    def feed(self, token: int) -> list[str | ToolCall]:
-        """What this token completes, in order: pieces of text and tool calls; often one, sometimes nothing."""
-        name = self._names.get(token)
-        if name is None and self._inside:
-            self._collected.append(token)
-            return []
-        if name is None:
-            text = self._utf8.decode(self._tokenizer.decode_bytes([token]))
-            return self._flush_call() + ([text] if text else [])
-        return self._mark(name)
-
-    def finish(self) -> list[str | ToolCall]:
-        """What is left at the end of the answer: half a character shows as U+FFFD, an open call without result."""
-        if self._inside == "<|python_start|>":
-            self._mark("<|python_end|>")
-        return self._flush_text() + self._flush_call()
-
-    def _mark(self, name: str) -> list[str | ToolCall]:
-        inside, content = self._inside, self._tokenizer.decode(self._collected)
-        self._inside, self._collected = name if name in ("<|python_start|>", "<|output_start|>") else None, []
-        events = self._flush_text()
-        if name == "<|python_end|>" and inside == "<|python_start|>":
-            self._expression = content
-        elif name == "<|output_end|>" and inside == "<|output_start|>" and self._expression is not None:
-            events.append(ToolCall(self._expression, content))
-            self._expression = None
-        elif name != "<|output_start|>":
-            events += self._flush_call()
-        return events
-
-    def _flush_text(self) -> list[str | ToolCall]:
-        text = self._utf8.decode(b"", final=True)
-        return [text] if text else []
-
-    def _flush_call(self) -> list[str | ToolCall]:
-        expression, self._expression = self._expression, None
-        return [] if expression is None else [ToolCall(expression, None)]

@@ -1,17 +1,14 @@
-"""Inference. Oracles: the full forward without a cache, a loop written out, exact probabilities, Python's own UTF-8."""
+"""Generation. Oracles: a loop written out over the full forward, a model that says what it is told, chi-square."""
 
 import collections
 import types
+from random import Random
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from random_model import random_model
 
 from nanochat.engine import AnswerDecoder, Engine, Request, ToolCall
-from nanochat.gpt import GPT, GPTConfig
-from nanochat.kv_cache import KVCache
-from nanochat.sampling import sample
 from nanochat.tokenizer import Tokenizer
 
 TEXTS = ["What is 12*12? The result is 144. How many r are in strawberry? Three of them, say it: 3. 🎉🦄é\n"] * 20
@@ -20,17 +17,6 @@ TEXTS = ["What is 12*12? The result is 144. How many r are in strawberry? Three 
 @pytest.fixture(scope="module")
 def tokenizer():
     return Tokenizer.train_from_iterator(TEXTS, 320)
-
-
-def make_model(vocab_size=61, seed=0, **changes):
-    """A small model, every parameter random: as initialised, layers add nothing and a wrong cache would not show."""
-    shape = {"sequence_len": 384, "n_layer": 4, "n_head": 4, "n_kv_head": 2, "n_embd": 64, "window_pattern": "SSSL"}
-    model = GPT(GPTConfig(vocab_size=vocab_size, **{**shape, **changes}))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0, 0.25 if parameter.dim() == 2 else 0.7, generator=generator)
-    return model.eval()
 
 
 class ScriptedModel:
@@ -54,89 +40,10 @@ def scripted_engine(tokenizer, answers, max_batch=32, **options):
     """An engine whose model continues prompt p with the ids `answers[p]`."""
 
     def script(history):
-        prompt = next(p for p in answers if tuple(history[: len(p)]) == p)
-        return answers[prompt][len(history) - len(prompt)]
+        prompt = next((p for p in answers if tuple(history[: len(p)]) == p), None)
+        return 0 if prompt is None else answers[prompt][len(history) - len(prompt)]  # it may be in the middle of one
 
     return Engine(ScriptedModel(tokenizer.get_vocab_size(), script, **options), tokenizer, max_batch)
-
-
-# --- the cache ---
-
-
-@pytest.mark.parametrize("pattern", ["L", "SL", "SSSL"])
-@pytest.mark.parametrize("n_kv_head", [1, 2, 4])
-@torch.inference_mode()
-def test_cached_logits_equal_the_full_forward(pattern, n_kv_head):
-    """Three rows, read in ragged chunks past the window and the cache's first size, then token by token."""
-    model = make_model(window_pattern=pattern, n_kv_head=n_kv_head)
-    idx_BT = torch.randint(61, (3, 250), generator=torch.Generator().manual_seed(1))
-    expected_BTV = model(idx_BT)
-    cache = KVCache(model.device)
-    read = [0, 0, 0]
-    for chunk in [(150, 7, 40), (1, 60, 33), (0, 90, 80)] + [(1, 1, 1)] * 70:
-        width = max(chunk)
-        positions = [[at + t if t < n else -1 for t in range(width)] for at, n in zip(read, chunk, strict=True)]
-        positions_BT = torch.tensor(positions)
-        tokens_BT = idx_BT.gather(1, positions_BT.clamp(min=0))
-        read = [at + n for at, n in zip(read, chunk, strict=True)]
-        rows = cache.rows(0, 3, max(read))
-        logits_BTV = model(tokens_BT, cache=rows, positions_BT=positions_BT)
-        rows.advance(tokens_BT, positions_BT)
-        for row, n in enumerate(chunk):
-            there = expected_BTV[row, read[row] - n : read[row]]
-            torch.testing.assert_close(logits_BTV[row, :n], there, atol=1e-4, rtol=1e-4)
-    assert expected_BTV.std(dim=-1).min() > 0.1  # the logits say something
-
-
-def test_growing_keeps_contents():
-    cache, seen = KVCache(torch.device("cpu")), {}
-    generator = torch.Generator().manual_seed(0)
-    for n_rows, length in [(1, 10), (2, 100), (5, 300), (5, 1000)]:
-        for row in range(n_rows):
-            positions = torch.arange(length)[None]
-            new = torch.tensor([p for p in range(length) if (row, p) not in seen])
-            content = torch.randn(1, len(new), 2, 3, generator=generator)
-            cache.rows(row, row + 1, length).update(0, content, -content, new[None])
-            seen.update({(row, int(p)): content[0, i] for i, p in enumerate(new)})
-            cache.rows(row, row + 1, length).advance(positions, positions)
-    rows = cache.rows(0, 5, 1000)
-    keys, values = rows.update(0, torch.zeros(5, 1, 2, 3), torch.zeros(5, 1, 2, 3), torch.full((5, 1), -1))
-    for (row, position), content in seen.items():
-        assert torch.equal(keys[row, position], content) and torch.equal(values[row, position], -content)
-    assert rows.last_token_B.tolist() == [999] * 5
-
-
-# --- sampling ---
-
-
-@pytest.mark.parametrize("top_k", [None, 0, 1, 3, 10, 1000])
-def test_sampling_follows_the_distribution(top_k):
-    logits = torch.tensor([2.0, 1.0, 0.0, -1.0, 0.5, 3.0, 1.5, float("-inf"), 0.2, 2.5])
-    n, temperature = 20_000, 0.7
-    uniform = [(i + 0.5) / n for i in range(n)]
-    drawn = sample(logits.expand(n, -1), [temperature] * n, [top_k] * n, uniform)
-    kept = logits.topk(min(top_k or 10, 10)).indices
-    expected = torch.zeros(10)
-    expected[kept] = (logits[kept] / temperature).softmax(-1)
-    assert (torch.bincount(drawn, minlength=10) / n - expected).abs().max() < 2e-4
-
-
-def test_rows_are_sampled_by_their_own_settings():
-    logits = torch.randn(64, 50, generator=torch.Generator().manual_seed(0))
-    temperature = [0.0 if i % 3 == 0 else 0.3 * (i % 5 + 1) for i in range(64)]
-    top_k = [[None, 0, 1, 2, 7, 49, 50, 99][i % 8] for i in range(64)]
-    uniform = torch.rand(64, generator=torch.Generator().manual_seed(1)).tolist()
-    together = sample(logits, temperature, top_k, uniform).tolist()
-    alone = [sample(logits[i : i + 1], temperature[i : i + 1], top_k[i : i + 1], uniform[i : i + 1]) for i in range(64)]
-    assert together == [int(token) for token in alone]
-    assert all(together[i] == logits[i].argmax() for i in range(64) if temperature[i] == 0 or top_k[i] == 1)
-
-
-def test_extreme_draws_stay_within_the_possible_tokens():
-    logits = torch.full((4, 1000), float("-inf"))
-    logits[:, 17], logits[:, 500] = 0.0, -1.0
-    temperature, uniform = [1e-30, 1.0, 2.0, 1e30], [1 - 2**-53, 1 - 2**-53, 0.0, 0.9999999]
-    assert sample(logits, temperature, [None, 2, 0, 2000], uniform).tolist() == [17, 500, 17, 500]
 
 
 # --- generation ---
@@ -151,7 +58,7 @@ def naive_greedy(model, tokens, n):
 
 
 def test_greedy_equals_the_plain_loop(tokenizer):
-    model = make_model(tokenizer.get_vocab_size())
+    model = random_model(tokenizer.get_vocab_size())
     engine = Engine(model, tokenizer, max_batch=3)
     prompts = [tokenizer.encode(text, prepend="<|bos|>") for text in ("What", "How many r are in it?", "3", "x" * 90)]
     outputs = engine.complete(prompts, max_tokens=30)
@@ -165,7 +72,7 @@ def test_greedy_equals_the_plain_loop(tokenizer):
 
 
 def test_a_row_does_not_depend_on_its_neighbours(tokenizer):
-    engine = Engine(make_model(tokenizer.get_vocab_size()), tokenizer, max_batch=4)
+    engine = Engine(random_model(tokenizer.get_vocab_size()), tokenizer, max_batch=4)
 
     def requests():
         return [Request(tokenizer.encode("How" * (i + 1)), 5 + 3 * i, 0.5 * i, i, seed=7, sample=i) for i in range(9)]
@@ -179,10 +86,10 @@ def test_a_row_does_not_depend_on_its_neighbours(tokenizer):
 
 
 def test_samples_share_a_prefill_and_differ_from_the_first_token(tokenizer):
-    model = make_model(tokenizer.get_vocab_size())
-    lengths = []
-    model.register_forward_hook(lambda module, args, output: lengths.append(tuple(args[0].shape)))
-    engine = Engine(model, tokenizer)
+    model = random_model(tokenizer.get_vocab_size())
+    lengths, engine = [], Engine(model, tokenizer)
+    forward = engine.forward.model
+    engine.forward.model = lambda idx_BT, **rest: lengths.append(tuple(idx_BT.shape)) or forward(idx_BT, **rest)
     prompt = tokenizer.encode("How many r are in strawberry?", prepend="<|bos|>")
     sequences, masks = engine.generate_batch(prompt, num_samples=16, max_tokens=8, temperature=1.0, seed=3)
     assert lengths[0] == (1, len(prompt)) and lengths[1] == (16, 1)
@@ -196,21 +103,21 @@ def test_samples_share_a_prefill_and_differ_from_the_first_token(tokenizer):
 
 
 def test_samples_follow_the_model(tokenizer):
-    """Chi-square of 4,000 first tokens against the softmax of the full forward."""
-    model = make_model(tokenizer.get_vocab_size(), n_layer=2)
+    """Chi-square of 2,000 first tokens against the softmax of the full forward."""
+    model = random_model(tokenizer.get_vocab_size(), n_layer=2)
     prompt = tokenizer.encode("What is it?", prepend="<|bos|>")
-    requests = [Request(prompt, 1, 1.0, seed=5, sample=i) for i in range(4000)]
-    Engine(model, tokenizer, max_batch=4000).run(requests)
+    requests = [Request(prompt, 1, 1.0, seed=5, sample=i) for i in range(2000)]
+    Engine(model, tokenizer, max_batch=200).run(requests)
     counts = collections.Counter(r.output[0] if r.output else r.stop_token for r in requests)
     with torch.inference_mode():
         probs = model(torch.tensor([prompt]))[0, -1].softmax(-1)
-    likely = [token for token in range(len(probs)) if probs[token] * 4000 >= 5]
-    chi2 = sum((counts[t] - 4000 * float(probs[t])) ** 2 / (4000 * float(probs[t])) for t in likely)
+    likely = [token for token in range(len(probs)) if probs[token] * 2000 >= 5]
+    chi2 = sum((counts[t] - 2000 * float(probs[t])) ** 2 / (2000 * float(probs[t])) for t in likely)
     assert len(likely) > 20 and chi2 < len(likely) + 5 * (2 * len(likely)) ** 0.5
 
 
 def test_generate_yields_the_columns_of_generate_batch(tokenizer):
-    engine = Engine(make_model(tokenizer.get_vocab_size()), tokenizer, max_batch=3)
+    engine = Engine(random_model(tokenizer.get_vocab_size()), tokenizer, max_batch=3)
     prompt, end = tokenizer.encode("How many"), tokenizer.encode_special("<|assistant_end|>")
     options = {"num_samples": 7, "max_tokens": 40, "temperature": 1.3, "seed": 11}
     columns = list(engine.generate(prompt, **options))
@@ -224,7 +131,7 @@ def test_generate_yields_the_columns_of_generate_batch(tokenizer):
 
 
 def test_abandoned_requests_leave_the_engine(tokenizer):
-    engine = Engine(make_model(tokenizer.get_vocab_size()), tokenizer, max_batch=2)
+    engine = Engine(random_model(tokenizer.get_vocab_size()), tokenizer, max_batch=2)
     prompt = tokenizer.encode("How many")
     for source in (engine.generate(prompt, num_samples=5), engine.stream(Request(prompt))):
         next(source)
@@ -270,6 +177,9 @@ def test_bad_requests_are_refused(tokenizer):
         Engine(engine.model, tokenizer, max_batch=0)
     with pytest.raises(ValueError, match="context of 40"):
         engine.add(Request([1] * 40))
+    for unknown in ({"tokens": [1, -1]}, {"tokens": [10**6]}, {"logit_bias": {320: 1.0}}):
+        with pytest.raises(ValueError, match="vocabulary of 320"):
+            engine.add(Request(**{"tokens": [1], **unknown}))
     with pytest.raises(ValueError, match="context of 40"):
         engine.complete([[1], [1] * 40])
     assert not engine.busy
@@ -316,57 +226,8 @@ def test_tools_inside_a_batch(tokenizer):
         assert request.finish_reason == "stop"
 
 
-# --- text ---
-
-
-def show(tokenizer, ids):
-    decoder = AnswerDecoder(tokenizer)
-    return [event for token in ids for event in decoder.feed(token)] + decoder.finish()
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.text(alphabet=st.sampled_from("ab é🎉🦄👨‍👩‍👧漢\u0301\n"), max_size=20))
-def test_streamed_text_is_whole_characters(text):
-    """Byte tokens split every emoji; the pieces shown must join to the text and never hold a broken character."""
-    tokenizer = Tokenizer.train_from_iterator(["abcdefgh " * 50], 266)
-    ids = [tokenizer.encode_bytes(bytes([byte]))[0] for byte in text.encode()]
-    pieces = show(tokenizer, ids)
-    assert "".join(pieces) == text and not any("\ufffd" in piece for piece in pieces)
-    assert "".join(show(tokenizer, tokenizer.encode(text))) == text
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.binary(max_size=30))
-def test_any_bytes_decode_as_python_does(data):
-    tokenizer = Tokenizer.train_from_iterator(["abcdefgh " * 50], 266)
-    ids = [tokenizer.encode_bytes(bytes([byte]))[0] for byte in data]
-    assert "".join(show(tokenizer, ids)) == data.decode("utf-8", errors="replace")
-
-
-def test_tool_calls_are_told_from_text(tokenizer):
-    def ids(text):
-        for i, piece in enumerate(text.split("|")):
-            yield from tokenizer.encode(piece) if i % 2 == 0 else [tokenizer.encode_special(f"<|{piece}|>")]
-
-    whole = "It is |python_start|12*12|python_end||output_start|144|output_end|144."
-    broken = "A|python_start|1+|python_end|B|user_start|C|output_start|7|output_end|"
-    for text, expected in [
-        (whole, ["It is ", ToolCall("12*12", "144"), "144."]),
-        (broken, ["A", ToolCall("1+", None), "BC"]),
-        ("A|python_start|2", ["A", ToolCall("2", None)]),
-        ("A|python_start|2|python_end|", ["A", ToolCall("2", None)]),
-    ]:
-        merged = []
-        for event in show(tokenizer, ids(text)):
-            if isinstance(event, str) and merged and isinstance(merged[-1], str):
-                merged[-1] += event
-            else:
-                merged.append(event)
-        assert merged == expected
-
-
 def test_a_chat_far_past_the_context_is_answered(tokenizer):
-    engine = Engine(make_model(tokenizer.get_vocab_size(), sequence_len=128), tokenizer)
+    engine = Engine(random_model(tokenizer.get_vocab_size(), sequence_len=128), tokenizer)
     messages = []
     for i in range(60):
         messages += [{"role": "user", "content": f"How many r are in {i}?"}, {"role": "assistant", "content": "Three."}]
@@ -380,3 +241,141 @@ def test_a_chat_far_past_the_context_is_answered(tokenizer):
     assert len(list(engine.stream(long))) <= 4
     with pytest.raises(ValueError):
         engine.chat_request({"messages": [{"role": "system", "content": "only this"}]})
+
+
+# --- what a step brings ---
+
+
+def steps(engine, *requests):
+    """All updates until nothing is left to do."""
+    for request in requests:
+        engine.add(request)
+    updates = []
+    while engine.busy:
+        updates += engine.step()
+    return updates
+
+
+def test_stop_texts_end_an_answer_and_never_show(tokenizer):
+    answers = {(1,): tokenizer.encode("The result is 144. How many r are in it?") * 3, (2,): tokenizer.encode("Three")}
+    answers[2,].append(tokenizer.encode_special("<|assistant_end|>"))
+    engine = scripted_engine(tokenizer, answers)
+    for stop, shown in ((["144"], "The result is "), (["many r", "zzz"], "The result is 144. How "), (["The"], "")):
+        request = Request((1,), 60, temperature=0.0, stop=stop)
+        updates = steps(engine, request)
+        assert request.finish_reason == "stop" and request.stop_token is None
+        assert "".join(event for update in updates for event in update.events) == shown
+        assert not any(text in tokenizer.decode(request.output[:-1]) for text in stop)  # it ended as soon as it could
+    request = Request((2,), temperature=0.0, stop=["Threefold"])
+    updates = steps(engine, request)
+    assert "".join(event for update in updates for event in update.events) == "Three"  # held back, then let go
+    assert [update.finish_reason for update in updates][-1] == "stop" and request.stop_token is not None
+
+
+def test_updates_are_the_output_in_order(tokenizer):
+    """With all kinds of company; tokens and text as in the end, and one last update with the reason for each."""
+    engine = Engine(random_model(tokenizer.get_vocab_size()), tokenizer, max_batch=3)
+    requests = [Request(tokenizer.encode("How" * (i + 1)), 5 + 4 * i, seed=i, priority=i % 2) for i in range(7)]
+    for request in requests:
+        request.decoder = AnswerDecoder(tokenizer)
+    updates = steps(engine, *requests)
+    for request in requests:
+        mine = [update for update in updates if update.request is request]
+        assert [token for update in mine for token in update.tokens] == request.output
+        decoder = AnswerDecoder(tokenizer)
+        events = [event for token in request.output for event in decoder.feed(token)] + decoder.finish()
+        assert [event for update in mine for event in update.events] == events
+        assert [update.finish_reason for update in mine] == [None] * (len(mine) - 1) + [request.finish_reason]
+        assert len(request.output) == len(request.mask) <= request.max_tokens
+    stats = engine.stats()
+    assert stats["output_tokens"] == sum(len(request.output) for request in requests)
+    assert stats["prompt_tokens"] == sum(len(request.tokens) for request in requests)
+    assert stats["running"] == stats["waiting"] == stats["cache_tokens"] == 0
+
+
+def test_a_tools_answer_is_read_at_once_and_cut_at_the_limit(tokenizer):
+    mark, end = tokenizer.encode_special, tokenizer.encode_special("<|assistant_end|>")
+    call = [mark("<|python_start|>"), *tokenizer.encode("2**70"), mark("<|python_end|>")]
+    result = [mark("<|output_start|>"), *tokenizer.encode(str(2**70)), mark("<|output_end|>")]
+    engine = scripted_engine(tokenizer, {(1,): [*call, *(5 for _ in result), end]})
+    request = Request((1,), temperature=0.0, decoder=AnswerDecoder(tokenizer))
+    updates = steps(engine, request)
+    assert request.output == call + result and len(updates) == len(call) + 1
+    assert [event for update in updates for event in update.events] == [ToolCall("2**70", str(2**70))]
+    for n in range(len(call), len(call) + len(result)):
+        cut = Request((1,), n, temperature=0.0)
+        engine.run([cut])
+        assert cut.output == (call + result)[:n] and cut.finish_reason == "length"
+        assert cut.mask == [1] * len(call) + [0] * (n - len(call))
+
+
+def test_logprobs_of_an_answer_are_those_of_the_full_forward(tokenizer):
+    model = random_model(tokenizer.get_vocab_size())
+    prompt = tokenizer.encode("How many r are in strawberry?", prepend="<|bos|>")
+    request = Request(prompt, 20, seed=3, logprobs=4)
+    Engine(model, tokenizer).run([request])
+    with torch.inference_mode():
+        logprobs = model(torch.tensor([[*prompt, *request.output]]))[0].log_softmax(-1)
+    assert [score.token for score in request.scores] == request.output
+    for score, expected_V in zip(request.scores, logprobs[len(prompt) - 1 :], strict=False):
+        assert score.logprob == pytest.approx(expected_V[score.token].item(), abs=1e-3)
+        top = expected_V.topk(4)
+        assert list(score.top.values()) == pytest.approx(top.values.tolist(), abs=1e-3)
+
+
+def test_aborting_at_any_moment_frees_the_slot_and_spoils_nothing(tokenizer):
+    model = random_model(tokenizer.get_vocab_size())
+    prompts = [tokenizer.encode("How many r " * (5 + 12 * (i % 5)), prepend="<|bos|>") for i in range(12)]
+    expected = Engine(model, tokenizer).complete(prompts, max_tokens=12)
+    engine = Engine(model, tokenizer, max_batch=4, step_tokens=16)
+    requests = [Request(prompt, 12, 0.0) for prompt in prompts]
+    for request in requests:
+        engine.add(request)
+    random, seen = Random(0), set()
+    while engine.busy:
+        engine.step()
+        alive = [request for request in requests if request.finish_reason is None]
+        if alive and random.random() < 0.4 and len(alive) > 4:
+            victim = random.choice(alive)
+            seen.add(victim.state)
+            engine.abort(victim)
+            engine.abort(victim)
+            assert victim.state == "done" and victim.finish_reason == "abort"
+            assert victim not in engine.running and victim not in engine.waiting
+    assert seen == {"waiting", "prefill", "decode"}
+    for request, output in zip(requests, expected, strict=True):
+        assert request.output == output[: len(request.output)]
+        assert request.finish_reason == "abort" or request.output == output
+
+
+def test_a_cache_with_little_room(tokenizer):
+    """Fewer run at a time, and all end as they do with plenty; what can never fit is refused when it comes."""
+    model = random_model(tokenizer.get_vocab_size())
+    prompts = [tokenizer.encode("How many r " * (16 + 4 * i)) for i in range(6)]
+    assert all(40 < len(prompt) < 120 for prompt in prompts)
+    expected = Engine(model, tokenizer, prefix_tokens=0).complete(prompts, max_tokens=80)
+    engine = Engine(model, tokenizer, max_batch=6, cache_tokens=600, prefix_tokens=0)
+    assert engine.complete(prompts, max_tokens=80) == expected
+    assert engine.scheduler.n_preempted and engine.cache.n_rows * engine.cache.n_slots <= 600
+    small = Engine(model, tokenizer, cache_tokens=130)
+    with pytest.raises(ValueError, match="max_tokens"):
+        small.add(Request(prompts[-1], 80))
+    assert engine.bytes_per_token == 4 * 2 * 2 * 16 * 4
+
+
+def test_int8_weights_are_near_and_refused_where_they_cannot_be(tokenizer):
+    model = random_model(tokenizer.get_vocab_size(), dtype=torch.bfloat16)
+    prompt = tokenizer.encode("How many r are in strawberry?")
+    scores = []
+    for int8 in (False, True):
+        request = Request(prompt, 1, 0.0, logprobs=10)
+        Engine(model, tokenizer, int8=int8).run([request])
+        scores.append(request.scores[0].top)
+    both = scores[0].keys() & scores[1].keys()
+    assert scores[0] != scores[1] and len(both) >= 7
+    assert max(abs(scores[0][token] - scores[1][token]) for token in both) < 0.5
+    with pytest.raises(ValueError, match="bfloat16"):
+        Engine(random_model(), tokenizer, int8=True)
+    with pytest.raises(ValueError, match="own models"):
+        scripted = scripted_engine(tokenizer, {})
+        Engine(scripted.model, tokenizer, int8=True)

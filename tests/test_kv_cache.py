@@ -1,0 +1,239 @@
+"""The cache against the full forward, and against a dictionary of what was written. Rings, limits, known beginnings."""
+
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from random_model import random_model
+
+from nanochat.kv_cache import ROUND, KVCache, LayerNeed
+from nanochat.packed import PackedGPT
+from nanochat.prefix_cache import BLOCK, PrefixCache
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("pattern", ["L", "SL", "SSSL"])
+@pytest.mark.parametrize("n_kv_head", [1, 2, 4])
+@torch.inference_mode()
+def test_cached_logits_equal_the_full_forward(pattern, n_kv_head):
+    """Three rows, read in ragged chunks past the window and the cache's first size, then token by token."""
+    model = random_model(window_pattern=pattern, n_kv_head=n_kv_head)
+    idx_BT = torch.randint(61, (3, 250), generator=torch.Generator().manual_seed(1))
+    expected_BTV = model(idx_BT)
+    cache = KVCache(model.device)
+    read = [0, 0, 0]
+    for chunk in [(150, 7, 40), (1, 60, 33), (0, 90, 80)] + [(1, 1, 1)] * 70:
+        width = max(chunk)
+        positions = [[at + t if t < n else -1 for t in range(width)] for at, n in zip(read, chunk, strict=True)]
+        positions_BT = torch.tensor(positions)
+        tokens_BT = idx_BT.gather(1, positions_BT.clamp(min=0))
+        read = [at + n for at, n in zip(read, chunk, strict=True)]
+        rows = cache.rows(0, 3, max(read))
+        logits_BTV = model(tokens_BT, cache=rows, positions_BT=positions_BT)
+        rows.advance(tokens_BT, positions_BT)
+        for row, n in enumerate(chunk):
+            there = expected_BTV[row, read[row] - n : read[row]]
+            torch.testing.assert_close(logits_BTV[row, :n], there, atol=1e-4, rtol=1e-4)
+    assert expected_BTV.std(dim=-1).min() > 0.1  # the logits say something
+
+
+def read_packed(packed, cache, idx_BT, at, n, rows=None):
+    """The packed model over tokens at..at+n-1 of neighbouring rows."""
+    rows = rows or (0, len(idx_BT))
+    seen = cache.rows(*rows, at + n)
+    seen.last_token_B.copy_(idx_BT[:, at - 1] if at else torch.full((len(idx_BT),), -1))
+    positions_BT = torch.arange(at, at + n).expand(len(idx_BT), n)
+    return packed(idx_BT[:, at : at + n], cache=seen, positions_BT=positions_BT)
+
+
+SWITCHES = [
+    {},
+    {"window_pattern": "L", "n_kv_head": 4},
+    {"window_pattern": "SL", "n_kv_head": 1},
+    {"smear_channels": 0, "backout": 0.0, "value_embed_every": 0, "softcap": 0.0, "qk_scale": 1.0},
+    {"value_embed_every": 1, "n_layer": 3, "vocab_size": 64},
+]
+
+
+@pytest.mark.parametrize("switches", SWITCHES, ids=str)
+@torch.inference_mode()
+def test_packed_logits_equal_the_full_forward(switches):
+    """In any chunks, far past the rings' size; the rings hold a window and a chunk, and no more."""
+    model = random_model(**{"sequence_len": 500, **switches})
+    idx_BT = torch.randint(61, (2, 480), generator=torch.Generator().manual_seed(1))
+    expected_BTV, packed = model(idx_BT), PackedGPT(model)
+    cache = KVCache(CPU, packed.cache_needs, 500, chunk=100)
+    at = 0
+    for n in (100, 3, 1, 1, 50, 99, 100, 20, 90, *[1] * 16):
+        logits_BTV = read_packed(packed, cache, idx_BT, at, n)
+        torch.testing.assert_close(logits_BTV, expected_BTV[:, at : at + n], atol=1e-4, rtol=1e-4)
+        at += n
+    assert at == 480
+    for (keys, values), window in zip(cache.layers, model.config.windows, strict=True):
+        assert keys.size(-1) == values.size(2) == (256 if window == 128 else 512)
+
+
+@torch.inference_mode()
+def test_packed_in_bf16_is_as_near_to_fp32_as_the_model_is():
+    model, exact = random_model(dtype=torch.bfloat16), random_model()
+    idx_BT = torch.randint(61, (1, 200), generator=torch.Generator().manual_seed(1))
+    packed = PackedGPT(model)
+    logits = read_packed(packed, KVCache(CPU, packed.cache_needs, 384, chunk=200), idx_BT, 0, 200)
+    errors = [(each - exact(idx_BT)).square().mean().sqrt() for each in (logits, model(idx_BT))]
+    assert errors[0] < 1.1 * errors[1] < 0.3
+
+
+# --- memory ---
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.randoms(), st.sampled_from([None, 1024, 2048]), st.sampled_from([None, 700]), st.booleans())
+def test_rows_hold_what_was_written(draw, max_tokens, context, windows):
+    """Against a dictionary, through growing, cutting anew, copying and moving of rows, in fp32 by bits."""
+    needs = [LayerNeed(2, 3, 100), LayerNeed(2, 3, 700)] if windows else ()
+    cache = KVCache(CPU, needs, context, 50, max_tokens)
+    content: list[dict[int, float]] = []  # of each row, by position
+
+    def write(row, positions):
+        values = {p: draw.random() for p in positions}
+        content[row].update(values)
+        k_BTKD = torch.tensor([*values.values()], dtype=torch.float64)[None, :, None, None].expand(1, -1, 2, 3)
+        for layer in range(2):
+            cache.slots(layer, torch.tensor(positions))
+            rows = cache.rows(row, row + 1, max(positions) + 1)
+            rows._write(layer, k_BTKD, -k_BTKD, cache.slots(layer, torch.tensor([positions])))
+
+    def check(row):
+        for layer, (keys, values) in enumerate(cache.layers):
+            ring = cache.ring(layer)
+            kept = [p for p in content[row] if ring is None or p > max(content[row]) - ring]
+            slots = cache.slots(layer, torch.tensor(kept))
+            expected = torch.tensor([content[row][p] for p in kept], dtype=torch.float64)
+            assert torch.equal(keys[row, 1, 2, slots], expected) and torch.equal(values[row, 0, slots, 1], -expected)
+
+    for _ in range(12):
+        sizes = [max(row) + 1 for row in content]
+        action = draw.choice(["new", "grow", "grow", "fork", "drop"])
+        if action == "new" and cache.fits([*sizes, n := draw.randrange(1, 200)]):
+            content.append({})
+            cache.reserve(len(content), max([*sizes, n]))
+            write(len(content) - 1, list(range(n)))
+        elif action == "grow" and content:
+            row, n = draw.randrange(len(content)), draw.randrange(1, 50)
+            sizes[row] = min(sizes[row] + n, context or 1000)
+            new = list(range(max(content[row]) + 1, sizes[row]))
+            if new and cache.fits(sizes):
+                cache.reserve(len(content), max(sizes))
+                write(row, new)
+        elif action == "fork" and content:
+            row = draw.randrange(len(content))
+            if cache.fits([*sizes, sizes[row]]):
+                cache.reserve(len(content) + 1, max(sizes))
+                cache.copy_row(row, len(content), sizes[row])
+                content.append(dict(content[row]))
+        elif action == "drop" and content:
+            row = draw.randrange(len(content))
+            last = content.pop()
+            if row < len(content):
+                cache.copy_row(len(content), row, max(last) + 1)
+                content[row] = last
+        for row in range(len(content)):
+            check(row)
+        assert max_tokens is None or cache.n_rows * cache.n_slots <= max_tokens
+        assert context is None or cache.n_slots <= context + 2 * ROUND
+
+
+def test_rewinding_needs_what_the_window_shows():
+    cache = KVCache(CPU, [LayerNeed(1, 2, 128), LayerNeed(1, 2, 2048)], 2048, chunk=100)
+    assert cache.rings == [256, None]
+    assert cache.rewinds(1000, 872) and not cache.rewinds(1000, 871)
+    assert KVCache(CPU).rewinds(1000, 1)
+
+
+# --- known beginnings ---
+
+
+def filled(tokens, n_rows=4, windows=(2048, 2048)):
+    """A cache whose row 0 has read `tokens`: a position's keys are its token."""
+    cache = KVCache(CPU, [LayerNeed(1, 2, window) for window in windows], 2048, chunk=64)
+    cache.reserve(n_rows, max(len(tokens), 1))
+    fill(cache, 0, tokens, range(len(tokens)))
+    return cache
+
+
+def fill(cache, row, tokens, positions):
+    k_BTKD = torch.tensor([tokens[p] for p in positions]).float()[None, :, None, None].expand(1, -1, 1, 2)
+    for layer in range(2):
+        rows = cache.rows(row, row + 1, max(positions, default=0) + 1)
+        rows._write(layer, k_BTKD, -k_BTKD, cache.slots(layer, torch.tensor([list(positions)], dtype=torch.int64)))
+
+
+def row_tokens(cache, row, layer, positions):
+    slots = cache.slots(layer, torch.tensor(list(positions), dtype=torch.int64))
+    keys, values = cache.layers[layer]
+    assert torch.equal(keys[row, :, :, slots].mT, -values[row, :, slots])
+    return keys[row, 0, 0, slots].int().tolist()
+
+
+def test_the_longest_known_beginning_is_loaded():
+    draw = random.Random(0)
+    tokens = draw.choices(range(5), k=100)
+    cache = filled(tokens)
+    known = PrefixCache(cache, 10 * BLOCK)
+    known.save(0, tokens, [])
+    for common, limit in ((100, 99), (100, 100), (50, 99), (15, 99), (16, 99), (100, 31), (100, 32), (0, 99)):
+        asked = [*tokens[:common], *(9 for _ in range(100 - common))]
+        n = BLOCK * len(known.load(2, asked, limit))
+        assert n == min(common, limit) // BLOCK * BLOCK
+        assert all(row_tokens(cache, 2, layer, range(n)) == tokens[:n] for layer in range(2))
+    known.clear()
+    assert known.load(2, tokens, 99) == []
+
+
+def test_a_beginning_can_be_taken_up_where_a_ring_was_overwritten():
+    """Read in chunks and saved after each, as the engine does; in the end the ring holds the last positions alone."""
+    tokens = random.Random(1).choices(range(100), k=900)
+    cache, chain = filled([], windows=(100, 2048)), []
+    known = PrefixCache(cache, 2000)
+    for at in range(0, 900, 60):
+        fill(cache, 0, tokens, range(at, min(at + 60, 900)))
+        known.save(0, tokens[: at + 60], chain)
+    for n in (16, 160, 320, 880):
+        assert BLOCK * len(known.load(3, tokens, n)) == n
+        assert row_tokens(cache, 3, 0, range(max(0, n - 100), n)) == tokens[max(0, n - 100) : n]
+        assert row_tokens(cache, 3, 1, range(n)) == tokens[:n]
+
+
+def test_what_was_not_used_for_longest_is_forgotten_from_its_end():
+    rows = [[i] * 64 for i in range(4)]
+    cache = filled(rows[0])
+    known = PrefixCache(cache, 12 * BLOCK)
+    for i, tokens in enumerate(rows):
+        if i == 3:
+            known.load(1, rows[0], 64)  # used again: the second is the oldest now
+        fill(cache, 0, tokens, range(64))
+        known.save(0, tokens, [])
+    assert [len(known.load(1, tokens, 64)) for tokens in rows] == [4, 0, 4, 4]
+    fill(cache, 0, [7] * 32, range(32))
+    known.save(0, [7] * 32, [])
+    assert [len(known.load(1, tokens, 64)) for tokens in rows] == [2, 0, 4, 4]
+    assert row_tokens(cache, 1, 0, range(64)) == rows[3]
+    assert PrefixCache(cache, 0).load(1, rows[0], 64) == []
+    PrefixCache(cache, 0).save(0, rows[0], [])
+
+
+def test_a_row_longer_than_all_that_can_be_known():
+    tokens = list(range(160))
+    cache, chain = filled(tokens), []
+    known = PrefixCache(cache, 4 * BLOCK)
+    known.save(0, tokens, chain)
+    n = BLOCK * len(known.load(1, tokens, 160))
+    assert n <= 4 * BLOCK and row_tokens(cache, 1, 0, range(n)) == tokens[:n]
+    known.save(0, tokens, chain)  # its predecessor may be gone
+    fill(cache, 0, [5] * 64, range(64))
+    known.save(0, [5] * 64, [])
+    n = BLOCK * len(known.load(1, [5] * 64, 64))
+    assert n == 64 and row_tokens(cache, 1, 1, range(64)) == [5] * 64
