@@ -11,7 +11,6 @@ is used for one update, by the very model that sampled it, so there is no ratio 
 
 import functools
 import itertools
-import math
 import random
 import time
 from collections.abc import Iterator, Sequence
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 
 from nanochat import recipe
-from nanochat.chat_eval import evaluate_task
+from nanochat.chat_eval import evaluate_task, pass_at_k
 from nanochat.cli import option
 from nanochat.common import print0
 from nanochat.compute import Compute
@@ -109,11 +108,6 @@ def make_micro_batches(
             weights_BT[i, :n] = advantage / n_tokens
         micro_batches.append(tuple(tensor.to(device) for tensor in (idx_BT, targets_BT, weights_BT)))
     return micro_batches
-
-
-def pass_at_k(n: int, right: int, k: int) -> float:
-    """Chance that of k answers drawn from n, of which `right` are right, at least one is (arXiv 2107.03374)."""
-    return 1 - math.comb(n - right, k) / math.comb(n, k)
 
 
 class Rollouts:

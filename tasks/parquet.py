@@ -43,10 +43,11 @@ class ParquetTask(Task):
         Raises ValueError when a downloaded file is not what its manifest says.
         """
         folder = _folder(cls.name, tasks_dir)
-        if not (folder / f"{split}.json").exists():
+        manifest = folder / f"{split}.manifest.json"
+        if not manifest.exists():
             path = folder / f"{split}.parquet"
             return [path] if path.is_file() else []
-        entries = {folder / entry["file"]: entry for entry in read_json(folder / f"{split}.json")["files"]}
+        entries = {folder / entry["file"]: entry for entry in read_json(manifest)["files"]}
         for path, entry in entries.items():
             if not path.is_file() or path.stat().st_size != entry["bytes"] or sha256_file(path) != entry["sha256"]:
                 raise ValueError(f"{path} is not the file that was downloaded: delete {folder} and run again")
@@ -119,13 +120,13 @@ def fetch(task: type[ParquetTask], split: str, tasks_dir: Path | str | None = No
             paths = hub.download_many(shards, folder, label=f"{task.name} {split}")
         except (ConnectionError, ValueError) as error:
             raise ValueError(
-                f"{folder / split}.parquet is missing and the hub does not give it ({error}): connect, or set "
-                f"NANOCHAT_HUB to a mirror, or name a folder that holds {task.name}/{split}.parquet by --tasks-dir"
+                f"{folder / split}.parquet is missing: connect, or set NANOCHAT_HUB to a mirror, or name a folder that "
+                f"holds {task.name}/{split}.parquet by --tasks-dir (the hub: {error})"
             ) from error
-        files = [
+        record = {"source": f"{hub.base_url()}/datasets/{task.repo}", "licence": task.licence}
+        record["files"] = [
             {"file": shard.path, "bytes": path.stat().st_size, "sha256": sha256_file(path)}
             for shard, path in zip(shards, paths)
         ]
-        source = f"{hub.base_url()}/datasets/{task.repo}"
-        atomic_write_json(folder / f"{split}.json", {"source": source, "licence": task.licence, "files": files})
+        atomic_write_json(folder / f"{split}.manifest.json", record)
     return paths

@@ -14,6 +14,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
+import tiny_run
 from hub_server import HubServer
 
 from nanochat.compute import usable_cores
@@ -385,7 +386,7 @@ def test_a_split_is_fetched_once_with_its_manifest(gsm8k_hub, tmp_path):
         assert [c["messages"][0]["content"] for c in task] == [f"{i} {j}" for i in range(3) for j in range(4)]
     assert sorted(downloads(gsm8k_hub)) == [f"main/test-0000{i}-of-00003.parquet" for i in range(3)]
     folder = tmp_path / "base" / "tasks" / "gsm8k"
-    manifest = json.loads((folder / "test.json").read_text())
+    manifest = json.loads((folder / "test.manifest.json").read_text())
     assert manifest["licence"] == "MIT" and manifest["source"].endswith("/datasets/openai/gsm8k")
     assert [len(gsm8k_hub.files[entry["file"]]) for entry in manifest["files"]] == [
         e["bytes"] for e in manifest["files"]
@@ -420,7 +421,7 @@ def test_a_killed_download_leaves_no_manifest_and_is_continued(gsm8k_hub, tmp_pa
     process.kill()
     process.wait()
     arrived = part.stat().st_size
-    assert 0 < arrived <= 100_000 and not (folder / "test.json").exists() and GSM8K.local("test") == []
+    assert 0 < arrived <= 100_000 and not (folder / "test.manifest.json").exists() and GSM8K.local("test") == []
     assert len(GSM8K("test")) == 12
     assert gsm8k_hub.requests[-1] == ("main/test-00002-of-00003.parquet", f"bytes={arrived}-")
 
@@ -428,9 +429,9 @@ def test_a_killed_download_leaves_no_manifest_and_is_continued(gsm8k_hub, tmp_pa
 def test_a_hub_that_has_not_got_it_or_is_not_there(gsm8k_hub, tmp_path, monkeypatch):
     monkeypatch.setattr("nanochat.hub.random.uniform", lambda low, high: 0.01)  # no long pauses
     del gsm8k_hub.files["main/test-00001-of-00003.parquet"]
-    with pytest.raises(ValueError, match=r"lists 2 files.*NANOCHAT_HUB.*--tasks-dir"):
+    with pytest.raises(ValueError, match=r"NANOCHAT_HUB.*--tasks-dir .*lists 2 files"):
         GSM8K("test")
-    with pytest.raises(ValueError, match=r"404.*--tasks-dir"):
+    with pytest.raises(ValueError, match=r"--tasks-dir .*404"):
         MMLU("test")
     monkeypatch.setenv("NANOCHAT_HUB", "http://127.0.0.1:1")
     with pytest.raises(ValueError, match=r"gsm8k/test\.parquet by --tasks-dir") as caught:
@@ -527,6 +528,17 @@ def test_downloaded_tasks_join_by_themselves(gsm8k_hub, capsys):
     mixed = public.join("mid", skills, 0)
     assert len(mixed) == len(skills) + 4 and isinstance(mixed, TaskMixture)
     assert f"mid conversations: {len(skills)} of the built-in skills, 4 of gsm8k" in capsys.readouterr().out
+
+
+def test_a_stage_trains_on_both_and_names_a_bad_line(trained_world, tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text("\n".join([json.dumps(GOOD)] * 3 + ["{"]))
+    write_rows(tmp_path / "tasks" / "gsm8k" / "train.parquet", [{"question": "1 + 1?", "answer": "#### 2"}] * 5)
+    flags = [*tiny_run.STEPS, *tiny_run.SKILLS, "--num-iterations", "2", "--tasks-dir", str(tmp_path / "tasks")]
+    out = tiny_run.run("scripts.chat_sft", *flags, "--custom-json", str(path)).out
+    assert f"{path}:4: " in out and f"{path}: skipped 1 of 4 conversations" in out
+    assert re.search(rf"sft conversations: \d+ of the built-in skills, 5 of gsm8k, 3 of {path}\n", out)
+    assert "/none.jsonl" in tiny_run.script("scripts.mid_train", *flags, "--custom-json", "/none.jsonl").error_line
 
 
 def test_every_published_task_says_where_it_is_from():
