@@ -5,7 +5,7 @@
 #   NANOCHAT_BASE_DIR  where everything is written (default ~/.cache/nanochat)
 #   DEPTH              another depth than the hardware's profile has
 #   DATASET            another dataset: builtin, climbmix, fineweb-edu, or a folder of your own text
-#   TASKS_DIR          a folder with smoltalk/{train,test}.parquet, real conversations to mix in
+#   TASKS_DIR          a folder of published conversations and tasks, such as smoltalk/train.parquet
 #   PRICE              dollars an hour of this machine, for the report
 #   WANDB_RUN          name of a wandb run
 set -euo pipefail
@@ -41,11 +41,11 @@ elif [ "$GPUS" -eq 0 ]; then
     EVAL="--eval-tokens 65536" CHAT="--max-problems 200 --max-new-tokens 48"
 elif [ "$GPUS" -lt 8 ]; then
     PROFILE=gpu DEPTH=${DEPTH:-12} DATASET=${DATASET:-climbmix} SHARDS=40 VOCAB=32768
-    BASE="--eval-every 500 --save-every 1000" MID="--scale 30" SFT="--scale 8" EVAL="" CHAT="--max-problems 1000"
+    BASE="--eval-every 500 --save-every 1000" MID="--scale 30" SFT="--scale 8" EVAL="" CHAT="--max-problems 1000 --max-new-tokens 512"
 else
     PROFILE=node DEPTH=${DEPTH:-24} DATASET=${DATASET:-climbmix} SHARDS=170 VOCAB=32768
     BASE="--target-param-data-ratio 8 --device-batch-size 16 --eval-every 1000" MID="--scale 100" SFT="--scale 20"
-    EVAL="" CHAT="--max-problems 2000"
+    EVAL="" CHAT="--max-problems 2000 --max-new-tokens 512"
 fi
 TAG="d$DEPTH-$PROFILE"
 echo "profile $PROFILE: depth $DEPTH, dataset $DATASET, $GPUS GPUs; everything is written to $NANOCHAT_BASE_DIR"
@@ -75,23 +75,28 @@ train() { # NAME MODULE FLAGS...: a training stage on all GPUs, resumed where it
 }
 talk="${TASKS_DIR:+--tasks-dir $TASKS_DIR}"
 
-# 2. Text, and a tokenizer made for it.
+# 2. Text, and a tokenizer made for it; conversations and tasks to train on and to be measured by.
 stage dataset python -m nanochat.dataset --name "$DATASET" -n "$SHARDS"
+case $PROFILE-$DATASET in
+    gpu-climbmix | gpu-fineweb-edu | node-climbmix | node-fineweb-edu) # there is a network
+        [ -n "${TASKS_DIR:-}" ] || stage tasks python -m tasks.public
+        EVAL="--bundle core" ;;
+esac
 stage tokenizer python -m scripts.tok_train --dataset "$DATASET" --vocab-size "$VOCAB"
 stage tok_eval python -m scripts.tok_eval --dataset "$DATASET"
 
 # 3. Pretraining: the model learns language and the world from plain text.
 train base_train scripts.base_train --depth "$DEPTH" --dataset "$DATASET" $BASE
 stage base_eval $RUN scripts.base_eval --model-tag "$TAG" $EVAL
-stage chat_eval_base $RUN scripts.chat_eval --stage base --model-tag "$TAG" $CHAT
+stage chat_eval_base $RUN scripts.chat_eval --stage base --model-tag "$TAG" $CHAT $talk
 
 # 4. Midtraining: the form of a conversation, tools and multiple choice.
 train mid_train scripts.mid_train --source-tag "$TAG" $MID $talk
-stage chat_eval_mid $RUN scripts.chat_eval --stage mid --model-tag "$TAG" $CHAT
+stage chat_eval_mid $RUN scripts.chat_eval --stage mid --model-tag "$TAG" $CHAT $talk
 
 # 5. Fine-tuning: the conversations it should lead, and who it is.
 train chat_sft scripts.chat_sft --source-tag "$TAG" $SFT $talk
-stage chat_eval_sft $RUN scripts.chat_eval --stage sft --model-tag "$TAG" $CHAT
+stage chat_eval_sft $RUN scripts.chat_eval --stage sft --model-tag "$TAG" $CHAT $talk
 
 # 6. What came of it.
 python -m scripts.report ${PRICE:+--price "$PRICE"}

@@ -145,17 +145,18 @@ def count(hosts: tuple[str, str], config: Config, wait: Callable[[Callable[[], b
             seconds = time.monotonic() - began
             quiet.append([(bytes_sent(host) - b) / seconds for host, b in zip(hosts, before, strict=True)])
     idle = [statistics.median(rate) for rate in zip(*quiet)] if quiet else [0.0, 0.0]
-    ends = []
-    for step in (config.count_from, config.count_to):
-        wait(lambda at=step: max(losses("two"), default=0) >= at)
-        ends.append((max(losses("two")), time.monotonic(), [bytes_sent(host) for host in hosts]))
-    (first, began, before), (last, ended, after) = ends
+    steps, sent = [], []  # the line through every step's reading: one alone is taken anywhere between two steps' edges
+    wait(lambda: max(losses("two"), default=0) >= config.count_from)
+    began = time.monotonic()
+    while not steps or steps[-1] < config.count_to:
+        wait(lambda after=steps[-1] if steps else 0: max(losses("two")) > after)
+        steps.append(max(losses("two")))
+        seconds = time.monotonic() - began
+        sent.append([bytes_sent(host) - rate * seconds for host, rate in zip(hosts, idle, strict=True)])
     if len(list(checkpoint.checkpoint_dir("base", "two").glob("*/optim.001.safetensors"))) == 0:
         raise ValueError("the second host came too late to take part: try again on a machine less busy")
-    per_step = [
-        (b - a - rate * (ended - began)) / (last - first) for a, b, rate in zip(before, after, idle, strict=True)
-    ]
-    return {"steps": last - first, "idle_bytes_per_second": idle, "bytes_per_step": per_step}
+    per_step = [statistics.linear_regression(steps, host).slope for host in zip(*sent, strict=True)]
+    return {"steps": steps[-1] - steps[0], "idle_bytes_per_second": idle, "bytes_per_step": per_step}
 
 
 def formula(ranks: int) -> float:

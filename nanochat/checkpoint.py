@@ -107,7 +107,10 @@ def update_meta(stage: str, tag: str, step: int, **values: Any) -> None:
 
 
 def prune(stage: str, tag: str, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints and the one with the best validation loss."""
+    """Delete all but the newest `keep` checkpoints and the one with the best validation loss.
+
+    A folder loses its name before its files, so that a kill in between leaves none that looks whole and is not.
+    """
     steps = list_steps(stage, tag)
     losses = {}
     for step in steps:
@@ -117,7 +120,12 @@ def prune(stage: str, tag: str, keep: int) -> None:
     best = min(scored, key=losses.__getitem__, default=None)
     for step in steps[:-keep]:
         if step != best:
-            shutil.rmtree(_step_dir(stage, tag, step))
+            path = _step_dir(stage, tag, step)
+            doomed = path.with_name(f".deleted_{path.name}")
+            shutil.rmtree(doomed, ignore_errors=True)  # of the same step, killed in the middle, made again
+            path.rename(doomed)
+    for doomed in checkpoint_dir(stage, tag).glob(".deleted_*"):
+        shutil.rmtree(doomed)
 
 
 def set_aside(stage: str, tag: str) -> None:

@@ -56,7 +56,7 @@ def read_json(path: Path | str) -> Any:
     """The JSON value in `path`; a damaged file raises ValueError that names it."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}): delete it and make it again") from error
 
 

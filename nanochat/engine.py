@@ -97,9 +97,9 @@ class Engine:
     ) -> None:
         if max_batch < 1:
             raise ValueError(f"--max-batch {max_batch} must be at least 1")
-        whole = isinstance(model, GPT) and not hasattr(model.embed.weight, "to_local")  # not in shares (sharding.py)
-        self.model = PackedGPT(model, deterministic, int8) if whole else model
-        if int8 and not whole:
+        packed = type(model) is GPT  # one whose parameters are cut over ranks (FSDP) is a subclass
+        self.model = PackedGPT(model, deterministic, int8) if packed else model
+        if int8 and not packed:
             raise ValueError("int8 weights are for this project's own models")
         self.tokenizer, self.max_batch, self.context = tokenizer, max_batch, model.config.sequence_len
         self.vocab_size = getattr(model.config, "vocab_size", None) or tokenizer.get_vocab_size()

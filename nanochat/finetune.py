@@ -11,8 +11,9 @@ from nanochat.cli import option
 from nanochat.common import print0
 from nanochat.compute import Compute
 from nanochat.conversation import render
-from nanochat.dataloader import build_conversation_shards
+from nanochat.dataloader import TokenShard, build_conversation_shards
 from nanochat.dataset import iterate_documents, list_shards
+from nanochat.gpt import GPT
 from nanochat.tokenizer import Tokenizer
 from nanochat.trainer import TrainConfig, Trainer, rows_per_step
 
@@ -20,19 +21,43 @@ Conversations = Sequence[dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class FinetuneConfig(TrainConfig):
+class SourceConfig(TrainConfig):
     """Flags of a stage that goes on from a trained model."""
 
     source_tag: str | None = option(None, "tag of the model to start from; unset = the newest")
     source_step: int | None = option(None, "its step; unset = the newest")
-    num_epochs: int = option(1, "passes over the conversations, when --num-iterations is unset")
     init_lr_frac: float = option(1.0, "factor on all learning rates")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_positive("init_lr_frac", zero=True)
+
+
+@dataclass(frozen=True)
+class FinetuneConfig(SourceConfig):
+    """Flags of a stage that learns from conversations."""
+
+    num_epochs: int = option(1, "passes over the conversations, when --num-iterations is unset")
     replay: float = option(0.5, "tokens of pretraining text for each token of conversation, against forgetting")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require_positive("num_epochs")
-        self.require_positive("init_lr_frac", "replay", zero=True)
+        self.require_positive("replay", zero=True)
+
+
+def load_source(stage: str, config: SourceConfig, compute: Compute) -> tuple[GPT, Tokenizer, dict[str, Any]]:
+    """The model of `stage` to go on from, its tokenizer, and its meta with `source`, which names it and its weights."""
+    shard = compute if config.shard_params else None
+    place = (compute.device, config.source_tag, config.source_step)
+    model, tokenizer, meta = checkpoint.load_model(stage, *place, train=True, shard=shard)
+    digest = meta["files"]["model.safetensors"][:12]
+    return model, tokenizer, {**meta, "source": f"{stage}/{meta['tag']} step {meta['step']} {digest}"}
+
+
+def conversation_shards(name: str, conversations: Conversations, tokenizer: Tokenizer, T: int) -> list[TokenShard]:
+    """Conversations as rows of `T` tokens and their targets."""
+    return build_conversation_shards(name, _rendered(conversations, tokenizer, T + 1), tokenizer)
 
 
 def _rendered(conversations: Conversations, tokenizer: Tokenizer, max_tokens: int) -> Iterator[tuple[list, list]]:
@@ -73,24 +98,19 @@ def finetune(
     Batch size and steps default to the source run's batch and to one pass over the conversations. Raises
     ValueError when there is no source model, or no usable conversation.
     """
-    shard = compute if config.shard_params else None
-    model, tokenizer, meta = checkpoint.load_model(
-        source, compute.device, config.source_tag, config.source_step, train=True, shard=shard
-    )
+    model, tokenizer, meta = load_source(source, config, compute)
     T = model.config.sequence_len
     talks = list(_rendered(train, tokenizer, T + 1))
     n_replayed = round(config.replay * sum(len(ids) for ids, _ in talks))
     text = _replayed(meta["dataset"], tokenizer, T + 1, n_replayed) if n_replayed else ()
     train_shards = build_conversation_shards(f"{stage}_train", itertools.chain(talks, text), tokenizer)
-    val_shards = build_conversation_shards(f"{stage}_val", _rendered(val, tokenizer, T + 1), tokenizer)
+    val_shards = conversation_shards(f"{stage}_val", val, tokenizer, T)
     batch = config.total_batch_size or meta["total_batch_size"]
     rows = rows_per_step(batch, T, compute.world_size)
     rows_in_epoch = sum(shard.row_count(T + 1, config.seed, 0) for shard in train_shards)
     steps = config.num_iterations or max(1, config.num_epochs * rows_in_epoch // rows)
-    origin = f"{source}/{meta['tag']} step {meta['step']}"
-    source_id = f"{origin} {meta['files']['model.safetensors'][:12]}"
     print0(
-        f"{stage} from {origin}: {len(train):,} conversations in {rows_in_epoch:,} rows of {T}; "
+        f"{stage} from {meta['source']}: {len(train):,} conversations in {rows_in_epoch:,} rows of {T}; "
         f"{steps} steps of {batch:,} tokens"
     )
     trainer = Trainer(
@@ -106,7 +126,7 @@ def finetune(
         num_iterations=steps,
         weight_decay=config.weight_decay or 0.0,
         lr_scale=recipe.learning_rate_scale(batch) * config.init_lr_frac,
-        meta={"dataset": meta["dataset"], "depth": meta["depth"], "source": source_id},
+        meta={"dataset": meta["dataset"], "depth": meta["depth"], "source": meta["source"]},
     )
     trainer.run()
     compute.close()

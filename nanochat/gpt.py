@@ -286,12 +286,14 @@ class GPT(nn.Module):
         if config.smear_channels:
             x_BTC = self._smear(x_BTC, self._previous(idx_BT, x_BTC, cache))
         x0_BTC = x_BTC.view_as(x_BTC)  # the same tensor twice would be one more graph to compile for the first block
-        windowed = min(config.windows) < idx_BT.size(1)
-        attend = None if cache is not None else attention.choose(self.device, self.dtype, config.head_dim, windowed)[1]
+        whole = None  # attention to these tokens alone, where there are no earlier ones
+        if cache is None or _from_the_first(positions_BT):
+            windowed = min(config.windows) < idx_BT.size(1)
+            whole = attend = attention.choose(self.device, self.dtype, config.head_dim, windowed)[1]
         for layer, block in enumerate(self.blocks):
             ve_BTC = self.value_embeds[str(layer)](idx_BT).to(self.dtype) if config.has_value_embed(layer) else None
             if cache is not None:
-                attend = functools.partial(_attend_cached, cache, layer, positions_BT)
+                attend = functools.partial(_attend_cached, cache, layer, positions_BT, whole)
             again = self.checkpointing and torch.is_grad_enabled()
             run = functools.partial(checkpoint, block, use_reentrant=False) if again else block
             x_BTC = run(
@@ -342,6 +344,14 @@ class GPT(nn.Module):
         return loss.view(targets_BT.shape) if loss_reduction == "none" else loss
 
 
-def _attend_cached(cache, layer: int, positions_BT, q_BTHD, k_BTKD, v_BTKD, window: int) -> torch.Tensor:
+def _from_the_first(positions_BT: torch.Tensor) -> bool:
+    """Whether each row begins at its first token. A step of one token is not asked: the answer waits for the device."""
+    column_T = torch.arange(positions_BT.size(1), device=positions_BT.device)
+    return len(column_T) > 1 and bool(((positions_BT == column_T) | (positions_BT < 0)).all())
+
+
+def _attend_cached(cache, layer: int, positions_BT, whole: Attend | None, q_BTHD, k_BTKD, v_BTKD, window: int):
     k_BSKD, v_BSKD = cache.update(layer, k_BTKD, v_BTKD, positions_BT)
+    if whole is not None:
+        return whole(q_BTHD, k_BTKD, v_BTKD, window)
     return attention.cached_attention(q_BTHD, k_BSKD, v_BSKD, positions_BT, window)

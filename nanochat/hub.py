@@ -59,8 +59,34 @@ def list_dataset_files(
 
     Raises ValueError when the hub does not know the repository, ConnectionError when it cannot be reached.
     """
-    url = f"{base_url(mirror)}/api/datasets/{repo}/tree/main"
+    base = base_url(mirror)
+    tree, root = f"{base}/api/datasets/{repo}/tree/main", f"{base}/datasets/{repo}/resolve/main"
+    return _list_files(tree, root, timeout, retries, backoff)
 
+
+def list_model_files(
+    repo: str, revision: str = "main", *, timeout: float = 30.0, retries: int = 6, backoff: float = 1.0
+) -> tuple[str, list[RemoteFile]]:
+    """(commit, files) of a model repository, as it stands at a branch, tag or commit; as `list_dataset_files`.
+
+    `$HF_TOKEN` opens private and gated ones; it is sent to the hub alone, never along with a redirection elsewhere.
+    """
+    base, url = base_url(), f"{base_url()}/api/models/{repo}/revision/{quote(revision, safe='')}"
+
+    def ask() -> Any:
+        with _request(url, {}, timeout) as response:
+            return response.json()
+
+    answer = _retry(ask, url, retries, backoff)
+    commit = answer.get("sha") if isinstance(answer, dict) else None
+    if not isinstance(commit, str) or not re.fullmatch(r"[0-9a-f]{7,64}", commit):
+        raise ValueError(f"{url}: the hub names no commit: is it one that serves models?")
+    tree, root = f"{base}/api/models/{repo}/tree/{commit}", f"{base}/{repo}/resolve/{commit}"
+    return commit, _list_files(tree, root, timeout, retries, backoff)
+
+
+def _list_files(url: str, root: str, timeout: float, retries: int, backoff: float) -> list[RemoteFile]:
+    """All files below the listing at `url`, to be fetched below `root`."""
     files, query = [], {"recursive": "true"}
 
     def page() -> tuple[list[dict[str, Any]], str | None]:
@@ -69,13 +95,22 @@ def list_dataset_files(
 
     while query:
         entries, following = _retry(page, url, retries, backoff)
-        for entry in entries:
-            if entry["type"] == "file":
-                plain = dataset_file(repo, entry["path"], mirror)
-                files.append(RemoteFile(plain.path, plain.url, entry["size"], (entry.get("lfs") or {}).get("oid")))
+        try:
+            there = [entry for entry in entries if entry["type"] == "file"]
+            files += [
+                _listed(root, entry["path"], entry["size"], (entry.get("lfs") or {}).get("oid")) for entry in there
+            ]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{url}: not a listing of files ({error!r:.80}): is it a hub?") from error
         # Only the cursor is taken from the next page's address: behind a mirror, its host is another.
         query = dict(parse_qsl(urlsplit(following).query)) if following else {}
     return files
+
+
+def _listed(root: str, path: str, size: int, sha256: str | None) -> RemoteFile:
+    if path.startswith("/") or {"..", ".", ""} & set(path.split("/")) or "\\" in path:
+        raise ValueError(f"the hub lists {path!r:.80} below {root}, which would lie outside the folder")
+    return RemoteFile(path, f"{root}/{quote(path)}", int(size), sha256)
 
 
 def download(
@@ -178,8 +213,14 @@ def _request(
     """A streamed GET. Answers that no retry mends raise ValueError; the others that are no success, HTTPError."""
     import requests
 
+    token = os.environ.get("HF_TOKEN")
+    if token and urlsplit(url)[:2] == urlsplit(base_url())[:2]:  # `requests` drops it when another host takes over
+        headers = {**headers, "Authorization": f"Bearer {token}"}
     with requests.get(url, params=params, headers=headers, stream=True, timeout=timeout) as response:
         status = response.status_code
+        if status in (401, 403):
+            remedy = "is your HF_TOKEN right, and its terms accepted?" if token else "if it is private, set HF_TOKEN"
+            raise ValueError(f"{url}: the server answers {status} {response.reason}: check the name; {remedy}")
         if 400 <= status < 500 and status not in (408, 416, 429):
             raise ValueError(f"{url}: the server answers {status} {response.reason}: check the name or the mirror")
         if status != 416:

@@ -359,7 +359,8 @@ class MuonAdamW:
     def state_dict(self) -> dict[str, torch.Tensor]:
         """This rank's share of the state, by `bucket/part`; what every rank holds is in rank 0's."""
         mine = [bucket for bucket in self.buckets if bucket.sharded or self.compute.rank == 0]
-        return {f"{bucket.name}/{part}": value for bucket in mine for part, value in bucket.state.items()}
+        states = {bucket.name: bucket.state or self._state(bucket, self._own(bucket)) for bucket in mine}
+        return {f"{name}/{part}": value for name, state in states.items() for part, value in state.items()}
 
     @torch.no_grad()
     def load_state_dicts(self, shares: list[dict[str, torch.Tensor]]) -> None:

@@ -111,8 +111,9 @@ class Records:
         )
 
     def tags(self) -> list[str]:
-        """The models, by name."""
-        return sorted({record["tag"] for record in [*self.runs, *self.base_evals, *self.chat_evals]})
+        """The models made here, by name."""
+        records = [*self.runs, *self.base_evals, *self.chat_evals]
+        return sorted({record["tag"] for record in records if record["stage"] in STAGES})
 
 
 def by_stage(records: Iterable[Record], tag: str) -> ByStage:

@@ -1,15 +1,15 @@
-"""JSON records -> report.md with figures. Nothing is measured here: the same records give the same bytes."""
+"""JSON records -> report.md with figures, and model cards. Nothing is measured here: equal records give equal bytes."""
 
 import re
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nanochat import cli, figures
 from nanochat.common import atomic_write, get_base_dir
-from nanochat.records import NUMBER, ByStage, Record, Records, by_stage
+from nanochat.records import NUMBER, STAGES, ByStage, Record, Records, by_stage
 
 NOT_RUN = "not run"
 
@@ -48,8 +48,8 @@ def _gains(values: Iterable[float | None], form: Callable[[float], str]) -> list
     return result
 
 
-def _head(records: Records) -> str:
-    dated = [r for r in [*records.runs, *records.base_evals, *records.chat_evals] if "date" in r]
+def _head(records: Iterable[Record]) -> str:
+    dated = [record for record in records if "date" in record]
     if not dated:
         return NOT_RUN
     dated.sort(key=lambda record: record["date"])
@@ -78,16 +78,16 @@ def _scores_table(scores: ByStage, mean: str = "", means: Sequence[float] = ()) 
     return _table(("task", "n", "chance", *scores), rows)
 
 
-def _base_table(evals: ByStage) -> str:
+def _base_table(evals: Mapping[str, Record], name: str = "stage") -> str:
     cores = [record["core"] or {"core_metric": None, "skipped": {}} for record in evals.values()]
-    gains = _gains([core["core_metric"] for core in cores], lambda gain: f"{gain:+.4f}")
+    gains = _gains([core["core_metric"] if name == "stage" else None for core in cores], lambda gain: f"{gain:+.4f}")
     rows = []
     for (stage, record), core, gain in zip(evals.items(), cores, gains):
         bits = [None if record[key] is None else f"{record[key]:.4f}" for key in ("train_bpb", "val_bpb")]
         metric = core["core_metric"]
         score = None if metric is None else f"{metric:.4f} ± {core['core_stderr']:.4f}{gain}"
-        rows.append((stage, *bits, score, ", ".join(core["skipped"]) or "none"))
-    return _table(("stage", "bits per byte, train", "validation", "CORE", "tasks skipped"), rows)
+        rows.append((stage, *bits, score, record.get("bundle"), ", ".join(core["skipped"]) or "none"))
+    return _table((name, "bits per byte, train", "validation", "CORE", "of bundle", "tasks skipped"), rows)
 
 
 def _series(run: Record, key: str) -> tuple[list[int], list[float]]:
@@ -133,10 +133,10 @@ _TOOL_CALL = re.compile(
 
 
 def show_tool_calls(answer: str) -> str:
-    """An answer with its uses of the calculator written for people: `[calculator: 37*48 → 1776]`."""
+    """An answer with its uses of the calculator written for people: `[calculator: 37*48 → 1776] 1776.`"""
     return _TOOL_CALL.sub(
-        lambda call: f"[calculator: {call[1]}" + (f" → {call[2]}]" if call[2] is not None else "]"), answer
-    )
+        lambda call: f"[calculator: {call[1]}" + (f" → {call[2]}] " if call[2] is not None else "] "), answer
+    ).rstrip()
 
 
 def _chats(evals: ByStage) -> str:
@@ -215,9 +215,8 @@ def _model_section(records: Records, tag: str, out_dir: Path) -> str:
 
     chat_scores = {stage: record["tasks"] for stage, record in chat.items()}
     core_scores = {stage: record["core"]["details"] for stage, record in base.items() if record["core"]}
-    chat_means = [record["chatcore"] for record in chat.values()]
     sections = {
-        "Chat tasks by stage": _scores_table(chat_scores, "ChatCORE", chat_means)
+        "Chat tasks by stage": _chat_table(chat)
         + ("\n\n" + figure("tasks", figures.bars(chat_scores)) if any(chat_scores.values()) else ""),
         "Language modeling by stage": _base_table(base),
         "CORE tasks by stage": _scores_table(core_scores),
@@ -226,6 +225,7 @@ def _model_section(records: Records, tag: str, out_dir: Path) -> str:
         "Training": _runs_table(runs),
         "Loss": curve("loss", "loss", "training loss, nats"),
         "Validation": curve("bpb", "val_bpb", "bits per byte"),
+        **({"Reward": curve("reward", "reward", "mean reward", bottom=0)} if "rl" in runs else {}),
         "Speed": curve("speed", "tok_per_sec", "tokens/s", bottom=0),
         "Model": _settings_table({stage: run["model_config"] for stage, run in runs.items()}),
         "Settings": _settings_table({stage: run["config"] for stage, run in runs.items()}),
@@ -233,24 +233,104 @@ def _model_section(records: Records, tag: str, out_dir: Path) -> str:
     return "\n\n".join([f"## Model {tag}", *(f"### {title}\n\n{body}" for title, body in sections.items())])
 
 
-def write_report(base_dir: Path, out_dir: Path | None = None, price: float | None = None) -> Path:
-    """Write report.md and its figures from the records under `base_dir` into `out_dir` (base_dir/report); its path.
+_CARD = """\
+---
+license: other
+library_name: nanochat
+pipeline_tag: text-generation
+tags: [nanochat]
+---
 
+# {name}
+
+A decoder-only transformer of {parameters} parameters with a context of {context} tokens, trained from random weights
+by nanochat{source}. The code's licence is MIT; the weights follow from the texts listed under "Data and licences".
+
+## Intended use and limits
+
+To learn from, to experiment with and to compare against. It is small: it states wrong things in a sure voice, has been
+taught no values and no refusals, and knows no language but that of its training text. Do not rely on it.
+
+## Evaluation
+
+Accuracies in percent, ± one standard error; in brackets, the gain over the stage before.
+
+{chat}
+
+{base}
+
+## Training
+
+{runs}
+
+{settings}
+
+## Data and licences
+
+{data}
+
+Conversations for the chat stages come from the repository's own tasks, and from data sets given to them.
+
+## Provenance
+
+{head}
+"""
+
+
+def model_card(records: Records, tag: str, stage: str) -> str:
+    """The model card of one checkpoint, Markdown with the header that model hubs read.
+
+    Holds what the records say of this stage and those before it. Raises ValueError when there is no such run.
+    """
+    stages = STAGES[: STAGES.index(stage) + 1]
+    found = (by_stage(kind, tag) for kind in (records.runs, records.base_evals, records.chat_evals))
+    runs, base, chat = ({s: record for s, record in kind.items() if s in stages} for kind in found)
+    if stage not in runs:
+        raise ValueError(f"no run {stage}/{tag} under the base directory: a model card needs its run.json")
+    source = runs[stage].get("source")
+    return _CARD.format(
+        name=f"nanochat {tag} ({stage})",
+        parameters=_text(runs[stage].get("parameters")),
+        context=_text(runs[stage]["model_config"].get("sequence_len")),
+        source=f" (this stage from {source})" if source else "",
+        chat=_chat_table(chat),
+        base=_base_table(base),
+        runs=_runs_table(runs),
+        settings=_settings_table({stage: runs[stage]["model_config"]}),
+        data=_data_table(m for m in records.manifests if m["name"] in {run.get("dataset") for run in runs.values()}),
+        head=_head(list(runs.values())),
+    )
+
+
+def _chat_table(chat: ByStage) -> str:
+    scores = {stage: record["tasks"] for stage, record in chat.items()}
+    return _scores_table(scores, "ChatCORE", [record["chatcore"] for record in chat.values()])
+
+
+def write_report(base_dir: Path, out_dir: Path | None = None, price: float | None = None) -> Path:
+    """Write report.md, its figures and a MODEL_CARD_<tag>.md of each model's last stage; returns the report's path.
+
+    Read are the records under `base_dir`, written is into `out_dir` (base_dir/report).
     price: dollars an hour, for the cost of each stage. Raises ValueError naming a damaged record.
     """
     out_dir = out_dir or base_dir / "report"
     records = Records.read(base_dir)
     models = [_model_section(records, tag, out_dir) for tag in records.tags()] or [f"## Model\n\n{NOT_RUN}"]
+    foreign = {record["tag"]: record for record in records.base_evals if record["stage"] not in STAGES}
     parts = [
         "# Report",
         "Accuracies are in percent, ± one standard error; in brackets, the gain over the stage before.",
-        _head(records),
+        _head([*records.runs, *records.base_evals, *records.chat_evals]),
         *models,
+        *([f"## Open-weights models, by the same code\n\n{_base_table(foreign, 'model')}"] if foreign else []),
         f"## Tokenizer\n\n{_tokenizer_table(records.tokenizer)}",
         f"## Wall time{' and cost' if price is not None else ''}\n\n{_times_table(records.stage_times, price)}",
         f"## Data and licences\n\n{_data_table(records.manifests)}",
     ]
     atomic_write(out_dir / "report.md", "\n\n".join(parts) + "\n")
+    for tag in records.tags():
+        if runs := by_stage(records.runs, tag):
+            atomic_write(out_dir / f"MODEL_CARD_{tag}.md", model_card(records, tag, list(runs)[-1]))
     return out_dir / "report.md"
 
 

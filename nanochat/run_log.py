@@ -39,7 +39,7 @@ def open_log(
                 scores = ", ".join(f"{k} {v:.4f}" for k, v in line.items() if isinstance(v, float))
                 (bar.write if bar is not None else print0)(f"step {line['step']}: {scores}")
             elif bar is not None:
-                bar.set_postfix_str(f"loss {line['loss']:.4f}, {line['tok_per_sec']:,.0f} tok/s")
+                bar.set_postfix_str(f"{_scores(line)}, {line['tok_per_sec']:,.0f} tok/s")
                 bar.update()
             elif line["step"] <= 3 or line["step"] % max(1, steps // 50) == 0:
                 print0(_plain(line, steps))
@@ -64,11 +64,15 @@ def forget_after(folder: Path, step: int) -> None:
     atomic_write(path, "".join(kept))
 
 
+def _scores(line: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {line[name]:.4f}" for name in ("loss", "reward") if name in line)
+
+
 def _plain(line: dict[str, Any], steps: int) -> str:
     mfu = "n/a" if line["mfu"] is None else f"{line['mfu']:.1%}"
     left = (steps - line["step"]) * line["dt"] / 60
     return (
-        f"step {line['step']:5d}/{steps} | loss {line['loss']:.4f} | lr x{line['lr_mult']:.3f} | "
+        f"step {line['step']:5d}/{steps} | {_scores(line)} | lr x{line['lr_mult']:.3f} | "
         f"{line['tok_per_sec']:,.0f} tok/s | mfu {mfu} | epoch {line['epoch']} | {left:.1f} min left"
     )
 

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -19,13 +19,13 @@ from nanochat import checkpoint, fp8, preflight, recipe, run_log, sharding
 from nanochat.cli import option
 from nanochat.common import get_base_dir, print0, write_record
 from nanochat.compute import Compute
-from nanochat.dataloader import MicroBatch, RowLoader, TokenShard
+from nanochat.dataloader import RowLoader, TokenShard
 from nanochat.gpt import GPT
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.tokenizer import Tokenizer
 
 # what a checkpoint must share with the run that goes on from it
-_IDENTITY = ("model_config", "total_batch_size", "num_iterations", "dataset", "source")
+_IDENTITY = ("model_config", "total_batch_size", "num_iterations", "dataset", "source", "rollouts")
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,21 @@ def rows_per_step(total_tokens: int, sequence_len: int, world_size: int) -> int:
     return rows
 
 
+class Batch(NamedTuple):
+    """A step's work for this rank, and what the step's line of metrics says of it.
+
+    A micro-batch is (inputs_BT, targets_BT), of which the mean loss over all ranks' targets counts, or (inputs_BT,
+    targets_BT, weights_BT), of which the sum of weights times losses counts. With none at all, which all ranks must
+    agree on, the step changes nothing.
+    """
+
+    micro_batches: list[tuple[torch.Tensor, ...]]
+    tokens: int  # over all ranks
+    line: dict[str, Any]
+
+
 class Trainer:
-    """Trains `model` on `shards` for `config.num_iterations` steps and leaves checkpoints and metrics behind."""
+    """Trains `model` for `config.num_iterations` steps and leaves checkpoints and metrics behind."""
 
     def __init__(
         self,
@@ -129,8 +142,13 @@ class Trainer:
         meta: dict[str, Any],
         evaluate: Callable[[int], dict[str, Any]] | None = None,
         sample: Callable[[], None] | None = None,
+        batches: Callable[[int, int], Iterator[Batch]] | None = None,
     ) -> None:
-        """`meta` goes into every checkpoint; `evaluate(step)` adds metrics to an evaluation; `sample()` prints some."""
+        """`meta` goes into every checkpoint; `evaluate(step)` adds metrics to an evaluation; `sample()` prints some.
+
+        batches(step, rows): the steps from `step` on, in micro-batches of at most `rows` rows; None = the rows of
+        `train_shards`. Where it is given there is an evaluation before the first step, too.
+        """
         self.stage, self.tag, self.config, self.model, self.compute = stage, tag, config, model, compute
         self.tokenizer, self.steps, self.evaluate, self.sample = tokenizer, num_iterations, evaluate, sample
         if config.fp8:
@@ -147,7 +165,8 @@ class Trainer:
         self.plan = preflight.plan(model, rows // compute.world_size, *wanted, compute)
         device_rows, model.checkpointing = self.plan.rows, self.plan.checkpointing
         place = {"rank": compute.rank, "world_size": compute.world_size, "device": compute.device}
-        self.loader = RowLoader(train_shards, T, rows, device_rows, config.seed, **place)
+        self.loader = None if batches else RowLoader(train_shards, T, rows, device_rows, config.seed, **place)
+        self.batches, self.rows_per_step = batches or self._rows, rows
         self.val_loader = RowLoader(val_shards, T, device_rows * compute.world_size, device_rows, 0, **place)
         lrs = {
             name: getattr(config, f"{name}_lr") * lr_scale for name in ("matrix", "embedding", "unembedding", "scalar")
@@ -165,7 +184,7 @@ class Trainer:
         self.token_bytes = torch.tensor(tokenizer.token_bytes, device=compute.device)
         self.tokens_per_step = total_batch_size
         self.run_dir = get_base_dir() / "runs" / stage / tag
-        self.step, self.saved_step, self.seconds = 0, 0, 0.0
+        self.step, self.saved_step, self.tokens, self.seconds = 0, 0, 0, 0.0
         self.stopped: int | None = None
 
     # The loop.
@@ -176,11 +195,12 @@ class Trainer:
         self._begin()
         self.model.train()
         first, title = self.step, f"{self.stage} {self.tag}"
-        size = (self.steps - first, self.tokens_per_step)
-        preflight.announce(title, self.model, self.plan, self.compute, *size, config.price)
+        if self.loader:
+            size = (self.steps - first, self.tokens_per_step)
+            preflight.announce(title, self.model, self.plan, self.compute, *size, config.price)
         log_to = (self.run_dir, title, first, self.steps, config.run, self.meta)
-        with self._signals(), run_log.open_log(*log_to, self.compute.rank) as log, contextlib.closing(self.loader):
-            rows = self.loader.iterate(self.step)
+        steps = contextlib.closing(self.batches(self.step, self.plan.rows))
+        with self._signals(), run_log.open_log(*log_to, self.compute.rank) as log, steps as batches:
             while True:
                 last = self.step == self.steps
 
@@ -189,7 +209,8 @@ class Trainer:
 
                 if due(config.save_every or config.eval_every):
                     self._save()  # before evaluating: a crash there costs nothing
-                if due(config.eval_every) and not (self.step == first and self.meta["val_bpb"] is not None):
+                known = self.step == first and self.meta["val_bpb"] is not None
+                if (due(config.eval_every) or (self.step == 0 and not self.loader)) and not known:
                     log({"step": self.step, **self._evaluate()})
                 if self.step == self.saved_step and self.compute.rank == 0:
                     checkpoint.prune(self.stage, self.tag, config.keep)
@@ -201,23 +222,63 @@ class Trainer:
                     self._save()
                     raise KeyboardInterrupt
                 try:
-                    log(self._train_step(rows))
+                    log(self._train_step(batches))
                 except torch.OutOfMemoryError as error:
                     less = "a smaller --device-batch-size or --activation-checkpointing"
                     raise ValueError(f"out of memory with {self.plan.rows} rows at once: try {less}") from error
         self._record()
 
-    def _train_step(self, rows: Iterator[tuple[int, list[MicroBatch]]]) -> dict[str, Any]:
-        """One optimizer step on this rank's next rows; the gradient is of the mean loss over all ranks' targets."""
+    def _rows(self, step: int, rows: int) -> Iterator[Batch]:
+        """The rows of the training shards."""
+        with contextlib.closing(self.loader):
+            for number, micro_batches in self.loader.iterate(step):
+                yield Batch(micro_batches, self.tokens_per_step, {"epoch": self.loader.epoch(number)})
+
+    def _train_step(self, batches: Iterator[Batch]) -> dict[str, Any]:
+        """One optimizer step on this rank's next rows."""
         config, began = self.config, time.perf_counter()  # the wait for rows is part of a step
-        _, micro_batches = next(rows)
+        batch = next(batches)
+        schedule = (config.warmup_steps, config.warmdown_ratio, config.final_lr_frac, config.schedule)
+        lr_mult = recipe.learning_rate_multiplier(self.step, self.steps, *schedule)
+        scores = {"loss": 0.0}
+        if batch.micro_batches:
+            scores = self._backward(batch.micro_batches)
+            momentum = recipe.muon_momentum(self.step, self.steps, config.warmdown_ratio)
+            decay_mult = recipe.weight_decay_multiplier(self.step, self.steps)
+            norm = self.optimizer.step(self.step, lr_mult, momentum, decay_mult, config.grad_clip)
+            scores |= {} if norm is None else {"grad_norm": norm}
+        self.compute.synchronize()
+        dt = time.perf_counter() - began
+        self.step, self.tokens, self.seconds = self.step + 1, self.tokens + batch.tokens, self.seconds + dt
+        speed, peak = batch.tokens / dt, self.compute.peak_flops
+        mfu = speed * self.model.flops_per_token() / (peak * self.compute.world_size) if peak else None
+        return {
+            "step": self.step,
+            "loss": scores.pop("loss"),
+            "lr_mult": lr_mult,
+            "tokens": self.tokens,
+            "tok_per_sec": speed,
+            "mfu": mfu,
+            "dt": dt,
+            "peak_mem_bytes": self.compute.peak_memory(),
+            **batch.line,
+            **scores,
+        }
+
+    def _backward(self, micro_batches: list[tuple[torch.Tensor, ...]]) -> dict[str, float]:
+        """Gradients of the step's loss; the loss, and of weighted rows the mean of their targets' own, in nats."""
         if self.model.config.dropout:
-            torch.manual_seed(((config.seed << 40) + (self.step << 10) + self.compute.rank) % 2**63)
-        counted = torch.stack([(targets >= 0).sum() for _, targets in micro_batches]).sum()
+            torch.manual_seed(((self.config.seed << 40) + (self.step << 10) + self.compute.rank) % 2**63)
+        counted = torch.stack([(targets >= 0).sum() for _, targets, *_ in micro_batches]).sum()
         counted = self.compute.all_reduce_sum(counted.float()).clamp(min=1)
-        losses = []
-        for idx_BT, targets_BT in micro_batches:
-            loss = self.model(idx_BT, targets_BT, loss_reduction="sum") / counted
+        losses, nlls = [], []
+        for idx_BT, targets_BT, *weights in micro_batches:
+            if weights:
+                nll_BT = self.model(idx_BT, targets_BT, loss_reduction="none")
+                nlls.append(nll_BT.detach().sum() / counted)
+                loss = (nll_BT * weights[0]).sum()
+            else:
+                loss = self.model(idx_BT, targets_BT, loss_reduction="sum") / counted
             losses.append(loss.detach())
             if len(losses) == len(micro_batches):
                 self.optimizer.overlap_next_backward()
@@ -226,31 +287,12 @@ class Trainer:
         if not math.isfinite(loss):
             bad = [i for i, part in enumerate(losses) if not torch.isfinite(part)]
             raise self._diverged(
-                f"loss is {loss} at step {self.step}, rows {self.step * self.loader.rows_per_step} to "
-                f"{(self.step + 1) * self.loader.rows_per_step - 1} (micro-batch {bad} of rank {self.compute.rank})"
+                f"loss is {loss} at step {self.step}, rows {self.step * self.rows_per_step} to "
+                f"{(self.step + 1) * self.rows_per_step - 1} (micro-batch {bad} of rank {self.compute.rank})"
             )
-        schedule = (config.warmup_steps, config.warmdown_ratio, config.final_lr_frac, config.schedule)
-        lr_mult = recipe.learning_rate_multiplier(self.step, self.steps, *schedule)
-        momentum = recipe.muon_momentum(self.step, self.steps, config.warmdown_ratio)
-        decay_mult = recipe.weight_decay_multiplier(self.step, self.steps)
-        norm = self.optimizer.step(self.step, lr_mult, momentum, decay_mult, config.grad_clip)
-        self.compute.synchronize()
-        dt = time.perf_counter() - began
-        self.step, self.seconds = self.step + 1, self.seconds + dt
-        speed, peak = self.tokens_per_step / dt, self.compute.peak_flops
-        mfu = speed * self.model.flops_per_token() / (peak * self.compute.world_size) if peak else None
-        record = {
-            "step": self.step,
-            "loss": loss,
-            "lr_mult": lr_mult,
-            "tokens": self.step * self.tokens_per_step,
-            "tok_per_sec": speed,
-            "mfu": mfu,
-            "dt": dt,
-            "peak_mem_bytes": self.compute.peak_memory(),
-            "epoch": self.loader.epoch(self.step - 1),
-        }
-        return record if norm is None else {**record, "grad_norm": norm}
+        if not nlls:
+            return {"loss": loss}
+        return {"loss": loss, "nll": self.compute.all_reduce_sum(torch.stack(nlls).sum()).item()}
 
     def _diverged(self, what: str) -> ValueError:
         """The error that ends a run: a checkpoint of this very step is spoilt, one before it led to a finite loss."""
@@ -260,7 +302,7 @@ class Trainer:
 
     def _evaluate(self) -> dict[str, Any]:
         """Bits per byte of the validation rows, and what `evaluate` adds."""
-        rows = min(-(-self.config.eval_tokens // self.loader.sequence_len), self.val_loader.rows_in_epoch)
+        rows = min(-(-self.config.eval_tokens // self.val_loader.sequence_len), self.val_loader.rows_in_epoch)
         batches = self.val_loader.first_rows(rows)
         self.model.eval()
         # on CPU one more graph costs more seconds to compile than its evaluations save
@@ -272,7 +314,7 @@ class Trainer:
             raise self._diverged(f"validation bits per byte are {bpb} after step {self.step}")
         self.model.train()
         self.meta["val_bpb"] = bpb
-        if self.compute.rank == 0 and self.step == self.saved_step:
+        if self.compute.rank == 0 and self.step and self.step == self.saved_step:
             checkpoint.update_meta(self.stage, self.tag, self.step, **metrics)
         return metrics
 
@@ -296,6 +338,7 @@ class Trainer:
         checkpoint.load_state(self.stage, self.tag, self.step, self.model)
         checkpoint.load_optimizer(self.stage, self.tag, self.step, self.optimizer)
         self.saved_step, self.seconds, self.meta["val_bpb"] = self.step, meta["seconds"], meta["val_bpb"]
+        self.tokens = meta.get("tokens", self.step * self.tokens_per_step)
         if self.compute.rank == 0:
             run_log.forget_after(self.run_dir, self.step)
         print0(f"resumed {self.stage}/{self.tag} at step {self.step} of {self.steps}")
@@ -312,7 +355,7 @@ class Trainer:
     def _save(self) -> None:
         if self.step == self.saved_step:
             return
-        meta = {**self.meta, "val_bpb": None, "seconds": self.seconds}
+        meta = {**self.meta, "val_bpb": None, "seconds": self.seconds, "tokens": self.tokens}
         checkpoint.save(self.stage, self.tag, self.step, self.model, self.optimizer, meta, self.compute)
         self.saved_step = self.step
 

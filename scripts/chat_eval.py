@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -11,7 +12,8 @@ from nanochat.checkpoint import load_model
 from nanochat.common import get_base_dir, print0, write_record
 from nanochat.compute import Compute
 from nanochat.engine import Engine
-from tasks.builtin import SCORED as TASKS
+from tasks import builtin, public
+from tasks.common import Task
 
 
 @dataclass(frozen=True)
@@ -19,58 +21,100 @@ class Config:
     """Which checkpoint is asked what."""
 
     stage: str = cli.option("sft", "stage of the checkpoint", choices=("base", "mid", "sft", "rl"))
-    tasks: str = cli.option(",".join(TASKS), "tasks to run, separated by commas")
+    tasks: str | None = cli.option(None, "tasks, separated by commas; unset: the built-in, and what --tasks-dir holds")
+    tasks_dir: str | None = cli.option(None, "folder of published tasks; unset: downloads, made where needed")
     max_problems: int | None = cli.option(None, "problems of each task; unset: all")
     batch_size: int = cli.option(32, "problems at a time")
     max_new_tokens: int = cli.option(128, "longest answer, in tokens")
+    temperature: float = cli.option(0.0, "of sampling; 0: the likeliest token")
+    top_k: int | None = cli.option(None, "sample among so many tokens; unset: all")
+    num_samples: int = cli.option(1, "answers to each problem of the generative tasks")
+    pass_k: int | None = cli.option(None, "report pass@K also, estimated from --num-samples")
+    seed: int = cli.option(42, "seed of sampling")
+    unsafe: bool = cli.option(False, "run model-written code even where this machine cannot isolate it")
     model_tag: str | None = cli.option(None, "model; unset: the newest")
     step: int | None = cli.option(None, "step of the checkpoint; unset: the last")
     device_type: str | None = cli.option(None, "cuda, mps or cpu; unset: the best there is")
 
     def __post_init__(self) -> None:
-        for name in ("max_problems", "batch_size", "max_new_tokens"):
+        for name in ("max_problems", "batch_size", "max_new_tokens", "num_samples", "top_k", "pass_k"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least 1")
-        if unknown := [name for name in self.task_names if name not in TASKS]:
-            raise ValueError(f"--tasks: no task {', '.join(unknown)}; choose from {', '.join(TASKS)}")
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"--temperature {self.temperature}: must be 0 or more")
+        if self.num_samples > 1 and not self.temperature:
+            raise ValueError("--num-samples: all would be alike; give --temperature above 0, such as .8")
+        if self.pass_k is not None and self.pass_k > self.num_samples:
+            raise ValueError(f"--pass-k {self.pass_k}: needs --num-samples {self.pass_k} or more")
+        known = [*builtin.SCORED, *public.SCORED]
+        if unknown := [name for name in (self.tasks or "").split(",") if self.tasks is not None and name not in known]:
+            raise ValueError(f"--tasks: no task {', '.join(unknown)}; choose from {', '.join(known)}")
 
     @property
     def task_names(self) -> list[str]:
-        return self.tasks.split(",")
+        if self.tasks is not None:
+            return list(dict.fromkeys(self.tasks.split(",")))
+        if self.tasks_dir is not None and not Path(self.tasks_dir).is_dir():
+            raise ValueError(f"--tasks-dir {self.tasks_dir}: no such folder")
+        there = [name for name, task in public.SCORED.items() if task.local("test", self.tasks_dir)]
+        return [*builtin.SCORED, *there]
+
+    def task(self, name: str) -> Task:
+        """The problems of a task. Raises ValueError or OSError when there are none to be had."""
+        if name in builtin.SCORED:
+            return builtin.SCORED[name]("test")
+        options = {"unsafe": self.unsafe} if name == "humaneval" else {}
+        task = public.SCORED[name]("test", self.tasks_dir, **options)
+        if not len(task):
+            raise ValueError(f"{name} has no problems")
+        return task
 
 
 def main() -> None:
     """Evaluate the tasks, print a table, write evals/chat_eval_<stage>_<tag>.json."""
     config = cli.parse(Config, description=__doc__)
+    names = config.task_names
     compute = Compute.create(config.device_type)
     model, tokenizer, meta = load_model(config.stage, compute.device, config.model_tag, config.step)
     engine = Engine(model, tokenizer, max_batch=config.batch_size)
     print0(f"{config.stage} {meta['tag']} step {meta['step']}")
-    print0(f"{'task':12} {'accuracy':>16} {'n':>6} {'chance':>7} {'centred':>8}")
-    records, samples = {}, []
-    for name in config.task_names:
+    print0(f"{'task':13} {'accuracy':>16} {'n':>6} {'chance':>7} {'centred':>8}")
+    records, samples, skipped = {}, [], {}
+    sampling = ("max_problems", "batch_size", "max_new_tokens", "temperature", "top_k", "num_samples", "pass_k", "seed")
+    for name in names:
+        task, problem = None, "another process could not read it"
+        try:
+            task = config.task(name)
+        except (ValueError, OSError) as error:
+            problem = str(error)
+        if compute.any_rank(task is None):
+            skipped[name] = problem
+            print0(f"{name} skipped: {problem}")
+            continue
         record = evaluate_task(
-            TASKS[name]("test"),
+            task,
             model,
             tokenizer,
             engine,
-            max_problems=config.max_problems,
-            batch_size=config.batch_size,
-            max_new_tokens=config.max_new_tokens,
+            **{key: getattr(config, key) for key in sampling},
             compute=compute,
             progress=partial(tqdm, desc=name, leave=False, disable=None if compute.rank == 0 else True),
         )
         samples += [{"task": name, **sample} for sample in record.pop("samples")]
         records[name] = record
         accuracy = f"{100 * record['accuracy']:.1f} ± {100 * record['stderr']:.1f} %"
-        print0(f"{name:12} {accuracy:>16} {record['n']:6} {record['baseline']:7.2f} {record['centered']:8.3f}")
-    chatcore = chat_core(records.values())
-    print0(f"ChatCORE {chatcore:.4f}")
+        print0(f"{name:13} {accuracy:>16} {record['n']:6} {record['baseline']:7.2f} {record['centered']:8.3f}")
+        for k, score in record.get("pass_at_k", {}).items():
+            print0(f"{f'  pass@{k}':13} {100 * score['accuracy']:9.1f} ± {100 * score['stderr']:.1f} %")
+    if not records:
+        raise ValueError(f"no task could run: {'; '.join(skipped.values())}")
+    core = chat_core(records)
+    print0(f"ChatCORE {core['chatcore']:.4f} ± {core['chatcore_stderr']:.4f} ({', '.join(core['chatcore_tasks'])})")
     if compute.rank == 0:
         identity = {"stage": config.stage, "tag": meta["tag"], "step": meta["step"]}
         path = get_base_dir() / "evals" / f"chat_eval_{config.stage}_{meta['tag']}.json"
-        write_record(path, {**identity, "chatcore": chatcore, "tasks": records, "samples": samples})
+        write_record(path, {**identity, **core, "tasks": records, "skipped": skipped, "samples": samples})
         print0(f"written: {path}")
     compute.close()
 

@@ -7,6 +7,7 @@ from nanochat.compute import Compute
 from nanochat.finetune import FinetuneConfig, finetune
 from tasks.builtin import mixture
 from tasks.common import Multiturn
+from tasks.public import join
 
 
 @dataclass(frozen=True)
@@ -14,7 +15,8 @@ class ChatSFT(FinetuneConfig):
     """Flags of fine-tuning."""
 
     init_lr_frac: float = cli.option(0.4, "factor on all learning rates")
-    tasks_dir: str | None = cli.option(None, "folder with smoltalk/{train,test}.parquet, real conversations to mix in")
+    tasks_dir: str | None = cli.option(None, "folder of published data sets to mix in; unset: the downloaded ones")
+    custom_json: str | None = cli.option(None, "your own conversations to mix in, one JSON value a line")
     scale: float = cli.option(2.0, "size of the built-in mixture, in thousands of each skill")
 
 
@@ -22,9 +24,11 @@ def main() -> None:
     config = cli.parse(ChatSFT, description=__doc__)
     compute = Compute.create(config.device_type)
     # other questions than midtraining's: another seed draws other numbers, words and wordings of the training side
-    skills = mixture("train", config.scale, config.seed + 1, identity=True, tasks_dir=config.tasks_dir)
-    held_out = mixture("test", 0.1, config.seed, identity=True, tasks_dir=config.tasks_dir)
-    finetune("sft", "mid", config, Multiturn(skills, max_turns=3, seed=config.seed), held_out, compute)
+    skills = mixture("train", config.scale, config.seed + 1, identity=True)
+    held_out = mixture("test", 0.1, config.seed, identity=True)
+    talks = Multiturn(skills, max_turns=3, seed=config.seed)
+    train = join("sft", talks, config.seed, config.tasks_dir, config.custom_json)
+    finetune("sft", "mid", config, train, join("val", held_out, config.seed, config.tasks_dir), compute)
 
 
 if __name__ == "__main__":

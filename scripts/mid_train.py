@@ -7,22 +7,26 @@ from nanochat.compute import Compute
 from nanochat.finetune import FinetuneConfig, finetune
 from tasks.builtin import mixture
 from tasks.common import Multiturn
+from tasks.public import join
 
 
 @dataclass(frozen=True)
 class MidTrain(FinetuneConfig):
     """Flags of midtraining."""
 
-    tasks_dir: str | None = cli.option(None, "folder with smoltalk/{train,test}.parquet, real conversations to mix in")
+    tasks_dir: str | None = cli.option(None, "folder of published data sets to mix in; unset: the downloaded ones")
+    custom_json: str | None = cli.option(None, "your own conversations to mix in, one JSON value a line")
     scale: float = cli.option(8.0, "size of the built-in mixture, in thousands of each skill")
 
 
 def main() -> None:
     config = cli.parse(MidTrain, description=__doc__)
     compute = Compute.create(config.device_type)
-    skills = mixture("train", config.scale, config.seed, identity=False, tasks_dir=config.tasks_dir)
-    held_out = mixture("test", 0.1, config.seed, identity=False, tasks_dir=config.tasks_dir)
-    finetune("mid", "base", config, Multiturn(skills, max_turns=2, seed=config.seed), held_out, compute)
+    skills = mixture("train", config.scale, config.seed, identity=False)
+    held_out = mixture("test", 0.1, config.seed, identity=False)
+    talks = Multiturn(skills, max_turns=2, seed=config.seed)
+    train = join("mid", talks, config.seed, config.tasks_dir, config.custom_json)
+    finetune("mid", "base", config, train, join("val", held_out, config.seed, config.tasks_dir), compute)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,10 @@
 """The built-in skills together: what is trained on, in which shares, and what is scored."""
 
 from collections.abc import Callable
-from pathlib import Path
 
-from nanochat.common import print0
 from tasks.arithmetic import Arithmetic
 from tasks.common import Task, TaskMixture
 from tasks.identity import Identity
-from tasks.smoltalk import SmolTalk
 from tasks.spellingbee import Spelling, SpellingBee
 from tasks.world import LetterList, WorldChoice, WorldFacts
 
@@ -20,12 +17,10 @@ SCORED: dict[str, Callable[[str], Task]] = {
 }
 
 
-def mixture(
-    split: str, scale: float, seed: int, identity: bool, tasks_dir: Path | str | None = None, limit: int | None = None
-) -> TaskMixture:
+def mixture(split: str, scale: float, seed: int, identity: bool, limit: int | None = None) -> TaskMixture:
     """Conversations of all skills, shuffled; `scale` 1 is 1,000 of each of the larger ones.
 
-    identity: also who the model is, and small talk. tasks_dir: a folder with `smoltalk/`, to add real conversations.
+    identity: also who the model is, and small talk.
     """
     if not scale > 0:
         raise ValueError(f"--scale {scale}: must be above 0")
@@ -43,12 +38,4 @@ def mixture(
     ]
     if identity:
         tasks.append(Identity(split, size=size(2500), seed=seed))
-    if tasks_dir is not None:
-        talks = SmolTalk(split, tasks_dir)
-        if talks.skipped:
-            total = len(talks) + talks.skipped
-            print0(
-                f"{tasks_dir}/smoltalk/{split}.parquet: skipped {talks.skipped} of {total:,} conversations (malformed)"
-            )
-        tasks.append(talks)
     return TaskMixture(tasks, seed=seed, limit=limit)

@@ -1,9 +1,11 @@
 """What a chat task is: numbered conversations with a judge; and how tasks are sliced, mixed and chained."""
 
 import random
+import string
 from collections.abc import Sequence
 from typing import Any
 
+from nanochat.common import print0
 from nanochat.world import render_choices as render_choices  # the layout that pretraining text shows too
 
 Conversation = dict[str, Any]
@@ -21,6 +23,7 @@ class Task:
     name = "task"
     eval_type = "generative"
     baseline = 0.0
+    skipped = 0  # items of the source that made no conversation
 
     def __init__(
         self,
@@ -126,6 +129,28 @@ def single_turn(question: str, answer: str | list[dict[str, str]], /, **extra: A
     """A conversation of one question and its answer (text or parts); `extra` keys are for the judge."""
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     return {"messages": messages, **extra}
+
+
+def multiple_choice(question: str, choices: Sequence[str], place: int) -> Conversation:
+    """A question with lettered choices, answered with the letter of `choices[place]` alone.
+
+    Raises ValueError when there is nothing to choose from, or no such choice.
+    """
+    if not 2 <= len(choices) <= 26 or not all(isinstance(text, str) and text for text in choices):
+        raise ValueError(f"choices must be 2 to 26 texts, not {choices!r:.80}")
+    if not 0 <= place < len(choices):
+        raise ValueError(f"the answer {place} is none of {len(choices)} choices")
+    letters = list(string.ascii_uppercase[: len(choices)])
+    return single_turn(render_choices(question, letters, choices), letters[place], letters=letters)
+
+
+def name_skipped(source: str, problems: Sequence[str], total: int, most: int = 5) -> int:
+    """Print what is wrong with the first `most` items that a source of `total` loses, a line each; their number."""
+    for problem in problems[:most]:
+        print0(problem)
+    if problems:
+        print0(f"{source}: skipped {len(problems)} of {total:,} conversations")
+    return len(problems)
 
 
 def after_tools(completion: str) -> str:

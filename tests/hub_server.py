@@ -11,13 +11,22 @@ from urllib.parse import parse_qs, urlsplit
 
 
 class HubServer:
-    """`files` are path -> bytes of a dataset repository; `faults[path]` are dealt out one a request, in order:
+    """`files` are path -> bytes of a dataset's or a model's repository; `faults[path]` are dealt out one a request:
 
     ("status", code), ("truncate", bytes), ("body", bytes), ("no_range",), ("stall", seconds, after_bytes).
+    A model's .json files have no SHA-256 in the listing. token: required in every request. cdn: another server, to
+    which requests for files are sent on.
     """
 
-    def __init__(self, repo: str = "me/tiny", page: int = 2) -> None:
+    def __init__(self, repo: str = "me/tiny", page: int = 2, kind: str = "datasets") -> None:
         self.repo, self.page, self.lists = repo, page, True
+        self.token: str | None = None
+        self.cdn: HubServer | None = None
+        self.commit = "0" * 40
+        self.sizes: dict[str, int] = {}  # lies of the listing
+        self.tokens: list[str | None] = []
+        self.root = f"/datasets/{repo}/resolve/main/" if kind == "datasets" else f"/{repo}/resolve/"
+        self.api = f"/api/{kind}/{repo}"
         self.files: dict[str, bytes] = {}
         self.faults: dict[str, list[tuple]] = defaultdict(list)
         self.requests: list[tuple[str, str | None]] = []  # path, Range
@@ -44,14 +53,26 @@ class HubServer:
         self.server.server_close()
 
     def file_url(self, path: str) -> str:
-        return f"{self.url}/datasets/{self.repo}/resolve/main/{path}"
+        return f"{self.url}{self.root}{path}"
 
     def answer(self, request: BaseHTTPRequestHandler) -> None:
         parts = urlsplit(request.path)
-        path = parts.path.removeprefix(f"/datasets/{self.repo}/resolve/main/")
+        path = parts.path.removeprefix(self.root).removeprefix(f"{self.commit}/")
         self.requests.append((path, request.headers.get("Range")))
-        if parts.path == f"/api/datasets/{self.repo}/tree/main" and self.lists:
+        self.tokens.append(request.headers.get("Authorization"))
+        if self.token and self.tokens[-1] != f"Bearer {self.token}":
+            request.send_response(401)
+            request.send_header("Content-Length", "0")
+            return request.end_headers()
+        if parts.path.startswith(f"{self.api}/revision/"):
+            return self._json(request, {"sha": self.commit})
+        if parts.path in (f"{self.api}/tree/main", f"{self.api}/tree/{self.commit}") and self.lists:
             return self._list(request, int(parse_qs(parts.query).get("cursor", ["0"])[0]))
+        if self.cdn:
+            request.send_response(302)
+            request.send_header("Location", self.cdn.file_url(path).replace("127.0.0.1", "localhost"))
+            request.send_header("Content-Length", "0")
+            return request.end_headers()
         fault = self.faults[path].pop(0) if self.faults[path] else ("none",)
         if fault[0] == "status" or path not in self.files:
             request.send_response(fault[1] if fault[0] == "status" else 404)
@@ -84,14 +105,19 @@ class HubServer:
         entries = [{"type": "directory", "path": "data", "size": 0}] if cursor == 0 else []
         for path in sorted(self.files)[cursor : cursor + self.page]:
             data = self.files[path]
-            lfs = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data)}
-            entries.append({"type": "file", "path": path, "size": len(data), "lfs": lfs})
-        body = json.dumps(entries).encode()
-        request.send_response(200)
+            entry = {"type": "file", "path": path, "size": self.sizes.get(path, len(data))}
+            if "models" not in self.api or not path.endswith(".json"):
+                entry["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data)}
+            entries.append(entry)
+        following = None
         if cursor + self.page < len(self.files):  # the real hub names itself here, whatever mirror was asked
-            following = (
-                f"http://hub.invalid/api/datasets/{self.repo}/tree/main?recursive=true&cursor={cursor + self.page}"
-            )
+            following = f"http://hub.invalid{self.api}/tree/main?recursive=true&cursor={cursor + self.page}"
+        self._json(request, entries, following)
+
+    def _json(self, request: BaseHTTPRequestHandler, value: object, following: str | None = None) -> None:
+        body = json.dumps(value).encode()
+        request.send_response(200)
+        if following:
             request.send_header("Link", f'<{following}>; rel="next"')
         request.send_header("Content-Length", str(len(body)))
         request.end_headers()

@@ -2,8 +2,10 @@
 
 import dataclasses
 import http.client
+import json
 import os
 import pty
+import re
 import select
 import signal
 import subprocess
@@ -59,9 +61,10 @@ def test_one_answer(base_dir):
 
 
 def test_a_session_through_a_pipe(base_dir):
-    lines = ["Hello", "", "What is 37*48?", "/what", "/clear", "Inject something"]
+    lines = ["Hello", "", "What is 37*48?", "/what", "/clear", "/temp 0.0", "Inject something", "/quit", "Hello"]
     result = run(base_dir, "--seed", "1", stdin="\n".join(lines))
-    answers = ["Hello! Grüße 🎉 from a tiny model.", "37*48 is 1776.", f"unknown command /what. {HELP}", INJECTION]
+    answers = ["Hello! Grüße 🎉 from a tiny model.", "37*48 is 1776.", f"unknown command /what. {HELP}"]
+    answers += ["temperature 0", INJECTION]
     assert result.returncode == 0 and result.stdout.splitlines() == answers
 
 
@@ -118,25 +121,46 @@ def test_a_session_on_a_terminal(base_dir):
     terminal.send("What is 37*48?\n")
     terminal.expect("[37*48 = 1776]")
     terminal.expect("1776.")
-    terminal.expect("> ")
+    assert re.search(r"17 tokens, [\d.]+ tokens/s", terminal.expect("\r\n> "))
     terminal.send("Tell me a story\n")
     terminal.expect("Once there")
     terminal.send("\x03")
     assert STORY[-20:] not in terminal.expect("[stopped]")
     terminal.expect("> ")
-    terminal.send("/clear\n")
+    terminal.send("/reset\n")
     terminal.expect("> ")
     terminal.send("Hello\n")
     terminal.expect("tiny model.")
     terminal.expect("> ")
+    terminal.send("\x1b[A\x1b[A\x1b[A\x1b[A")  # the arrow goes back through the history
+    terminal.expect("What is 37*48?")
+    terminal.send("\n")
+    terminal.expect("1776.")
+    terminal.expect("> ")
     time.sleep(0.5)  # the prompt is written a moment before readline listens for signals
     terminal.send("\x03")
     assert terminal.exit_code() == 130
+    assert "Tell me a story" in (base_dir / "chat_history").read_text().splitlines()
+    terminal = Terminal(*command(base_dir, "chat_cli"))
+    terminal.expect("> ")
+    terminal.send("\x1b[A")
+    terminal.expect("What is 37*48?")  # from the session before
+    terminal.send("\x15" + "Hello " * 400 + "\n")
+    terminal.expect("reading: 256 of ", 60)
+    terminal.send("\x03")
+    terminal.expect("> ")
+    terminal.send("/quit\n")
+    assert terminal.exit_code() == 0
+
+
+def new_chat(**options):
+    """(chat, list of what it writes)."""
+    written = []
+    return Chat(Engine(*tiny_chat(), max_batch=1), Config(**options), written.append, live=False), written
 
 
 def test_history_is_kept_cleared_and_dropped():
-    written = []
-    chat = Chat(Engine(*tiny_chat(), max_batch=1), Config(max_tokens=40), written.append, dim=False)
+    chat, written = new_chat(max_tokens=40)
     for _ in range(40):  # far past the context of 768 tokens
         chat.ask("Hello")
     assert len(chat.messages) == 80
@@ -149,6 +173,44 @@ def test_history_is_kept_cleared_and_dropped():
     talk(chat, lambda: next(lines))
     assert len(chat.messages) == 2 and next(lines) == "never read"
     assert "".join(written).endswith("37*48 is 1776.\n" + HELP + "\nHello! Grüße 🎉 from a tiny model.\n")
+
+
+def test_a_conversation_is_saved_and_loaded(tmp_path):
+    chat, written = new_chat(system="Be kind.")
+    file = tmp_path / "talk.json"
+    for text in ("What is 37*48?", f"/save {file}"):
+        chat.ask(text) if text[0] != "/" else talk(chat, iter([text, "/quit"]).__next__)
+    other, said = new_chat()
+    talk(other, iter([f"/load {file}", "/quit"]).__next__)
+    assert other.messages == chat.messages and other.config.system == "Be kind."
+    assert "2 messages" in written[-1] and "2 messages" in said[-1]
+    chat.ask("Hello"), other.ask("Hello")
+    assert chat.messages == other.messages
+
+
+def test_wrong_commands_are_answered_and_change_nothing(tmp_path):
+    chat, written = new_chat()
+    (tmp_path / "bad.json").write_text("{")
+    (tmp_path / "odd.json").write_text('{"messages": [{"role": "wizard", "content": "x"}]}')
+    wrong = {
+        "/save": "needs a file",
+        f"/save {tmp_path}/x": "nothing has been said",
+        "/load": "needs a file",
+        "/load /nowhere/x": "No such file",
+        f"/load {tmp_path}/bad.json": "not valid JSON",
+        f"/load {tmp_path}/odd.json": "wizard",
+        "/temp hot": "hot",
+        "/temp -1": "-1",
+        "/temp nan": "nan",
+        "/": "unknown command",
+    }
+    for line, words in wrong.items():
+        written.clear()
+        talk(chat, iter([line, "/quit"]).__next__)
+        assert words in "".join(written), line
+    assert (chat.messages, chat.config) == ([], Config())
+    talk(chat, iter(["/system Be brief.", "/temp 1.5", "/system", "/quit"]).__next__)
+    assert chat.config == Config(temperature=1.5)
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
@@ -164,6 +226,45 @@ def test_the_server_script_serves_and_ends_cleanly(base_dir, how):
         assert b"nanochat-sft-tiny" in connection.getresponse().read()
         process.send_signal(how)
         assert process.wait(20) == 0 and "Traceback" not in process.stderr.read()
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def post(address, body, timeout=60):
+    """The response, with its body still to be read."""
+    connection = http.client.HTTPConnection(address, timeout=timeout)
+    connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
+    return connection.getresponse()
+
+
+@pytest.mark.parametrize("patience", [30, 0.3])
+def test_sigterm_under_load(base_dir, patience):
+    """What was begun ends, or is told that it was cut off; new requests get 503; nothing is left."""
+    flags = ["--port", "0", "--max-batch", "2", "--drain-seconds", str(patience)]
+    argv, environment = command(base_dir, "chat_web", *flags)
+    process = subprocess.Popen(
+        argv, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        address = process.stdout.readline().split()[2].removeprefix("http://")
+        body = {"messages": [{"role": "user", "content": "Tell me a story"}], "stream": True}
+        if patience < 1:  # an answer that takes to the end of the context
+            body |= {"logit_bias": {"33": 100}, "max_tokens": 700}
+        responses = [post(address, {**body, "seed": i}) for i in range(6)]
+        begun = [response.read(1) for response in responses]
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.05 if patience < 1 else 0.2)
+        late = post(address, {**body, "seed": 99})
+        assert late.status == 503 and late.getheader("Retry-After") and b"shutting down" in late.read()
+        texts = [(first + response.read()).decode() for first, response in zip(begun, responses, strict=True)]
+        if patience > 1:
+            assert all(text.endswith("data: [DONE]\n\n") and '"stop"' in text for text in texts)
+        else:
+            assert any('"server_error"' in text.split("\n\n")[-2] for text in texts)
+        assert process.wait(20) == 0 and "Traceback" not in process.stderr.read()
+        with pytest.raises(ConnectionRefusedError):
+            post(address, body)
     finally:
         process.kill()
         process.communicate()

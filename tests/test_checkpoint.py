@@ -129,6 +129,34 @@ def test_killed_while_a_step_is_saved_again(tiny_world):
     assert code == 0, "a rest of an earlier kill is no obstacle"
 
 
+def test_a_kill_while_old_checkpoints_are_deleted_leaves_no_half_one(tiny_world, monkeypatch):
+    """Found by dev/crash_test.py: meta.json was still there, the optimizer's state was not."""
+    for step in (1, 2, 3):
+        save(step)
+    whole = shutil.rmtree
+
+    def killed(path, **options):
+        if not options:
+            (path / "optim.000.safetensors").unlink(missing_ok=True)
+            raise KeyboardInterrupt
+        whole(path, **options)
+
+    for _ in range(2):  # the second time a rest is in the way
+        monkeypatch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.prune("base", "t", 1)
+        for step in checkpoint.list_steps("base", "t"):
+            checkpoint.load_model("base", "cpu", "t", step)
+            checkpoint.load_optimizer("base", "t", step, make()[1])
+        monkeypatch.undo()
+        monkeypatch.setenv("NANOCHAT_DTYPE", "float32")
+        monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tiny_world))
+        save(1)
+        save(3)
+    checkpoint.prune("base", "t", 1)
+    assert [path.name for path in folder(1).parent.iterdir()] == ["step_000003"]
+
+
 def test_leftovers_of_a_kill_are_no_checkpoints(tiny_world):
     for step in (1, 2, 3):
         save(step)

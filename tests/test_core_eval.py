@@ -1,4 +1,4 @@
-"""CORE against prompts written by hand and against a plain scorer: one sequence at a time, no padding, no batch."""
+"""CORE against a plain scorer written from the paper's definitions: one example at a time, no batch, no cache."""
 
 import json
 import math
@@ -11,32 +11,30 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from nanochat.compute import Compute
-from nanochat.core_eval import (
-    CoreTask,
-    build_prompts,
-    draw_examples,
-    evaluate_core,
-    read_rows,
-    read_tasks,
-    scored_sequences,
+from core_bundle import (
+    BUNDLE,
+    CHOICE,
+    CLOZE,
+    ROOT,
+    SCHEMA,
+    Foreign,
+    needs_bundle,
+    random_gpt2,
+    tiny_model,
+    write_bundle,
 )
-from nanochat.gpt import GPT, GPTConfig
+
+from nanochat import core_eval
+from nanochat.compute import Compute
+from nanochat.core_eval import evaluate_core, is_right, scored_spans
+from nanochat.core_tasks import CoreTask, build_prompts, draw_examples, read_rows, read_tasks
 from nanochat.loss_eval import evaluate_bpb
+from nanochat.spans import Score, score_spans
 from nanochat.tokenizer import Tokenizer
 
-ROOT = Path(__file__).resolve().parent.parent
-BUNDLE = ROOT.parent / "shared" / "data" / "eval_bundle"
-needs_bundle = pytest.mark.skipif(not BUNDLE.is_dir(), reason="no ../shared/data/eval_bundle here")
 
-CHOICE = {"query": "Sky?", "choices": ["blue", "black"], "gold": 0}
-SCHEMA = {"context_options": ["The cat", "The dog"], "continuation": "barked.", "gold": 1}
-CLOZE = {"context": " Two and two are ", "continuation": "four"}
-
-
-def core_task(kind, delimiter=" ", shots=0, path=Path("none.jsonl"), baseline=0.0):
-    return CoreTask("task", path, kind, shots, delimiter, baseline)
+def core_task(kind):
+    return CoreTask("task", Path("none.jsonl"), kind, 0, " ", 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -48,37 +46,16 @@ def bytes_tokenizer():
 def tokenizer():
     text = "the quick brown fox jumps over the lazy dog. Question: what is it? Answer: a fox and a dog. "
     paths = sorted(BUNDLE.glob("eval_data/*/*.jsonl"))
-    return Tokenizer.train_from_iterator([text, *(p.read_text(encoding="utf-8")[:20_000] for p in paths)], 330)
+    return Tokenizer.train_from_iterator([text, *(p.read_text(encoding="utf-8")[:20_000] for p in paths)], 800)
 
 
-def tiny_model(vocab_size, sequence_len):
-    """Random weights in every tensor, so that no two options come out alike."""
-    torch.manual_seed(0)
-    config = GPTConfig(sequence_len=sequence_len, vocab_size=vocab_size, n_layer=1, n_head=1, n_kv_head=1, n_embd=32)
-    model = GPT(config).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return model
+# --- the oracle ------------------------------------------------------------------------------------------------------
 
 
-def write_bundle(folder, tasks):
-    """tasks: label -> (kind, shots, baseline in percent, rows or None for no file)."""
-    (folder / "eval_data").mkdir(parents=True)
-    lines, table = ["icl_tasks:"], ["Eval Task,Random baseline"]
-    for label, (kind, shots, baseline, rows) in tasks.items():
-        lines += [f"- {{label: {label}, dataset_uri: {label}.jsonl, num_fewshot: [{shots}], icl_task_type: {kind}}}"]
-        table.append(f"{label},{baseline}")
-        if rows is not None:
-            text = "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
-            (folder / "eval_data" / f"{label}.jsonl").write_text(text)
-    (folder / "core.yaml").write_text("\n".join(lines))
-    (folder / "eval_meta_data.csv").write_text("\n".join(table) + "\n")
-    return folder
-
-
+@torch.no_grad()
 def oracle_core(model, tokenizer, bundle, max_per_task):
-    """The protocol once more from its definition: accuracy by task."""
-    limit, accuracies = model.config.sequence_len, {}
+    """The protocol once more from its definition: by task the outcome of each row, and all log-likelihoods."""
+    limit, results = model.config.sequence_len, {}
 
     def log_probabilities(ids):  # of each token but the first, given those before it
         logits = model(torch.tensor([ids]))[0].double()
@@ -91,7 +68,7 @@ def oracle_core(model, tokenizer, bundle, max_per_task):
         rows = [json.loads(line) for line in task.path.read_text(encoding="utf-8").split("\n") if line]
         random.Random(1337).shuffle(rows)
         kept = rows[:max_per_task]
-        right = 0
+        outcomes, likelihoods = "", []
         for i, row in enumerate(kept):
             pool = kept if len(kept) - 1 >= task.shots else rows
             others = [r for j, r in enumerate(pool) if j != i]
@@ -110,8 +87,9 @@ def oracle_core(model, tokenizer, bundle, max_per_task):
                 scored = len(full) - next((k for k in range(len(bare)) if bare[k] != full[k]), len(bare))
                 full = full[-limit:]
                 scored = min(scored, len(full) - 1)
-                guesses = log_probabilities(full).argmax(-1).tolist()
-                right += guesses[-scored:] == full[-scored:]
+                logp = log_probabilities(full)
+                outcomes += str(int(logp.argmax(-1).tolist()[-scored:] == full[-scored:]))
+                likelihoods.append(sum(logp[t - 1, full[t]].item() for t in range(len(full) - scored, len(full))))
                 continue
             if task.kind == "multiple_choice":
                 options = [tokens(prompt + row["query"] + d + choice) for choice in row["choices"]]
@@ -131,60 +109,104 @@ def oracle_core(model, tokenizer, bundle, max_per_task):
                 length = min(length, len(option) - 1)
                 logp = log_probabilities(option)
                 picked = [logp[t - 1, option[t]].item() for t in range(len(option) - length, len(option))]
+                likelihoods.append(sum(picked))
                 loss = -sum(picked) / length if length else math.nan
                 if best_loss is None or loss < best_loss:
                     best, best_loss = k, loss
-            right += best == row["gold"]
-        accuracies[task.label] = right / len(kept)
-    return accuracies
+            outcomes += str(int(best == row["gold"]))
+        results[task.label] = outcomes, likelihoods
+    return results
 
 
-def test_prompts_by_hand():
-    another = {"query": "Grass?", "choices": ["red", "green"], "gold": 1}
-    assert build_prompts(core_task("multiple_choice", "\nAnswer: "), CHOICE, [another]) == [
-        "Grass?\nAnswer: green\n\nSky?\nAnswer: blue",
-        "Grass?\nAnswer: green\n\nSky?\nAnswer: black",
-    ]
-    example = {"context_options": ["The hen", "The cow"], "continuation": "mooed.", "gold": 1}
-    assert build_prompts(core_task("schema"), SCHEMA, [example]) == [
-        "The cow mooed.\n\nThe cat barked.",
-        "The cow mooed.\n\nThe dog barked.",
-    ]
-    cloze = {"context": "One and one are\n", "continuation": "two"}
-    assert build_prompts(core_task("language_modeling"), CLOZE, [cloze]) == [
-        "One and one are two\n\nTwo and two are",
-        "One and one are two\n\nTwo and two are four",
-    ]
+def all_spans(task, tokenizer, context, max_per_task):
+    """Every span of a task's first rows."""
+    rows, _ = read_rows(task)
+    for i in range(min(max_per_task, len(rows))):
+        prompts = build_prompts(task, rows[i], draw_examples(rows, max_per_task, i, task.shots))
+        yield from scored_spans(task.kind, tokenizer.encode(prompts, prepend=tokenizer.get_bos_token_id()), context)
+
+
+def agrees_with_the_oracle(model, tokenizer, max_per_task):
+    expected = oracle_core(model, tokenizer, BUNDLE, max_per_task)
+    result = evaluate_core(model, tokenizer, BUNDLE, max_per_task)
+    assert len(expected) == 22 and result["skipped"] == {}
+    assert {label: record["outcomes"] for label, record in result["details"].items()} == {
+        label: outcomes for label, (outcomes, _) in expected.items()
+    }
+    for label, (outcomes, _) in expected.items():
+        assert result["results"][label] == outcomes.count("1") / len(outcomes)
+    for task in read_tasks(BUNDLE):
+        spans = list(all_spans(task, tokenizer, model.config.sequence_len, max_per_task))
+        scores = [score.logprob for score in score_spans(model, spans)]
+        assert scores == pytest.approx(expected[task.label][1], abs=1e-4), task.label
+    outcomes = "".join(outcomes for outcomes, _ in expected.values())
+    assert "0" in outcomes and "1" in outcomes
+    return result
+
+
+@needs_bundle
+@pytest.mark.parametrize(("context", "max_per_task"), [(128, 4), (1024, 2)])
+def test_real_rows_score_as_the_oracle_does(tokenizer, context, max_per_task):
+    result = agrees_with_the_oracle(tiny_model(tokenizer.get_vocab_size(), context, 2), tokenizer, max_per_task)
+    marked = {label for label, record in result["details"].items() if record["fewshot_from"] == "file"}
+    assert marked == {task.label for task in read_tasks(BUNDLE) if task.shots >= max_per_task}
+
+
+@needs_bundle
+def test_a_model_without_a_cache_scores_as_the_oracle_does(tokenizer):
+    agrees_with_the_oracle(Foreign(random_gpt2(tokenizer.get_vocab_size(), 256), 256), tokenizer, 2)
+
+
+@needs_bundle
+def test_log_likelihoods_are_those_of_lm_eval(tokenizer):
+    """lm-evaluation-harness with the same model and the same tokens, on one task of each kind."""
+    HFLM = pytest.importorskip("lm_eval.models.huggingface").HFLM
+    import tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    model = random_gpt2(tokenizer.get_vocab_size(), 1024)
+    words = {f"t{i}": i for i in range(tokenizer.get_vocab_size())}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="t0"))
+    harness = HFLM(model, tokenizer=PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="t0"), batch_size=4)
+    for task in read_tasks(BUNDLE):
+        if task.label not in ("arc_easy", "winograd", "jeopardy", "copa"):
+            continue
+        spans = list(all_spans(task, tokenizer, 1024, 12))
+        asked = [(("", ""), ids[:start], ids[start:]) for ids, start in spans]
+        theirs = harness._loglikelihood_tokens(asked, disable_tqdm=True)
+        ours = score_spans(Foreign(model, 1024), spans)
+        assert [score.logprob for score in ours] == pytest.approx([value for value, _ in theirs], abs=1e-4)
+        assert [score.greedy for score in ours] == [greedy for _, greedy in theirs]
+
+
+# --- spans -----------------------------------------------------------------------------------------------------------
 
 
 def test_scored_spans_by_hand(bytes_tokenizer):
-    def spans(kind, row):
+    def spans(kind, row, context=None):
         ids = bytes_tokenizer.encode(build_prompts(core_task(kind), row, []), prepend="<|bos|>")
-        return [bytes_tokenizer.decode(i[s:]) for i, s in zip(*scored_sequences(kind, ids))]
+        return [bytes_tokenizer.decode(ids[start:]) for ids, start in scored_spans(kind, ids, context)]
 
     assert spans("multiple_choice", CHOICE) == ["ue", "ack"]  # the choices share "bl"
     assert spans("schema", SCHEMA) == [" barked.", " barked."]
     assert spans("language_modeling", CLOZE) == [" four"]
+    assert spans("language_modeling", CLOZE, context=6) == [" four"]
+    assert spans("language_modeling", CLOZE, context=4) == ["our"]  # the first token has nothing before it
+    assert spans("multiple_choice", CHOICE, context=3) == ["ue", "ck"]
 
 
-def test_examples_are_other_rows_and_come_from_the_file_when_few_were_kept():
-    rows = [{"id": i} for i in range(30)]
-    for index in range(12):
-        drawn = [row["id"] for row in draw_examples(rows, 12, index, 10)]
-        assert drawn == random.Random(1234 + index).sample([i for i in range(12) if i != index], 10)
-        few = [row["id"] for row in draw_examples(rows, 5, index, 10)]
-        assert len(set(few)) == 10 and index not in few and max(few) >= 5
-    assert draw_examples(rows[:1], 1, 0, 10) == []
+def test_ties_go_to_the_first_and_nothing_to_score_wins_only_in_front():
+    one, two, none = Score(-1.0, 1, True), Score(-4.0, 2, False), Score(0.0, 0, False)
+    assert is_right([one, one, two], 0) and not is_right([one, one, two], 1)
+    assert is_right([two, one], 1)
+    assert is_right([none, one], 0) and is_right([one, none], 0)
+    assert is_right([one], None) and not is_right([two], None) and not is_right([none], None)
 
 
-def test_rows_are_shuffled_by_the_protocols_seed(tmp_path):
-    rows = [{"context": str(i), "continuation": "x"} for i in range(20)]
-    bundle = write_bundle(tmp_path, {"a": ("language_modeling", 0, 0, rows)})
-    random.Random(1337).shuffle(rows)
-    assert read_rows(read_tasks(bundle)[0]) == rows
+# --- tasks -----------------------------------------------------------------------------------------------------------
 
 
-def test_ties_go_to_the_first_and_scores_are_centred(tmp_path, bytes_tokenizer):
+def test_scores_are_centred(tmp_path, bytes_tokenizer):
     rows = [{"query": str(i), "choices": list("abcd"), "gold": i % 4 and 2} for i in range(40)]
     schema = [{**SCHEMA, "gold": i % 2} for i in range(10)]
     bundle = write_bundle(tmp_path, {"four": ("multiple_choice", 0, 25, rows), "two": ("schema", 0, 50, schema)})
@@ -194,6 +216,8 @@ def test_ties_go_to_the_first_and_scores_are_centred(tmp_path, bytes_tokenizer):
     assert result["details"]["four"]["stderr"] == pytest.approx(math.sqrt(0.25 * 0.75 / 40))
     errors = [math.sqrt(0.25 * 0.75 / 40) / 0.75, math.sqrt(0.5 * 0.5 / 10) / 0.5]
     assert result["core_stderr"] == pytest.approx(math.sqrt(errors[0] ** 2 + errors[1] ** 2) / 2)
+    random.Random(1337).shuffle(rows)
+    assert result["details"]["four"]["outcomes"] == "".join("0" if row["gold"] else "1" for row in rows)
 
 
 def test_a_model_that_knows_the_answers_scores_one(tmp_path, bytes_tokenizer):
@@ -215,17 +239,23 @@ def test_a_model_that_knows_the_answers_scores_one(tmp_path, bytes_tokenizer):
     assert evaluate_core(lambda x: recites(x, wrong_at=3), bytes_tokenizer, bundle)["core_metric"] == 1.0
 
 
-@needs_bundle
-@pytest.mark.parametrize(("context", "max_per_task"), [(128, 4), (2048, 2)])
-def test_real_rows_score_as_the_oracle_does(tokenizer, context, max_per_task):
-    model = tiny_model(tokenizer.get_vocab_size(), context)
-    with torch.no_grad():
-        expected = oracle_core(model, tokenizer, BUNDLE, max_per_task)
-    result = evaluate_core(model, tokenizer, BUNDLE, max_per_task)
-    assert result["results"] == expected and len(expected) == 22
-    assert 0 < sum(expected.values()) < 22  # something was right and something wrong
-    marked = {label for label, record in result["details"].items() if record["fewshot_from"] == "file"}
-    assert marked == {task.label for task in read_tasks(BUNDLE) if task.shots >= max_per_task}
+def test_a_tokenizer_without_bos_will_do(tmp_path, bytes_tokenizer):
+    class Bare:
+        encode = staticmethod(bytes_tokenizer.encode)
+
+        @staticmethod
+        def get_bos_token_id():
+            return None
+
+    bundle = write_bundle(tmp_path, {"a": ("multiple_choice", 0, 50, [CHOICE]), "b": ("schema", 0, 50, [SCHEMA])})
+    read = []
+
+    def model(idx_BT):
+        read.append(idx_BT)
+        return torch.zeros(*idx_BT.shape, 265)
+
+    assert evaluate_core(model, Bare, bundle)["core_metric"] == 0.0
+    assert [ids[0].tolist() for ids in read] == [list(b"Sky? blac"), list(b"The cat barked")]
 
 
 @needs_bundle
@@ -236,7 +266,14 @@ def test_every_task_runs_at_a_short_context_with_one_row(tokenizer):
     assert math.isfinite(result["core_metric"])
 
 
-def test_a_task_that_cannot_run_says_why(tmp_path, bytes_tokenizer):
+@pytest.mark.parametrize("context", [1, 2, 3])
+def test_a_context_of_next_to_nothing_still_runs(tmp_path, bytes_tokenizer, context):
+    tasks = {"a": ("multiple_choice", 1, 50, [CHOICE] * 3), "b": ("language_modeling", 1, 0, [CLOZE] * 3)}
+    result = evaluate_core(tiny_model(265, context), bytes_tokenizer, write_bundle(tmp_path, tasks))
+    assert {label: record["truncated"] for label, record in result["details"].items()} == {"a": 3, "b": 3}
+
+
+def test_a_task_that_cannot_run_says_why_and_bad_rows_are_counted(tmp_path, bytes_tokenizer):
     bundle = write_bundle(
         tmp_path,
         {
@@ -244,71 +281,106 @@ def test_a_task_that_cannot_run_says_why(tmp_path, bytes_tokenizer):
             "gone": ("schema", 0, 50, None),
             "empty": ("schema", 0, 50, []),
             "odd": ("essay", 0, 0, [CLOZE]),
-            "torn": ("schema", 0, 50, [SCHEMA, '{"context_options": ["a"']),
+            "torn": ("schema", 0, 50, [SCHEMA, '{"context_options": ["a"', SCHEMA, CHOICE]),
             "mixed": ("multiple_choice", 0, 25, [SCHEMA]),
-            "beyond": ("multiple_choice", 0, 50, [{**CHOICE, "gold": 2}]),
+            "beyond": ("multiple_choice", 0, 50, [{**CHOICE, "gold": 2}] * 9 + [CHOICE]),
         },
     )
     lines = []
     result = evaluate_core(tiny_model(265, 64), bytes_tokenizer, bundle, log=lines.append)
-    assert list(result["results"]) == ["fine"] and result["details"]["fine"]["shots"] == 0
-    reasons = {
-        "gone": "missing",
-        "empty": "no rows",
-        "odd": "essay",
-        "torn": "torn.jsonl:2",
-        "mixed": ":1",
-        "beyond": ":1",
-    }
+    assert list(result["results"]) == ["fine", "torn", "beyond"] and result["details"]["fine"]["shots"] == 0
+    assert [result["details"][label]["bad_rows"] for label in result["results"]] == [0, 2, 9]
+    assert [result["details"][label]["n"] for label in result["results"]] == [1, 2, 1]
+    reasons = {"gone": "missing", "empty": "is empty", "odd": "essay", "mixed": "mixed.jsonl:1"}
     assert result["skipped"].keys() == reasons.keys()
     assert all(reason in result["skipped"][label] for label, reason in reasons.items())
-    assert len(lines) == 7
-    (bundle / "eval_data" / "fine.jsonl").unlink()
+    torn, beyond = (next(line for line in lines if line.startswith(f"{label}: ")) for label in ("torn", "beyond"))
+    assert "2 bad rows left out" in torn and "torn.jsonl:2: " in torn and "torn.jsonl:4: " in torn
+    assert "9 bad rows left out" in beyond and "beyond.jsonl:3: " in beyond and beyond.endswith(" and 6 more")
+    assert len(lines) == 9 and all("\n" not in line for line in lines)
+    for label in result["results"]:
+        (bundle / "eval_data" / f"{label}.jsonl").unlink()
     assert evaluate_core(tiny_model(265, 64), bytes_tokenizer, bundle)["core_metric"] is None
 
 
-def test_a_wrong_bundle_is_one_clear_error(tmp_path, bytes_tokenizer):
+def test_a_wrong_call_is_one_clear_error(tmp_path, bytes_tokenizer):
     with pytest.raises(ValueError, match=r"core\.yaml is missing: --bundle"):
         evaluate_core(None, bytes_tokenizer, tmp_path)
     bundle = write_bundle(tmp_path / "b", {"a": ("schema", 0, 50, [SCHEMA])})
     with pytest.raises(ValueError, match="--max-per-task 0"):
         evaluate_core(None, bytes_tokenizer, bundle, max_per_task=0)
-    (bundle / "eval_meta_data.csv").write_text("Eval Task,Random baseline\n")
-    with pytest.raises(ValueError, match=r"eval_meta_data\.csv do not fit"):
-        evaluate_core(None, bytes_tokenizer, bundle)
 
 
-def two_ranks():
-    """What each process of the test below runs."""
-    compute = Compute.create("cpu")
+def words_bundle(folder, n, longest=9):
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abcdefgh", k=rng.randint(1, longest))) for _ in range(3 * n)]
+    rows = [{"query": words[i], "choices": words[n + 2 * i : n + 2 * i + 2], "gold": i % 2} for i in range(n)]
+    cloze = [{"context": word, "continuation": word[:1]} for word in words[:n]]
+    tasks = {"words": ("multiple_choice", 2, 50, rows), "cloze": ("language_modeling", 0, 0, [*cloze, "torn"])}
+    return write_bundle(folder, tasks)
+
+
+def start(function, **environment):
+    """A process that prints what a function of this file returns."""
+    code = f"import json, test_core_eval as t; print(json.dumps(t.{function}()))"
+    path = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, **path, **environment}
+    return subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
+
+
+def resident_bytes():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def memory():
+    """What the process of the test below runs: resident bytes after each window of rows of ever new lengths."""
+    compute, sizes = Compute.create("cpu"), []
+    model = tiny_model(265, 512).to(compute.dtype)
+    model.dtype = compute.dtype
+
+    def watched(windows, desc):
+        for window in windows:
+            yield window
+            sizes.append(resident_bytes())
+
     tokenizer = Tokenizer.train_from_iterator(["abc"], 265)
-    model = tiny_model(265, 64)
-    result = evaluate_core(model, tokenizer, os.environ["BUNDLE"], compute=compute)
-    rows = torch.arange(8 * 65).remainder(265).view(8, 65)[compute.rank :: compute.world_size]
-    bpb = evaluate_bpb(model, [(rows[:, :-1], rows[:, 1:])], tokenizer.token_bytes, compute)
+    result = evaluate_core(model, tokenizer, os.environ["BUNDLE"], compute=compute, progress=watched)
+    return {"rows": sum(record["n"] for record in result["details"].values()), "bytes": sizes}
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no /proc here")
+def test_memory_stays_flat_over_a_thousand_rows(tmp_path):
+    """In bf16, for which a CPU keeps a kernel of each shape it has seen."""
+    bundle = words_bundle(tmp_path, 550, longest=60)
+    output = start("memory", BUNDLE=str(bundle), NANOCHAT_DTYPE="bfloat16").communicate(timeout=120)[0]
+    result = json.loads(output.strip().splitlines()[-1])
+    assert result["rows"] == 1100
+    early, late = max(result["bytes"][2:5]), result["bytes"][-1]
+    assert abs(late - early) < 0.05 * early, f"{early:,} to {late:,} bytes"
+
+
+def ranks():
+    """What each process of the test below runs, and the test itself alone."""
+    compute, tokenizer = Compute.create("cpu"), Tokenizer.train_from_iterator(["abc"], 265)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(core_eval, "WINDOW", 3)
+        result = evaluate_core(tiny_model(265, 64), tokenizer, os.environ["BUNDLE"], compute=compute)
+    rows = torch.arange(12 * 65).remainder(265).view(12, 65)[compute.rank :: compute.world_size]
+    bpb = evaluate_bpb(tiny_model(265, 64), [(rows[:, :-1], rows[:, 1:])], tokenizer.token_bytes, compute)
     compute.close()
     return {"core": result, "bpb": round(bpb, 4)}
 
 
-def test_two_ranks_agree_with_one(tmp_path):
-    rng = random.Random(0)
-    words = ["".join(rng.choices("abcdefgh", k=5)) for _ in range(21)]
-    # seven rows, so that the ranks' shares differ
-    rows = [{"query": words[i], "choices": words[7 + 2 * i : 9 + 2 * i], "gold": i % 2} for i in range(7)]
-    bundle = write_bundle(tmp_path, {"words": ("multiple_choice", 2, 50, rows)})
+def test_any_number_of_ranks_agrees_with_one(tmp_path, monkeypatch):
+    bundle = words_bundle(tmp_path, 16)  # in windows of three: the ranks' shares differ
+    monkeypatch.setenv("BUNDLE", str(bundle))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    code = "import json, test_core_eval as t; print(json.dumps(t.two_ranks()))"
-
-    def start(rank, world):
-        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1", "NANOCHAT_DTYPE": "float32"}
-        place = {"RANK": str(rank), "WORLD_SIZE": str(world), "BUNDLE": str(bundle)}
-        path = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
-        environment = {**os.environ, **shared, **place, **path}
-        return subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
-
-    processes = [start(0, 2), start(1, 2), start(0, 1)]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "3"}
+    processes = [start("ranks", RANK=str(rank), **shared) for rank in range(3)]
+    alone = json.loads(json.dumps(ranks()))
     outputs = [json.loads(process.communicate(timeout=120)[0].strip().splitlines()[-1]) for process in processes]
-    assert outputs[0] == outputs[1] == outputs[2]
-    assert outputs[0]["core"]["details"]["words"]["n"] == 7
+    assert outputs == [alone] * 3
+    assert alone["core"]["details"]["words"]["n"] == 16
+    assert set(alone["core"]["details"]["words"]["outcomes"]) == {"0", "1"}

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from nanochat.report import show_tool_calls, write_report
+from nanochat.records import Records
+from nanochat.report import model_card, show_tool_calls, write_report
 
 ROOT = Path(__file__).resolve().parent.parent
 PROVENANCE = {
@@ -89,7 +90,7 @@ def base(tmp_path):
     core = {"core_metric": 0.1234, "core_stderr": 0.02, "skipped": {"gone": "no file"}}
     core |= {"details": {"world_cloze": score(0.4, n=100), "world_schema": score(0.6, n=100, baseline=0.5)}}
     samples = [{"prompt": "The capital of France is", "text": " Paris."}]
-    evaluation = {"stage": "base", "tag": "d4", "step": 120, "train_bpb": 1.2345, "val_bpb": 1.3456}
+    evaluation = {"stage": "base", "tag": "d4", "step": 120, "train_bpb": 1.2345, "val_bpb": 1.3456, "bundle": "world"}
     write_json(
         base / "evals" / "base_eval_base_d4.json", {**evaluation, "core": core, "samples": samples, **PROVENANCE}
     )
@@ -116,7 +117,7 @@ def test_the_numbers_of_the_records_are_in_the_report(base):
     assert row(text, "choice")[1:] == ["200", "25", "25.0 ± 3.1", "50.0 ± 3.5 (+25.0)", "65.0 ± 3.4 (+15.0)"]
     assert row(text, "identity")[3:] == ["–", "–", "95.0 ± 1.5"]
     assert row(text, "**ChatCORE**")[3:] == ["0.000", "0.617 (+0.617)", "0.819 (+0.203)"]
-    assert ["base", "1.2345", "1.3456", "0.1234 ± 0.0200", "gone"] in [
+    assert ["base", "1.2345", "1.3456", "0.1234 ± 0.0200", "world", "gone"] in [
         [cell.strip() for cell in line.strip("|").split(" | ")] for line in text.splitlines()
     ]
     assert row(text, "world_cloze")[1:] == ["100", "0", "40.0 ± 4.9"]
@@ -135,14 +136,16 @@ def test_the_numbers_of_the_records_are_in_the_report(base):
     assert "| run |" not in text  # unset everywhere
     assert "abc123def456" in text and "Test CPU" in text and "2026-11-20T10:00:00Z to 2026-11-22T10:00:00Z" in text
     assert "The capital of France is» Paris." in text
-    assert "[calculator: 37*48 → 1776]37*48 = 1776." in text and "<|python_start|>" not in text
+    assert "[calculator: 37*48 → 1776] 37*48 = 1776." in text and "<|python_start|>" not in text
     assert "not run" not in text
 
 
 def test_a_rerun_gives_the_same_bytes(base, tmp_path):
     first, second = write_report(base), write_report(base, tmp_path / "again")
     names = sorted(path.name for path in first.parent.iterdir())
-    assert names == sorted(["report.md", *(f"{name}_d4.png" for name in ("loss", "bpb", "speed", "tasks"))])
+    assert names == sorted(
+        ["report.md", "MODEL_CARD_d4.md", *(f"{name}_d4.png" for name in ("loss", "bpb", "speed", "tasks"))]
+    )
     assert all((first.parent / name).read_bytes() == (second.parent / name).read_bytes() for name in names)
 
 
@@ -171,6 +174,38 @@ def test_several_models_have_a_section_each(base):
     text = write_report(base).read_text()
     assert text.index("## Model d4") < text.index("## Model d6")
     assert (base / "report" / "tasks_d6.png").is_file()
+
+
+def test_a_model_card_tells_of_its_stage_and_those_before(base):
+    import yaml
+
+    card = model_card(Records.read(base), "d4", "mid")
+    _, header, body = card.split("---\n", 2)
+    assert yaml.safe_load(header)["pipeline_tag"] == "text-generation"
+    assert row(body, "arithmetic")[1:] == ["200", "0", "0.0 ± 0.0", "90.0 ± 2.1 (+90.0)"]  # and not what SFT reaches
+    assert "5,000,000 parameters" in body and "abc123def456" in body and "2026-11-22" not in body
+    write_report(base)
+    assert "97.5 ± 1.1" in (base / "report" / "MODEL_CARD_d4.md").read_text()
+    with pytest.raises(ValueError, match="no run rl/d4"):
+        model_card(Records.read(base), "d4", "rl")
+
+
+def test_a_model_card_lists_the_data_of_its_runs_alone(base):
+    run = base / "runs" / "base" / "d4" / "run.json"
+    write_json(run, {**json.loads(run.read_text()), "dataset": "own"})
+    shards = [{"bytes": 1, "documents": 1}]
+    write_json(base / "datasets/x/manifest.json", {"name": "x", "source": "s", "licence": "secret", "shards": shards})
+    card = model_card(Records.read(base), "d4", "base")
+    assert "CC-BY-NC-4.0" in card and "secret" not in card
+
+
+def test_open_weights_models_have_a_table_of_their_own(base):
+    record = json.loads((base / "evals" / "base_eval_base_d4.json").read_text())
+    foreign = {**record, "stage": "hf", "tag": "gpt2", "train_bpb": None, "val_bpb": None, "bundle": "core"}
+    write_json(base / "evals" / "base_eval_hf_gpt2.json", foreign)
+    text = write_report(base).read_text()
+    assert "## Model gpt2" not in text
+    assert row(text, "gpt2") == ["gpt2", "–", "–", "0.1234 ± 0.0200", "core", "gone"]
 
 
 def test_runs_that_were_set_aside_do_not_count(base):
@@ -203,8 +238,8 @@ def test_a_damaged_record_is_one_line_that_names_its_file(base, file, content):
 
 
 def test_tool_calls_are_shown():
-    assert show_tool_calls(TOOL_ANSWER) == "[calculator: 37*48 → 1776]37*48 = 1776."
-    assert show_tool_calls("a<|python_start|>1/0<|python_end|>b") == "a[calculator: 1/0]b"
+    assert show_tool_calls(TOOL_ANSWER) == "[calculator: 37*48 → 1776] 37*48 = 1776."
+    assert show_tool_calls("a<|python_start|>1/0<|python_end|>b") == "a[calculator: 1/0] b"
 
 
 @pytest.mark.parametrize("module", ["nanochat.report", "scripts.report"])

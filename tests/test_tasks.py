@@ -377,15 +377,13 @@ def test_smoltalk_skips_and_counts_invalid_conversations(tmp_path):
     assert len(SmolTalk("train", tasks_dir=tmp_path, limit=1)) == 1
 
 
-def test_smoltalk_names_what_is_missing_or_broken(tmp_path, monkeypatch):
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+def test_smoltalk_names_what_is_missing_or_broken(tmp_path):
     with pytest.raises(ValueError, match=r"smoltalk.test\.parquet is missing"):
-        SmolTalk("test")
-    folder = tmp_path / "tasks" / "smoltalk"
-    folder.mkdir(parents=True)
-    (folder / "test.parquet").write_bytes(b"not parquet")
+        SmolTalk("test", tasks_dir=tmp_path)
+    (tmp_path / "smoltalk").mkdir()
+    (tmp_path / "smoltalk" / "test.parquet").write_bytes(b"not parquet")
     with pytest.raises(ValueError, match="not a Parquet file"):
-        SmolTalk("test")
+        SmolTalk("test", tasks_dir=tmp_path)
 
 
 @pytest.mark.skipif(not SMOLTALK.is_dir(), reason="needs ../shared/data/tasks")

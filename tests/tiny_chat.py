@@ -13,6 +13,7 @@ from nanochat.conversation import render
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.server import create_app, make_server
+from nanochat.service import ServerConfig
 from nanochat.tokenizer import Tokenizer
 
 CODE = "Like this:\n```python\nfor i in range(3):\n    print(i < 2)\n```\nIt prints `True` twice."
@@ -71,10 +72,10 @@ def tiny_chat() -> tuple[GPT, Tokenizer]:
 
 
 @contextlib.contextmanager
-def running_server(max_batch: int = 8, **options: Any) -> Iterator[tuple[Engine, int]]:
-    """(engine, port) of a real server of the tiny model on a free port, stopped at the end; options of `create_app`."""
-    app = create_app(Engine(*tiny_chat(), max_batch=max_batch), **options)
-    server = make_server(app, "127.0.0.1", 0, threads=16)
+def running_server(max_batch: int = 8, model_name: str = "tiny", **options: Any) -> Iterator[tuple[Engine, int]]:
+    """(engine, port) of a real server of the tiny model on a free port, stopped at the end; options of ServerConfig."""
+    app = create_app(Engine(*tiny_chat(), max_batch=max_batch), model_name, ServerConfig(**options))
+    server = make_server(app, "127.0.0.1", 0)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     try:

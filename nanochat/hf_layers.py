@@ -1,0 +1,180 @@
+"""What the open-weights families share: checked reading of config.json, rotary frequencies, attention, the logits.
+
+Shapes as in gpt.py: B sequences, T positions, C channels, H query heads, K kv heads, D head dim, V vocabulary.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from nanochat import attention
+from nanochat.loss import softcap_cross_entropy
+
+
+class Settings:
+    """A config.json whose values are checked as they are read: what is missing, of another kind or out of range
+    raises ValueError by name. null counts as absent."""
+
+    def __init__(self, values: dict[str, Any], where: str = "config.json") -> None:
+        if not isinstance(values, dict):
+            raise ValueError(f"{where} must hold an object, not {type(values).__name__}")
+        self.values = {name: value for name, value in values.items() if value is not None}
+        self.where = where
+
+    def _read(self, name: str, kinds: tuple[type, ...], what: str, default: Any) -> Any:
+        value = self.values.get(name, default)
+        if value is None:
+            raise ValueError(f"{self.where} lacks '{name}'")
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            raise ValueError(f"{self.where}: '{name}' must be {what}, not {value!r:.40}")
+        return value
+
+    def integer(self, name: str, default: int | None = None, low: int = 1, high: int = 1 << 28) -> int:
+        """A whole number from `low` to `high`."""
+        value = self._read(name, (int,), "a whole number", default)
+        if not low <= value <= high:
+            raise ValueError(f"{self.where}: '{name}' is {value!r:.40}, which is not from {low} to {high}")
+        return value
+
+    def number(self, name: str, default: float | None = None, low: float = 0.0) -> float:
+        """A finite number above `low`."""
+        value = self._read(name, (int, float), "a number", default)
+        if not low < value < 1e30:
+            raise ValueError(f"{self.where}: '{name}' is {value!r:.40}, which is not a number above {low:g}")
+        return float(value)
+
+    def flag(self, name: str, default: bool = False) -> bool:
+        """true or false."""
+        return self._read(name, (bool,), "true or false", default)
+
+    def expect(self, name: str, *known: Any) -> None:
+        """Refuse any value but `known`, of which the first is the default: the others mean maths that is not here."""
+        value = self.values.get(name, known[0])
+        if value not in known:
+            raise ValueError(f"{self.where}: '{name}' {value!r:.40} is not supported, only {known[0]!r}")
+
+    def windows(self, layers: int, context: int, fallback: Sequence[bool]) -> tuple[int, ...]:
+        """Positions each layer attends to, its own included, from `layer_types`, else where `fallback` is true."""
+        kinds = self.values.get("layer_types")
+        if kinds is None:
+            kinds = ["sliding_attention" if sliding else "full_attention" for sliding in fallback]
+        if not isinstance(kinds, list) or len(kinds) != layers:
+            raise ValueError(f"{self.where}: 'layer_types' must name the kind of each of the {layers} layers")
+        if wrong := next((kind for kind in kinds if kind not in ("sliding_attention", "full_attention")), None):
+            raise ValueError(f"{self.where}: layer type {wrong!r:.40} is not supported")
+        window = min(self.integer("sliding_window"), context) if "sliding_attention" in kinds else context
+        return tuple(window if kind == "sliding_attention" else context for kind in kinds)
+
+
+def rotary_frequencies(settings: Settings, head_dim: int, theta: float) -> tuple[tuple[float, ...], float]:
+    """Radians a position for each of the D/2 planes, and the factor on cos and sin, as config.json asks for them.
+
+    Both spellings are read: `rope_parameters`, and `rope_theta` beside `rope_scaling`. theta: the family's default.
+    Kinds: default; linear (positions / factor); llama3 (long waves only, meta-llama/llama-models); yarn
+    (arXiv 2309.00071).
+    """
+    values = settings.values.get("rope_parameters") or settings.values.get("rope_scaling") or {}
+    rope = Settings(values, f"{settings.where}: rope_parameters")
+    theta = rope.number("rope_theta", settings.number("rope_theta", theta), low=1.0)
+    kind = rope.values.get("rope_type") or rope.values.get("type") or "default"
+    rope.expect("partial_rotary_factor", 1.0)
+    if head_dim % 2:
+        raise ValueError(f"{settings.where}: heads of {head_dim} channels cannot be rotated in pairs")
+    plain = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim)
+    if kind == "default":
+        return tuple(plain.tolist()), 1.0
+    if kind not in ("linear", "llama3", "yarn"):
+        raise ValueError(f"{settings.where}: rotary positions of kind {kind!r:.40} are not supported")
+    factor = rope.number("factor")
+    if kind == "linear":
+        return tuple((plain / factor).tolist()), 1.0
+    original = rope.integer("original_max_position_embeddings", settings.values.get("max_position_embeddings"))
+    if kind == "llama3":
+        low = rope.number("low_freq_factor")
+        high = rope.number("high_freq_factor", low=low)
+        turns = original * plain / (2 * math.pi)  # in the original context
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        return tuple((plain * kept + plain / factor * (1 - kept)).tolist()), 1.0
+
+    def plane(turns: float) -> float:
+        """Where in 0..D/2 the plane lies that makes so many turns over the original context."""
+        return head_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    first, last = plane(rope.number("beta_fast", 32.0)), plane(rope.number("beta_slow", 1.0))
+    if rope.flag("truncate", True):
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, head_dim - 1)
+    last += 0.001 if first == last else 0
+    slow = ((torch.arange(head_dim // 2, dtype=torch.float32, device="cpu") - first) / (last - first)).clamp(0, 1)
+    rope.expect("mscale", None)
+    rope.expect("mscale_all_dim", None)
+    scale = rope.number("attention_factor", 0.1 * math.log(factor) + 1 if factor > 1 else 1.0)
+    return tuple((plain / factor * slow + plain * (1 - slow)).tolist()), scale
+
+
+def attend(
+    q_BTHD: torch.Tensor,
+    k_BTKD: torch.Tensor,
+    v_BTKD: torch.Tensor,
+    positions_BT: torch.Tensor,
+    window: int,
+    cache: Any | None,
+    layer: int,
+    sinks_H: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention of a layer, over the engine's cache where there is one; everything else is as in attention.py."""
+    if cache is not None:
+        k_BTKD, v_BTKD = cache.update(layer, k_BTKD, v_BTKD, positions_BT)
+    elif sinks_H is None and window >= q_BTHD.size(1):
+        fastest = attention.choose(q_BTHD.device, q_BTHD.dtype, q_BTHD.size(3), False)[1]
+        return fastest(q_BTHD, k_BTKD, v_BTKD, window)
+    return attention.cached_attention(q_BTHD, k_BTKD, v_BTKD, positions_BT, window, sinks_H)
+
+
+class OpenModel(nn.Module):
+    """What an engine, an evaluation and a chat ask of a model, over a family's `hidden` and `head_weight`.
+
+    Its `config` has `sequence_len` and `vocab_size`; its parameters bear the names they have in the files.
+    """
+
+    config: Any
+
+    def hidden(self, idx_BT: torch.Tensor, positions_BT: torch.Tensor, cache: Any | None) -> torch.Tensor:
+        """The normed residual that the head reads, (B, T, C)."""
+        raise NotImplementedError
+
+    @property
+    def head_weight(self) -> torch.Tensor:
+        """The matrix that gives the logits, (V, C)."""
+        raise NotImplementedError
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.head_weight.device
+
+    def forward(
+        self,
+        idx_BT: torch.Tensor,
+        targets_BT: torch.Tensor | None = None,
+        *,
+        loss_reduction: str = "mean",
+        cache: Any | None = None,
+        positions_BT: torch.Tensor | None = None,
+        last_only: bool = False,
+    ) -> torch.Tensor:
+        """Logits (B, T, V) in fp32, or with targets the loss; arguments and errors as `GPT.forward`."""
+        if cache is None:
+            if idx_BT.size(1) > self.config.sequence_len:
+                raise ValueError(f"{idx_BT.size(1)} tokens exceed the model's context of {self.config.sequence_len}")
+            positions_BT = torch.arange(idx_BT.size(1), device=idx_BT.device)[None]
+        x_BTC = self.hidden(idx_BT, positions_BT, cache)
+        if targets_BT is None:
+            return F.linear(x_BTC[:, -1:] if last_only else x_BTC, self.head_weight).float()
+        x_NC, targets_N = x_BTC.flatten(0, 1), targets_BT.flatten()
+        loss = softcap_cross_entropy(x_NC, self.head_weight, targets_N, 0.0, loss_reduction)
+        return loss.view(targets_BT.shape) if loss_reduction == "none" else loss

@@ -1,0 +1,169 @@
+"""Open-weights models from a folder of safetensors: `load(folder, device)` -> a model and its tokenizer.
+
+    config.json                             which family, and its numbers
+    model.safetensors                       or shards, with model.safetensors.index.json to say which holds what
+    tokenizer.json, tokenizer_config.json   text to ids; names of special tokens; chat template
+    generation_config.json                  which tokens end an answer
+
+Nothing in the folder is run, and nothing is allocated before every name, type and shape is known to fit.
+"""
+
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from nanochat import hf_gpt2, hf_gpt_oss, hf_llama
+from nanochat.common import read_json
+from nanochat.compute import pick_dtype
+from nanochat.hf_tokenizer import HFTokenizer
+
+FAMILIES: dict[str, ModuleType] = {
+    kind: family for family in (hf_gpt2, hf_llama, hf_gpt_oss) for kind in family.MODEL_TYPES
+}
+_INDEX = "model.safetensors.index.json"
+_LARGEST_HEADER = 16 << 20  # bytes; models of 100,000 tensors stay below
+_FLOATS = ("F32", "BF16", "F16")
+
+
+class Stored(NamedTuple):
+    """A tensor in a file: where it lies, and what the file's header says of it."""
+
+    path: Path
+    name: str
+    dtype: str  # safetensors' word, such as BF16
+    shape: tuple[int, ...]
+
+
+def read_config(folder: Path | str) -> dict[str, Any]:
+    """config.json of a model folder; ValueError when there is none, or when its architecture is not known here."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no config.json: is it a model's folder?")
+    values = read_json(path)
+    if not isinstance(values, dict) or not isinstance(values.get("model_type"), str):
+        raise ValueError(f"{path} names no model_type")
+    kind = values["model_type"]
+    if kind in ("nanochat", "nanochat_gpt"):
+        raise ValueError(f"{folder} is a nanochat's: python -m scripts.models import makes it one of your checkpoints")
+    if kind not in FAMILIES:
+        named = f"{kind!r:.60} {values.get('architectures') or ''!s:.80}".strip()
+        raise ValueError(f"{path}: the architecture {named} is not supported; known are {', '.join(FAMILIES)}")
+    quantized = values.get("quantization_config")
+    method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+    if method is not None and (kind, method) != ("gpt_oss", "mxfp4"):
+        raise ValueError(f"{path}: weights quantized by {method!r:.40} are not supported: take the plain ones")
+    return values
+
+
+def stored_tensors(folder: Path | str) -> dict[str, Stored]:
+    """Every tensor of a folder by its name, from the files' headers alone. ValueError names a file that is not whole
+    or not what the index says."""
+    folder = Path(folder)
+    if (folder / _INDEX).is_file():
+        index = read_json(folder / _INDEX)
+        where = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(where, dict) or not where:
+            raise ValueError(f"{folder / _INDEX} has no weight_map")
+        for file in where.values():
+            if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+                raise ValueError(f"{folder / _INDEX}: {file!r:.80} is not the name of a .safetensors file beside it")
+        files = sorted(set(where.values()))
+    elif (folder / "model.safetensors").is_file():
+        where, files = None, ["model.safetensors"]
+    else:
+        raise ValueError(f"{folder} holds no model.safetensors, whole or in shards: other formats are not read")
+    found: dict[str, Stored] = {}
+    for file in files:
+        for name, tensor in _read_header(folder / file).items():
+            if name in found or (where is not None and where.get(name) != file):
+                raise ValueError(f"{folder / _INDEX} does not place the tensor {name!r:.80} in {file}, which has it")
+            found[name] = tensor
+    if missing := sorted(set(where or ()) - found.keys()):
+        raise ValueError(f"{folder}: {_listed(missing)} named by the index, but in no file")
+    return found
+
+
+def _read_header(path: Path) -> dict[str, Stored]:
+    if not path.is_file():  # nor a pipe, which would be waited for
+        raise ValueError(f"{path} is missing: download the whole model")
+    try:
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+        if length > _LARGEST_HEADER:
+            raise ValueError(f"{path} is not a safetensors file: its header would have {length} bytes")
+        with safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            return {name: Stored(path, name, s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is missing, damaged or not a safetensors file ({error})") from error
+
+
+def _listed(names: list[str]) -> str:
+    """The first few of `names`, and how many there are."""
+    return f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''} ({len(names)} tensors)"
+
+
+def _fit(model: nn.Module, family: ModuleType, stored: dict[str, Stored], folder: Path | str) -> dict[str, Stored]:
+    """The stored tensors by the model's names; ValueError names what is missing, extra, mis-shaped or mistyped."""
+    wanted, placed = model.state_dict(), {}
+    for name, tensor in stored.items():
+        target = family.rename(name)
+        if target is not None and not (target == "lm_head.weight" and model.config.tied):
+            placed[target] = tensor
+    problems = {
+        "missing": sorted(wanted.keys() - placed.keys()),
+        "not the model's": sorted(placed.keys() - wanted.keys()),
+        "of another shape": [
+            f"{name} {list(tensor.shape)} for {list(wanted[name].shape)}"
+            for name, tensor in placed.items()
+            if name in wanted and tensor.shape != wanted[name].shape
+        ],
+        "of another type": [
+            f"{name} {tensor.dtype}"
+            for name, tensor in placed.items()
+            if name in wanted and tensor.dtype not in (_FLOATS if wanted[name].is_floating_point() else ("U8",))
+        ],
+    }
+    words = [f"{_listed(names)} {what}" for what, names in problems.items() if names]
+    if words:
+        raise ValueError(f"the weights in {folder} do not fit its config.json: {'; '.join(words)}")
+    return placed
+
+
+def load_model(folder: Path | str, device: torch.device | str, dtype: torch.dtype | None = None) -> nn.Module:
+    """The model in `folder`, in eval mode, its floating-point weights in `dtype` (None: the device's best).
+
+    Files are memory-mapped: on CPU, weights of the same dtype stay views of them, so that a second process shares
+    their pages; to another device each tensor goes straight from the file. Raises ValueError that names what is wrong.
+    """
+    device, values, stored = torch.device(device), read_config(folder), stored_tensors(folder)
+    dtype = dtype or pick_dtype(device)
+    family = FAMILIES[values["model_type"]]
+    with torch.device("meta"):
+        model = family.build(family.CONFIG.from_json(values))
+    state = {}
+    by_file: dict[Path, list[tuple[str, Stored]]] = {}
+    for target, tensor in _fit(model, family, stored, folder).items():
+        by_file.setdefault(tensor.path, []).append((target, tensor))
+    for path, tensors in by_file.items():
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            for target, tensor in tensors:
+                value = file.get_tensor(tensor.name)
+                state[target] = value.to(dtype) if value.is_floating_point() else value
+    model.load_state_dict(state, assign=True)
+    return model.to(device).requires_grad_(False).eval()
+
+
+def load(
+    path: Path | str, device: torch.device | str, dtype: torch.dtype | None = None
+) -> tuple[nn.Module, HFTokenizer]:
+    """A supported model's folder -> (model, tokenizer): `model(idx_BT)` gives logits (B, T, V) in fp32.
+
+    See `load_model`. The tokenizer has the interface of `nanochat.tokenizer.Tokenizer`.
+    """
+    tokenizer = HFTokenizer.from_directory(path)  # first: it is checked in a moment
+    return load_model(path, device, dtype), tokenizer

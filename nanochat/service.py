@@ -1,0 +1,162 @@
+"""What a server does, without HTTP: answers begun, streamed and ended, with sessions and the response cache."""
+
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nanochat.answers import Answer, ChatFormat, TextFormat, content_of, usage_of
+from nanochat.api import ApiError, ChatRequest, CompletionRequest, make_requests
+from nanochat.cli import option
+from nanochat.engine import Engine, Request
+from nanochat.engine_loop import Delivery, EngineLoop, read_deliveries
+from nanochat.metrics import Metrics
+from nanochat.sessions import ResponseCache, Sessions
+
+KEYS_VARIABLE = "NANOCHAT_API_KEYS"
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """How a server answers, and what it keeps to."""
+
+    temperature: float = option(0.0, "for requests that give none; 0 is the likeliest answer")
+    max_waiting: int = option(64, "answers that may wait while others are made; more are told to come back (429)")
+    max_tokens: int | None = option(None, "longest answer in tokens; unset: as far as the context goes")
+    max_body: int = option(1 << 20, "longest body of a request, in bytes")
+    api_keys: str | None = option(None, f"file of API keys, one a line; ${KEYS_VARIABLE} (by commas) adds to them")
+    cors_origin: str | None = option(None, "web pages of this origin may use the API, * = of any; unset: none but ours")
+    max_sessions: int = option(1000, "conversations kept by session_id; the one used longest ago goes first")
+    session_seconds: float = option(3600.0, "how long a session is kept after its last turn")
+    cache_mb: float = option(16.0, "memory for answers that would come out the same again; 0: none kept")
+    cache_seconds: float = option(600.0, "how long such an answer is kept")
+
+
+class Completion:
+    """One HTTP request's answer on its way, from the engine or from the cache, and what is to be done at its end."""
+
+    def __init__(self, service: "Service", answer: Answer, requests: Sequence[Request], key: str | None) -> None:
+        self.service, self.answer, self.requests, self.key = service, answer, requests, key
+        self.cached = service.cache.get(key) if key else None
+        self.on_end: Callable[[], None] = lambda: None
+        self.facts: dict[str, Any] = {"cached": self.cached is not None}  # for the access log
+        self._deliveries = None if self.cached else service.loop.submit(requests)
+
+    def deliveries(self, gone: Callable[[], bool]) -> Iterator[Delivery]:
+        """What comes; ends early when the client has gone."""
+        if self.cached is not None:
+            kept, self.answer.usage = self.cached
+            self.service.metrics.cache_hits.inc()
+            source: Iterator[Delivery] = (delivery for choice in kept for delivery in choice)
+        else:
+            source = read_deliveries(self._deliveries, len(self.requests), gone)
+        for delivery in self.answer.keep(source):
+            if self.answer.ended:
+                self._end()
+            yield delivery
+
+    def _end(self) -> None:
+        if self.cached is None:
+            self.answer.usage = usage_of(self.requests)
+            if self.key:
+                self.service.cache.put(self.key, (self.answer.deliveries, self.answer.usage))
+        reasons = [deliveries[-1].finish_reason for deliveries in self.answer.deliveries]
+        counts = {name: self.answer.usage[name] for name in ("prompt_tokens", "completion_tokens")}
+        self.facts |= {**counts, "finish_reason": ",".join(reasons)}
+        self.on_end()
+
+    def close(self) -> None:
+        """Free the places of an answer that nobody waits for any more."""
+        self.service.loop.cancel(self.requests)
+
+
+class Service:
+    """The engine with all that is kept beside it; knows nothing of HTTP."""
+
+    def __init__(self, engine: Engine, model_name: str, config: ServerConfig) -> None:
+        self.engine, self.model_name, self.config = engine, model_name, config
+        self.created = int(time.time())
+        self.metrics = Metrics(engine)
+        self.loop = EngineLoop(engine, self.metrics, engine.max_batch + config.max_waiting)
+        self.context = engine.context
+        # as much as Engine.chat_request leaves to a conversation, however long the answer may get
+        budget = self.context - self.context // 4
+        self.sessions = Sessions(engine.tokenizer, budget, config.max_sessions, config.session_seconds)
+        self.cache = ResponseCache(int(config.cache_mb * 2**20), config.cache_seconds)
+        self.limits = config.temperature, config.max_tokens
+
+    def _start(self, form: ChatFormat, body: Any, requests: Sequence[Request], *known: Any) -> Completion:
+        """known: what decides the answer besides the body, and whose it is."""
+        head = {"id": form.prefix + uuid.uuid4().hex, "created": int(time.time()), "model": self.model_name}
+        key = None
+        if self.config.cache_mb and (body.seed is not None or requests[0].temperature == 0):
+            asked = body.model_dump(exclude={"stream", "stream_options", "user", "session_id", "model"})
+            key = ResponseCache.key([form.prefix, asked, *known])
+        with_logprobs = body.top_logprobs_wanted() is not None
+        return Completion(self, Answer(form, head, len(requests), with_logprobs), requests, key)
+
+    def complete(self, body: CompletionRequest, owner: int) -> Completion:
+        """Begin the answer to /v1/completions."""
+        requests = make_requests(body, self.engine, None, *self.limits)
+        return self._start(TextFormat(self.engine.tokenizer), body, requests, owner)
+
+    def chat(self, body: ChatRequest, owner: int) -> Completion:
+        """Begin the answer to /v1/chat/completions, in its session if it names one."""
+        messages, dropped = [message.as_turn() for message in body.messages], 0
+        name = body.session_id
+        if name is not None:
+            try:
+                messages, dropped = self.sessions.begin(owner, name, messages)
+            except ValueError as error:
+                raise ApiError(400, str(error), "messages") from error
+        try:
+            requests = make_requests(body, self.engine, messages, *self.limits)
+            completion = self._start(ChatFormat(self.engine.tokenizer), body, requests, owner, messages)
+        except BaseException:
+            if name is not None:
+                self.sessions.end(owner, name)
+            raise
+        if name is not None:
+            self._in_session(completion, owner, name, messages, dropped)
+        return completion
+
+    def _in_session(self, completion: Completion, owner: int, name: str, messages: list, dropped: int) -> None:
+        """Let the end of the answer write it into its session, and its failure leave the session as it was."""
+        answer, close, busy = completion.answer, completion.close, [True]
+
+        def end() -> None:
+            busy.clear()
+            reply = {"role": "assistant", "content": content_of(answer.events(0))}
+            whole = [*messages, reply]
+            turns = sum(message["role"] == "user" for message in whole)
+            account = {"id": name, "turns": turns, "dropped_turns": dropped, "tokens": answer.usage["total_tokens"]}
+            account |= {"context": self.context, "expires_in": self.config.session_seconds}
+            account |= answer.usage["prompt_tokens_details"]
+            self.sessions.end(owner, name, {**account, "messages": whole})
+            answer.extra["session"] = account
+
+        def close_session() -> None:
+            close()
+            if busy:
+                self.sessions.end(owner, name)
+
+        completion.on_end, completion.close = end, close_session
+
+    def invalidate(self) -> dict[str, Any]:
+        """Forget kept answers, and what the engine knows of prompts."""
+        self.loop.call(self.engine.slots.prefixes.clear)
+        return {"responses": self.cache.clear()}
+
+    def stats(self) -> dict[str, Any]:
+        """The state of everything, for people; /metrics is for machines."""
+        return {
+            "model": self.model_name,
+            "context": self.context,
+            "max_batch": self.engine.max_batch,
+            "uptime_seconds": round(time.time() - self.created, 1),
+            "open_requests": self.loop.n_open,
+            "sessions": len(self.sessions),
+            "cached_responses": len(self.cache),
+            **self.engine.stats(),
+        }

@@ -1,0 +1,46 @@
+"""Reinforcement learning on problems whose answers can be checked, from the SFT model: python -m scripts.chat_rl"""
+
+from dataclasses import dataclass
+
+from nanochat import cli
+from nanochat.compute import Compute
+from nanochat.rl import RLConfig, reinforce
+from tasks.builtin import SCORED, mixture
+from tasks.common import Task
+
+BUILT_IN = ("arithmetic", "spellingbee", "world", "identity")
+
+
+@dataclass(frozen=True)
+class ChatRL(RLConfig):
+    """Flags of reinforcement learning."""
+
+    tasks: str = cli.option("arithmetic,spellingbee", f"tasks, separated by commas: {', '.join(BUILT_IN)}, gsm8k")
+    tasks_dir: str | None = cli.option(None, "folder with gsm8k/{train,test}.parquet; unset = from the hub")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if unknown := [name for name in self.tasks.split(",") if name not in (*BUILT_IN, "gsm8k")]:
+            raise ValueError(f"--tasks: no task {', '.join(unknown)}; choose from {', '.join(BUILT_IN)}, gsm8k")
+
+    def load(self, split: str) -> list[Task]:
+        """The tasks' problems of "train" or "test"."""
+        return [self._load(name, split) for name in dict.fromkeys(self.tasks.split(","))]
+
+    def _load(self, name: str, split: str) -> Task:
+        if name != "gsm8k":
+            return SCORED[name](split)
+        from tasks.gsm8k import GSM8K
+
+        return GSM8K(split, self.tasks_dir)
+
+
+def main() -> None:
+    config = cli.parse(ChatRL, description=__doc__)
+    compute = Compute.create(config.device_type)
+    held_out = mixture("test", 0.1, config.seed, identity=True)
+    reinforce(config, config.load("train"), config.load("test"), held_out, compute)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,49 @@
+"""The documents: every file, function and figure that they name is there, and every link leads somewhere."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = sorted([ROOT / "README.md", *(path for path in (ROOT / "dev").glob("*.md") if path.name != "LOG.md")])
+PLACE = re.compile(r"`((?:nanochat|scripts|tasks|dev|tests)/[\w/.-]+?\.(?:py|sh|md|html|txt))(?::([\w.]+))?`")
+
+
+def names_in(path):
+    """Classes, functions and constants of a file, methods as Class.method."""
+    found = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            found.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            found |= {f"{node.name}.{inner.name}" for inner in node.body if isinstance(inner, ast.FunctionDef)}
+        if isinstance(node, ast.Assign):
+            found |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+    return found
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_what_a_document_names_exists(document):
+    for file, name in PLACE.findall(document.read_text()):
+        path = ROOT / file
+        assert path.is_file(), f"{document.name} names {file}"
+        assert not name or name in names_in(path), f"{document.name} names {file}:{name}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_relative_links_and_figures_exist(document):
+    for target in re.findall(r"\]\(([^)#]+)\)", document.read_text()):
+        assert "://" in target or (document.parent / target).exists(), f"{document.name} links to {target}"
+
+
+def test_modules_that_commands_run_exist():
+    for document in DOCUMENTS:
+        for module in re.findall(r"python -m ((?:nanochat|scripts|dev)[.\w]*)", document.read_text()):
+            assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), f"{document.name} runs {module}"
+
+
+def test_theory_points_into_the_code():
+    text = (ROOT / "dev" / "theory.md").read_text()
+    assert len({place for place in PLACE.findall(text) if place[1]}) >= 20

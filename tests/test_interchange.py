@@ -1,0 +1,373 @@
+"""Checkpoints in and out: the original layout, transformers' NanoChat, and bundles with their own code."""
+
+import dataclasses
+import json
+import os
+import pickle
+
+import pytest
+import tiny_run
+import torch
+
+pytest.importorskip("transformers", reason="the oracle, transformers, is not installed")
+import transformers
+from safetensors.torch import load_file
+
+from nanochat import checkpoint, interchange
+from nanochat.conversation import render_for_completion
+from nanochat.engine import Engine
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.tokenizer import Tokenizer, load_tokenizer
+from nanochat.tokenizer_convert import find_tokenizer, from_tokenizer_json, read_pickled, to_tokenizer_json
+
+TEXTS = ["The quick brown fox, it's 12345!\n\n", "Grüße aus 東京 👩‍👩‍👧 — naïve", "def f(x):\n    return x**2\n"] * 30
+SHAPE = {"sequence_len": 256, "n_layer": 4, "n_head": 4, "n_kv_head": 2, "n_embd": 64}
+TALK = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "What is 2+2?"},
+    {"role": "assistant", "content": [{"type": "python", "text": "2+2"}, {"type": "python_output", "text": "4"}]},
+    {"role": "user", "content": "  Grüße {{ 1 }} "},
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.train_from_iterator(TEXTS, 400)
+
+
+@pytest.fixture
+def base(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
+    monkeypatch.setenv("NANOCHAT_DTYPE", "float32")
+    return tmp_path / "base"
+
+
+def original_state(config, new, seed=0):
+    """A checkpoint as the original writes it: random weights under its names. new: the architecture of 2026."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def matrix(*shape):
+        return torch.randn(*shape, generator=generator) * shape[-1] ** -0.5
+
+    C, n, kv = config["n_embd"], config["n_layer"], config["n_kv_head"] * config["n_embd"] // config["n_head"]
+    V = -(-config["vocab_size"] // 64) * 64 if new else config["vocab_size"]
+    state = {"transformer.wte.weight": matrix(V, C) * 8, "lm_head.weight": matrix(V, C) * 3}
+    for i in range(n):
+        h = f"transformer.h.{i}"
+        state |= {f"{h}.attn.c_q.weight": matrix(C, C), f"{h}.attn.c_k.weight": matrix(kv, C)}
+        state |= {f"{h}.attn.c_v.weight": matrix(kv, C), f"{h}.attn.c_proj.weight": matrix(C, C)}
+        state |= {f"{h}.mlp.c_fc.weight": matrix(4 * C, C), f"{h}.mlp.c_proj.weight": matrix(C, 4 * C)}
+        if new and (n - 1 - i) % 2 == 0:
+            state[f"{h}.attn.ve_gate.weight"] = matrix(config["n_kv_head"], 12)
+            state[f"value_embeds.{i}.weight"] = matrix(V, kv)
+    if new:
+        state |= {"resid_lambdas": 1 + matrix(n) / 3, "x0_lambdas": matrix(n), "smear_gate.weight": matrix(1, 24)}
+        state |= {"smear_lambda": torch.tensor([0.7]), "backout_lambda": torch.tensor([0.3])}
+    return state
+
+
+def recompute(state, config, idx_T, new):
+    """The original's function of one row, written out plainly: no batch, no cache, one head at a time."""
+
+    def rms(x):
+        return x / (x.pow(2).mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).sqrt()
+
+    n, H, K = config["n_layer"], config["n_head"], config["n_kv_head"]
+    D, T = config["n_embd"] // H, len(idx_T)
+    base, sharp = (100_000, 1.2) if new else (10_000, 1.0)
+    angle = torch.arange(T)[:, None] * base ** -(torch.arange(0, D, 2) / D)
+    cos, sin = angle.cos(), angle.sin()
+
+    def turn(x):  # by minus theta
+        a, b = x[:, : D // 2], x[:, D // 2 :]
+        return torch.cat((a * cos + b * sin, b * cos - a * sin), 1)
+
+    x = rms(state["transformer.wte.weight"][idx_T])
+    if new:
+        gate = torch.sigmoid(x[1:, :24] @ state["smear_gate.weight"].T) * state["smear_lambda"]
+        x = torch.cat((x[:1], x[1:] + gate * x[:-1]))
+    x0, short = x, -(-config["sequence_len"] // 4 // 128) * 128
+    pattern = config.get("window_pattern", "L")
+    for i in range(n):
+        w = {k.removeprefix(f"transformer.h.{i}."): v for k, v in state.items() if k.startswith(f"transformer.h.{i}.")}
+        if new:
+            x = state["resid_lambdas"][i] * x + state["x0_lambdas"][i] * x0
+        h = rms(x)
+        q, k, v = (h @ w[f"attn.c_{name}.weight"].T for name in "qkv")
+        if f"value_embeds.{i}.weight" in state:
+            share = 3 * torch.sigmoid(h[:, :12] @ w["attn.ve_gate.weight"].T)
+            v = v + share.repeat_interleave(D, 1) * state[f"value_embeds.{i}.weight"][idx_T]
+        window = short if pattern[i % len(pattern)] == "S" and i < n - 1 else config["sequence_len"]
+        apart = torch.arange(T)[:, None] - torch.arange(T)
+        heads = []
+        for head in range(H):
+            at, kv = slice(head * D, head * D + D), slice(head // (H // K) * D, head // (H // K) * D + D)
+            scores = (rms(turn(q[:, at])) * sharp) @ (rms(turn(k[:, kv])) * sharp).T / D**0.5
+            heads.append(scores.masked_fill((apart < 0) | (apart >= window), -torch.inf).softmax(-1) @ v[:, kv])
+        x = x + torch.cat(heads, 1) @ w["attn.c_proj.weight"].T
+        x = x + (rms(x) @ w["mlp.c_fc.weight"].T).relu() ** 2 @ w["mlp.c_proj.weight"].T
+        if i == n // 2:
+            middle = x
+    x = rms(x - state["backout_lambda"] * middle) if new else rms(x)
+    return 15 * torch.tanh((x @ state["lm_head.weight"].T)[:, : config["vocab_size"]] / 15)
+
+
+def write_original(folder, tokenizer, new, prefix="", **changes):
+    """A checkpoint of 2026 or of 2025 with its tokenizer, where the original keeps them."""
+    config = {**SHAPE, "vocab_size": tokenizer.get_vocab_size(), **({"window_pattern": "SSSL"} if new else {})}
+    state = original_state(config, new) | changes
+    where = folder / "base_checkpoints" / "d4"
+    where.mkdir(parents=True)
+    torch.save({"never": "read"}, where / "optim_000700_rank0.pt")
+    torch.save({f"{prefix}{name}": value for name, value in state.items()}, where / "model_000700.pt")
+    torch.save({}, where / "model_000650.pt")
+    (where / "meta_000700.json").write_text(json.dumps({"model_config": config, "user_config": {}, "val_bpb": 0.9}))
+    (folder / "tokenizer").mkdir()
+    (folder / "tokenizer" / "tokenizer.pkl").write_bytes(pickle.dumps(tokenizer.encoding))
+    return where, state, config
+
+
+@pytest.mark.parametrize("new", [True, False])
+@torch.no_grad()
+def test_import_of_the_original_layout(base, tmp_path, tokenizer, new):
+    where, state, config = write_original(tmp_path / "theirs", tokenizer, new, "_orig_mod." if new else "")
+    interchange.import_checkpoint(where, "base", "theirs")
+    model, ours, meta = checkpoint.load_model("base", "cpu", "theirs")
+    assert ours.hash == tokenizer.hash and meta["val_bpb"] == 0.9 and meta["original_step"] == 700
+    idx_T = torch.randint(config["vocab_size"], (200,), generator=torch.Generator().manual_seed(1))
+    wanted = recompute(state, config, idx_T, new)
+    assert ((model(idx_T[None])[0] - wanted).abs().max() / wanted.abs().max()) < 1e-4
+    with pytest.raises(ValueError, match="another --tag"):
+        interchange.import_checkpoint(where, "base", "theirs")
+
+
+def test_another_tokenizer_is_not_overwritten(base, tmp_path, tokenizer):
+    Tokenizer.train_from_iterator(TEXTS[:3], 300).save(base / "tokenizer")
+    where, _, _ = write_original(tmp_path / "theirs", tokenizer, True)
+    with pytest.raises(ValueError, match="NANOCHAT_BASE_DIR"):
+        interchange.import_checkpoint(where, "base", "theirs")
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.system, (f"touch {os.environ['BOMB']}",)
+
+
+def test_hostile_and_damaged_originals(base, tmp_path, monkeypatch, tokenizer):
+    monkeypatch.setenv("BOMB", str(tmp_path / "exploded"))
+    where, state, config = write_original(tmp_path / "theirs", tokenizer, True)
+    model, meta = where / "model_000700.pt", where / "meta_000700.json"
+    pickled = tmp_path / "theirs" / "tokenizer" / "tokenizer.pkl"
+
+    def refused(*words):
+        with pytest.raises(ValueError) as caught:
+            interchange.import_checkpoint(where, "base", "x")
+        assert all(word in str(caught.value) for word in words), caught.value
+        assert not (tmp_path / "exploded").exists()
+
+    right = model.read_bytes(), meta.read_text(), pickled.read_bytes()
+    for content in (Bomb(), {"a": Bomb()}, {"a": 3}, [1]):
+        torch.save(content, model)
+        refused("model_000700.pt")
+    model.write_bytes(pickle.dumps(Bomb()))
+    refused("model_000700.pt")
+    model.write_bytes(right[0][:-500])
+    refused("model_000700.pt")
+    for wrong in ({**state, "evil": torch.zeros(2)}, {k: v for k, v in state.items() if "c_fc" not in k}):
+        torch.save(wrong, model)
+        refused("tensors")
+    torch.save({**state, "lm_head.weight": state["lm_head.weight"][:, :-1]}, model)
+    refused("head.weight")
+    torch.save({k: v for k, v in state.items() if not k.startswith("smear")}, model)
+    refused("between")
+    model.write_bytes(right[0])
+    for change in (
+        {"n_layer": 10**9},
+        {"n_layer": "4"},
+        {"n_head": 3},
+        {"vocab_size": 10**12},
+        {"window_pattern": "X"},
+    ):
+        meta.write_text(json.dumps({"model_config": {**config, **change}}))
+        refused()
+    for text in ("[]", "{}", "{", "null"):
+        meta.write_text(text)
+        refused("meta_000700.json")
+    meta.unlink()
+    refused("meta_000700.json")
+    meta.write_text(right[1])
+    for content in (Bomb(), [Bomb()], {"pat_str": "a"}, 3, dataclasses.replace):
+        pickled.write_bytes(pickle.dumps(content))
+        refused("tokenizer.pkl")
+    state = tokenizer.encoding.__getstate__()
+    ranks = dict(list(state["mergeable_ranks"].items())[:-3])
+    for change in ({"mergeable_ranks": ranks}, {"special_tokens": {}}, {"pat_str": 3}, {"pat_str": "("}):
+        pickled.write_bytes(forge({**state, **change}))
+        refused("tokenizer.pkl")
+    pickled.unlink()
+    refused("--tokenizer")
+    assert checkpoint.list_steps("base", "x") == []
+
+
+def forge(state):
+    """The pickle of a tiktoken encoding with any state."""
+    content = pickle.dumps(state, protocol=2)[2:-1]
+    return b"\x80\x02ctiktoken.core\nEncoding\n)\x81" + content + b"b."
+
+
+def greedy(model, prompt, count):
+    row = model.generate(torch.tensor([prompt]), max_new_tokens=count, do_sample=False, eos_token_id=None)[0]
+    return row[len(prompt) :].tolist()
+
+
+def prompts(vocab_size, *lengths):
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randint(vocab_size, (n,), generator=generator).tolist() for n in lengths]
+
+
+def same(ours, tokenizer, theirs, tolerance=1e-4):
+    """Equal logits, and equal greedy tokens from the engine here and from generate there."""
+    batch = prompts(ours.config.vocab_size, 7, 160)
+    for prompt in batch:
+        wanted = theirs(torch.tensor([prompt])).logits
+        assert (ours(torch.tensor([prompt])) - wanted).abs().max() / wanted.abs().max() < tolerance
+    engine = Engine(ours, tokenizer)
+    engine._stop_tokens = set()
+    assert engine.complete(batch, 20) == [greedy(theirs, prompt, 20) for prompt in batch]
+
+
+@torch.no_grad()
+def test_transformers_nanochat_and_back(base, tmp_path, tokenizer):
+    """A folder that transformers saved becomes a checkpoint; exported again, it is the same for transformers."""
+    config = transformers.NanoChatConfig(
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=64,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+    theirs = transformers.NanoChatForCausalLM(config).eval()
+    for value in theirs.parameters():
+        value.copy_(torch.randn(value.shape, generator=torch.Generator().manual_seed(value.numel())) * 0.15)
+    theirs.save_pretrained(tmp_path / "theirs", max_shard_size="100KB")
+    (tmp_path / "theirs" / "tokenizer.json").write_text(to_tokenizer_json(tokenizer))
+    interchange.import_checkpoint(tmp_path / "theirs", "sft", "theirs")
+    model, ours, _ = checkpoint.load_model("sft", "cpu", "theirs")
+    assert ours.get_vocab_size() == tokenizer.get_vocab_size()
+    assert [ours.encode(text) for text in TEXTS[:3]] == [tokenizer.encode(text) for text in TEXTS[:3]]
+    same(model, ours, theirs)
+    interchange.export_checkpoint(tmp_path / "again", "sft", "theirs")
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["model_type"] == "nanochat"
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float32)
+    assert type(again) is type(theirs)
+    same(model, ours, again)
+
+
+@pytest.fixture
+def exported(trained_world, monkeypatch, tmp_path):
+    """A trained model of the present architecture, and its bundle."""
+    monkeypatch.setenv("NANOCHAT_DTYPE", "float32")
+    interchange.export_checkpoint(tmp_path / "bundle", "mid", None)
+    return tmp_path / "bundle"
+
+
+def from_bundle(folder):
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
+
+
+@torch.no_grad()
+def test_bundle_with_its_own_code(exported, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    model, tokenizer, meta = checkpoint.load_model("mid", "cpu")
+    theirs = from_bundle(exported)
+    batch = prompts(model.config.vocab_size, 5, 30)
+    for prompt in batch:
+        wanted = theirs(torch.tensor([prompt])).logits
+        assert (model(torch.tensor([prompt])) - wanted).abs().max() / wanted.abs().max() < 1e-4
+    engine = Engine(model, tokenizer)
+    engine._stop_tokens = set()
+    assert engine.complete(batch, 20) == [greedy(theirs, prompt, 20) for prompt in batch]
+    padded = torch.tensor([[0] * 25 + batch[0], batch[1]])
+    mask = torch.tensor([[0] * 25 + [1] * 5, [1] * 30])
+    logits = theirs(padded, attention_mask=mask).logits[0, 25:]
+    torch.testing.assert_close(logits, theirs(torch.tensor([batch[0]])).logits[0], atol=1e-4, rtol=1e-4)
+    hashes = json.loads((exported / "hashes.json").read_text())
+    assert hashes["step"] == meta["step"] and "model.safetensors" in hashes["sha256"]
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "elsewhere"))
+    interchange.import_checkpoint(exported, "sft", "back")
+    back, tokenizer_back, _ = checkpoint.load_model("sft", "cpu", "back")
+    assert tokenizer_back.hash == tokenizer.hash
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in back.state_dict().items())
+
+
+@torch.no_grad()
+def test_random_weights_of_the_present_architecture(base, tmp_path, tokenizer, monkeypatch):
+    """As above, but every switch on and every weight large, past short windows."""
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    where, _, _ = write_original(tmp_path / "theirs", tokenizer, True)
+    interchange.import_checkpoint(where, "base", "x")
+    interchange.export_checkpoint(tmp_path / "bundle", "base", "x")
+    model, tokenizer, _ = checkpoint.load_model("base", "cpu", "x")
+    same(model, tokenizer, from_bundle(tmp_path / "bundle"))
+
+
+def test_tokenizer_and_template_of_a_bundle(exported):
+    ours, theirs = load_tokenizer(), transformers.AutoTokenizer.from_pretrained(exported)
+    for text in [*TEXTS[:3], "<b> & '12345'", " " * 300 + "x", "\n\n\n  a"]:
+        assert theirs.encode(text, add_special_tokens=False) == ours.encode(text)
+        assert theirs.decode(ours.encode(text)) == text
+    for messages in (TALK, TALK[1:2], TALK[1:]):
+        ids = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        assert ids == render_for_completion({"messages": messages}, ours)
+    assert theirs.eos_token_id == ours.encode_special("<|assistant_end|>")
+
+
+def test_tokenizers_convert_both_ways(tmp_path, tokenizer):
+    (tmp_path / "tokenizer.json").write_text(to_tokenizer_json(tokenizer))
+    back = from_tokenizer_json(tmp_path / "tokenizer.json")
+    assert back.encoding._mergeable_ranks == tokenizer.encoding._mergeable_ranks
+    assert back.special_tokens == tokenizer.special_tokens
+    (tmp_path / "tokenizer.pkl").write_bytes(pickle.dumps(tokenizer.encoding))
+    assert read_pickled(tmp_path / "tokenizer.pkl").hash == find_tokenizer(tmp_path).hash == tokenizer.hash
+    data = json.loads((tmp_path / "tokenizer.json").read_text())
+    data["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = r"\p{L}+|\p{N}"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    (tmp_path / "tokenizer.pkl").unlink()
+    with pytest.raises(ValueError, match="with the same ids"):
+        find_tokenizer(tmp_path)
+    for text in ("{}", "[", '{"model": {"type": "WordPiece"}}'):
+        (tmp_path / "tokenizer.json").write_text(text)
+        with pytest.raises(ValueError, match=r"tokenizer\.json"):
+            from_tokenizer_json(tmp_path / "tokenizer.json")
+
+
+def test_what_cannot_be_exported_is_said(trained_world, tmp_path):
+    with pytest.raises(ValueError, match=r"llama\.cpp"):
+        interchange.export_checkpoint(tmp_path / "x", "mid", None, format="gguf")
+    with pytest.raises(ValueError, match="--format code"):
+        interchange.export_checkpoint(tmp_path / "x", "mid", None, format="nanochat")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("mine")
+    with pytest.raises(ValueError, match="not empty"):
+        interchange.export_checkpoint(tmp_path / "full", "mid", None)
+    assert os.listdir(tmp_path / "full") == ["file"]
+
+
+def test_command_line(trained_world, tmp_path):
+    out = tiny_run.run("scripts.models", "export", str(tmp_path / "bundle"), "--stage", "mid").out
+    assert "trust_remote_code=True" in out
+    tiny_run.run("scripts.models", "import", str(tmp_path / "bundle"), "--stage", "sft", "--tag", "back")
+    assert checkpoint.list_steps("sft", "back") == [0]
+    line = tiny_run.script("scripts.models", "import", str(tmp_path), "--stage", "sft", "--tag", "no").error_line
+    assert "nothing to import" in line
+    assert (
+        load_file(tmp_path / "bundle" / "model.safetensors").keys()
+        == GPT(GPTConfig.from_dict(json.loads((tmp_path / "bundle" / "config.json").read_text())["gpt"]))
+        .state_dict()
+        .keys()
+    )
