@@ -38,6 +38,13 @@ def test_relative_links_and_figures_exist(document):
         assert "://" in target or (document.parent / target).exists(), f"{document.name} links to {target}"
 
 
+def test_files_in_diagrams_exist():
+    for document in DOCUMENTS:
+        for diagram in re.findall(r"```mermaid\n(.*?)```", document.read_text(), re.DOTALL):
+            for file in re.findall(r"\w+\.py", diagram):
+                assert (ROOT / "nanochat" / file).is_file(), f"{document.name} draws {file}"
+
+
 def test_modules_that_commands_run_exist():
     for document in DOCUMENTS:
         for module in re.findall(r"python -m ((?:nanochat|scripts|dev)[.\w]*)", document.read_text()):
