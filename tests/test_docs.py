@@ -38,6 +38,15 @@ def test_relative_links_and_figures_exist(document):
         assert "://" in target or (document.parent / target).exists(), f"{document.name} links to {target}"
 
 
+def test_links_into_a_document_find_their_heading():
+    for document in [*DOCUMENTS, ROOT / "dev" / "LOG.md"]:
+        for target, anchor in re.findall(r"\]\(([\w./-]*)#([^)]+)\)", document.read_text()):
+            text = (document.parent / target if target else document).read_text()
+            headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+            slugs = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}  # as GitHub's
+            assert anchor in slugs, f"{document.name} links to {target}#{anchor}"
+
+
 def test_files_in_diagrams_exist():
     for document in DOCUMENTS:
         for diagram in re.findall(r"```mermaid\n(.*?)```", document.read_text(), re.DOTALL):
