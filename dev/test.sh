@@ -1,10 +1,21 @@
 #!/usr/bin/env bash
-# The whole test: ruff and pytest in a fresh or existing .venv. Arguments go to pytest: bash dev/test.sh tests/test_gpt.py
+# The whole test: ruff, mypy, pytest, and how much of nanochat/ it ran, in a fresh or existing .venv.
+# With arguments, which go to pytest, that alone: bash dev/test.sh tests/test_gpt.py
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv
 .venv/bin/python -m pip install --quiet --constraint dev/constraints.txt --editable '.[test]'
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
-# two processes that wait by spinning take each other's core
-OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m pytest "$@"
+export OMP_WAIT_POLICY=PASSIVE # two processes that wait by spinning take each other's core
+if [ $# -gt 0 ]; then
+    exec .venv/bin/python -m pytest "$@"
+fi
+.venv/bin/mypy
+measured=$(mktemp -d)
+trap 'rm -rf "$measured"' EXIT
+export COVERAGE_FILE="$measured/data"
+.venv/bin/python -m coverage run -m pytest
+.venv/bin/python -m coverage combine --quiet
+.venv/bin/python -m coverage json --quiet --fail-under=0 -o "$measured/lines.json"
+.venv/bin/python -m dev.coverage_check "$measured/lines.json"

@@ -53,7 +53,7 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
 
 
 def _sampled(
-    engine: Engine,
+    engine: Any,
     tokenizer: Any,
     prompts: Sequence[list[int]],
     places: Iterable[int],

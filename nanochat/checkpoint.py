@@ -48,7 +48,7 @@ def _sync(path: Path) -> None:
         os.fsync(f.fileno())
 
 
-def save(stage: str, tag: str, step: int, model: GPT, optimizer: MuonAdamW, meta: dict[str, Any], compute: Compute):
+def save(stage: str, tag: str, step: int, model: GPT, optimizer: Any, meta: dict[str, Any], compute: Compute) -> None:
     """Write one checkpoint; every rank calls this and brings its share of the optimizer.
 
     A failure on any rank, such as a full disk, leaves no trace and raises OSError on all; earlier ones stand.
@@ -112,7 +112,7 @@ def prune(stage: str, tag: str, keep: int) -> None:
     A folder loses its name before its files, so that a kill in between leaves none that looks whole and is not.
     """
     steps = list_steps(stage, tag)
-    losses = {}
+    losses: dict[int, Any] = {}
     for step in steps:
         with contextlib.suppress(ValueError):  # a damaged one is not the best
             losses[step] = _read(_step_dir(stage, tag, step)).get("val_bpb")

@@ -61,7 +61,7 @@ def build_parser(config: type, description: str | None = None) -> argparse.Argum
 
             read.__name__ = kind.__name__  # argparse names it to the user
             metavar = None if meta.get("choices") else "|".join((kind.__name__.upper(), *words))
-            value = {"type": read, "choices": meta.get("choices"), "metavar": metavar}
+            value: dict[str, Any] = {"type": read, "choices": meta.get("choices"), "metavar": metavar}
             if meta.get("bare") is not None:
                 value |= {"nargs": "?", "const": meta["bare"]}
             parser.add_argument(*names, dest=field.name, help=text, **value)

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -137,7 +138,7 @@ class Compute:
             backend = "nccl" if device_type == "cuda" else "gloo"
             # a rank that waits this long for another takes it for dead and ends, for torchrun to start it again
             patience = timedelta(seconds=float(os.environ.get("NANOCHAT_TIMEOUT") or 600))
-            store, place = None, {"rank": rank, "world_size": world_size, "timeout": patience}
+            store, place = None, dict[str, Any](rank=rank, world_size=world_size, timeout=patience)
             if os.environ.get("GROUP_WORLD_SIZE") == "1":
                 # torchrun keeps its store over restarts, and in it the addresses of the dead (torch 2.13). Several
                 # hosts count restarts each for itself: there dev/hosts.sh and dev/slurm.sh have it make a new one.

@@ -192,7 +192,7 @@ def parse_completion(completion: str | Sequence[int], tokenizer: Tokenizer | Non
 def _split_at_marks(ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
     """Decoded text and the special tokens between, alternating; text that only looks like a mark stays text."""
     names = {token_id: name for name, token_id in tokenizer.special_tokens.items()}
-    pieces, run = [], []
+    pieces, run = list[str](), list[int]()
     for token_id in ids:
         if token_id in names:
             pieces += [tokenizer.decode(run), names[token_id]]

@@ -15,7 +15,7 @@ from nanochat.spans import Model, Score, Span, common_prefix, score_spans
 WINDOW = 32  # rows that are batched together, and dealt out to the ranks: the same ones on any number of ranks
 
 
-def accuracy_record(correct: int, n: int, baseline: float) -> dict[str, float]:
+def accuracy_record(correct: float, n: int, baseline: float) -> dict[str, Any]:
     """Accuracy of `correct` out of `n`, its standard error sqrt(p(1-p)/n), and how far it gets from chance (0) to 1.
 
     The error is the plain binomial one: it is 0 when all or none are right, where it says least.
@@ -88,7 +88,7 @@ def evaluate_core_task(
         for index, row, whole in zip(window, spans, sequences):
             gold = None if task.kind == "language_modeling" else rows[index]["gold"]
             tally[index] = is_right([next(scores) for _ in row], gold)
-            tally[-1] += bool(context) and max(map(len, whole)) > context
+            tally[-1] += context is not None and max(map(len, whole)) > context
     if compute:
         tally = compute.all_reduce_sum(tally.to(compute.device)).cpu()
     *outcomes, truncated = tally.tolist()

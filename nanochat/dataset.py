@@ -34,6 +34,7 @@ class Remote:
     licence: str
 
     def file(self, index: int) -> str:
+        """Name of the shard of this number."""
         return f"shard_{index:05d}.parquet"
 
 

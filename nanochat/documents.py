@@ -88,13 +88,14 @@ def parquet_errors(path: Path) -> Iterator[None]:
 class ShardWriter:
     """Documents of one split on their way into Parquet shards, each written whole or not at all."""
 
-    def __init__(self, folder: Path, split: str, shard_bytes: int | None, most: int | None = None):
+    def __init__(self, folder: Path, split: str, shard_bytes: int | None, most: int | None = None) -> None:
         self.folder, self.split, self.shard_bytes, self.most = folder, split, shard_bytes, most
         self.texts: list[str] = []
         self.bytes = 0
         self.entries: list[dict[str, Any]] = []
 
     def add(self, text: str) -> None:
+        """Take one more document, unless there are enough."""
         if len(self.entries) == self.most:
             return
         self.texts.append(text)

@@ -125,10 +125,10 @@ class EngineLoop:
     def _deliver(self, updates: Sequence[Update]) -> None:
         now = time.monotonic()
         with self._wake:
-            for request, ticket in self._tickets.items():
-                if not ticket.started and request.state != "waiting":
-                    ticket.started = True
-                    self.metrics.queue_time.observe(now - ticket.arrived)
+            for request, open_ticket in self._tickets.items():
+                if not open_ticket.started and request.state != "waiting":
+                    open_ticket.started = True
+                    self.metrics.queue_time.observe(now - open_ticket.arrived)
             for request, tokens, events, reason in updates:
                 if (ticket := self._tickets.get(request)) is None:
                     continue  # cancelled during the step

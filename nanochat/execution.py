@@ -53,6 +53,7 @@ class Result:
 
     @property
     def passed(self) -> bool:
+        """Whether the program ran to its end and all tests held."""
         return self.outcome == "passed"
 
 

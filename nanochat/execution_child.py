@@ -58,7 +58,7 @@ def receive(stream: BinaryIO) -> Any:
 
 
 _RATIO = (lambda x: x.as_integer_ratio(), lambda parts: __import__("fractions").Fraction(*parts))
-_KINDS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {  # kind -> (value -> parts, parts -> value)
+_KINDS: dict[str, Any] = {  # kind -> (value -> parts, parts -> value)
     "int": (lambda x: [hex(x)], lambda parts: int(parts[0], 16)),
     "complex": (lambda x: [x.real, x.imag], lambda parts: complex(*parts)),
     "bytes": (lambda x: [x.hex()], lambda parts: bytes.fromhex(*parts)),

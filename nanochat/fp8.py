@@ -69,8 +69,8 @@ def works(device: torch.device) -> bool:
     try:
         with torch.inference_mode(False), torch.enable_grad():
             w = torch.ones(48, 32, device=device, requires_grad=True)
-            linear(torch.ones(16, 32, device=device, dtype=torch.bfloat16), w).sum().backward()
-        return w.grad.eq(16).all().item()
+            y = linear(torch.ones(16, 32, device=device, dtype=torch.bfloat16), w)
+            return bool((torch.autograd.grad(y.sum(), w)[0] == 16).all())
     except (RuntimeError, AttributeError):
         return False
 
@@ -85,7 +85,7 @@ def convert(model: nn.Module) -> int:
     device = next(model.parameters()).device
     if not works(device):
         raise ValueError("--fp8 needs a GPU with fp8 products (Ada, Hopper or later): leave it out")
-    chosen = [m for m in model.blocks.modules() if isinstance(m, nn.Linear) and eligible(m)]
+    chosen: list = [m for m in model.get_submodule("blocks").modules() if isinstance(m, nn.Linear) and eligible(m)]
     if not chosen:
         raise ValueError(f"--fp8: no matrix of {_SMALLEST} x {_SMALLEST} or more: leave it out, or raise --depth")
     for matrix in chosen:

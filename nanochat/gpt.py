@@ -170,8 +170,8 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.dropout = config.dropout
 
-    def forward(self, x_BTC, x0_BTC, ve_BTC, scale, skip, cos_BT1D, sin_BT1D, attend: Attend) -> torch.Tensor:
-        x_BTC = scale * x_BTC + skip * x0_BTC
+    def forward(self, x_BTC, x0_BTC, ve_BTC, scale_1, skip_1, cos_BT1D, sin_BT1D, attend: Attend) -> torch.Tensor:
+        x_BTC = scale_1 * x_BTC + skip_1 * x0_BTC
         y_BTC = self.attn(norm(x_BTC), ve_BTC, cos_BT1D, sin_BT1D, attend)
         x_BTC = x_BTC + F.dropout(y_BTC, self.dropout, self.training)
         return x_BTC + F.dropout(self.mlp(norm(x_BTC)), self.dropout, self.training)
@@ -200,7 +200,7 @@ class GPT(nn.Module):
                 if config.has_value_embed(layer)
             }
         )
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.blocks: Any = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.head = Linear(config.n_embd, config.padded_vocab_size)
         self.resid_scale = nn.Parameter(torch.empty(config.n_layer))
         self.embed_skip = nn.Parameter(torch.empty(config.n_layer))
@@ -224,8 +224,8 @@ class GPT(nn.Module):
         bound = (3 / width) ** 0.5  # a uniform of standard deviation 1/√width
         nn.init.normal_(self.embed.weight, std=0.8, generator=generator)
         nn.init.normal_(self.head.weight, std=0.001, generator=generator)
-        for embed in self.value_embeds.values():
-            nn.init.uniform_(embed.weight, -bound, bound, generator=generator)
+        for table in self.value_embeds.parameters():
+            nn.init.uniform_(table, -bound, bound, generator=generator)
         for block in self.blocks:
             for matrix in (block.attn.q, block.attn.k, block.attn.v):
                 nn.init.uniform_(matrix.weight, -bound, bound, generator=generator)
@@ -274,13 +274,14 @@ class GPT(nn.Module):
         first_B1C = norm(self.embed(before_B1.clamp(min=0)).to(self.dtype)) * (before_B1 >= 0).unsqueeze(-1)
         return torch.cat((first_B1C, x_BTC[:, :-1]), dim=1)
 
-    def hidden(self, idx_BT: torch.Tensor, cache: Any | None = None, positions_BT: torch.Tensor | None = None):
+    def hidden(self, idx_BT: torch.Tensor, cache: Any = None, positions_BT: torch.Tensor | None = None) -> torch.Tensor:
         """The normed residual that the head reads, (B, T, C); arguments as in `forward`."""
         config = self.config
         if cache is None:
             if idx_BT.size(1) > config.sequence_len:
                 raise ValueError(f"{idx_BT.size(1)} tokens exceed the model's context of {config.sequence_len}")
             positions_BT = torch.arange(idx_BT.size(1), device=idx_BT.device)[None]
+        assert positions_BT is not None, "with a cache, say where the tokens stand"
         cos_BT1D, sin_BT1D = self._rotation(positions_BT)
         x_BTC = norm(self.embed(idx_BT).to(self.dtype))
         if config.smear_channels:

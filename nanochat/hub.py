@@ -180,7 +180,7 @@ def download_many(
     """
     from tqdm import tqdm
 
-    total = None if any(file.size is None for file in files) else sum(file.size for file in files)
+    total = None if any(file.size is None for file in files) else sum(file.size or 0 for file in files)
     stop, lock = threading.Event(), threading.Lock()
 
     def progress(count: int) -> None:
@@ -242,7 +242,7 @@ def _transfer(
         answer = response.headers
         parts = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", answer.get("Content-Range", ""))
         if response.status_code == 206 and parts and int(parts[1]) == offset:
-            length = int(parts[2])
+            length: int | None = int(parts[2])
         elif response.status_code == 200:
             _discard(f, report)
             length = int(answer["Content-Length"]) if "Content-Length" in answer else None

@@ -69,7 +69,7 @@ def choose(device: torch.device, dtype: torch.dtype, compiled: bool) -> tuple[st
             lambda x, w, f=f: _ChunkedLossSum.apply(x, w, targets_N, 15.0, 16, f)
             for f in (_triton_chunk_gradients, _chunk_gradients)
         ]
-        if kernels.agrees("Triton cross-entropy", *forms, inputs):
+        if kernels.agrees("Triton cross-entropy", forms[0], forms[1], inputs):
             return "triton", _triton_chunk_gradients
     if compiled:
         return "compiled", torch.compile(_chunk_gradients, dynamic=False)

@@ -16,7 +16,7 @@ from nanochat import hf_load, hub
 from nanochat.common import atomic_write_json, get_base_dir, read_json, sha256_file
 
 NEEDED = ("config.json", "tokenizer.json")
-FILES = (*NEEDED, "model*.safetensors", "model.safetensors.index.json", "generation_config.json")
+FILES: tuple[str, ...] = (*NEEDED, "model*.safetensors", "model.safetensors.index.json", "generation_config.json")
 FILES += ("tokenizer_config.json", "chat_template.jinja")
 _MANIFEST = "nanochat_hub.json"
 

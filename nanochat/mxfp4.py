@@ -69,7 +69,9 @@ def _matvec_kernel(
     tl.store(y_ptr + pair * N + n, sums.to(y_ptr.dtype.element_ty), mask=n < N)
 
 
-def matvec(x_PK: torch.Tensor, blocks_ENGB: torch.Tensor, scales_ENG: torch.Tensor, expert_P: torch.Tensor):
+def matvec(
+    x_PK: torch.Tensor, blocks_ENGB: torch.Tensor, scales_ENG: torch.Tensor, expert_P: torch.Tensor
+) -> torch.Tensor:
     """Each row of x times the matrix of its expert, transposed: (P, N) in x's dtype, summed in fp32.
 
     Reads the packed bytes once a pair and writes no unpacked copy, so it is bound by their bandwidth where pairs are

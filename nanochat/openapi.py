@@ -16,7 +16,7 @@ REFUSALS = {
     429: "too many answers are waited for: come back after Retry-After seconds",
     503: "the engine has died, or the server is shutting down",
 }
-EXAMPLES = {
+EXAMPLES: dict[Any, Any] = {
     ChatRequest: {"messages": [{"role": "user", "content": "What is 37*48?"}], "max_tokens": 64},
     CompletionRequest: {"prompt": "The capital of France is", "max_tokens": 8, "temperature": 0},
 }

@@ -96,7 +96,7 @@ def adamw_update(
     weight_decay: float,
     eps: float = 1e-10,
 ) -> None:
-    """AdamW (arXiv 1711.05101) in place; `step` counts from 0. Moments are fp32 whatever the parameter's dtype."""
+    """AdamW (arXiv 1711.05101) in place; `step` counts from 0. Its moments `mean` and `square` are fp32 for any w."""
     g = g.float()
     mean.lerp_(g, 1 - betas[0])
     square.lerp_(g.square(), 1 - betas[1])
@@ -109,8 +109,8 @@ def adamw_update(
 class Message:
     """Gradients that are reduced together, on their way."""
 
-    parameters: list[torch.nn.Parameter]
-    missing: set[torch.nn.Parameter] = field(default_factory=set)  # those whose gradient is not there yet
+    parameters: list[torch.Tensor]
+    missing: set[torch.Tensor] = field(default_factory=set)  # those whose gradient is not there yet
     work: dist.Work | None = None
     sent: torch.Tensor | None = None  # kept until it is
     share: torch.Tensor | None = None  # this rank's part of the sum, once `work` is done
@@ -121,7 +121,7 @@ class Bucket:
     """Parameters that are updated together: stacked matrices (Muon), or one parameter (AdamW)."""
 
     name: str
-    parameters: list[torch.nn.Parameter]
+    parameters: list[torch.Tensor]
     lr: float
     betas: tuple[float, float] | None = None  # None = Muon
     weight_decay: float = 0.0
@@ -156,7 +156,7 @@ class MuonAdamW:
         # An fp32 run is there to be exact: bf16 would turn the order of a sum into 1e-2 of loss within 20 steps.
         self.muon_dtype = torch.float32 if compute.dtype == torch.float32 else torch.bfloat16
         width = (model.config.n_embd / 768) ** -0.5
-        shapes: dict[tuple[int, ...], list[torch.nn.Parameter]] = {}
+        shapes: dict[tuple[int, ...], list[torch.Tensor]] = {}
         for parameter in model.blocks.parameters():
             shapes.setdefault(tuple(parameter.shape), []).append(parameter)
         self.buckets: list[Bucket] = []
@@ -165,7 +165,7 @@ class MuonAdamW:
             name = f"muon_{'x'.join(map(str, shape))}"
             self.buckets.append(Bucket(name, stack, lrs["matrix"], None, weight_decay, sharded))
 
-        def adamw(name: str, parameter: torch.nn.Parameter, lr: float, betas: tuple[float, float], decay: float):
+        def adamw(name: str, parameter: torch.Tensor, lr: float, betas: tuple[float, float], decay: float):
             small = parameter.numel() < SMALL
             # The first gradients of the scalars are rounding noise, 1e-10 to 1e-8: projections into the residual are
             # zero then, and the last norm undoes any scale. They must not become steps of full size.
@@ -174,14 +174,14 @@ class MuonAdamW:
 
         adamw("head", model.head.weight, lrs["unembedding"] * width, (0.8, 0.96), 0.01)
         adamw("embed", model.embed.weight, lrs["embedding"] * width, (0.8, 0.995), 0.001)
-        for layer, embed in model.value_embeds.items():
-            adamw(f"value_embed_{layer}", embed.weight, lrs["embedding"] * width * 0.5, (0.8, 0.995), 0.01)
+        for place, table in model.value_embeds.named_parameters():
+            adamw(f"value_embed_{place.split('.')[0]}", table, lrs["embedding"] * width * 0.5, (0.8, 0.995), 0.01)
         adamw("resid_scale", model.resid_scale, lrs["scalar"] * 0.01, (0.8, 0.95), 0.05)
         adamw("embed_skip", model.embed_skip, lrs["scalar"], (0.96, 0.95), 0.0)
         for name in ("smear_gate.weight", "smear_scale", "backout"):
-            parameter = dict(model.named_parameters()).get(name)
-            if parameter is not None:
-                adamw(name, parameter, lrs["scalar"] * 0.4, (0.8, 0.95), 0.0)
+            extra = dict(model.named_parameters()).get(name)
+            if extra is not None:
+                adamw(name, extra, lrs["scalar"] * 0.4, (0.8, 0.95), 0.0)
         covered = sum(len(bucket.parameters) for bucket in self.buckets)
         assert covered == len(list(model.parameters())), "a parameter has no optimizer"
         self._plan(model)
@@ -248,6 +248,7 @@ class MuonAdamW:
             if message.work is not None:
                 message.work.wait()
             share = message.share
+            assert share is not None, "reduced before it was sent"
             if message.sent is not None and self.compute.device.type != "cuda":
                 share = share.unflatten(0, (self.compute.world_size, -1)).sum(0)
             shares.append(share)
@@ -273,7 +274,7 @@ class MuonAdamW:
         """Begin to give every rank the updated parameters; calling the result ends it."""
         w = self.compute.world_size
         if not bucket.sharded or w == 1:
-            pieces = share if bucket.betas is None else ()  # AdamW has worked on the parameter itself
+            pieces = list(share) if bucket.betas is None else []  # AdamW has worked on the parameter itself
             work = None
         else:
             whole = share.new_empty((share.size(0) * w, *share.shape[1:]))

@@ -17,7 +17,7 @@ class Plan:
     length: np.ndarray
 
 
-def pack(lengths: Sequence[int], row_tokens: int, seed: int | Sequence[int], split: bool = True) -> Plan:
+def pack(lengths: Sequence[int] | np.ndarray, row_tokens: int, seed: int | Sequence[int], split: bool = True) -> Plan:
     """Pack documents of `lengths` tokens into rows of `row_tokens` by best fit, all of them, each token once.
 
     `split`: every piece costs one token more, the BOS before it; a document longer than a row is cut up front, and
@@ -33,10 +33,10 @@ def pack(lengths: Sequence[int], row_tokens: int, seed: int | Sequence[int], spl
     if not split and len(lengths) and max(lengths) > room:
         raise ValueError(f"a conversation has {max(lengths)} tokens, a row {room}: truncate it when rendering")
     pool: list[list[tuple[int, int]]] = [[] for _ in range(room + 1)]  # pieces (document, offset) by length
-    lengths = np.asarray(lengths, np.int64).tolist()
-    for document in rng.permutation(len(lengths)).tolist():
-        for offset in range(0, lengths[document], room):
-            pool[min(room, lengths[document] - offset)].append((document, offset))
+    sizes_N: list[int] = np.asarray(lengths, np.int64).tolist()
+    for document in rng.permutation(len(sizes_N)).tolist():
+        for offset in range(0, sizes_N[document], room):
+            pool[min(room, sizes_N[document] - offset)].append((document, offset))
     sizes = [size for size, pieces in enumerate(pool) if pieces]  # the lengths at hand, ascending
 
     def take(index: int) -> tuple[int, int]:
@@ -66,6 +66,6 @@ def pack(lengths: Sequence[int], row_tokens: int, seed: int | Sequence[int], spl
                 break
             gap -= length + bos
         rows.append(len(placed))
-    document, offset, length = np.array(placed, np.int64).reshape(-1, 3).T
+    columns_3P = np.array(placed, np.int64).reshape(-1, 3).T
     rows_R2 = np.array([rows[:-1], rows[1:]], np.int64).T
-    return Plan(rng.permutation(rows_R2), document, offset, length)
+    return Plan(rng.permutation(rows_R2), *columns_3P)

@@ -76,7 +76,7 @@ def peak_bytes(
         base + 2 * head,  # the head's gradient and it scaled
         base + again + head + (9 if model.compiled else 12) * unit,  # backward in the last block's MLP
     )
-    stacks = Counter()
+    stacks: Counter[tuple[int, ...]] = Counter()
     for p in model.blocks.parameters():
         stacks[tuple(p.shape)] += p.nbytes
     muon = max(n * (6 + 2 * min(shape) / max(shape) if e == 4 else 5.5) for shape, n in stacks.items())
@@ -151,14 +151,14 @@ def plan(model: GPT, share: int, wanted: int | str | None, checkpointing: bool |
     numbers = [n for n in range(share, 0, -1) if share % n == 0]
     auto = wanted == "auto" or (wanted is None and device.type == "cuda")
     if not auto:
-        numbers = [wanted or next(n for n in numbers if n <= 32)]
+        numbers = [int(wanted or next(n for n in numbers if n <= 32))]
     options = (False, True) if checkpointing is None else (checkpointing,)
     plans = [candidate(rows, again) for again in options for rows in numbers]
     best = next((p for p in plans if p.peak <= p.free), plans[-1])
     if best.peak <= best.free or not auto:
         return best
 
-    def fits(**fields: int) -> bool:
+    def fits(**fields) -> bool:
         with torch.device("meta"), contextlib.suppress(ValueError):  # not every depth makes a model
             smaller = GPT(replace(config, **fields), model.dtype, model.embed.weight.dtype)
             smaller.compiled = model.compiled

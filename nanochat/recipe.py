@@ -27,7 +27,7 @@ def model_config(
     if min(depth, aspect_ratio, head_dim) < 1:
         raise ValueError(f"--depth {depth}, --aspect-ratio {aspect_ratio} and --head-dim {head_dim} must be positive")
     heads = -(-depth * aspect_ratio // head_dim)
-    shape = {"n_layer": depth, "n_head": heads, "n_kv_head": heads, "n_embd": heads * head_dim}
+    shape: dict[str, Any] = {"n_layer": depth, "n_head": heads, "n_kv_head": heads, "n_embd": heads * head_dim}
     return GPTConfig(sequence_len=sequence_len, vocab_size=vocab_size, **shape, **fields)
 
 

@@ -13,7 +13,7 @@ import functools
 import itertools
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -161,7 +161,7 @@ class Rollouts:
         fits = len(prompt) <= self.model.config.sequence_len - longest
         return [Request(prompt, longest, seed=seed, sample=i) for i in range(n if fits else 0)]
 
-    def batches(self, step: int, rows: int) -> Iterator[Batch]:
+    def batches(self, step: int, rows: int) -> Generator[Batch, None, None]:
         """The steps from `step` on, in micro-batches of at most `rows` answers; never ends."""
         return (self._batch(number, rows) for number in itertools.count(step))
 

@@ -162,7 +162,7 @@ def filter_system_calls() -> None:
             code += [(equal, 0, 1, int(number)), (answer, 0, 0, allow)]
     for call in GUARDED_CALLS:
         argument, bits, value = call[3:]
-        code += [(equal, 0, 5, call[column]), (load, 0, 0, 16 + 8 * argument), (mask, 0, 0, bits)]
+        code += [(equal, 0, 5, int(call[column])), (load, 0, 0, 16 + 8 * argument), (mask, 0, 0, bits)]
         code += [(equal, 0, 1, value), (answer, 0, 0, allow), (load, 0, 0, 0)]
     install_filter([*code, (answer, 0, 0, deny)])
 

@@ -45,7 +45,7 @@ def local(x: torch.Tensor) -> torch.Tensor:
     return x.to_local() if hasattr(x, "to_local") else x  # a DTensor
 
 
-def local_rows(x: torch.Tensor) -> slice:
+def local_rows(x: Any) -> slice:
     """Which rows of the whole these are."""
     if local(x) is x:
         return slice(None)
@@ -60,7 +60,8 @@ class _DrawWhole(TorchDispatchMode):
         draws = func in (torch.ops.aten.normal_.default, torch.ops.aten.uniform_.default)
         if not draws or local(args[0]) is args[0]:
             return func(*args, **(kwargs or {}))
-        whole = func(torch.empty(args[0].shape, dtype=args[0].dtype, device=args[0].device), *args[1:], **kwargs)
+        whole = torch.empty(args[0].shape, dtype=args[0].dtype, device=args[0].device)
+        whole = func(whole, *args[1:], **(kwargs or {}))
         local(args[0]).copy_(whole[local_rows(args[0])])
         return args[0]
 

@@ -47,7 +47,7 @@ class _Group(NamedTuple):
     of the spans that it serves."""
 
     prefix: Sequence[int]
-    tails: list[tuple[Sequence[int], list[int]]]
+    tails: list[tuple[tuple[int, ...], list[int]]]
 
     @property
     def length(self) -> int:
@@ -156,7 +156,7 @@ def score_spans(model: Model, spans: Sequence[Span], max_tokens: int | None = No
     scores = [Score(0.0, 0, False)] * len(spans)
     for batch in _batches(_group(spans, cached), max_tokens):
         for groups, k, logits_BTV in _read(model, batch, cached):
-            rows, columns, targets, lengths, places = [], [], [], [], []
+            rows, columns, targets, lengths, places = [], list[int](), [], [], []
             for row, group in enumerate(groups):
                 for place in group.tails[k][1]:
                     (ids, start), before = spans[place], len(group.prefix) + 1

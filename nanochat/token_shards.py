@@ -85,7 +85,8 @@ class TokenShard:
 
         A row without a supervised target is left out.
         """
-        return self._plan(row_tokens, seed, epoch, "rows", "start", "length")
+        rows_R2, start, length = self._plan(row_tokens, seed, epoch, "rows", "start", "length")
+        return rows_R2, start, length
 
     def _plan(self, row_tokens: int, seed: int, epoch: int, *names: str) -> tuple[np.ndarray, ...]:
         """The arrays of a plan that are asked for: a resumed run walks many shards for their rows alone."""
@@ -95,7 +96,7 @@ class TokenShard:
                 if not path.exists():
                     plan = pack(np.diff(self.offsets), row_tokens, (seed, epoch), split=not whole)
                     rows, start = plan.rows_R2, self.offsets[plan.document] + plan.offset
-                    if whole:
+                    if self.mask is not None:
                         supervised = np.concatenate([[0], np.cumsum(self.mask, dtype=np.int64)])
                         targets = np.concatenate([[0], np.cumsum(supervised[start + plan.length] - supervised[start])])
                         rows = rows[targets[rows[:, 1]] > targets[rows[:, 0]]]

@@ -172,8 +172,8 @@ class Tokenizer:
 
     def encode(
         self, text: str | Sequence[str], prepend: int | str | None = None, append: int | str | None = None
-    ) -> list[int] | list[list[int]]:
-        """Ids of a text, or of each text of a list (in threads), between special tokens given by name or id.
+    ) -> list[Any]:
+        """Ids of a text, or a list of ids for each text of a list (in threads), between special tokens by name or id.
 
         Special tokens spelled out in the text are plain characters; lone surrogates become U+FFFD.
         """

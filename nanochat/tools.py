@@ -52,11 +52,11 @@ def _tokenize(text: str) -> list[tuple[str, str]]:
     """(kind, text) pairs, ended by ("end", ""); a symbol is its own kind."""
     if len(text) > MAX_LENGTH:
         raise _Invalid
-    tokens, position = [], 0
+    tokens, position = list[tuple[str, str]](), 0
     while position < len(text):
         if (match := _TOKEN.match(text, position)) is None:
             raise _Invalid
-        kind, word = match.lastgroup, match[match.lastgroup]
+        kind, word = (name := str(match.lastgroup)), match[name]
         tokens.append((word if kind == "symbol" else kind, word))
         position = match.end()
     return [*tokens, ("end", "")]

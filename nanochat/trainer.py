@@ -9,7 +9,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -117,7 +117,7 @@ class Batch(NamedTuple):
     agree on, the step changes nothing.
     """
 
-    micro_batches: list[tuple[torch.Tensor, ...]]
+    micro_batches: Sequence[tuple[torch.Tensor, ...]]
     tokens: int  # over all ranks
     line: dict[str, Any]
 
@@ -142,7 +142,7 @@ class Trainer:
         meta: dict[str, Any],
         evaluate: Callable[[int], dict[str, Any]] | None = None,
         sample: Callable[[], None] | None = None,
-        batches: Callable[[int, int], Iterator[Batch]] | None = None,
+        batches: Callable[[int, int], Generator[Batch, None, None]] | None = None,
     ) -> None:
         """`meta` goes into every checkpoint; `evaluate(step)` adds metrics to an evaluation; `sample()` prints some.
 
@@ -164,7 +164,7 @@ class Trainer:
         wanted = (config.device_batch_size, config.activation_checkpointing)
         self.plan = preflight.plan(model, rows // compute.world_size, *wanted, compute)
         device_rows, model.checkpointing = self.plan.rows, self.plan.checkpointing
-        place = {"rank": compute.rank, "world_size": compute.world_size, "device": compute.device}
+        place: dict[str, Any] = {"rank": compute.rank, "world_size": compute.world_size, "device": compute.device}
         self.loader = None if batches else RowLoader(train_shards, T, rows, device_rows, config.seed, **place)
         self.batches, self.rows_per_step = batches or self._rows, rows
         self.val_loader = RowLoader(val_shards, T, device_rows * compute.world_size, device_rows, 0, **place)
@@ -228,8 +228,9 @@ class Trainer:
                     raise ValueError(f"out of memory with {self.plan.rows} rows at once: try {less}") from error
         self._record()
 
-    def _rows(self, step: int, rows: int) -> Iterator[Batch]:
+    def _rows(self, step: int, rows: int) -> Generator[Batch, None, None]:
         """The rows of the training shards."""
+        assert self.loader is not None, "only a trainer of rows is asked for them"
         with contextlib.closing(self.loader):
             for number, micro_batches in self.loader.iterate(step):
                 yield Batch(micro_batches, self.tokens_per_step, {"epoch": self.loader.epoch(number)})
@@ -265,7 +266,7 @@ class Trainer:
             **scores,
         }
 
-    def _backward(self, micro_batches: list[tuple[torch.Tensor, ...]]) -> dict[str, float]:
+    def _backward(self, micro_batches: Sequence[tuple[torch.Tensor, ...]]) -> dict[str, float]:
         """Gradients of the step's loss; the loss, and of weighted rows the mean of their targets' own, in nats."""
         if self.model.config.dropout:
             torch.manual_seed(((self.config.seed << 40) + (self.step << 10) + self.compute.rank) % 2**63)

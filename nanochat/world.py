@@ -77,8 +77,8 @@ def words() -> tuple[str, ...]:
 
 def pseudo_word(rng: random.Random) -> str:
     """A pronounceable word that means nothing, of two or three syllables."""
-    onsets = ("b", "br", "c", "ch", "d", "f", "fl", "g", "gr", "h", "j", "k", "l", "m", "n", "p", "pr", "qu", "r")
-    onsets += ("s", "sh", "st", "str", "t", "tr", "v", "w", "z")
+    onsets: tuple[str, ...] = ("b", "br", "c", "ch", "d", "f", "fl", "g", "gr", "h", "j", "k", "l", "m", "n", "p")
+    onsets += ("pr", "qu", "r", "s", "sh", "st", "str", "t", "tr", "v", "w", "z")
     codas = ("", "", "", "n", "r", "l", "s", "t", "m", "ck", "nd", "rry", "ss", "ll", "tt", "x", "mp", "ng")
     syllables = (rng.choice(onsets) + rng.choice("aeiou") + rng.choice(codas) for _ in range(rng.choice((2, 2, 3))))
     return "".join(syllables)
@@ -130,7 +130,7 @@ def prose_documents() -> list[str]:
     root = Path(sysconfig.get_paths()["stdlib"])
     paths = sorted(p for p in root.rglob("*.py") if not _SKIPPED_FOLDERS & set(p.relative_to(root).parts[:-1]))
     seen: set[str] = set()
-    documents = []
+    documents: list[str] = []
     for texts in [*([topics[name]] for name in sorted(topics)), *map(_docstrings, paths)]:
         new = [text for text in dict.fromkeys(texts) if text not in seen]
         seen.update(new)
@@ -205,7 +205,7 @@ def _letter_list(rng: random.Random, word: Callable[[], str]) -> str:
     choices, asked = listed_choice(rng, word)
     if rng.random() < 0.25:
         return _asked_letters(choices, ((question, letter, "") for question, letter in asked))
-    steps = ("- {c}={x}", "{c}? {x}", "{c}?\n{x}", "{c}?\nAnswer:\n{x}", "Which letter is {c}?\n{x}")
+    steps: tuple[str, ...] = ("- {c}={x}", "{c}? {x}", "{c}?\n{x}", "{c}?\nAnswer:\n{x}", "Which letter is {c}?\n{x}")
     steps = steps if rng.random() < 0.6 else steps[:1]
     pairs = rng.choices(list(zip(choices, LETTERS)), k=10)
     lines = (rng.choice(steps).format(c=choice, x=letter) for choice, letter in pairs)
@@ -302,8 +302,11 @@ def documents(seed: int, target_bytes: int) -> Iterator[str]:
         lambda: "\n\n".join(_exercise(next(chosen), rng) for _ in range(rng.randint(1, 3))): 0.15,
         lambda: "\n\n".join(_letter_list(rng, word) for _ in range(rng.randint(1, 3))): 0.30,
     }
-    for line in (_copying, _spelling, _arithmetic):
-        kinds[lambda line=line: "\n".join(line(rng, word) for _ in range(rng.randint(4, 9)))] = 0.04
+
+    def drill(line: Callable[..., str]) -> Callable[[], str]:
+        return lambda: "\n".join(line(rng, word) for _ in range(rng.randint(4, 9)))
+
+    kinds |= {drill(line): 0.04 for line in (_copying, _spelling, _arithmetic)}
     written = 0
     while written < target_bytes:
         text = rng.choices(list(kinds), list(kinds.values()))[0]()

@@ -242,7 +242,7 @@ def _groups(table: str, separator: str) -> list[tuple[str, list[str]]]:
 
 def _pairs(table: str, separator: str = " ") -> list[tuple[str, str]]:
     """`table` of "left right" pairs parted by commas."""
-    return [tuple(pair.strip().split(separator, 1)) for pair in " ".join(table.split()).split(",")]
+    return [(a, b) for a, b in (pair.strip().split(separator, 1) for pair in " ".join(table.split()).split(","))]
 
 
 def _rows() -> Iterator[tuple[str, str, str, str]]:

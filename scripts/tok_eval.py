@@ -135,6 +135,7 @@ def measure(texts: list[str], tokenizers: dict[str, Tokenizer]) -> dict[str, Any
 
 
 def print_table(rows: dict[str, dict[str, Any]], names: list[str]) -> None:
+    """Bytes a token of each text by each tokenizer of `names`, ours first, with the ratio of ours to the others."""
     header = f"{'bytes per token':16}{'bytes':>10}{'ours':>8}"
     print0(header + "".join(f"{name:>14}{'ratio':>7}" for name in names[1:]))
     for text, row in rows.items():

@@ -1,0 +1,111 @@
+"""Public names are documented and typed; and the check of what tests have run tells what they have not."""
+
+import dataclasses
+import importlib
+import inspect
+import re
+import types
+
+import pytest
+from test_design import MODULES
+
+from dev import coverage_check
+
+KINDS = (classmethod, staticmethod, property, types.FunctionType)
+NAMES = sorted(set(MODULES) - {"nanochat", "scripts", "tasks"})
+
+
+def public_names(module):
+    """(name, object) of what a module defines for others: functions, classes, and methods and properties of these."""
+    for name, value in vars(module).items():
+        if name.startswith("_") or getattr(value, "__module__", None) != module.__name__:
+            continue
+        if inspect.isclass(value):
+            yield name, value
+            for inner, member in vars(value).items():
+                foreign = getattr(member, "__module__", module.__name__) != module.__name__  # as a Protocol's __init__
+                if not foreign and (inner == "__init__" or not inner.startswith("_")) and isinstance(member, KINDS):
+                    yield f"{name}.{inner}", getattr(value, inner)
+        elif callable(value):
+            yield name, value
+
+
+def functions(module):
+    """The functions among them, unwrapped."""
+    for name, value in public_names(module):
+        value = value.fget if isinstance(value, property) else inspect.unwrap(value)
+        if (inspect.isfunction(value) or inspect.ismethod(value)) and value.__name__ != "<lambda>":
+            yield name, value
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_public_names_say_what_they_are(name):
+    """A docstring each, of their own or of what they override; an __init__ may leave it to its class."""
+    module = importlib.import_module(name)
+    assert module.__doc__, "the file says what it holds"
+    for place, value in public_names(module):
+        if place.endswith("__init__") or place == "main" or getattr(value, "__name__", "") == "<lambda>":
+            continue
+        text = inspect.getdoc(value)
+        assert text and len(text.split()) > 1, f"{place} has no docstring"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_public_functions_are_typed(name):
+    """All parameters and the result; a parameter that is named for its shape (x_BTC) is a tensor."""
+    for place, function in functions(importlib.import_module(name)):
+        signature = inspect.signature(function)
+        untyped = [
+            parameter.name
+            for parameter in signature.parameters.values()
+            if parameter.annotation is parameter.empty and not re.search("^self$|^cls$|_[A-Z0-9]+$", parameter.name)
+        ]
+        assert not untyped, f"{place}: {', '.join(untyped)}"
+        made = function.__qualname__.endswith(".__init__") and not signature.parameters.keys() - {"self"}
+        assert made or signature.return_annotation is not signature.empty, f"{place} does not say what it returns"
+
+
+SHAPED = re.compile(r"_[A-Z0-9]+$|^x$|^[a-z]$")
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("nanochat")])
+def test_tensors_that_cross_a_function_have_their_shape_told(name):
+    """In the parameter's name (x_BTC), or in the docstring, which then speaks of it or of any shape."""
+    module = importlib.import_module(name)
+    for place, function in functions(module):
+        owner = vars(module).get(place.split(".")[0])
+        if dataclasses.is_dataclass(owner) and place.endswith("__init__"):
+            continue  # fields have comments
+        text = f"{inspect.getdoc(function) or ''} {owner.__doc__ or ''}"
+        for parameter in inspect.signature(function).parameters.values():
+            if str(parameter.annotation) in ("<class 'torch.Tensor'>", "torch.Tensor", "torch.Tensor | None"):
+                told = SHAPED.search(parameter.name) or re.search(rf"\b{parameter.name}\b", text)
+                assert told or re.search(r"\(([A-Z]\w*, )+|_[A-Z]{2,}|shape|row|whole", text), (
+                    f"{place}: {parameter.name}"
+                )
+
+
+def test_what_no_test_ran_is_found():
+    def function(lines, executed):
+        return {"summary": {"num_statements": lines}, "executed_lines": executed}
+
+    functions = {
+        "": function(9, [1]),
+        "run": function(2, [3]),
+        "idle": function(2, []),
+        "_own": function(2, []),
+        "Shape.area": function(1, []),
+        "Shape._area": function(1, []),
+        "Protocol.empty": function(0, []),
+        "run.inner": function(3, []),
+    }
+    assert coverage_check.never_run({"nanochat/gpt.py": {"functions": functions}}) == ["gpt.Shape.area", "gpt.idle"]
+    assert coverage_check.never_run({"nanochat/sandbox.py": {"functions": functions}}) == []
+    on_gpu = {name.split(".")[1]: function(1, []) for name in coverage_check.ON_GPU}
+    assert coverage_check.never_run({"nanochat/kernels.py": {"functions": on_gpu}}) == []
+    known = {f"{name.split('.')[1]}.{place}" for name in NAMES for place, _ in functions_of(name)}
+    assert known >= coverage_check.ON_GPU
+
+
+def functions_of(name):
+    return functions(importlib.import_module(name)) if name == "nanochat.kernels" else ()
