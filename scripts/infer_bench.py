@@ -28,7 +28,7 @@ from nanochat.compute import Compute
 from nanochat.dataloader import RowLoader
 from nanochat.engine import Engine, Request
 from nanochat.gpt import GPT
-from nanochat.kv_cache import KVCache
+from nanochat.kv_cache import CacheBatch, KVCache, Part
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.packed import PackedGPT
 from nanochat.token_shards import build_token_shards
@@ -208,10 +208,11 @@ def bits_per_byte(model: GPT, meta: dict[str, Any], config: Config, compute: Com
 
     @torch.inference_mode()
     def losses(idx_BT: torch.Tensor, targets_BT: torch.Tensor, loss_reduction: str) -> torch.Tensor:
-        rows = KVCache(compute.device, packed.cache_needs, T, T).rows(0, 1, T)
-        positions_BT = torch.arange(T, device=compute.device)[None]
-        logits_BTV = packed(idx_BT, cache=rows, positions_BT=positions_BT)
-        return F.cross_entropy(logits_BTV[0], targets_BT[0], ignore_index=-1, reduction=loss_reduction)
+        idx_T, positions_T = idx_BT[0], torch.arange(T, device=compute.device)
+        cache = KVCache(compute.device, packed.cache_needs, T, T)
+        batch = CacheBatch(cache, [Part(0, 1, T, T)], torch.zeros_like(idx_T), positions_T)
+        logits_TV = packed(idx_T, F.pad(idx_T[:-1], (1, 0), value=-1), positions_T, batch)
+        return F.cross_entropy(logits_TV, targets_BT[0], ignore_index=-1, reduction=loss_reduction)
 
     rows = loader.first_rows(min(max(1, config.quality_tokens // T), loader.rows_in_epoch))
     return evaluate_bpb(losses, rows, tokenizer.token_bytes, compute)
