@@ -145,7 +145,7 @@ class Service:
 
     def invalidate(self) -> dict[str, Any]:
         """Forget kept answers, and what the engine knows of prompts."""
-        self.loop.call(self.engine.slots.prefixes.clear)
+        self.loop.call(self.engine.forget)
         return {"responses": self.cache.clear()}
 
     def stats(self) -> dict[str, Any]:
