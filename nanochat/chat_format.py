@@ -69,7 +69,7 @@ class Template:
             first = self.tokenizer.get_bos_token_id()
             marks["bos_token"] = "" if first is None else self.tokenizer.decode([first])
         text = _run(self._template, {"messages": messages, "add_generation_prompt": True, **marks, **variables})
-        ids: list[int] = []
+        ids = []
         for piece in re.split(f"([^{_BROKEN}]{_BROKEN}[^{_BROKEN}]*{_BROKEN})", text):
             broken = _BROKEN in piece
             encode = self.tokenizer.encode if broken else self.tokenizer.encode_marked
@@ -193,7 +193,7 @@ class Decoder:
         return [self._kind(text)] if text and self._kind else []
 
     def _mark(self, name: str) -> None:
-        self._kind = Reasoning if name == "<think>" else str if name == "</think>" else self._kind
+        self._kind = {"<think>": Reasoning, "</think>": str}.get(name, self._kind)
 
 
 class Harmony:

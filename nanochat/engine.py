@@ -65,7 +65,7 @@ class CacheSlots:
         limit = request.size - 1
         self.cache.reserve(request.slot + 1, max(r.size for r in (*running, request)))
         shared = min(twin.n_read, len(request.tokens), limit) if twin else 0
-        if shared and self.cache.rewinds(twin.n_read, shared):
+        if twin and shared and self.cache.rewinds(twin.n_read, shared):
             self.cache.copy_row(twin.slot, request.slot, shared)
             request.chain = twin.chain[: shared // BLOCK]
         else:
@@ -256,7 +256,7 @@ class Engine:
         """
         first = tokens, max_tokens, temperature, top_k, seed
         requests = [Request(*first, sample, **settings) for sample in range(num_samples)]
-        padding = self._special["<|assistant_end|>"]
+        padding = self._special["<|assistant_end|>"] or 0
         try:
             for request in requests:
                 self.add(request)

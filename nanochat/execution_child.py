@@ -67,7 +67,8 @@ _KINDS: dict[str, Any] = {  # kind -> (value -> parts, parts -> value)
     "iterator": (list, iter),
     "Decimal": _RATIO,
     "Fraction": _RATIO,
-} | {kind.__name__: (list, kind) for kind in (list, tuple, set, frozenset)}
+    **{kind.__name__: (list, kind) for kind in (list, tuple, set, frozenset)},
+}
 
 
 def pack(value: Any) -> Any:

@@ -70,7 +70,7 @@ class Attention(nn.Module):
         self.c_attn = Conv1D(config.n_embd, 3 * config.n_embd)
         self.c_proj = Conv1D(config.n_embd, config.n_embd)
 
-    def forward(self, x_BTC, positions_BT, window: int, cache, layer: int) -> torch.Tensor:
+    def forward(self, x_BTC, positions_BT, window: int, cache: Any, layer: int) -> torch.Tensor:
         B, T, C = x_BTC.shape
         q_BTHD, k_BTHD, v_BTHD = self.c_attn(x_BTC).view(B, T, 3, self.n_head, C // self.n_head).unbind(2)
         return self.c_proj(attend(q_BTHD, k_BTHD, v_BTHD, positions_BT, window, cache, layer).reshape(B, T, C))
@@ -86,7 +86,7 @@ class Block(nn.Module):
         self.attn = Attention(config)
         self.mlp = nn.ModuleDict({"c_fc": Conv1D(C, inner), "c_proj": Conv1D(inner, C)})
 
-    def forward(self, x_BTC, positions_BT, window: int, cache, layer: int) -> torch.Tensor:
+    def forward(self, x_BTC, positions_BT, window: int, cache: Any, layer: int) -> torch.Tensor:
         x_BTC = x_BTC + self.attn(self.ln_1(x_BTC), positions_BT, window, cache, layer)
         inner_BTI = F.gelu(self.mlp["c_fc"](self.ln_2(x_BTC)), approximate="tanh")
         return x_BTC + self.mlp["c_proj"](inner_BTI)

@@ -172,6 +172,7 @@ class OpenModel(nn.Module):
             if idx_BT.size(1) > self.config.sequence_len:
                 raise ValueError(f"{idx_BT.size(1)} tokens exceed the model's context of {self.config.sequence_len}")
             positions_BT = torch.arange(idx_BT.size(1), device=idx_BT.device)[None]
+        assert positions_BT is not None, "with a cache, say where the tokens stand"
         x_BTC = self.hidden(idx_BT, positions_BT, cache)
         if targets_BT is None:
             return F.linear(x_BTC[:, -1:] if last_only else x_BTC, self.head_weight).float()

@@ -116,7 +116,7 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = (RMSNorm(D, config.eps) if config.qk_norm else nn.Identity() for _ in range(2))
         self.sinks = nn.Parameter(torch.empty(config.n_head)) if config.sinks else None
 
-    def forward(self, x_BTC, cos_BT1D, sin_BT1D, positions_BT, cache) -> torch.Tensor:
+    def forward(self, x_BTC, cos_BT1D, sin_BT1D, positions_BT, cache: Any) -> torch.Tensor:
         config, (B, T, _) = self.config, x_BTC.shape
         q_BTHD = self.q_norm(self.q_proj(x_BTC).view(B, T, config.n_head, config.head_dim))
         k_BTKD = self.k_norm(self.k_proj(x_BTC).view(B, T, config.n_kv_head, config.head_dim))
@@ -148,13 +148,15 @@ class Block(nn.Module):
         self.self_attn, self.mlp = Attention(config, layer), mlp
         self.input_layernorm, self.post_attention_layernorm = (RMSNorm(config.n_embd, config.eps) for _ in range(2))
 
-    def forward(self, x_BTC, cos_BT1D, sin_BT1D, positions_BT, cache) -> torch.Tensor:
+    def forward(self, x_BTC, cos_BT1D, sin_BT1D, positions_BT, cache: Any) -> torch.Tensor:
         x_BTC = x_BTC + self.self_attn(self.input_layernorm(x_BTC), cos_BT1D, sin_BT1D, positions_BT, cache)
         return x_BTC + self.mlp(self.post_attention_layernorm(x_BTC))
 
 
 class Decoder(nn.Module):
     """From tokens to the normed residual."""
+
+    rotary_D: torch.Tensor
 
     def __init__(self, config: LlamaConfig, mlp: Callable[[Any], nn.Module]) -> None:
         super().__init__()

@@ -107,7 +107,7 @@ def _listed(names: list[str]) -> str:
     return f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''} ({len(names)} tensors)"
 
 
-def _fit(model: nn.Module, family: ModuleType, stored: dict[str, Stored], folder: Path | str) -> dict[str, Stored]:
+def _fit(model: Any, family: ModuleType, stored: dict[str, Stored], folder: Path | str) -> dict[str, Stored]:
     """The stored tensors by the model's names; ValueError names what is missing, extra, mis-shaped or mistyped."""
     wanted, placed = model.state_dict(), {}
     for name, tensor in stored.items():

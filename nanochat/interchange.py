@@ -24,8 +24,14 @@ from nanochat.tokenizer_convert import find_tokenizer, to_tokenizer_json
 
 State = dict[str, torch.Tensor]
 # 2025's model: every switch at its neutral value
-PLAIN = {"rope_base": 10_000.0, "qk_scale": 1.0, "value_embed_every": 0, "smear_channels": 0, "backout": 0.0}
-PLAIN |= {"resid_scale_first": 1.0, "resid_scale_last": 1.0, "embed_skip_first": 0.0, "embed_skip_last": 0.0}
+PLAIN: dict[str, Any] = {"rope_base": 10_000.0, "qk_scale": 1.0, "value_embed_every": 0, "smear_channels": 0}
+PLAIN |= {
+    "backout": 0.0,
+    "resid_scale_first": 1.0,
+    "resid_scale_last": 1.0,
+    "embed_skip_first": 0.0,
+    "embed_skip_last": 0.0,
+}
 
 _ORIGINAL = {
     "transformer.wte.weight": "embed.weight",
@@ -144,7 +150,7 @@ def _read_original(folder: Path) -> tuple[GPT, dict[str, Any]]:
 
 def _read_folder(folder: Path) -> tuple[GPT, dict[str, Any]]:
     """A transformers NanoChat folder, or a bundle of our own."""
-    values, state = read_json(folder / "config.json"), {}
+    values, state = read_json(folder / "config.json"), dict[str, torch.Tensor]()
     for path in sorted({tensor.path for tensor in hf_load.stored_tensors(folder).values()}):
         state |= load_file(path)
     kind = values.get("model_type") if isinstance(values, dict) else None
@@ -166,7 +172,7 @@ def _read_folder(folder: Path) -> tuple[GPT, dict[str, Any]]:
     capped = values.get("final_logit_softcapping", 15.0) is not None
     if "lm_head.weight" not in state and settings.flag("tie_word_embeddings"):
         state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
-    own = {
+    own: dict[str, Any] = {
         "sequence_len": settings.integer("max_position_embeddings"),
         "vocab_size": settings.integer("vocab_size"),
         "n_layer": settings.integer("num_hidden_layers", high=1000),
@@ -213,10 +219,10 @@ def import_checkpoint(folder: Path, stage: str, tag: str, tokenizer_dir: str | N
     if (home / "tokenizer.json").is_file() and load_tokenizer().hash != tokenizer.hash:
         raise ValueError(f"{home} holds another tokenizer: set NANOCHAT_BASE_DIR to another folder for this model")
     tokenizer.save(home)
-    meta = {"model_config": dataclasses.asdict(config), "tokenizer_hash": tokenizer.hash, "imported_from": str(folder)}
+    meta: dict[str, Any] = {"model_config": dataclasses.asdict(config), "tokenizer_hash": tokenizer.hash}
     meta |= {"dataset": "builtin", "depth": config.n_layer, "total_batch_size": 1 << 19, "val_bpb": None, **facts}
     compute = Compute(torch.device("cpu"), torch.float32)
-    checkpoint.save(stage, tag, 0, model, _NoOptimizer(), meta, compute)
+    checkpoint.save(stage, tag, 0, model, _NoOptimizer(), {**meta, "imported_from": str(folder)}, compute)
     return checkpoint.checkpoint_dir(stage, tag)
 
 
@@ -250,8 +256,8 @@ def _nanochat_bundle(model: GPT) -> tuple[State, dict[str, Any]]:
 
 def _code_bundle(model: GPT) -> tuple[State, dict[str, Any]]:
     config = model.config
-    values = {"architectures": ["NanochatGPT"], "model_type": BUNDLE, "gpt": dataclasses.asdict(config)}
-    values |= {"auto_map": {"AutoConfig": "modeling_nanochat_gpt.NanochatGPTConfig"}, "vocab_size": config.vocab_size}
+    values: dict[str, Any] = {"architectures": ["NanochatGPT"], "model_type": BUNDLE, "vocab_size": config.vocab_size}
+    values |= {"auto_map": {"AutoConfig": "modeling_nanochat_gpt.NanochatGPTConfig"}, "gpt": dataclasses.asdict(config)}
     values["auto_map"]["AutoModelForCausalLM"] = "modeling_nanochat_gpt.NanochatGPT"
     values |= {"max_position_embeddings": config.sequence_len, "hidden_size": config.n_embd, "use_cache": False}
     values |= {"num_hidden_layers": config.n_layer, "num_attention_heads": config.n_head, "tie_word_embeddings": False}

@@ -190,13 +190,13 @@ def agrees(
     return False
 
 
-def milliseconds(run: Callable[[], object], times: int = 10) -> float:
-    """Median time of `run` on a GPU, after three to warm up."""
+def milliseconds(run: Callable[..., object], *arguments: object, times: int = 10) -> float:
+    """Median time of `run(*arguments)` on a GPU, after three to warm up."""
     taken = []
     for _ in range(3 + times):
         began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         began.record()
-        run()
+        run(*arguments)
         ended.record()
         ended.synchronize()
         taken.append(began.elapsed_time(ended))
@@ -216,6 +216,5 @@ def fused_mlp_pays(device: torch.device, dtype: torch.dtype, width: int) -> bool
     if not agrees("fused MLP", fused_mlp, eager_mlp, inputs):
         return False
     forms = (fused_mlp, torch.compile(eager_mlp, dynamic=False))
-    runs: list[Callable[[], object]] = [lambda f=f: torch.autograd.grad(f(*inputs), inputs, inputs[0]) for f in forms]
-    times = [milliseconds(run) for run in runs]
+    times = [milliseconds(lambda f: torch.autograd.grad(f(*inputs), inputs, inputs[0]), f) for f in forms]
     return times[0] <= times[1]

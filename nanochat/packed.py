@@ -50,7 +50,7 @@ class PackedLinear:
             self.product = lambda x_NC: product(x_NC, packed)
         elif form == "onednn":
             packed, self.relu = torch.ops.mkldnn._reorder_linear_weight(weight_OC.contiguous(), 16), False
-            settings = packed, None, "relu" if relu else "none", [], ""
+            settings: tuple[object, ...] = packed, None, "relu" if relu else "none", [], ""
             self.product = lambda x_NC: torch.ops.mkldnn._linear_pointwise(x_NC, *settings)
             self.rows = 2 if invariant and self.inputs == torch.float32 else 1
         else:
@@ -138,7 +138,7 @@ class PackedGPT:
         if config.smear_channels:
             gate_V1 = torch.sigmoid(model.smear_gate(embed_VC[:, : config.smear_channels]))
             self.smear_V1 = (model.smear_scale * gate_V1).float()
-        tables = [model.value_embeds[name].weight[: config.vocab_size].to(dtype) for name in model.value_embeds]
+        tables = [table[: config.vocab_size].to(dtype) for table in model.value_embeds.parameters()]
         shape = -1, len(tables), config.n_kv_head, config.head_dim
         self.value_VLKD = 3 * torch.stack(tables, dim=1).view(shape) if tables else None
         cos_1S1P, sin_1S1P = model._rotation(torch.arange(config.sequence_len, device=model.device)[None])

@@ -19,7 +19,7 @@ class Sessions:
         from cachetools import TTLCache
 
         self.tokenizer, self.budget, self.seconds = tokenizer, budget, seconds
-        self._kept: TTLCache = TTLCache(most, seconds)
+        self._kept = TTLCache(most, seconds)
         self._busy: set[tuple[int, str]] = set()
         self._lock = threading.Lock()
 
@@ -79,7 +79,7 @@ class ResponseCache:
     def __init__(self, most_bytes: int, seconds: float) -> None:
         from cachetools import TTLCache
 
-        self._kept: TTLCache = TTLCache(most_bytes, seconds, getsizeof=lambda entry: entry[1])
+        self._kept = TTLCache(most_bytes, seconds, getsizeof=lambda entry: entry[1])
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
