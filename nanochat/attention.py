@@ -37,64 +37,65 @@ def cached_attention(
     sinks_H: one more logit a head, unscaled, that takes its share of the softmax and gives nothing (gpt-oss).
     """
     distance_BTS = positions_BT.clamp(min=0)[:, :, None] - torch.arange(k_BSKD.size(1), device=q_BTHD.device)
-    mask_BTS = mask((distance_BTS < 0) | (distance_BTS >= window))
-    keys_BKDS, values_BKSD = k_BSKD.permute(0, 2, 3, 1), v_BSKD.transpose(1, 2)
-    return attend_to_slots(q_BTHD, keys_BKDS, values_BKSD, mask_BTS, q_BTHD.size(3) ** -0.5, sinks_H)
+    hidden_BTS = (distance_BTS < 0) | (distance_BTS >= window)
+    mask_B1MS = mask(hidden_BTS, q_BTHD.size(2) // k_BSKD.size(2), q_BTHD.dtype).float()
+    return attend_to_slots(q_BTHD, k_BSKD, v_BSKD, mask_B1MS, q_BTHD.size(3) ** -0.5, sinks_H)
 
 
-def mask(hidden: torch.Tensor) -> torch.Tensor:
-    """What is added to scores, in fp32: -inf where `hidden`, else 0."""
-    return torch.zeros(hidden.shape, device=hidden.device).masked_fill_(hidden, float("-inf"))
+def _exact(device: torch.device, dtype: torch.dtype, invariant: bool) -> bool:
+    """Whether products must be given a certain shape for their sums to go in a certain order."""
+    return invariant and device.type == "cpu" and dtype == torch.float32
+
+
+def mask(hidden_BTS: torch.Tensor, group: int, dtype: torch.dtype, invariant: bool = True) -> torch.Tensor:
+    """What `attend_to_slots` adds to scores: -inf where `hidden`, else 0; (B, 1, M, S) with a row for each of the
+    M = T·group queries that share a kv head, and further ones where products want them."""
+    B, T, S = hidden_BTS.shape
+    mask_BTS = torch.zeros(B, T, S, dtype=dtype, device=hidden_BTS.device).masked_fill_(hidden_BTS, float("-inf"))
+    mask_BMS = mask_BTS[:, :, None].expand(B, T, group, S).reshape(B, T * group, S)
+    if _exact(hidden_BTS.device, dtype, invariant):
+        mask_BMS = F.pad(mask_BMS, (0, 0, 0, -T * group % 8))
+    return mask_BMS[:, None]
 
 
 def attend_to_slots(
     q_BTHD: torch.Tensor,
-    keys_BKDS: torch.Tensor,
-    values_BKSD: torch.Tensor,
-    mask_BTS: torch.Tensor,
+    k_BSKD: torch.Tensor,
+    v_BSKD: torch.Tensor,
+    mask_B1MS: torch.Tensor,
     scale: float,
     sinks_H: torch.Tensor | None = None,
     invariant: bool = True,
 ) -> torch.Tensor:
-    """softmax(scale · q·keys + mask) · values, as two matrix products around a softmax. Returns (B, T, H, D).
+    """softmax(scale · q·keys + mask) · values, as two matrix products around a softmax, N = B·K of them at once.
 
-    Keys lie with their slots innermost, which makes the first product 5 times as fast on CPU in bf16 (dev/LOG.md).
+    Returns (B, T, H, D). Keys that lie with their slots innermost make it 5 times as fast on CPU in bf16 (dev/LOG.md).
+    The softmax is taken in the mask's dtype, or q's where that is longer.
+
     invariant: a query's result has the same bits whatever other queries, rows and hidden slots there are (on CPU, for
     slots in multiples of 128). In bf16 it always has; in fp32 the order of a sum changes with the shape of a product,
     unless its rows are a multiple of 8, and sums over slots go in parts of 128.
     """
-    (B, T, H, D), (K, S) = q_BTHD.shape, (keys_BKDS.size(1), keys_BKDS.size(3))
-    G, M, cpu = H // K, T * H // K, q_BTHD.device.type == "cpu"
-    exact = invariant and cpu and q_BTHD.dtype == torch.float32
-    q_NMD = q_BTHD.reshape(B * K, G, D) if T == 1 else _rows(q_BTHD.view(B, T, K, G, D))
-    # in bf16 a product of one row is slower than of two, where it is large
-    padding = -M % 8 if exact else int(cpu and M == 1 and B * K * S >= 2048)
-    if padding:
-        q_NMD = F.pad(q_NMD, (0, 0, 0, padding))
-    scores_BKMS = torch.bmm(q_NMD, keys_BKDS.reshape(B * K, D, S)).view(B, K, M + padding, S)
-    mask_BMS = mask_BTS
-    if T > 1:
-        mask_BMS = mask_BTS[:, :, None].expand(B, T, G, S).reshape(B, M, S)
-        mask_BMS = F.pad(mask_BMS, (0, 0, 0, padding)) if padding else mask_BMS
-    scores_BKMS = torch.add(mask_BMS[:, None], scores_BKMS, alpha=scale)
+    (B, T, H, D), (_, S, K, _) = q_BTHD.shape, k_BSKD.shape
+    G, M, N, rows = H // K, T * H // K, B * K, mask_B1MS.size(2)
+    q_NMD = (q_BTHD if T == 1 else q_BTHD.view(B, T, K, G, D).transpose(1, 2)).reshape(N, M, D)
+    if rows > M:
+        q_NMD = F.pad(q_NMD, (0, 0, 0, rows - M))
+    keys_NDS, values_NSD = k_BSKD.permute(0, 2, 3, 1).reshape(N, D, S), v_BSKD.transpose(1, 2).reshape(N, S, D)
+    scores_BKMS = torch.add(mask_B1MS, torch.bmm(q_NMD, keys_NDS).view(B, K, rows, S), alpha=scale)
     if sinks_H is not None:
-        sinks = sinks_H.float().view(1, K, 1, G).expand(B, -1, T, -1).reshape(B, K, M, 1)
-        scores_BKMS = torch.cat((F.pad(sinks, (0, 0, 0, padding)), scores_BKMS), dim=-1)
-    weights_BKMS = scores_BKMS.softmax(-1).to(values_BKSD.dtype)
-    weights_NMS = (weights_BKMS if sinks_H is None else weights_BKMS[..., 1:]).reshape(B * K, M + padding, S)
-    values_NSD, part = values_BKSD.reshape(B * K, S, D), 128 if exact else S
-    y_NMD = torch.bmm(weights_NMS[..., :part], values_NSD[:, :part]) if exact else torch.bmm(weights_NMS, values_NSD)
+        sinks = sinks_H.to(scores_BKMS.dtype).view(1, K, 1, G).expand(B, K, T, G).reshape(B, K, M, 1)
+        scores_BKMS = torch.cat((F.pad(sinks, (0, 0, 0, rows - M)), scores_BKMS), dim=-1)
+    weights_NMS = scores_BKMS.softmax(-1).flatten(0, 1).to(v_BSKD.dtype)
+    if sinks_H is not None:
+        weights_NMS = weights_NMS[..., 1:]
+    part = 128 if _exact(q_BTHD.device, q_BTHD.dtype, invariant) else S
+    y_NMD = torch.bmm(weights_NMS if part == S else weights_NMS[..., :part], values_NSD[:, :part])
     for first in range(part, S, part):
         y_NMD = torch.baddbmm(y_NMD, weights_NMS[..., first : first + part], values_NSD[:, first : first + part])
-    if padding:
+    if rows > M:
         y_NMD = y_NMD[:, :M]
     return y_NMD.reshape(B, T, H, D) if T == 1 else y_NMD.reshape(B, K, T, G, D).transpose(1, 2).reshape(B, T, H, D)
-
-
-def _rows(q_BTKGD: torch.Tensor) -> torch.Tensor:
-    """A kv head's queries as rows of one matrix, (B·K, T·G, D)."""
-    B, T, K, G, D = q_BTKGD.shape
-    return q_BTKGD.transpose(1, 2).reshape(B * K, T * G, D)
 
 
 def _heads_first(x_BTHD: torch.Tensor, heads: int) -> torch.Tensor:

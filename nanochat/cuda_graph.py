@@ -1,66 +1,93 @@
-"""One forward of a model over rows of its cache; on a GPU decoding is replayed as a CUDA graph, one for each shape."""
+"""One forward of a model over what a step reads; on a GPU decoding is replayed as a CUDA graph, one for each shape."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from nanochat.kv_cache import KVCache
+from nanochat.kv_cache import CacheBatch, KVCache, Part
+from nanochat.request import Request
 
 
 class Forward:
-    """The model over new tokens of neighbouring cache rows.
+    """The model over the next tokens of requests; request i of those that run has row i of the cache.
 
     On a GPU a step of decoding is bound by the launches of its kernels. A graph holds them all for a fixed shape: so
     many rows (a power of two, those at the end idle) of so many slots. It is captured at its first use, and again when
-    the cache has moved. Idle rows write to their slots too, so whoever decodes gives all rows that hold something.
+    the cache has moved. Idle rows write to their slots too, so all rows that hold something come along: what is written
+    of those that are still being read is written again.
     """
 
     def __init__(self, model: Any, cache: KVCache) -> None:
-        self.model, self.cache, self.graphs = model, cache, cache.last_token.device.type == "cuda"
+        self.model, self.cache, self.graphs = model, cache, cache.device.type == "cuda"
+        self.flat = bool(cache.windows)  # whether it reads unequally many tokens of rows at once (see engine.py)
         self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]] = {}
         self._captured = -1  # the cache's version in the graphs
 
-    def __call__(
-        self, first_row: int, tokens: Sequence[Sequence[int]], starts: Sequence[int], previous: Sequence[int]
-    ) -> torch.Tensor:
-        """Logits (B, V) after the last of each row's tokens (equally many a row), which stand at start, start + 1, ...;
-        previous: the token before each row's first, or -1."""
-        B, T = len(tokens), len(tokens[0])
-        length, graphed = max(starts) + T, self.graphs and T == 1 and first_row == 0
-        if graphed:
-            idle = [0] * ((1 << (B - 1).bit_length()) - B)
-            self.cache.reserve(B + len(idle), length)
-            tokens, starts, previous = [*tokens, *([0] for _ in idle)], [*starts, *idle], [*previous, *idle]
-        inputs = torch.tensor([[*row, start, last] for row, start, last in zip(tokens, starts, previous, strict=True)])
-        inputs = inputs.to(self.cache.last_token.device, non_blocking=True)
-        return self._replay(inputs, length)[:B] if graphed else self._run(inputs, first_row, length)
+    def __call__(self, running: Sequence[Request], work: Sequence[tuple[Request, int]]) -> torch.Tensor:
+        """Logits (B, V) of each request in `work` after so many more of its tokens; those of one token come first."""
+        ones = [request.slot for request, n in work if n == 1] if self.graphs else []
+        if not ones:
+            return self._read(work)
+        columns = [(request.pending(1)[0], request.previous, request.n_read, request.slot) for request in running]
+        columns += [(0, 0, 0, row) for row in range(len(columns), 1 << (len(columns) - 1).bit_length())]
+        inputs_4N = torch.tensor(columns).T.contiguous().to(self.cache.device, non_blocking=True)
+        length = 1 + max(request.n_read for request in running)
+        self.cache.reserve(len(columns), length)
+        logits = [self._replay(inputs_4N, length)[ones]]
+        if len(ones) < len(work):
+            logits.append(self._read(work[len(ones) :]))
+        return torch.cat(logits)
 
-    def _run(self, inputs: torch.Tensor, first_row: int, length: int) -> torch.Tensor:
-        """inputs: tokens, start and previous token of each row, (B, T + 2)."""
-        B, T = inputs.size(0), inputs.size(1) - 2
-        rows = self.cache.rows(first_row, first_row + B, length)
-        rows.last_token_B.copy_(inputs[:, -1])
-        positions_BT = inputs[:, -2:-1] + torch.arange(T, device=inputs.device)
-        return self.model(inputs[:, :T], cache=rows, positions_BT=positions_BT, last_only=True)[:, -1]
+    def _read(self, work: Sequence[tuple[Request, int]]) -> torch.Tensor:
+        inputs: tuple[list[int], ...] = [], [], [], []
+        parts: list[Part] = []
+        for request, n in work:
+            tokens, start, row = request.pending(n), request.n_read, request.slot
+            columns = tokens, (request.previous, *tokens[:-1]), range(start, start + n), [row] * n
+            for line, new in zip(inputs, columns, strict=True):
+                line.extend(new)
+            part = Part(row, 1, n, start + n)
+            if parts and n == parts[-1].n_tokens and row == parts[-1].first_row + parts[-1].n_rows:
+                last = parts.pop()
+                part = Part(last.first_row, last.n_rows + 1, n, max(last.length, start + n))
+            parts.append(part)
+        return self._run(torch.tensor(inputs).to(self.cache.device, non_blocking=True), parts)
 
-    def _replay(self, inputs: torch.Tensor, length: int) -> torch.Tensor:
+    def _run(self, inputs_4N: torch.Tensor, parts: Sequence[Part]) -> torch.Tensor:
+        """Logits after the last token of each row. inputs: of each token itself, the one before it (-1 = none), its
+        position and its row."""
+        if self.flat:
+            idx_N, previous_N, positions_N, rows_N = inputs_4N.unbind()
+            batch = CacheBatch(self.cache, parts, rows_N, positions_N)
+            wanted = None if inputs_4N.size(1) == sum(part.n_rows for part in parts) else batch.last
+            return self.model(idx_N, previous_N, positions_N, batch, wanted)
+        logits = []
+        for part, part_4N in zip(parts, inputs_4N.split([part.n_rows * part.n_tokens for part in parts], 1)):
+            idx_BT, previous_BT, positions_BT, _ = part_4N.reshape(4, part.n_rows, part.n_tokens)
+            rows = self.cache.rows(part.first_row, part.first_row + part.n_rows, part.length)
+            rows.last_token_B.copy_(previous_BT[:, 0])
+            logits.append(self.model(idx_BT, cache=rows, positions_BT=positions_BT, last_only=True)[:, -1])
+        return torch.cat(logits)
+
+    def _replay(self, inputs_4N: torch.Tensor, length: int) -> torch.Tensor:
+        """One token of each row, (rows, V), idle ones included."""
         if self._captured != self.cache.version:
             self._graphs.clear()
             self._captured = self.cache.version
-        shape = len(inputs), 1 << (length - 1).bit_length()
+        shape = inputs_4N.size(1), 1 << (length - 1).bit_length()
         if shape not in self._graphs:
-            static = inputs.clone()
+            static, parts = inputs_4N.clone(), [Part(0, shape[0], 1, min(shape[1], self.cache.n_slots - 1))]
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):  # libraries set themselves up outside of the graph
-                self._run(static, 0, min(shape[1], self.cache.n_slots - 1))
+                self._run(static, parts)
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                logits = self._run(static, 0, min(shape[1], self.cache.n_slots - 1))
+                logits = self._run(static, parts)
             self._graphs[shape] = graph, static, logits
         graph, static, logits = self._graphs[shape]
-        static.copy_(inputs)
+        static.copy_(inputs_4N)
         graph.replay()
         return logits

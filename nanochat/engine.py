@@ -3,12 +3,16 @@
     step() = schedule, run the model, take a token for each request that was read to its end
 
 A model is anything with `.config.sequence_len`, `.config.vocab_size`, `.device` and
-`model(idx_BT, cache=..., positions_BT=..., last_only=True) -> logits_B1V`. Its layers give their new keys and values to
-`cache.update` or `cache.attend` (kv_cache.py). With `.cache_needs`, a `LayerNeed` a layer, windows cost no more memory
-than they show. A GPT is packed first (packed.py).
+`model(idx_BT, cache=..., positions_BT=..., last_only=True) -> logits_B1V`, called for rows that read equally many
+tokens. Its layers give their new keys and values to `cache.update` (kv_cache.CacheRows). One with `.cache_needs`, a
+`LayerNeed` a layer, is `model(idx_N, previous_N, positions_N, cache, wanted_R) -> logits_RV` instead, called once a
+step for all that it reads, and its layers call `cache.attend` (kv_cache.CacheBatch), whose windows cost no more memory
+than they show. A GPT is made such a one first (packed.py).
 
 The same request with the same seed gives the same tokens alone and in any company, in any slot, whatever of it was
-known before, in whatever chunks it is read, and after it had to give up its slot: bit by bit on CPU (`deterministic`).
+known before, in whatever chunks it is read, and after it had to give up its slot. On CPU that holds bit by bit for a
+GPT (`deterministic`); for other models, on other devices or without the mode, but for rounding, as far as their own
+products depend on the shape of what they multiply.
 """
 
 import itertools
@@ -180,6 +184,10 @@ class Engine:
         self.scheduler.add(request)
         self.n_prompt_tokens += len(request.tokens)
 
+    def forget(self) -> None:
+        """Forget what is known of beginnings of prompts."""
+        self.slots.prefixes.clear()
+
     def abort(self, request: Request) -> None:
         """Forget a request, wherever it is; one that has finished stays as it is."""
         if request.finish_reason is None:
@@ -190,26 +198,17 @@ class Engine:
     def step(self) -> list[Update]:
         """Continue every request that was read to its end by a token, and read on in the others."""
         decode, prefill = self.scheduler.schedule()
-        if not self.running:
+        work = sorted([*((r, 1) for r in decode), *prefill], key=lambda each: (each[1] > 1, each[0].slot))
+        if not work:
             return []
         self.cache.reserve(len(self.running), max(request.size for request in self.running))
-        ready, logits = [], []
-        if decode:
-            slots = [request.slot for request in decode]
-            # rows between that are still being read come along: what is written of them is written again
-            rows = self.running if self.forward.graphs else self.running[: max(slots) + 1]
-            logits.append(self._read(rows, 1)[slots])
-            ready += decode
-        for request, n in prefill:
-            logits_1V = self._read([request], n)
+        logits_BV = self.forward(self.running, work)
+        for request, n in work:
             request.n_read += n
-            if not request.n_pending:
-                ready.append(request)
-                logits.append(logits_1V)
-        for request in decode:
-            request.n_read += 1
-        updates = self._extend(ready, torch.cat(logits)) if ready else []
-        for request in [*decode, *(request for request, _ in prefill)]:
+        places = [place for place, (request, _) in enumerate(work) if not request.n_pending]
+        logits_BV = logits_BV if len(places) == len(work) else logits_BV[places]
+        updates = self._extend([work[place][0] for place in places], logits_BV) if places else []
+        for request, _ in work:
             self._remember(request)
             if request.finish_reason is not None:
                 self._retire(request)
@@ -299,12 +298,6 @@ class Engine:
         requests = [Request(tokens, max_tokens, temperature, top_k, seed, i) for i, tokens in enumerate(prompts)]
         self.run(requests)
         return [request.output for request in requests]
-
-    def _read(self, requests: Sequence[Request], n: int) -> torch.Tensor:
-        """The model over the next `n` tokens of requests in neighbouring slots; the last column's logits, (B, V)."""
-        tokens = [request.pending(n) for request in requests]
-        starts, previous = [request.n_read for request in requests], [request.previous for request in requests]
-        return self.forward(requests[0].slot, tokens, starts, previous)
 
     def _extend(self, requests: Sequence[Request], logits_BV: torch.Tensor) -> list[Update]:
         """Give each request its next token, and what a tool answers to it."""

@@ -1,8 +1,10 @@
 """Keys and values of what each running request has read so far, so that a new token costs one position of work.
 
-Shapes: B rows of this forward, T new positions, S slots, K kv heads, D head dim.
+Shapes: R rows, B of them in a rectangle of T new positions each, N = all new positions of a forward, S slots, H query
+heads, K kv heads, D head dim.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -25,6 +27,13 @@ def _up(n: int) -> int:
     return -(-n // ROUND) * ROUND
 
 
+def allocate(like: torch.Tensor, n_rows: int, n_slots: int, kv_heads: int, head_dim: int) -> tuple[torch.Tensor, ...]:
+    """Keys and values, (R, S, K, D), of zeros. In memory keys have their slots innermost and values their channels, as
+    products with them want it (see `attention.attend_to_slots`)."""
+    keys_RSKD = like.new_zeros(n_rows, kv_heads, head_dim, n_slots).permute(0, 3, 1, 2)
+    return keys_RSKD, like.new_zeros(n_rows, kv_heads, n_slots, head_dim).transpose(1, 2)
+
+
 class KVCache:
     """One row a request. Slot s of a row holds its position s; layers with a window keep a ring, in which slot s holds
     the newest position p with p % ring = s. Rows are equally long, as long as the longest needs, by doubling.
@@ -43,10 +52,10 @@ class KVCache:
         max_tokens: int | None = None,
         invariant: bool = True,
     ) -> None:
+        self.device, self.context, self.max_tokens, self.invariant = device, context, max_tokens, invariant
         self.last_token = torch.full((1,), -1, dtype=torch.int64, device=device)  # of each row; -1 = none yet
-        self.layers: list[tuple[torch.Tensor, torch.Tensor]] = []  # keys (rows, K, D, S) and values (rows, K, S, D)
+        self.layers: list[tuple[torch.Tensor, ...]] = []  # keys and values, (R, S, K, D)
         self.n_rows, self.n_slots, self.version = 1, ROUND, 0  # version: how often memory has moved
-        self.context, self.max_tokens, self.invariant = context, max_tokens, invariant
         self.windows = [need.window for need in needs]
         rings = [_up(window + chunk) for window in self.windows]
         self.rings = [None if context is None or ring >= context else ring for ring in rings]
@@ -60,19 +69,14 @@ class KVCache:
         self.reserve(stop, length)
         return CacheRows(self, slice(start, stop), length)
 
-    def clear_row(self, row: int) -> None:
-        """Let a new sequence begin in `row`. Its old keys stay until overwritten: no query looks past its position."""
-        self.reserve(row + 1, 1)
-        self.last_token[row] = -1
-
     def copy_row(self, source: int, target: int, length: int) -> None:
         """Make row `target` equal to row `source` in its first `length` positions."""
         self.reserve(target + 1, length)
         self.last_token[target] = self.last_token[source]
-        for layer, (keys, values) in enumerate(self.layers):
-            n = length if self.ring(layer) is None else keys.size(-1)
-            keys[target, :, :, :n] = keys[source, :, :, :n]
-            values[target, :, :n] = values[source, :, :n]
+        for layer, memory in enumerate(self.layers):
+            n = self.ring(layer) or length
+            for each_RSKD in memory:
+                each_RSKD[target, :n] = each_RSKD[source, :n]
 
     def rewinds(self, read: int, length: int) -> bool:
         """Whether a row that has read so many tokens still holds what its first `length` alone would have left."""
@@ -88,14 +92,21 @@ class KVCache:
         ring = self.ring(layer)
         return positions if ring is None else positions % ring
 
-    def memory(self, layer: int, k_BTKD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """A layer's keys and values, made if this is their first use, in the shape and dtype of these new keys."""
+    def memory(self, layer: int, k: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """A layer's keys and values, (R, S, K, D), made if this is their first use, for keys like these (..., K, D)."""
         if layer == len(self.layers):
             n_slots = min(self.n_slots, self.ring(layer) or self.n_slots)
-            K, D = k_BTKD.shape[2:]
-            shapes = (self.n_rows, K, D, n_slots), (self.n_rows, K, n_slots, D)
-            self.layers.append((k_BTKD.new_zeros(shapes[0]), k_BTKD.new_zeros(shapes[1])))
+            self.layers.append(allocate(k, self.n_rows, n_slots, *k.shape[-2:]))
         return self.layers[layer]
+
+    def write(
+        self, layer: int, places: tuple[torch.Tensor, torch.Tensor], k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """Put keys and values (..., K, D) in a layer's (rows, slots), (...) each; returns all of it, (R, S, K, D)."""
+        keys_RSKD, values_RSKD = self.memory(layer, k)
+        keys_RSKD.index_put_(places, k)
+        values_RSKD.index_put_(places, v)
+        return keys_RSKD, values_RSKD
 
     def _length(self, size: int) -> int:
         """Slots of rows that hold `size` tokens: a power of two, at most the context, with one that nobody reads, as
@@ -115,29 +126,23 @@ class KVCache:
         if self.max_tokens is not None and rows * slots > self.max_tokens:
             slots = slots if n_rows * slots <= self.max_tokens else self._length(size)
             rows = max(n_rows, self.max_tokens // slots)
-        kept = slice(min(rows, self.n_rows))
-
-        def recut(old: torch.Tensor, dim: int, ring: int | None) -> torch.Tensor:
-            shape = list(old.shape)
-            shape[0], shape[dim] = rows, min(slots, ring or slots)
-            new, common = old.new_zeros(shape), min(shape[dim], old.size(dim))
-            new[kept].narrow(dim, 0, common).copy_(old[kept].narrow(dim, 0, common))
-            return new
-
-        for layer, (keys, values) in enumerate(self.layers):
-            self.layers[layer] = (recut(keys, 3, self.ring(layer)), recut(values, 2, self.ring(layer)))
+        kept = min(rows, self.n_rows)
+        for layer, old in enumerate(self.layers):
+            self.layers[layer] = allocate(old[0], rows, min(slots, self.ring(layer) or slots), *old[0].shape[2:])
+            for each_RSKD, old_RSKD in zip(self.layers[layer], old, strict=True):
+                common = min(each_RSKD.size(1), old_RSKD.size(1))
+                each_RSKD[:kept, :common] = old_RSKD[:kept, :common]
         last_token = self.last_token.new_full((rows,), -1)
-        last_token[kept] = self.last_token[kept]
+        last_token[:kept] = self.last_token[:kept]
         self.last_token, self.n_rows, self.n_slots, self.version = last_token, rows, slots, self.version + 1
 
 
 class CacheRows:
-    """Neighbouring rows of a KVCache: what the model sees of it in one forward."""
+    """Neighbouring rows of a KVCache that read equally many tokens: what a model sees of it in one forward."""
 
     def __init__(self, cache: KVCache, rows: slice, length: int) -> None:
         self._cache, self._rows, self._length = cache, rows, length
-        self._row_B1 = torch.arange(rows.start, rows.stop, device=cache.last_token.device)[:, None]
-        self._seen: dict[tuple[int | None, int], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._row_B1 = torch.arange(rows.start, rows.stop, device=cache.device)[:, None]
 
     @property
     def last_token_B(self) -> torch.Tensor:
@@ -149,32 +154,10 @@ class CacheRows:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write a layer's new keys and values at their positions (-1 = padding, lost); return all, (B, S, K, D), slot s
         being position s: not for layers that keep a ring. Views, nothing is copied out."""
-        assert self._cache.ring(layer) is None, "a ring has no slot for each position: use `attend`"
-        keys_BKDS, values_BKSD = self._write(layer, k_BTKD, v_BTKD, positions_BT, _up(self._length))
-        return keys_BKDS.permute(0, 3, 1, 2), values_BKSD.transpose(1, 2)
-
-    def attend(
-        self,
-        layer: int,
-        q_BTHD: torch.Tensor,
-        k_BTKD: torch.Tensor,
-        v_BTKD: torch.Tensor,
-        positions_BT: torch.Tensor,
-        scale: float | None = None,
-        sinks_H: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Write new keys and values, and have the queries attend to all that their layer's window shows of their rows.
-
-        Returns (B, T, H, D). positions_BT, the same for all layers of a forward, counts up along a row.
-        """
-        cache = self._cache
-        ring, window = cache.ring(layer), cache.windows[layer]
-        if (ring, window) not in self._seen:
-            self._seen[ring, window] = self._look(ring, window, positions_BT)
-        slots_BT, mask_BTS = self._seen[ring, window]
-        keys_BKDS, values_BKSD = self._write(layer, k_BTKD, v_BTKD, slots_BT, mask_BTS.size(-1))
-        settings = mask_BTS, scale or q_BTHD.size(3) ** -0.5, sinks_H, cache.invariant
-        return attention.attend_to_slots(q_BTHD, keys_BKDS, values_BKSD, *settings)
+        assert self._cache.ring(layer) is None, "a ring has no slot for each position: use CacheBatch"
+        memory = self._cache.write(layer, (self._row_B1, positions_BT), k_BTKD, v_BTKD)
+        keys_BSKD, values_BSKD = (each_RSKD[self._rows, : _up(self._length)] for each_RSKD in memory)
+        return keys_BSKD, values_BSKD
 
     def advance(self, idx_BT: torch.Tensor, positions_BT: torch.Tensor) -> None:
         """Note the last token of each row that was read; padding, where there is any, stands at the end of a row."""
@@ -182,25 +165,73 @@ class CacheRows:
         last_B = idx_BT.gather(1, (n_read_B1 - 1).clamp(min=0))[:, 0]
         self.last_token_B.copy_(torch.where(n_read_B1[:, 0] > 0, last_B, self.last_token_B))
 
-    def _write(
-        self, layer: int, k_BTKD: torch.Tensor, v_BTKD: torch.Tensor, slots_BT: torch.Tensor, S: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Put new keys and values in a layer's slots; what its first S slots hold then."""
-        keys_RKDS, values_RKSD = self._cache.memory(layer, k_BTKD)
-        keys_RKDS[self._row_B1, :, :, slots_BT] = k_BTKD
-        values_RKSD[self._row_B1, :, slots_BT] = v_BTKD
-        return keys_RKDS[self._rows, :, :, :S], values_RKSD[self._rows, :, :S]
 
-    def _look(self, ring: int | None, window: int, positions_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where layers with this ring write the new positions, and the mask of what their queries see, (B, T, S)."""
-        S = min(_up(self._length), ring or self._cache.n_slots)
-        held_B1S = torch.arange(S, device=positions_BT.device)[None, None]  # the position that each slot holds
-        if ring is not None and self._length > ring:
-            newest_B11 = positions_BT[:, -1:, None]
-            held_B1S = newest_B11 - (newest_B11 - held_B1S) % ring
-        hidden_BTS = held_B1S > positions_BT[:, :, None]
-        if window < self._length:
-            hidden_BTS = hidden_BTS | (held_B1S <= positions_BT[:, :, None] - window)
-        if ring is None:
-            return positions_BT, attention.mask(hidden_BTS)
-        return positions_BT % ring, attention.mask(hidden_BTS | (held_B1S < 0))
+class Part(NamedTuple):
+    """`n_rows` neighbouring rows that read `n_tokens` each, none past position `length` - 1."""
+
+    first_row: int
+    n_rows: int
+    n_tokens: int
+    length: int
+
+
+class CacheBatch:
+    """Rows of a KVCache that read unequally many tokens in one forward, flat: part after part, row after row in it.
+
+    rows_N, positions_N: where each token goes; along a row positions count up.
+    """
+
+    def __init__(self, cache: KVCache, parts: Sequence[Part], rows_N: torch.Tensor, positions_N: torch.Tensor) -> None:
+        self._cache, self._rows_N, self._positions_N = cache, rows_N, positions_N
+        self.parts, self.sizes = parts, [part.n_rows * part.n_tokens for part in parts]
+        cache.reserve(max(part.first_row + part.n_rows for part in parts), max(part.length for part in parts))
+        # slots of the new tokens, and of each part what its queries see, for layers that look the same way back
+        self._seen: dict[tuple[int | None, int], tuple[torch.Tensor, list[torch.Tensor]]] = {}
+
+    @property
+    def last(self) -> torch.Tensor:
+        """Where the last token of each row is among the N, (R,)."""
+        lengths = [part.n_tokens for part in self.parts for _ in range(part.n_rows)]
+        return torch.tensor(list(itertools.accumulate(lengths)), device=self._cache.device) - 1
+
+    def attend(
+        self, layer: int, q_NHD: torch.Tensor, k_NKD: torch.Tensor, v_NKD: torch.Tensor, scale: float = 1.0
+    ) -> torch.Tensor:
+        """Write new keys and values, and have the queries attend to all that their layer's window shows of their rows.
+
+        Returns (N, H, D).
+        """
+        cache, (_, H, D) = self._cache, q_NHD.shape
+        looks = cache.ring(layer), cache.windows[layer]
+        if looks not in self._seen:
+            self._seen[looks] = self._look(*looks, H // k_NKD.size(1), k_NKD.dtype)
+        slots_N, masks = self._seen[looks]
+        memory = cache.write(layer, (self._rows_N, slots_N), k_NKD, v_NKD)
+        outputs = []
+        for part, q, mask_B1MS in zip(self.parts, q_NHD.split(self.sizes), masks, strict=True):
+            rows, S = slice(part.first_row, part.first_row + part.n_rows), mask_B1MS.size(-1)
+            keys_BSKD, values_BSKD = (each_RSKD[rows, :S] for each_RSKD in memory)
+            q_BTHD = q.view(part.n_rows, part.n_tokens, H, D)
+            y_BTHD = attention.attend_to_slots(q_BTHD, keys_BSKD, values_BSKD, mask_B1MS, scale, None, cache.invariant)
+            outputs.append(y_BTHD.reshape(-1, H, D))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def _look(
+        self, ring: int | None, window: int, group: int, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Where layers with this ring write the new positions, and the mask of what each part's queries see."""
+        masks = []
+        for part, positions in zip(self.parts, self._positions_N.split(self.sizes), strict=True):
+            positions_BT1 = positions.view(part.n_rows, part.n_tokens, 1)
+            S = min(_up(part.length), ring or self._cache.n_slots)
+            held_BTS = torch.arange(S, device=positions.device)  # the position that each slot holds
+            if ring is not None and part.length > ring:
+                newest_B11 = positions_BT1[:, -1:]
+                held_BTS = newest_B11 - (newest_B11 - held_BTS) % ring
+            hidden_BTS = held_BTS > positions_BT1
+            if window < part.length:
+                hidden_BTS = hidden_BTS | (held_BTS <= positions_BT1 - window)
+            if ring is not None:
+                hidden_BTS = hidden_BTS | (held_BTS < 0)
+            masks.append(attention.mask(hidden_BTS, group, dtype, self._cache.invariant))
+        return self._positions_N if ring is None else self._positions_N % ring, masks

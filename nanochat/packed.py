@@ -1,9 +1,10 @@
 """GPT packed for inference: the same function as gpt.py in fewer steps, for decoding is bound by steps and by memory.
 
-Query, key, value and gate are one product. What follows from a token alone (its normed embedding, how much smear it
+Tokens of all rows go through the products together, so that a step reads the weights once. Query, key, value and gate
+are one product. What follows from a token alone (its normed embedding, how much smear it
 takes) is looked up, not computed. On CPU the matrices lie as a library's own product wants them. The residual is fp32.
 
-Shapes: N = B·T tokens, C width, H query heads, K kv heads, D head dim, O outputs, V vocabulary.
+Shapes: N tokens of any rows, C width, H query heads, K kv heads, D head dim, P = D/2 planes, O outputs, V vocabulary.
 """
 
 import functools
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from nanochat.gpt import GPT, norm
-from nanochat.kv_cache import CacheRows, LayerNeed
+from nanochat.kv_cache import CacheBatch, LayerNeed
 
 NARROW = 384  # up to this width a product's fixed cost counts for more than its rate (dev/LOG.md)
 Form = Literal["plain", "onednn", "fp16", "int8"]
@@ -44,7 +45,9 @@ class PackedLinear:
             self.product = lambda x_NC: torch._weight_int8pack_mm(x_NC, weight, scale_O)
         elif form == "fp16":
             self.inputs, packed = torch.float32, torch.ops.quantized.linear_prepack_fp16(weight_OC.float(), None)
-            self.product = lambda x_NC: torch.ops.quantized.linear_dynamic_fp16(x_NC, packed)
+            ops, self.relu = torch.ops.quantized, False
+            product = (ops.linear_relu_dynamic_fp16 if relu else ops.linear_dynamic_fp16).op  # without Python's checks
+            self.product = lambda x_NC: product(x_NC, packed)
         elif form == "onednn":
             packed, self.relu = torch.ops.mkldnn._reorder_linear_weight(weight_OC.contiguous(), 16), False
             settings = packed, None, "relu" if relu else "none", [], ""
@@ -55,9 +58,12 @@ class PackedLinear:
             self.rows = 8 if invariant and weight_OC.device.type == "cpu" else 1
 
     def __call__(self, x_NC: torch.Tensor) -> torch.Tensor:
-        N, padding = x_NC.size(0), -x_NC.size(0) % self.rows
-        y_NO = self.product(F.pad(x_NC, (0, 0, 0, padding)))[:N] if padding else self.product(x_NC)
-        return y_NO.relu_() if self.relu else y_NO
+        N = x_NC.size(0)
+        if padding := -N % self.rows:
+            x_NC = F.pad(x_NC, (0, 0, 0, padding))
+        y_NO = self.product(x_NC)
+        y_NO = y_NO.relu_() if self.relu else y_NO
+        return y_NO[:N] if padding else y_NO
 
 
 @functools.cache
@@ -80,28 +86,43 @@ def choose_form(width: int, dtype: torch.dtype, device: torch.device) -> Form:
     return "onednn" if device.type == "cpu" and dtype != torch.float16 and _works("onednn", dtype) else "plain"
 
 
+class _Norm:
+    """gpt.py's RMSNorm of fp32 with `n` channels, times `scale`, made of fewer steps than F.rms_norm is on CPU."""
+
+    def __init__(self, n: int, dtype: torch.dtype, device: torch.device, scale: float = 1.0) -> None:
+        self.share = 1 / n / scale**2
+        self.eps = torch.tensor(torch.finfo(dtype).eps / scale**2, device=device)  # of gpt.py's, in the compute dtype
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        root = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return x * torch.addcmul(self.eps, root, root, value=self.share).rsqrt_()
+
+
+def _paired(weight_OC: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """Rows of queries or keys with the two coordinates of each rotating plane side by side: halves, in gpt.py."""
+    return weight_OC.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
+
+
 class _Block:
     """One layer's matrices and tables."""
 
     def __init__(self, model: GPT, layer: int, form: Form, invariant: bool) -> None:
         config, attn, mlp = model.config, model.blocks[layer].attn, model.blocks[layer].mlp
-        rows = [matrix.weight.to(model.dtype) for matrix in (attn.q, attn.k, attn.v)]
-        self.value_embed_VKD = None
-        if attn.gate is not None:
-            gate_KC = rows[0].new_zeros(config.n_kv_head, config.n_embd)
-            gate_KC[:, : config.value_gate_channels] = attn.gate.weight
+        rows, self.gated = [matrix.weight.to(model.dtype) for matrix in (attn.q, attn.k, attn.v)], attn.gate is not None
+        rows[:2] = (_paired(weight_OC, config.head_dim) for weight_OC in rows[:2])
+        if self.gated:
+            gate_KC = rows[0].new_zeros(-(-config.n_kv_head // 2) * 2, config.n_embd)  # even, for the view as complex
+            gate_KC[: config.n_kv_head, : config.value_gate_channels] = attn.gate.weight
             rows.append(gate_KC)
-            table_VC = 3 * model.value_embeds[str(layer)].weight[: config.vocab_size].to(model.dtype)
-            self.value_embed_VKD = table_VC.view(-1, config.n_kv_head, config.head_dim)
         self.qkvg = PackedLinear(torch.cat(rows), form, False, invariant)
         self.out = PackedLinear(attn.out.weight.to(model.dtype), form, False, invariant)
         self.up = PackedLinear(mlp.up.weight.to(model.dtype), form, True, invariant)
         self.down = PackedLinear(mlp.down.weight.to(model.dtype), form, False, invariant)
-        self.scale, self.skip = model.resid_scale[layer].item(), model.embed_skip[layer].item()
+        self.scale = model.resid_scale[layer].item()
 
 
 class PackedGPT:
-    """A GPT's weights as they are now, packed. Called as the GPT is with a cache; see the model protocol in engine.py.
+    """A GPT's weights as they are now, packed. See the model protocol in engine.py.
 
     invariant: see PackedLinear and `attention.attend_to_slots`.
     """
@@ -110,66 +131,84 @@ class PackedGPT:
     def __init__(self, model: GPT, invariant: bool = True, int8: bool = False) -> None:
         config, dtype = model.config, model.dtype
         self.config, self.device, self.dtype = config, model.device, dtype
-        self.eps = torch.tensor(torch.finfo(dtype).eps, device=model.device)  # of F.rms_norm in gpt.py
         self.cache_needs = [LayerNeed(config.n_kv_head, config.head_dim, window) for window in config.windows]
-        self.attention_scale = config.qk_scale**2 / config.head_dim**0.5
         embed_VC = norm(model.embed.weight[: config.vocab_size].to(dtype))
         self.embed_VC = F.pad(embed_VC, (0, 0, 0, 1))  # the last row is what stands before the first token: nothing
         self.smear_V1 = None
         if config.smear_channels:
             gate_V1 = torch.sigmoid(model.smear_gate(embed_VC[:, : config.smear_channels]))
             self.smear_V1 = (model.smear_scale * gate_V1).float()
-        cos_1S1D, sin_1S1D = model._rotation(torch.arange(config.sequence_len, device=model.device)[None])
-        self.cos_S1D = torch.cat((cos_1S1D, cos_1S1D), dim=-1)[0].float()
-        self.sin_S1D = torch.cat((-sin_1S1D, sin_1S1D), dim=-1)[0].float()
+        tables = [model.value_embeds[name].weight[: config.vocab_size].to(dtype) for name in model.value_embeds]
+        shape = -1, len(tables), config.n_kv_head, config.head_dim
+        self.value_VLKD = 3 * torch.stack(tables, dim=1).view(shape) if tables else None
+        cos_1S1P, sin_1S1P = model._rotation(torch.arange(config.sequence_len, device=model.device)[None])
+        self.turn_S1P = torch.complex(cos_1S1P.float(), sin_1S1P.float())[0]
         form = "int8" if int8 else choose_form(config.n_embd, dtype, model.device)
         self.blocks = [_Block(model, layer, form, invariant) for layer in range(config.n_layer)]
+        self.skips_L11 = model.embed_skip.detach().float()[:, None, None]
         self.backout = model.backout.item() if config.backout else 0.0
         self.head = PackedLinear(model.head.weight[: config.vocab_size].to(dtype), form, False, invariant)
         self.inputs = self.head.inputs  # the dtype that products read
         self.products = [each for b in self.blocks for each in (b.qkvg, b.out, b.up, b.down)] + [self.head]
+        self.norm = _Norm(config.n_embd, dtype, model.device)
+        # half of attention's scale goes to the queries, and half to the keys
+        self.norm_heads = _Norm(config.head_dim, dtype, model.device, config.qk_scale / config.head_dim**0.25)
+        self.norm_last = _Norm(config.n_embd, dtype, model.device, 1 / (config.softcap or 1))
 
     def __call__(
-        self, idx_BT: torch.Tensor, *, cache: CacheRows, positions_BT: torch.Tensor, last_only: bool = False
+        self,
+        idx_N: torch.Tensor,
+        previous_N: torch.Tensor,
+        positions_N: torch.Tensor,
+        cache: CacheBatch,
+        wanted_R: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Logits (B, T, V) in fp32, of the last column alone (B, 1, V) with `last_only`; arguments as GPT.forward's."""
-        (B, T), config, idx_N = idx_BT.shape, self.config, idx_BT.flatten()
+        """Logits in fp32 after each token, (N, V), or after the `wanted` ones of them, (R, V).
+
+        previous_N: the token before each, -1 before the first. positions_N: where they stand in their rows.
+        """
+        config, values = self.config, []
         x_NC = self.embed_VC[idx_N].float()
         if self.smear_V1 is not None:
-            previous_BT = torch.cat((cache.last_token_B[:, None], idx_BT[:, :-1]), dim=1)
-            x_NC = torch.addcmul(x_NC, self.smear_V1[idx_N], self.embed_VC[previous_BT.flatten()])
-        cos_N1D, sin_N1D = self.cos_S1D[positions_BT.flatten()], self.sin_S1D[positions_BT.flatten()]
-        x0_NC = x_NC
-        for layer, block in enumerate(self.blocks):
-            x_NC = torch.add(block.scale * x_NC, x0_NC, alpha=block.skip)
-            q_NHD, k_NKD, v_NKD = self._project(block, x_NC, idx_N, cos_N1D, sin_N1D)
-            q_BTHD, k_BTKD, v_BTKD = (y.view(B, T, -1, config.head_dim) for y in (q_NHD, k_NKD, v_NKD))
-            y_BTHD = cache.attend(layer, q_BTHD, k_BTKD, v_BTKD, positions_BT, self.attention_scale)
-            x_NC = x_NC + block.out(y_BTHD.reshape(B * T, -1).to(self.inputs))
-            hidden_NH = block.up(self._norm(x_NC, self.inputs))
-            x_NC = x_NC + block.down(hidden_NH * hidden_NH)
+            x_NC = torch.addcmul(x_NC, self.smear_V1[idx_N], self.embed_VC[previous_N])
+        if self.value_VLKD is not None:
+            values = list(self.value_VLKD[idx_N].float().unbind(1))
+        turn_N1P, skipped_LNC = self.turn_S1P[positions_N], self.skips_L11 * x_NC
+        for layer, (block, skipped_NC) in enumerate(zip(self.blocks, skipped_LNC.unbind(), strict=True)):
+            x_NC = torch.add(skipped_NC, x_NC, alpha=block.scale)
+            q_NHD, k_NKD, v_NKD = self._project(block, x_NC, turn_N1P, values)
+            y_NHD = cache.attend(layer, q_NHD, k_NKD, v_NKD)
+            x_NC += block.out(y_NHD.flatten(1).to(self.inputs))
+            hidden_NH = block.up(self._cast(self.norm(x_NC)))
+            x_NC += block.down(hidden_NH * hidden_NH)
             if layer == config.n_layer // 2:
                 middle_NC = x_NC
         if self.backout:
             x_NC = torch.add(x_NC, middle_NC, alpha=-self.backout)
-        x_BTC = x_NC.view(B, T, -1)[:, -1:] if last_only else x_NC.view(B, T, -1)
-        logits_NV = self.head(self._norm(x_BTC.flatten(0, 1), self.inputs)).float()
-        if config.softcap:
-            logits_NV = logits_NV.div_(config.softcap).tanh_().mul_(config.softcap)
-        return logits_NV.view(B, -1, config.vocab_size)
+        if wanted_R is not None:
+            x_NC = x_NC[wanted_R]
+        logits_NV = self.head(self._cast(self.norm_last(x_NC))).float()
+        return logits_NV.tanh_().mul_(config.softcap) if config.softcap else logits_NV
 
-    def _norm(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """RMSNorm of fp32, made of fewer steps than F.rms_norm is on CPU."""
-        root = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        return (x * torch.addcmul(self.eps, root, root, value=1 / x.size(-1)).rsqrt_()).to(dtype)
+    def _cast(self, x: torch.Tensor) -> torch.Tensor:
+        """`x`, in fp32, as products read it."""
+        return x if self.inputs == torch.float32 else x.to(self.inputs)
 
-    def _project(self, block: _Block, x_NC, idx_N, cos_N1D, sin_N1D) -> tuple[torch.Tensor, ...]:
-        """Queries, keys (both rotated and normed; qk_scale is left to the softmax) and values, in the compute dtype."""
+    def _project(
+        self, block: _Block, x_NC: torch.Tensor, turn_N1P: torch.Tensor, values: list[torch.Tensor]
+    ) -> tuple[torch.Tensor, ...]:
+        """Queries, keys (both rotated and normed, with attention's scale) and values, in the compute dtype. `values`:
+        what the layers to come add to theirs; this layer's is taken off.
+
+        Rotation is a product of complex numbers, of which each pair of channels is one.
+        """
         H, K, D = self.config.n_head, self.config.n_kv_head, self.config.head_dim
-        qkvg_NO = block.qkvg(self._norm(x_NC, self.inputs))
-        qk_NHD = qkvg_NO[:, : (H + K) * D].float().view(-1, H + K, D)
+        qkvg_NO = block.qkvg(self._cast(self.norm(x_NC)))
+        qk_NP = qkvg_NO[:, : (H + K) * D].float().view(torch.complex64)
         v_NKD = qkvg_NO[:, (H + K) * D : (H + 2 * K) * D].view(-1, K, D)
-        qk_NHD = self._norm(torch.addcmul(qk_NHD * cos_N1D, qk_NHD.roll(D // 2, dims=-1), sin_N1D), self.dtype)
-        if block.value_embed_VKD is not None:
-            v_NKD = torch.addcmul(v_NKD, qkvg_NO[:, -K:, None].sigmoid(), block.value_embed_VKD[idx_N])
-        return qk_NHD[:, :H], qk_NHD[:, H:], v_NKD.to(self.dtype)
+        qk_NHP = qk_NP.view(-1, H + K, D // 2) * turn_N1P
+        q_NHD, k_NKD = self.norm_heads(qk_NHP.view(torch.float32)).to(self.dtype).split((H, K), dim=1)
+        if block.gated:
+            gate_NK1 = qkvg_NO[:, (H + 2 * K) * D : (H + 2 * K) * D + K, None].sigmoid()
+            v_NKD = torch.addcmul(v_NKD, gate_NK1, values.pop(0))
+        return q_NHD, k_NKD, v_NKD.to(self.dtype)

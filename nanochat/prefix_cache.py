@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from nanochat.kv_cache import KVCache
+from nanochat.kv_cache import KVCache, allocate
 
 BLOCK = 16  # tokens
 Key = tuple[int, tuple[int, ...]]  # the predecessor's name, 0 = none, and a block's tokens
@@ -24,7 +24,7 @@ class PrefixCache:
         self.cache, self.n_blocks = cache, max_tokens // BLOCK
         self._blocks: OrderedDict[Key, tuple[int, int]] = OrderedDict()  # name, place in memory; the oldest first
         self._names = itertools.count(1)  # never used again
-        self._memory: list[tuple[torch.Tensor, torch.Tensor]] = []  # of each layer: (P, K, D, 16) and (P, K, 16, D)
+        self._memory: list[tuple[torch.Tensor, ...]] = []  # of each layer: keys and values, (P, 16, K, D)
 
     def clear(self) -> None:
         """Forget everything."""
@@ -43,12 +43,11 @@ class PrefixCache:
             chain.append(key)
             places.append(place)
         self._use(chain)
-        for layer, (keys_PKDS, values_PKSD) in enumerate(self._memory if chain else ()):
+        for layer, known in enumerate(self._memory if chain else ()):
             first = max(0, len(chain) - (self.cache.ring(layer) or len(tokens)) // BLOCK)  # a ring holds the end alone
             slots, blocks = self._where(layer, range(BLOCK * first, BLOCK * len(chain)), places[first:])
-            keys_RKDS, values_RKSD = self.cache.memory(layer, values_PKSD.transpose(1, 2))
-            keys_RKDS[row, :, :, slots] = keys_PKDS[blocks].permute(1, 2, 0, 3).flatten(2)
-            values_RKSD[row, :, slots] = values_PKSD[blocks].transpose(0, 1).flatten(1, 2)
+            for each_RSKD, known_PSKD in zip(self.cache.memory(layer, known[0]), known, strict=True):
+                each_RSKD[row, slots] = known_PSKD[blocks].flatten(0, 1)
         return chain
 
     def save(self, row: int, tokens: Sequence[int], chain: list[Key]) -> None:
@@ -76,17 +75,14 @@ class PrefixCache:
                 self._blocks.move_to_end(key)
 
     def _where(self, layer: int, positions: Sequence[int], places: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        device = self.cache.last_token.device
         slots = self.cache.slots(layer, torch.tensor(positions))
-        return slots.to(device), torch.tensor(places, device=device)
+        return slots.to(self.cache.device), torch.tensor(places, device=self.cache.device)
 
     def _copy(self, row: int, fresh: dict[int, int]) -> None:
         positions = [position for end in fresh.values() for position in range(end - BLOCK, end)]
-        for layer, (keys_RKDS, values_RKSD) in enumerate(self.cache.layers):
+        for layer, memory in enumerate(self.cache.layers):
             if layer == len(self._memory):
-                (_, K, D, _), P = keys_RKDS.shape, self.n_blocks
-                self._memory.append((keys_RKDS.new_empty(P, K, D, BLOCK), values_RKSD.new_empty(P, K, BLOCK, D)))
-            keys_PKDS, values_PKSD = self._memory[layer]
+                self._memory.append(allocate(memory[0], self.n_blocks, BLOCK, *memory[0].shape[2:]))
             slots, blocks = self._where(layer, positions, list(fresh))
-            keys_PKDS[blocks] = keys_RKDS[row][:, :, slots].unflatten(2, (-1, BLOCK)).permute(2, 0, 1, 3)
-            values_PKSD[blocks] = values_RKSD[row][:, slots].unflatten(1, (-1, BLOCK)).transpose(0, 1)
+            for each_RSKD, known_PSKD in zip(memory, self._memory[layer], strict=True):
+                known_PSKD[blocks] = each_RSKD[row, slots].unflatten(0, (-1, BLOCK))

@@ -239,7 +239,7 @@ class Models:
     def invalidate(self) -> dict[str, Any]:
         """Forget kept answers, and what the engines know of prompts."""
         for service in self.ready:
-            service.loop.call(service.engine.slots.prefixes.clear)
+            service.loop.call(service.engine.forget)
         return {"responses": sum(service.cache.clear() for service in self.ready)}
 
     def stats(self) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What the design promises of the code as a whole: layers, sizes, and that an import does nothing."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,11 +17,11 @@ def module_name(path):
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
-def imported_by(path, top_level_only=False):
-    """The project's modules that a file imports, anywhere in it or only when it is itself imported."""
+def imported_by(path):
+    """The project's modules that a file imports, anywhere in it."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     names = set()
-    for node in tree.body if top_level_only else ast.walk(tree):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -49,19 +50,61 @@ def test_files_and_functions_are_short(path):
         assert not isinstance(node, ast.Global), f"line {node.lineno}: a global"
 
 
+ARCHITECTURE = (ROOT / "dev" / "architecture.md").read_text(encoding="utf-8")
+
+
+def stated_layers():
+    """Layer -> (its modules, the layers it may import from), as the table of dev/architecture.md has them."""
+    _, _, table = ARCHITECTURE.partition("| may import |\n")
+    rows = re.findall(r"^\| ([a-z]+) \| ([\w/, ]+?) \| ?([a-z, ]*) ?\|$", table, re.MULTILINE)
+    layers = {}
+    for layer, files, others in rows:
+        names = [file.strip() for file in files.split(",")]
+        if names == [f"{layer}/"]:
+            modules = [name for name in MODULES if name.split(".")[0] == layer]
+        else:
+            modules = [f"nanochat.{name}" for name in names]
+        layers[layer] = (modules, {other.strip() for other in others.split(",")} - {""})
+    return layers
+
+
+LAYERS = stated_layers()
+LAYER_OF = {module: layer for layer, (modules, _) in LAYERS.items() for module in modules}
+
+
+def test_every_module_has_one_layer():
+    listed = [module for modules, _ in LAYERS.values() for module in modules]
+    assert sorted(listed) == sorted(set(MODULES) - {"nanochat"}), "add it to the table in dev/architecture.md"
+    assert {other for _, others in LAYERS.values() for other in others} <= set(LAYERS)
+
+
 @pytest.mark.parametrize("path", FILES, ids=module_name)
 def test_layers(path):
-    name, imports = module_name(path), imported_by(path)
-    allowed = {"nanochat": ("nanochat",), "tasks": ("nanochat", "tasks"), "scripts": ("nanochat", "tasks")}
-    package = name.split(".")[0]
-    wrong = {other for other in imports if other.split(".")[0] not in allowed[package]}
-    assert not wrong
-    forbidden = {
-        "nanochat.gpt": {"nanochat.optim", "nanochat.engine"},
-        "nanochat.engine": {"nanochat.checkpoint"},
-        "nanochat.recipe": {"nanochat.compute"},
+    """A module imports its own layer and those named in its row, anywhere in the file; scripts import no scripts."""
+    name = module_name(path)
+    if name in PACKAGES:
+        return
+    mine = LAYER_OF[name]
+    for other in imported_by(path) - {"nanochat"}:
+        assert LAYER_OF[other] in LAYERS[mine][1] | ({mine} - {"scripts"}), f"{mine} may not import {other}"
+
+
+def test_the_diagram_of_layers_is_the_table():
+    """Its arrows are those of the table that do not follow from others, and lead downwards."""
+
+    def reaches(layer, target):
+        return layer == target or any(reaches(other, target) for other in LAYERS[layer][1])
+
+    shortest = {
+        (layer, other)
+        for layer, (_, others) in LAYERS.items()
+        for other in others
+        if not any(reaches(between, other) for between in others - {other})
     }
-    assert not imports & forbidden.get(name, set())
+    _, _, drawn = ARCHITECTURE.partition("flowchart BT\n")
+    assert set(re.findall(r"^    (\w+) --> (\w+)$", drawn, re.MULTILINE)) == shortest
+    order = list(LAYERS)
+    assert all(order.index(other) < order.index(layer) for layer, (_, others) in LAYERS.items() for other in others)
 
 
 def test_no_circle_of_imports():
@@ -72,7 +115,7 @@ def test_no_circle_of_imports():
         assert name not in open_, " -> ".join([*open_[open_.index(name) :], name])
         if name not in done:
             open_.append(name)
-            for other in imported_by(MODULES[name], top_level_only=True):
+            for other in imported_by(MODULES[name]):
                 visit(other)
             done.add(open_.pop())
 

@@ -38,12 +38,50 @@ def test_relative_links_and_figures_exist(document):
         assert "://" in target or (document.parent / target).exists(), f"{document.name} links to {target}"
 
 
+def test_links_into_a_document_find_their_heading():
+    for document in [*DOCUMENTS, ROOT / "dev" / "LOG.md"]:
+        for target, anchor in re.findall(r"\]\(([\w./-]*)#([^)]+)\)", document.read_text()):
+            text = (document.parent / target if target else document).read_text()
+            headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+            slugs = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}  # as GitHub's
+            assert anchor in slugs, f"{document.name} links to {target}#{anchor}"
+
+
+def test_files_in_diagrams_exist():
+    for document in DOCUMENTS:
+        for diagram in re.findall(r"```mermaid\n(.*?)```", document.read_text(), re.DOTALL):
+            for file in re.findall(r"\w+\.py", diagram):
+                assert (ROOT / "nanochat" / file).is_file(), f"{document.name} draws {file}"
+
+
 def test_modules_that_commands_run_exist():
     for document in DOCUMENTS:
         for module in re.findall(r"python -m ((?:nanochat|scripts|dev)[.\w]*)", document.read_text()):
             assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), f"{document.name} runs {module}"
 
 
-def test_theory_points_into_the_code():
+def source_of(file, name):
+    """The text of a function, class or Class.method, in single spaces."""
+    text = (ROOT / file).read_text()
+    nodes = ast.parse(text).body
+    for part in name.split("."):
+        (node,) = (n for n in nodes if isinstance(n, ast.ClassDef | ast.FunctionDef) and n.name == part)
+        nodes = node.body
+    return " ".join(ast.get_source_segment(text, node).split())
+
+
+def test_theory_quotes_the_code_as_it_is():
+    """Beside an equation stands a line of the function that computes it."""
     text = (ROOT / "dev" / "theory.md").read_text()
-    assert len({place for place in PLACE.findall(text) if place[1]}) >= 20
+    quotes = re.findall(r"^\* `([\w/]+\.py):([\w.]+)` — `(.*)`$", text, re.MULTILINE)
+    assert len(quotes) >= 25 and len(quotes) == text.count("` — `")
+    for file, name, line in quotes:
+        assert line in source_of(file, name), f"theory.md quotes {file}:{name} with {line}"
+
+
+def test_theory_has_all_its_figures_and_they_their_script():
+    shown = set(re.findall(r"\]\(figures/(\w+)\.png\)", (ROOT / "dev" / "theory.md").read_text()))
+    drawn = set(
+        re.findall(r'^        "(\w+)": \w+_figure,$', (ROOT / "dev" / "theory_figures.py").read_text(), re.MULTILINE)
+    )
+    assert shown == drawn == {path.stem for path in (ROOT / "dev" / "figures").glob("*.png")}

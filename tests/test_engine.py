@@ -9,6 +9,7 @@ import torch
 from random_model import random_model
 
 from nanochat.engine import AnswerDecoder, Engine, Request, ToolCall
+from nanochat.kv_cache import Part
 from nanochat.tokenizer import Tokenizer
 
 TEXTS = ["What is 12*12? The result is 144. How many r are in strawberry? Three of them, say it: 3. 🎉🦄é\n"] * 20
@@ -89,10 +90,10 @@ def test_samples_share_a_prefill_and_differ_from_the_first_token(tokenizer):
     model = random_model(tokenizer.get_vocab_size())
     lengths, engine = [], Engine(model, tokenizer)
     forward = engine.forward.model
-    engine.forward.model = lambda idx_BT, **rest: lengths.append(tuple(idx_BT.shape)) or forward(idx_BT, **rest)
+    engine.forward.model = lambda idx_N, *rest: lengths.append(len(idx_N)) or forward(idx_N, *rest)
     prompt = tokenizer.encode("How many r are in strawberry?", prepend="<|bos|>")
     sequences, masks = engine.generate_batch(prompt, num_samples=16, max_tokens=8, temperature=1.0, seed=3)
-    assert lengths[0] == (1, len(prompt)) and lengths[1] == (16, 1)
+    assert lengths[:3] == [len(prompt), 16, 16]
     assert len({sequence[len(prompt)] for sequence in sequences}) > 3
     for sequence, mask in zip(sequences, masks, strict=True):
         assert sequence[: len(prompt)] == prompt and mask[: len(prompt)] == [0] * len(prompt)
@@ -398,10 +399,10 @@ def test_the_shapes_of_graphs_give_the_same(tokenizer):
     expected = Engine(model, tokenizer).complete(prompts, max_tokens=40)
     engine, shapes = Engine(model, tokenizer, max_batch=5, step_tokens=32), set()
 
-    def replay(inputs, length):
-        slots = min(1 << (length - 1).bit_length(), engine.cache.n_slots - 1)
-        shapes.add((len(inputs), slots))
-        return engine.forward._run(inputs, 0, slots)
+    def replay(inputs_4N, length):
+        rows, slots = inputs_4N.size(1), min(1 << (length - 1).bit_length(), engine.cache.n_slots - 1)
+        shapes.add((rows, slots))
+        return engine.forward._run(inputs_4N, [Part(0, rows, 1, slots)])
 
     engine.forward.graphs, engine.forward._replay = True, replay
     assert engine.complete(prompts, max_tokens=40) == expected

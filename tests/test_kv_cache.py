@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_model import random_model
 
-from nanochat.kv_cache import ROUND, KVCache, LayerNeed
+from nanochat.kv_cache import ROUND, CacheBatch, KVCache, LayerNeed, Part
 from nanochat.packed import PackedGPT
 from nanochat.prefix_cache import BLOCK, PrefixCache
 
@@ -40,13 +40,14 @@ def test_cached_logits_equal_the_full_forward(pattern, n_kv_head):
     assert expected_BTV.std(dim=-1).min() > 0.1  # the logits say something
 
 
-def read_packed(packed, cache, idx_BT, at, n, rows=None):
-    """The packed model over tokens at..at+n-1 of neighbouring rows."""
-    rows = rows or (0, len(idx_BT))
-    seen = cache.rows(*rows, at + n)
-    seen.last_token_B.copy_(idx_BT[:, at - 1] if at else torch.full((len(idx_BT),), -1))
-    positions_BT = torch.arange(at, at + n).expand(len(idx_BT), n)
-    return packed(idx_BT[:, at : at + n], cache=seen, positions_BT=positions_BT)
+def read_packed(packed, cache, idx_BT, at, counts):
+    """The packed model over the next tokens of each row, `counts` of them, flat: those from `at` on."""
+    parts = [Part(row, 1, n, start + n) for row, (start, n) in enumerate(zip(at, counts, strict=True)) if n]
+    places = [(row, at[row] + t) for row, n in enumerate(counts) for t in range(n)]
+    rows_N, positions_N = torch.tensor(places).unbind(1)
+    previous_N = torch.where(positions_N > 0, idx_BT[rows_N, positions_N - 1], -1)
+    batch = CacheBatch(cache, parts, rows_N, positions_N)
+    return places, packed(idx_BT[rows_N, positions_N], previous_N, positions_N, batch)
 
 
 SWITCHES = [
@@ -63,17 +64,16 @@ SWITCHES = [
 def test_packed_logits_equal_the_full_forward(switches):
     """In any chunks, far past the rings' size; the rings hold a window and a chunk, and no more."""
     model = random_model(**{"sequence_len": 500, **switches})
-    idx_BT = torch.randint(61, (2, 480), generator=torch.Generator().manual_seed(1))
+    idx_BT = torch.randint(61, (3, 480), generator=torch.Generator().manual_seed(1))
     expected_BTV, packed = model(idx_BT), PackedGPT(model)
-    cache = KVCache(CPU, packed.cache_needs, 500, chunk=100)
-    at = 0
-    for n in (100, 3, 1, 1, 50, 99, 100, 20, 90, *[1] * 16):
-        logits_BTV = read_packed(packed, cache, idx_BT, at, n)
-        torch.testing.assert_close(logits_BTV, expected_BTV[:, at : at + n], atol=1e-4, rtol=1e-4)
-        at += n
-    assert at == 480
+    cache, at = KVCache(CPU, packed.cache_needs, 500, chunk=100), [0, 0, 0]
+    for counts in [(100, 3, 60), (1, 1, 1), (1, 70, 0), (99, 99, 99), (100, 100, 20), (90, 97, 0)] + [(1, 1, 30)] * 10:
+        places, logits_NV = read_packed(packed, cache, idx_BT, at, counts)
+        torch.testing.assert_close(logits_NV, expected_BTV[tuple(zip(*places, strict=True))], atol=1e-4, rtol=1e-4)
+        at = [start + n for start, n in zip(at, counts, strict=True)]
+    assert at == [401, 380, 480]
     for (keys, values), window in zip(cache.layers, model.config.windows, strict=True):
-        assert keys.size(-1) == values.size(2) == (256 if window == 128 else 512)
+        assert keys.size(1) == values.size(1) == (256 if window == 128 else 512)
 
 
 @torch.inference_mode()
@@ -81,8 +81,8 @@ def test_packed_in_bf16_is_as_near_to_fp32_as_the_model_is():
     model, exact = random_model(dtype=torch.bfloat16), random_model()
     idx_BT = torch.randint(61, (1, 200), generator=torch.Generator().manual_seed(1))
     packed = PackedGPT(model)
-    logits = read_packed(packed, KVCache(CPU, packed.cache_needs, 384, chunk=200), idx_BT, 0, 200)
-    errors = [(each - exact(idx_BT)).square().mean().sqrt() for each in (logits, model(idx_BT))]
+    _, logits_TV = read_packed(packed, KVCache(CPU, packed.cache_needs, 384, chunk=200), idx_BT, [0], [200])
+    errors = [(each - exact(idx_BT)).square().mean().sqrt() for each in (logits_TV, model(idx_BT))]
     assert errors[0] < 1.1 * errors[1] < 0.3
 
 
@@ -102,9 +102,8 @@ def test_rows_hold_what_was_written(draw, max_tokens, context, windows):
         content[row].update(values)
         k_BTKD = torch.tensor([*values.values()], dtype=torch.float64)[None, :, None, None].expand(1, -1, 2, 3)
         for layer in range(2):
-            cache.slots(layer, torch.tensor(positions))
-            rows = cache.rows(row, row + 1, max(positions) + 1)
-            rows._write(layer, k_BTKD, -k_BTKD, cache.slots(layer, torch.tensor([positions])), 1)
+            places = torch.full((1, len(positions)), row), cache.slots(layer, torch.tensor([positions]))
+            cache.write(layer, places, k_BTKD, -k_BTKD)
 
     def check(row):
         for layer, (keys, values) in enumerate(cache.layers):
@@ -112,7 +111,7 @@ def test_rows_hold_what_was_written(draw, max_tokens, context, windows):
             kept = [p for p in content[row] if ring is None or p > max(content[row]) - ring]
             slots = cache.slots(layer, torch.tensor(kept))
             expected = torch.tensor([content[row][p] for p in kept], dtype=torch.float64)
-            assert torch.equal(keys[row, 1, 2, slots], expected) and torch.equal(values[row, 0, slots, 1], -expected)
+            assert torch.equal(keys[row, slots, 1, 2], expected) and torch.equal(values[row, slots, 0, 1], -expected)
 
     for _ in range(12):
         sizes = [max(row) + 1 for row in content]
@@ -166,16 +165,17 @@ def filled(tokens, n_rows=4, windows=(2048, 2048)):
 
 def fill(cache, row, tokens, positions):
     k_BTKD = torch.tensor([tokens[p] for p in positions]).float()[None, :, None, None].expand(1, -1, 1, 2)
+    cache.reserve(row + 1, max(positions, default=0) + 1)
     for layer in range(2):
-        rows = cache.rows(row, row + 1, max(positions, default=0) + 1)
-        rows._write(layer, k_BTKD, -k_BTKD, cache.slots(layer, torch.tensor([list(positions)], dtype=torch.int64)), 1)
+        slots_1T = cache.slots(layer, torch.tensor([list(positions)], dtype=torch.int64))
+        cache.write(layer, (torch.full_like(slots_1T, row), slots_1T), k_BTKD, -k_BTKD)
 
 
 def row_tokens(cache, row, layer, positions):
     slots = cache.slots(layer, torch.tensor(list(positions), dtype=torch.int64))
     keys, values = cache.layers[layer]
-    assert torch.equal(keys[row, :, :, slots].mT, -values[row, :, slots])
-    return keys[row, 0, 0, slots].int().tolist()
+    assert torch.equal(keys[row, slots], -values[row, slots])
+    return keys[row, slots, 0, 0].int().tolist()
 
 
 def test_the_longest_known_beginning_is_loaded():
