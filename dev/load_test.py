@@ -85,7 +85,10 @@ class Server:
         connection, response = self.open("GET", "/metrics")
         lines = [line.rsplit(" ", 1) for line in response.read().decode().splitlines() if not line.startswith("#")]
         connection.close()
-        return {name: float(value) for name, value in lines if name in (*GAUGES, MEMORY)}
+        figures: Counter[str] = Counter()  # of all the models together
+        for name, value in lines:
+            figures[name.partition("{")[0]] += float(value)
+        return {name: figures[name] for name in (*GAUGES, MEMORY) if name in figures}
 
     def ask(self, rng: random.Random, result: Result) -> None:
         """Ask once and read the answer, or leave in the middle of it."""

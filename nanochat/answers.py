@@ -2,7 +2,8 @@
 
 Beyond the OpenAI format: when the model uses its calculator, the answer carries `tool_trace`, beside its text and never
 inside it: in a stream {"expression": "37*48", "result": "1776"} at the place of the call (result null when the
-expression was not valid), otherwise a list of the same. In a session the end of the answer carries `session`.
+expression was not valid), otherwise a list of the same. What a model says to itself before it answers is
+`reasoning_content`, beside `content`, as DeepSeek's API has it. In a session the end of the answer carries `session`.
 """
 
 import itertools
@@ -11,15 +12,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from nanochat.api import ApiError
-from nanochat.conversation import Part
-from nanochat.engine import Request, ToolCall
+from nanochat.detokenizer import Event, Reasoning, ToolCall
+from nanochat.engine import Request
 from nanochat.engine_loop import Delivery
 from nanochat.tokenizer import Tokenizer
 
-Event = str | ToolCall
 
-
-class ChatFormat:
+class ChatForm:
     """Objects of /v1/chat/completions."""
 
     whole_object, chunk_object, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl-"
@@ -47,7 +46,9 @@ class ChatFormat:
         """A choice's part of a chunk; None: the end, which brings no text."""
         if event is None:
             return {"delta": {}}
-        return {"delta": {"content": event} if isinstance(event, str) else {"tool_trace": event._asdict()}}
+        if isinstance(event, ToolCall):
+            return {"delta": {"tool_trace": event._asdict()}}
+        return {"delta": {"reasoning_content" if isinstance(event, Reasoning) else "content": event}}
 
     def whole(self, events: Sequence[Event]) -> dict[str, Any]:
         """A choice with its whole answer."""
@@ -55,7 +56,7 @@ class ChatFormat:
         return {"message": {"role": "assistant", "content": text, **trace}}
 
 
-class TextFormat(ChatFormat):
+class TextForm(ChatForm):
     """Objects of /v1/completions."""
 
     whole_object = chunk_object = "text_completion"
@@ -85,22 +86,10 @@ class TextFormat(ChatFormat):
 
 def _text_and_trace(events: Sequence[Event]) -> tuple[str, dict[str, Any]]:
     trace = [event._asdict() for event in events if isinstance(event, ToolCall)]
-    return "".join(event for event in events if isinstance(event, str)), {"tool_trace": trace} if trace else {}
-
-
-def content_of(events: Iterable[Event]) -> list[Part]:
-    """An assistant message's content, for the conversation to go on with."""
-    parts: list[Part] = []
-    for event in events:
-        if isinstance(event, str) and parts and parts[-1]["type"] == "text":
-            parts[-1]["text"] += event
-        elif isinstance(event, str):
-            parts.append({"type": "text", "text": event})
-        else:
-            parts.append({"type": "python", "text": event.expression})
-            if event.result is not None:
-                parts.append({"type": "python_output", "text": event.result})
-    return [part for part in parts if part["text"] or part["type"] == "python_output"]
+    reasoning = "".join(event for event in events if isinstance(event, Reasoning))
+    text = "".join(event for event in events if not isinstance(event, Reasoning | ToolCall))
+    beside = {"reasoning_content": reasoning, "tool_trace": trace}
+    return text, {name: value for name, value in beside.items() if value}
 
 
 def usage_of(requests: Sequence[Request]) -> dict[str, Any]:
@@ -121,10 +110,10 @@ class Answer:
     head: id, created and model of the OpenAI objects.
     """
 
-    def __init__(self, form: ChatFormat, head: dict[str, Any], n_choices: int, with_logprobs: bool) -> None:
+    def __init__(self, form: ChatForm, head: dict[str, Any], n_choices: int, with_logprobs: bool) -> None:
         self.form, self.head, self.with_logprobs = form, head, with_logprobs
         self.deliveries: list[list[Delivery]] = [[] for _ in range(n_choices)]
-        self.usage: dict[str, Any] | None = None
+        self.usage: Any = None  # as `usage_of` has it, when all have ended
         self.extra: dict[str, Any] = {}  # what the end of it also says
 
     def events(self, index: int) -> list[Event]:

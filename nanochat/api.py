@@ -11,6 +11,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from nanochat.chat_format import Format
+from nanochat.detokenizer import AnswerDecoder
 from nanochat.engine import Engine, Request
 
 
@@ -63,6 +65,7 @@ class Message(Strict):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[Part] | None = None
     tool_trace: list[ToolTrace] | None = Field(None, description="Accepted, not read: parts in `content` are.")
+    reasoning_content: str | None = Field(None, description="Accepted, not read: models do not see old reasoning.")
 
     def as_turn(self) -> dict[str, Any]:
         """The message as conversation.py has it."""
@@ -87,7 +90,7 @@ class Parameters(Strict):
     # of these the engine has its own defaults
     SAMPLING: ClassVar = ("top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 
-    model: str | None = None
+    model: str | None = Field(None, description="One of /v1/models; left out: the first of them.")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: int | None = Field(None, ge=1, le=16, description="How many answers; they share one reading of the prompt.")
@@ -175,11 +178,11 @@ class CompletionRequest(Parameters):
         """Token ids of each prompt."""
         several = isinstance(self.prompt, list) and not isinstance(self.prompt[0], int)
         bos, encode = engine.tokenizer.get_bos_token_id(), engine.tokenizer.encode
-        prompts = self.prompt if several else [self.prompt]
-        return [[bos, *encode(prompt)] if isinstance(prompt, str) else prompt for prompt in prompts]
+        prompts, first = list[Any](self.prompt if several else [self.prompt]), [] if bos is None else [bos]
+        return [first + encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
 
 
-def read_body(data: bytes, kind: type[Parameters], model_name: str) -> Any:
+def read_body(data: bytes, kind: type[Parameters]) -> Any:
     """A request's JSON body as `kind`; raises ApiError for all that is not right in it."""
     try:
         body = json.loads(data)
@@ -197,9 +200,6 @@ def read_body(data: bytes, kind: type[Parameters], model_name: str) -> Any:
         parameters = kind.model_validate(body)
     except ValidationError as error:
         raise _refusal(error, kind) from error
-    if parameters.model not in (None, model_name):
-        message = f"there is no model {parameters.model!r}: this server has {model_name}"
-        raise ApiError(404, message, "model", "model_not_found")
     parameters.check()
     return parameters
 
@@ -222,7 +222,7 @@ def _refusal(error: ValidationError, kind: type[Parameters]) -> ApiError:
 
 
 def make_requests(
-    body: Any, engine: Engine, messages: list[dict] | None, temperature: float, most: int | None
+    body: Any, engine: Engine, form: Format, messages: list[dict] | None, temperature: float, most: int | None
 ) -> list[Request]:
     """The engine's requests for `n` answers to `messages`, or for `n` continuations of each prompt of the body.
 
@@ -231,13 +231,13 @@ def make_requests(
     settings = body.settings(engine.vocab_size, temperature)
     most = min((limit for limit in (body.tokens_wanted(), most) if limit is not None), default=None)
     try:
-        if messages is None:
-            prompts = body.prompts(engine)
-        else:
-            prompts = [engine.chat_request({"messages": messages}, most).tokens]
+        prompts = body.prompts(engine) if messages is None else [form.prompt(messages, engine.context, most)]
         requests = [Request(each, most, sample=i, **settings) for each in prompts for i in range(body.n or 1)]
         for request in requests:
             engine.check(request)
+            chat, tokenizer = messages is not None, engine.tokenizer  # what continues a text has no reasoning in it
+            decoder = form.decoder(request.tokens, request.stop) if chat else AnswerDecoder(tokenizer, request.stop)
+            request.decoder = decoder
     except ValueError as error:
         raise ApiError(400, str(error), "prompt" if messages is None else "messages") from error
     return requests

@@ -1,32 +1,48 @@
-"""How open-weights models chat: by the template in their folder, or in harmony; and what of an answer is reasoning.
+"""How a model chats: in the project's own format, by the template in an open-weights model's folder, or in harmony.
 
-A format gives `render(messages) -> ids`, which end where the assistant begins, and `decoder()`, whose
-`feed(token)` and `finish()` return what a token completes, in order: text of the answer, or `Reasoning`.
+A format turns messages into the ids of a prompt, which end where the assistant begins, and gives each answer a decoder,
+which tells text, reasoning and tool calls apart (detokenizer.py).
 """
 
-import codecs
 import datetime
-import json
 import re
-import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
+from nanochat import template
 from nanochat.common import read_json
-from nanochat.conversation import validate
+from nanochat.conversation import Message, drop_oldest_turns, render_for_completion, validate
+from nanochat.detokenizer import AnswerDecoder, Event, Reasoning
 from nanochat.hf_tokenizer import HFTokenizer
 
-_SECONDS, _LONGEST = 2.0, 1 << 22  # of processor time and of characters, that a template may take
 _CONTINUE = "{{ bos_token }}{{ messages[-1].content }}"
 _BROKEN = "\ufdd0"  # a noncharacter: stands inside what looks like a special token in somebody's message
 HARMONY_CHANNELS = "# Valid channels: analysis, commentary, final. Channel must be included for every message."
 
 
-class Reasoning(str):
-    """A piece of what the model says to itself before it answers."""
+class Format:
+    """The project's own format, and what every format gives."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    def render(self, messages: Sequence[Message]) -> list[int]:
+        """Ids of the conversation, to be continued by the assistant."""
+        return render_for_completion({"messages": messages}, self.tokenizer)
+
+    def fit(self, messages: list[Message], budget: int) -> list[Message]:
+        """The newest of the messages, as many as make at most so many tokens: see `drop_oldest_turns`."""
+        return drop_oldest_turns(messages, self.tokenizer, budget, self.render)
+
+    def prompt(self, messages: list[Message], context: int, max_tokens: int | None = None) -> list[int]:
+        """Ids of the next answer's prompt. Of the context up to a quarter is kept free for the answer; the oldest turns
+        that do not fit in the rest are left out."""
+        return self.render(self.fit(messages, context - min(max_tokens or context, context // 4)))
+
+    def decoder(self, prompt: Sequence[int] = (), stop: Sequence[str] = ()) -> AnswerDecoder:
+        """For the answer to `prompt`, which one of the texts `stop` ends."""
+        return AnswerDecoder(self.tokenizer, stop)
 
 
 def chat_format(folder: Path | str, tokenizer: HFTokenizer) -> "Template | Harmony":
@@ -36,11 +52,12 @@ def chat_format(folder: Path | str, tokenizer: HFTokenizer) -> "Template | Harmo
         return Harmony(tokenizer)
     if (folder / "chat_template.jinja").is_file():
         return Template((folder / "chat_template.jinja").read_text(encoding="utf-8"), tokenizer)
-    template = tokenizer.settings.get("chat_template")
-    if isinstance(template, list):  # several, by name
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default")
-    return Template(template if isinstance(template, str) else _CONTINUE, tokenizer)
+    source = tokenizer.settings.get("chat_template")
+    if isinstance(source, list):  # several, by name
+        source = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}.get(
+            "default"
+        )
+    return Template(source if isinstance(source, str) else _CONTINUE, tokenizer)
 
 
 def _plain(content: Any) -> str:
@@ -48,14 +65,14 @@ def _plain(content: Any) -> str:
     return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
 
-class Template:
+class Template(Format):
     """A Jinja template, run where it can reach nothing but the messages and a few filters, as transformers runs it."""
 
     def __init__(self, source: str, tokenizer: HFTokenizer) -> None:
-        self.tokenizer = tokenizer
+        super().__init__(tokenizer)
         names = sorted(filter(None, tokenizer.special_tokens), key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, names)) or "(?!)")
-        self._template = _compile(source)
+        self._template = template.Template(source)
 
     def render(self, messages: Sequence[dict[str, Any]], **variables: Any) -> list[int]:
         """Ids of the conversation, to be continued by the assistant. What looks like a special token in a message is
@@ -68,8 +85,8 @@ class Template:
         if not marks.get("bos_token"):
             first = self.tokenizer.get_bos_token_id()
             marks["bos_token"] = "" if first is None else self.tokenizer.decode([first])
-        text = _run(self._template, {"messages": messages, "add_generation_prompt": True, **marks, **variables})
-        ids = []
+        text = self._template.render(messages=messages, add_generation_prompt=True, **marks, **variables)
+        ids: list[int] = []
         for piece in re.split(f"([^{_BROKEN}]{_BROKEN}[^{_BROKEN}]*{_BROKEN})", text):
             broken = _BROKEN in piece
             encode = self.tokenizer.encode if broken else self.tokenizer.encode_marked
@@ -81,126 +98,35 @@ class Template:
         moved it about."""
         return self._special.sub(lambda m: m[0][0] + _BROKEN + m[0][1:] + _BROKEN, text.replace(_BROKEN, ""))
 
-    def decoder(self) -> "Decoder":
-        """For one answer."""
-        return Decoder(self.tokenizer)
+    def decoder(self, prompt: Sequence[int] = (), stop: Sequence[str] = ()) -> "ThinkDecoder":
+        """For the answer to `prompt`; some templates begin the model's thoughts for it."""
+        return ThinkDecoder(self.tokenizer, stop, self.tokenizer.decode(prompt[-4:]).rstrip().endswith("<think>"))
 
 
-def _compile(source: str) -> Any:
-    from jinja2 import TemplateError
-    from jinja2.exceptions import SecurityError
-    from jinja2.ext import loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+class ThinkDecoder(AnswerDecoder):
+    """An answer in which what stands between <think> and </think> is reasoning. thinking: it begins with that."""
 
-    class Environment(ImmutableSandboxedEnvironment):
-        """The sandbox, in which a short expression cannot make a long string or number either."""
-
-        intercepted_binops = frozenset(("*", "**", "%"))
-
-        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-            repeats = [x for x in (left, right) if not isinstance(x, (str, list, tuple))]
-            grows = operator == "**" or (operator == "*" and len(repeats) == 1)
-            if (grows and max(map(abs, repeats), default=0) > 10_000) or (operator == "%" and isinstance(left, str)):
-                raise SecurityError(f"operator {operator} is limited here")
-            return super().call_binop(context, operator, left, right)
-
-        def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-            pads = isinstance(obj, str) and attr in ("center", "ljust", "rjust", "zfill", "expandtabs", "format")
-            return not pads and super().is_safe_attribute(obj, attr, value)
-
-    def refuse(message: str) -> None:
-        raise TemplateError(message)
-
-    def to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **layout: Any) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=min(indent, 16) if indent else indent, **layout)
-
-    environment = Environment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    for name in ("center", "format", "wordwrap", "xmlattr"):
-        del environment.filters[name]
-    environment.filters["tojson"] = to_json
-    environment.globals = {"range": environment.globals["range"], "namespace": environment.globals["namespace"]}
-    environment.globals |= {"dict": dict, "raise_exception": refuse}
-    environment.globals["strftime_now"] = lambda pattern: datetime.datetime.now().strftime(pattern[:100])
-    try:
-        return environment.from_string(source)
-    except (TemplateError, RecursionError) as error:
-        raise ValueError(f"the model's chat template is broken: {error}") from error
-
-
-def _run(template: Any, variables: dict[str, Any]) -> str:
-    """The rendered template; ValueError when it fails, refuses, or takes more than its share of time or space."""
-    from jinja2 import TemplateError
-
-    until, pieces, length = time.thread_time() + _SECONDS, [], 0
-
-    def watch(frame: FrameType, event: str, argument: Any) -> Any:
-        if time.thread_time() > until:
-            raise TimeoutError(f"it ran for more than {_SECONDS:.0f} s")
-        return watch
-
-    before = sys.gettrace()
-    sys.settrace(watch)
-    try:
-        for piece in template.generate(variables):
-            pieces.append(piece)
-            length += len(piece)
-            if length > _LONGEST:
-                raise OverflowError(f"it made more than {_LONGEST} characters")
-    except (
-        TemplateError,
-        ArithmeticError,
-        AttributeError,
-        LookupError,
-        RecursionError,
-        TimeoutError,
-        TypeError,
-    ) as error:
-        raise ValueError(f"the model's chat template refuses this conversation: {error}") from error
-    finally:
-        sys.settrace(before)
-    return "".join(pieces)
-
-
-class Decoder:
-    """Tokens of one answer, as they come, into pieces of text; what stands between <think> and </think> is reasoning.
-
-    A character whose bytes are split over tokens is held back until it is whole.
-    """
-
-    def __init__(self, tokenizer: HFTokenizer) -> None:
-        self.tokenizer = tokenizer
-        self._names = {i: name for name, i in tokenizer.special_tokens.items()}
+    def __init__(self, tokenizer: Any, stop: Sequence[str] = (), thinking: bool = False) -> None:
+        super().__init__(tokenizer, stop)
         self._names |= {i: name for name in ("<think>", "</think>") if (i := tokenizer.backend.token_to_id(name))}
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._kind: type[str] | None = str  # what the text is that comes now; None = nothing to show
+        self._kind: type[str] | None = Reasoning if thinking else str  # of what comes now; None = nothing to show
 
-    def feed(self, token: int) -> list[str]:
-        """What this token completes."""
-        if token not in self._names:
-            return self._text(self.tokenizer.decode_bytes([token]))
-        rest = self._text(b"", final=True)
-        self._mark(self._names[token])
-        return rest
+    def _text(self, text: str) -> list[Event]:
+        if self._kind is Reasoning:
+            return [Reasoning(text)] if text else []
+        return super()._text(text) if self._kind else []
 
-    def finish(self) -> list[str]:
-        """What is left at the end of the answer: half a character shows as U+FFFD."""
-        return self._text(b"", final=True)
+    def _mark(self, name: str) -> list[Event]:
+        events = self._flush_text()
+        self._turn(name)
+        return events
 
-    def _text(self, data: bytes, final: bool = False) -> list[str]:
-        text = self._utf8.decode(data, final)
-        if final:
-            self._utf8.reset()
-        return [self._kind(text)] if text and self._kind else []
-
-    def _mark(self, name: str) -> None:
-        self._kind = {"<think>": Reasoning, "</think>": str}.get(name, self._kind)
+    def _turn(self, name: str) -> None:
+        self._kind = Reasoning if name == "<think>" else str if name == "</think>" else self._kind
 
 
-class Harmony:
+class Harmony(Format):
     """gpt-oss's format (OpenAI, "harmony response format"): messages in channels, of which `final` is the answer."""
-
-    def __init__(self, tokenizer: HFTokenizer) -> None:
-        self.tokenizer = tokenizer
 
     def render(
         self, messages: Sequence[dict[str, Any]], reasoning: str = "medium", date: str | None = None
@@ -230,29 +156,29 @@ class Harmony:
                 add(role, text, "final" if role == "assistant" else None)
         return [*ids, special("<|start|>"), *encode("assistant")]
 
-    def decoder(self) -> "HarmonyDecoder":
-        """For one answer."""
-        return HarmonyDecoder(self.tokenizer)
+    def decoder(self, prompt: Sequence[int] = (), stop: Sequence[str] = ()) -> "HarmonyDecoder":
+        """For the answer to `prompt`."""
+        return HarmonyDecoder(self.tokenizer, stop)
 
 
-class HarmonyDecoder(Decoder):
+class HarmonyDecoder(ThinkDecoder):
     """An answer in harmony: `final` and preambles are its text, `analysis` and calls of functions are reasoning."""
 
-    def __init__(self, tokenizer: HFTokenizer) -> None:
-        super().__init__(tokenizer)
-        self._kind, self._header = None, b""
+    def __init__(self, tokenizer: HFTokenizer, stop: Sequence[str] = ()) -> None:
+        super().__init__(tokenizer, stop)
+        self._kind, self._header = None, ""
 
-    def _text(self, data: bytes, final: bool = False) -> list[str]:
+    def _text(self, text: str) -> list[Event]:
         if self._kind is None:
-            self._header += data
-        return super()._text(data, final)
+            self._header += text
+        return super()._text(text)
 
-    def _mark(self, name: str) -> None:
+    def _turn(self, name: str) -> None:
         if name == "<|message|>":
-            header = self._header.decode(errors="replace")
-            said = header.partition("<|channel|>")[2].startswith(("final", "commentary")) and "to=" not in header
-            self._kind, self._header = str if said or "<|channel|>" not in header else Reasoning, b""
+            said = self._header.partition("<|channel|>")[2].startswith(("final", "commentary"))
+            said = said and "to=" not in self._header
+            self._kind, self._header = str if said or "<|channel|>" not in self._header else Reasoning, ""
         elif name == "<|channel|>":
-            self._header += name.encode()
+            self._header += name
         elif name in ("<|start|>", "<|end|>", "<|return|>", "<|call|>"):
-            self._kind, self._header = None, b""
+            self._kind, self._header = None, ""

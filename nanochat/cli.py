@@ -24,10 +24,10 @@ def option(
 
 
 def _value_type(annotation: Any) -> type:
-    """`int | None` -> int: the type that a flag's text is read as."""
+    """`int | None` -> int: the type that a flag's text is read as. A tuple's flag may be given several times."""
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         annotation = next(a for a in typing.get_args(annotation) if a is not type(None))
-    return annotation
+    return typing.get_origin(annotation) or annotation
 
 
 def _words(annotation: Any) -> tuple[str, ...]:
@@ -53,6 +53,8 @@ def build_parser(config: type, description: str | None = None) -> argparse.Argum
         text = f"{meta.get('help', '')} (default: {default})".replace("%", "%%")
         if kind is bool:
             parser.add_argument(*names, dest=field.name, help=text, action=argparse.BooleanOptionalAction)
+        elif kind is tuple:
+            parser.add_argument(*names, dest=field.name, help=text, action="append")
         else:
             words = _words(hints[field.name])
 
@@ -93,7 +95,8 @@ def _read_config_file(path: str, config: type) -> dict[str, Any]:
                 value = float(value)  # YAML takes 1e-3, which has no point, for text
         wordy = isinstance(value, str) and value in _words(hints[name])
         if not wordy and (value is not None or type(None) not in typing.get_args(hints[name])):
-            fits = isinstance(value, (int, float) if kind is float else kind)
+            value = [value] if kind is tuple and isinstance(value, str) else value
+            fits = isinstance(value, (int, float) if kind is float else list if kind is tuple else kind)
             if not fits or (kind is not bool and isinstance(value, bool)):
                 raise ValueError(f"--config {path}: '{key}' must be {kind.__name__}, not {value!r}")
             value = kind(value)
@@ -110,11 +113,16 @@ def parse(config: type[T], argv: Sequence[str] | None = None, description: str |
     """
     parser = build_parser(config, description)
     given = vars(parser.parse_args(argv))
-    path = given.pop("config", None)
     try:
-        return config(**{**(_read_config_file(path, config) if path else {}), **given})
+        return fill(config, given)
     except ValueError as error:
         parser.error(str(error))
+
+
+def fill(config: type[T], given: dict[str, Any]) -> T:
+    """The dataclass `config` from what a parser of `build_parser` found, over the file it names as `config`."""
+    path = given.pop("config", None)
+    return config(**{**(_read_config_file(path, config) if path else {}), **given})
 
 
 def run(main: Callable[[], None]) -> typing.NoReturn:

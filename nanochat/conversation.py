@@ -12,7 +12,7 @@ on exactly these (mask 1). The start of its turn and the results of its tools ar
 
 import re
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
@@ -130,8 +130,11 @@ def render_for_completion(conversation: dict[str, Any], tokenizer: Tokenizer) ->
     return [*_render(messages, tokenizer)[0], tokenizer.encode_special("<|assistant_start|>")]
 
 
-def drop_oldest_turns(messages: list[Message], tokenizer: Tokenizer, budget: int) -> list[Message]:
-    """The newest of `messages` whose `render_for_completion` has at most `budget` tokens (8 or more).
+def drop_oldest_turns(
+    messages: list[Message], tokenizer: Any, budget: int, render: Callable[[list[Message]], list[int]] | None = None
+) -> list[Message]:
+    """The newest of `messages` of which `render` (unset: `render_for_completion`) makes at most `budget` tokens, 8 or
+    more.
 
     Whole pairs of user and assistant go first, the oldest before the newer; the system message stays. A last question
     that is too long alone keeps its end; a system text that leaves it less than a quarter of the budget goes.
@@ -143,7 +146,8 @@ def drop_oldest_turns(messages: list[Message], tokenizer: Tokenizer, budget: int
         turns = turns[:-1]
 
     def excess(candidate: list[Message]) -> int:
-        return len(render_for_completion({"messages": candidate}, tokenizer)) - budget
+        ids = render(candidate) if render else render_for_completion({"messages": candidate}, tokenizer)
+        return len(ids) - budget
 
     last = len(turns) // 2  # pairs before the last question
     dropped = bisect_left(range(last), True, key=lambda pairs: excess(system + turns[2 * pairs :]) <= 0)

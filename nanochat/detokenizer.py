@@ -1,9 +1,10 @@
 """The tokens of an answer, as they come, as text and tool calls fit to be shown."""
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from nanochat.conversation import Part
 from nanochat.tokenizer import Tokenizer
 
 
@@ -12,6 +13,31 @@ class ToolCall(NamedTuple):
 
     expression: str
     result: str | None
+
+
+class Reasoning(str):
+    """A piece of what the model says to itself before it answers."""
+
+
+Event = str | Reasoning | ToolCall
+
+
+def content_of(events: Iterable[Event]) -> list[Part]:
+    """The content of an assistant's message that said `events`, for the conversation to go on with: reasoning is left
+    out, as models are trained to find it."""
+    parts: list[Part] = []
+    for event in events:
+        if isinstance(event, ToolCall):
+            parts.append({"type": "python", "text": event.expression})
+            if event.result is not None:
+                parts.append({"type": "python_output", "text": event.result})
+        elif isinstance(event, Reasoning):
+            continue
+        elif parts and parts[-1]["type"] == "text":
+            parts[-1]["text"] += event
+        else:
+            parts.append({"type": "text", "text": event})
+    return [part for part in parts if part["text"] or part["type"] == "python_output"]
 
 
 class StopFilter:
@@ -63,7 +89,7 @@ class AnswerDecoder:
         """Whether a stop text has ended the answer."""
         return self._filter.stopped
 
-    def feed(self, token: int) -> list[str | ToolCall]:
+    def feed(self, token: int) -> list[Event]:
         """What this token completes, in order: pieces of text and tool calls; often one, sometimes nothing."""
         if self.stopped:
             return []
@@ -76,18 +102,18 @@ class AnswerDecoder:
             return call + self._text(self._utf8.decode(self._tokenizer.decode_bytes([token])))
         return self._mark(name)
 
-    def finish(self) -> list[str | ToolCall]:
+    def finish(self) -> list[Event]:
         """What is left at the end of the answer: half a character shows as U+FFFD, an open call without result."""
         if self.stopped:
             return []
         events = self._mark("<|python_end|>") if self._inside == "<|python_start|>" else []
         return events + self._flush_text() + self._flush_call()
 
-    def _text(self, text: str) -> list[str | ToolCall]:
+    def _text(self, text: str) -> list[Event]:
         shown = self._filter.feed(text)
         return [shown] if shown else []
 
-    def _mark(self, name: str) -> list[str | ToolCall]:
+    def _mark(self, name: str) -> list[Event]:
         inside, content = self._inside, self._tokenizer.decode(self._collected)
         self._inside, self._collected = name if name in ("<|python_start|>", "<|output_start|>") else None, []
         events = self._flush_text()
@@ -102,11 +128,11 @@ class AnswerDecoder:
             events += self._flush_call()
         return events
 
-    def _flush_text(self) -> list[str | ToolCall]:
+    def _flush_text(self) -> list[Event]:
         events = self._text(self._utf8.decode(b"", final=True))
         held = self._filter.flush()
         return [*events, held] if held else events
 
-    def _flush_call(self) -> list[str | ToolCall]:
+    def _flush_call(self) -> list[Event]:
         expression, self._expression = self._expression, None
         return [] if expression is None else [ToolCall(expression, None)]

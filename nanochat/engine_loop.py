@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from nanochat.api import ApiError
-from nanochat.engine import AnswerDecoder, Engine, Request, ToolCall, Update
-from nanochat.metrics import Metrics
+from nanochat.detokenizer import Event
+from nanochat.engine import Engine, Request, Update
+from nanochat.metrics import ModelMetrics
 
 log = logging.getLogger(__name__)
 
@@ -19,8 +20,8 @@ log = logging.getLogger(__name__)
 class Delivery(NamedTuple):
     """What a step brought for one of the requests that were submitted together."""
 
-    index: int  # which of them
-    events: list[str | ToolCall]  # fit to be shown
+    index: int  # type: ignore[assignment]  # which of them; it hides tuple.index
+    events: list[Event]  # fit to be shown
     scores: list[Any]  # TokenScores of the step's tokens, where the request asked for them
     finish_reason: str | None = None
 
@@ -38,9 +39,10 @@ class _Ticket:
 
 
 class EngineLoop:
-    """Handlers submit requests and read what comes of them from a queue; at most `most_open` are open at a time."""
+    """Handlers submit requests, each with its decoder, and read what comes of them from a queue; at most `most_open`
+    are open at a time."""
 
-    def __init__(self, engine: Engine, metrics: Metrics, most_open: int) -> None:
+    def __init__(self, engine: Engine, metrics: ModelMetrics, most_open: int) -> None:
         self.engine, self.metrics, self.most_open = engine, metrics, most_open
         self.error: BaseException | None = None  # what killed the engine, if it is dead
         self.draining = False
@@ -72,7 +74,6 @@ class EngineLoop:
                 raise ApiError(429, message, code="queue_full", headers={"Retry-After": str(seconds)})
             deliveries: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
             for index, request in enumerate(requests):
-                request.decoder = AnswerDecoder(self.engine.tokenizer, request.stop)
                 self._tickets[request] = _Ticket(index, deliveries)
                 self._commands.append((self.engine.add, (request,)))
             self._wake.notify()

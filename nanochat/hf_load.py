@@ -158,9 +158,7 @@ def load_model(folder: Path | str, device: torch.device | str, dtype: torch.dtyp
     return model.to(device).requires_grad_(False).eval()
 
 
-def load(
-    path: Path | str, device: torch.device | str, dtype: torch.dtype | None = None
-) -> tuple[nn.Module, HFTokenizer]:
+def load(path: Path | str, device: torch.device | str, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
     """A supported model's folder -> (model, tokenizer): `model(idx_BT)` gives logits (B, T, V) in fp32.
 
     See `load_model`. The tokenizer has the interface of `nanochat.tokenizer.Tokenizer`.

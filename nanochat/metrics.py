@@ -19,41 +19,41 @@ ENGINE = {  # key of Engine.stats -> name and meaning; counters end in _total
 
 
 class Metrics:
-    """One server's counters and histograms; the engine's own figures are read when they are asked for."""
+    """One server's counters and histograms, labelled by model; an engine's own figures are read when asked for."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self) -> None:
         from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
 
-        self.registry = CollectorRegistry()
+        self.registry, self.engines = CollectorRegistry(), dict[str, Any]()
 
         def count(name: str, text: str, *labels: str) -> Counter:
             return Counter(f"nanochat_{name}", text, labels, registry=self.registry)
 
         def time(name: str, text: str) -> Histogram:
-            return Histogram(f"nanochat_{name}_seconds", text, buckets=SECONDS, registry=self.registry)
+            name = f"nanochat_{name}_seconds"
+            return Histogram(name, text, ["model_name"], buckets=SECONDS, registry=self.registry)
 
-        self.requests = count("request_success", "Sequences that ended", "finished_reason")
+        self.requests = count("request_success", "Sequences that ended", "model_name", "finished_reason")
         self.refused = count("requests_refused", "HTTP answers of status 400 and more", "status")
-        self.cache_hits = count("response_cache_hits", "Answers given again from the response cache")
+        self.cache_hits = count("response_cache_hits", "Answers given again from the response cache", "model_name")
         self.first_token = time("time_to_first_token", "Arrival to first token")
         self.between_tokens = time("inter_token_latency", "Token to token")
         self.end_to_end = time("e2e_request_latency", "Arrival to last token")
         self.queue_time = time("request_queue_time", "Arrival to first work")
-        self.registry.register(_EngineFigures(engine))
+        self.registry.register(self)
         ProcessCollector(registry=self.registry)  # memory, processor time, open files
 
-    def new_tokens(self, n: int, since_arrival: float, since_last: float | None) -> None:
-        """A sequence got `n` tokens, `since_last` seconds after those before, None = its first."""
-        if since_last is None:
-            self.first_token.observe(since_arrival)
-        else:
-            self.between_tokens.observe(since_last / n)
+    def collect(self) -> Iterator[Any]:
+        """The engines' figures, for Prometheus' client."""
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
-    def finished(self, reason: str, seconds: float | None = None) -> None:
-        """A sequence has ended, so long after it came."""
-        self.requests.labels(reason).inc()
-        if seconds is not None:
-            self.end_to_end.observe(seconds)
+        figures = {model: engine.stats() for model, engine in list(self.engines.items())}
+        for key, (name, text) in ENGINE.items():
+            kind = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
+            family = kind(f"nanochat_{name}", text, labels=["model_name"])
+            for model, values in figures.items():
+                family.add_metric([model], values[key])
+            yield family
 
     def text(self) -> bytes:
         """The content of /metrics."""
@@ -62,16 +62,25 @@ class Metrics:
         return generate_latest(self.registry)
 
 
-class _EngineFigures:
-    """A collector of Prometheus' client over `Engine.stats`."""
+class ModelMetrics:
+    """What is measured of one model of a server."""
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
+    def __init__(self, metrics: Metrics, model_name: str, engine: Engine) -> None:
+        metrics.engines[model_name] = engine
+        self._requests, self.model_name = metrics.requests, model_name
+        self.cache_hits, self.queue_time = metrics.cache_hits.labels(model_name), metrics.queue_time.labels(model_name)
+        times = metrics.first_token, metrics.between_tokens, metrics.end_to_end
+        self._first_token, self._between_tokens, self._end_to_end = (each.labels(model_name) for each in times)
 
-    def collect(self) -> Iterator[Any]:
-        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+    def new_tokens(self, n: int, since_arrival: float, since_last: float | None) -> None:
+        """A sequence got `n` tokens, `since_last` seconds after those before, None = its first."""
+        if since_last is None:
+            self._first_token.observe(since_arrival)
+        else:
+            self._between_tokens.observe(since_last / n)
 
-        for key, value in self.engine.stats().items():
-            name, text = ENGINE[key]
-            kind = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
-            yield kind(f"nanochat_{name}", text, value=value)
+    def finished(self, reason: str, seconds: float | None = None) -> None:
+        """A sequence has ended, so long after it came."""
+        self._requests.labels(self.model_name, reason).inc()
+        if seconds is not None:
+            self._end_to_end.observe(seconds)

@@ -14,7 +14,7 @@ REFUSALS = {
     413: "the body is too long",
     415: "the body is not JSON",
     429: "too many answers are waited for: come back after Retry-After seconds",
-    503: "the engine has died, or the server is shutting down",
+    503: "the engine has died, the model is being loaded, or the server is shutting down",
 }
 EXAMPLES: dict[Any, Any] = {
     ChatRequest: {"messages": [{"role": "user", "content": "What is 37*48?"}], "max_tokens": 64},
@@ -23,16 +23,16 @@ EXAMPLES: dict[Any, Any] = {
 MAKING = (400, 404, 413, 415, 429, 503)
 COMPLETION = ("id", "object", "created", "model", "choices", "usage")
 MODEL = ("id", "object", "created", "owned_by", "context_length")
-SESSION = ("id", "turns", "dropped_turns", "tokens", "context", "expires_in", "cached_tokens", "messages")
+SESSION = ("id", "model", "turns", "dropped_turns", "tokens", "context", "expires_in", "cached_tokens", "messages")
 # method, path, what it is, what its answer has (or its media type, where that is text), refusals, the type of its body
 OPERATIONS: tuple[tuple[str, str, str, tuple[str, ...] | str, tuple[int, ...], Any], ...] = (
     ("get", "/", "The chat page", "text/html", (), None),
     ("get", "/health", "Whether the engine lives", ("status",), (), None),
-    ("get", "/stats", "The state of everything", ("model", "running", "waiting"), (), None),
+    ("get", "/stats", "The state of everything", ("uptime_seconds", "models"), (), None),
     ("get", "/metrics", "Counters and times for Prometheus", "text/plain", (), None),
     ("get", "/openapi.json", "This description", ("openapi", "paths"), (), None),
     ("get", "/v1/models", "The models that answer here", ("object", "data"), (), None),
-    ("get", "/v1/models/{name}", "One model", MODEL, (404,), None),
+    ("get", "/v1/models/{name}", "One model", MODEL, (404, 503), None),
     ("post", "/v1/chat/completions", "The next answer of a chat", COMPLETION, (*MAKING, 409), ChatRequest),
     ("post", "/v1/completions", "Text continued", COMPLETION, MAKING, CompletionRequest),
     ("get", "/v1/sessions/{name}", "What a session holds", SESSION, (404,), None),

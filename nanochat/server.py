@@ -1,5 +1,5 @@
-"""The chat page and the OpenAI API over one engine: Flask under waitress. What it takes is described in api.py, what it
-gives in answers.py, both by /openapi.json."""
+"""The chat page and the OpenAI API over a model or several: Flask under waitress. What it takes is described in api.py,
+what it gives in answers.py, both by /openapi.json."""
 
 import base64
 import hashlib
@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from nanochat.api import ApiError, ChatRequest, CompletionRequest, read_body
 from nanochat.engine import Engine
-from nanochat.engine_loop import EngineLoop
 from nanochat.openapi import describe
-from nanochat.service import KEYS_VARIABLE, Completion, ServerConfig, Service
+from nanochat.service import KEYS_VARIABLE, Completion, Models, ServerConfig
 
 if TYPE_CHECKING:
     import flask
@@ -42,16 +41,22 @@ def read_api_keys(path: str | None) -> list[str]:
     return keys
 
 
-def create_app(engine: Engine, model_name: str = "nanochat", config: ServerConfig | None = None) -> "flask.Flask":
-    """The application; starts the engine's thread. `app.extensions["engine_loop"].close()` ends it."""
+def create_app(
+    engine: Engine | Models, model_name: str = "nanochat", config: ServerConfig | None = None
+) -> "flask.Flask":
+    """The application over one engine, or over several models. `app.extensions["models"]` are they: its `add` brings
+    another, its `close` ends their threads."""
     import flask
     from werkzeug.exceptions import HTTPException
 
-    config = config or ServerConfig()
+    if isinstance(engine, Models):
+        models = engine
+    else:
+        models = Models(config or ServerConfig())
+        models.add(model_name, engine)
     app = flask.Flask(__name__, static_folder=None)
-    app.config["MAX_CONTENT_LENGTH"] = config.max_body
-    service = Service(engine, model_name, config)
-    app.extensions["engine_loop"] = service.loop
+    app.config["MAX_CONTENT_LENGTH"] = models.config.max_body
+    app.extensions["models"] = models
 
     @app.errorhandler(ApiError)
     def api_error(error: ApiError) -> tuple[dict, int, dict]:
@@ -63,17 +68,17 @@ def create_app(engine: Engine, model_name: str = "nanochat", config: ServerConfi
         body = ApiError(error.code or 500, error.description or error.name).body
         return body, error.code or 500, {"Allow": allow} if allow else {}
 
-    _add_policy(app, service, read_api_keys(config.api_keys))
-    _add_pages(app, service)
-    _add_completions(app, service)
+    _add_policy(app, models, read_api_keys(models.config.api_keys))
+    _add_pages(app, models)
+    _add_completions(app, models)
     return app
 
 
-def _add_policy(app: "flask.Flask", service: Service, keys: list[str]) -> None:
+def _add_policy(app: "flask.Flask", models: Models, keys: list[str]) -> None:
     """What holds for all routes: keys, origins, request ids, the access log."""
     import flask
 
-    origins = {origin.strip() for origin in (service.config.cors_origin or "").split(",")} - {""}
+    origins = {origin.strip() for origin in (models.config.cors_origin or "").split(",")} - {""}
 
     @app.before_request
     def begin() -> Any:
@@ -113,7 +118,7 @@ def _add_policy(app: "flask.Flask", service: Service, keys: list[str]) -> None:
             response.headers["Access-Control-Allow-Headers"] = "Authorization, Content-Type, X-Request-Id"
             response.headers["Access-Control-Expose-Headers"] = "X-Request-Id, X-Cache, Retry-After"
         if response.status_code >= 400:
-            service.metrics.refused.labels(str(response.status_code)).inc()
+            models.metrics.refused.labels(str(response.status_code)).inc()
         line = {"request_id": flask.g.request_id, "method": flask.request.method, "path": flask.request.path}
         line |= {"client": flask.request.remote_addr, "key": flask.g.owner, "status": response.status_code}
         facts, started = flask.g.facts, flask.g.started
@@ -139,14 +144,12 @@ def _page_and_policy() -> tuple[str, str]:
     return page, policy + "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 
 
-def _add_pages(app: "flask.Flask", service: Service) -> None:
+def _add_pages(app: "flask.Flask", models: Models) -> None:
     """The page, and what can be asked of the server itself."""
     import flask
 
     page, policy = _page_and_policy()
-    model = {"id": service.model_name, "object": "model", "created": service.created, "owned_by": "nanochat"}
-    model |= {"context_length": service.context}
-    description = describe(service.model_name)
+    description = describe("nanochat")
 
     @app.get("/")
     def index() -> flask.Response:
@@ -154,34 +157,30 @@ def _add_pages(app: "flask.Flask", service: Service) -> None:
 
     @app.get("/health")
     def health() -> tuple[dict, int]:
-        if service.loop.error is not None:
-            return {"status": "the engine died"}, 503
-        return ({"status": "shutting down"}, 503) if service.loop.draining else ({"status": "ok"}, 200)
+        return {"status": models.trouble or "ok"}, 503 if models.trouble else 200
 
     @app.get("/stats")
     def stats() -> dict:
-        return service.stats()
+        return models.stats()
 
     @app.get("/metrics")
     def metrics() -> flask.Response:
-        return flask.Response(service.metrics.text(), content_type="text/plain; version=0.0.4; charset=utf-8")
+        return flask.Response(models.metrics.text(), content_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.get("/openapi.json")
     def openapi() -> dict:
         return description
 
     @app.get("/v1/models")
-    def models() -> dict:
-        return {"object": "list", "data": [model]}
+    def list_models() -> dict:
+        return {"object": "list", "data": [service.describe() for service in models.ready]}
 
     @app.get("/v1/models/<path:name>")
     def one_model(name: str) -> dict:
-        if name != service.model_name:
-            raise ApiError(404, f"there is no model {name!r}", "model", "model_not_found")
-        return model
+        return models.get(name).describe()
 
 
-def _add_completions(app: "flask.Flask", service: Service) -> None:
+def _add_completions(app: "flask.Flask", models: Models) -> None:
     """The routes that make answers, and those to what is kept of them."""
     import flask
 
@@ -218,26 +217,25 @@ def _add_completions(app: "flask.Flask", service: Service) -> None:
 
     @app.post("/v1/chat/completions")
     def chat_completions() -> flask.Response:
-        body = read_body(json_body(), ChatRequest, service.model_name)
-        return respond(service.chat(body, flask.g.owner), body)
+        body = read_body(json_body(), ChatRequest)
+        return respond(models.get(body.model).chat(body, flask.g.owner), body)
 
     @app.post("/v1/completions")
     def completions() -> flask.Response:
-        body = read_body(json_body(), CompletionRequest, service.model_name)
-        return respond(service.complete(body, flask.g.owner), body)
+        body = read_body(json_body(), CompletionRequest)
+        return respond(models.get(body.model).complete(body, flask.g.owner), body)
 
     @app.post("/cache/invalidate")
     def invalidate() -> dict:
-        return service.invalidate()
+        return models.invalidate()
 
     @app.get("/v1/sessions/<name>")
     def session(name: str) -> dict:
-        return service.sessions.get(flask.g.owner, name)
+        return models.session(flask.g.owner, name)
 
     @app.delete("/v1/sessions/<name>")
     def forget(name: str) -> dict:
-        service.sessions.forget(flask.g.owner, name)
-        return {"id": name, "deleted": True}
+        return models.session(flask.g.owner, name, forget=True)
 
 
 def make_server(app: "flask.Flask", host: str, port: int, threads: int | None = None) -> Any:
@@ -248,7 +246,7 @@ def make_server(app: "flask.Flask", host: str, port: int, threads: int | None = 
     """
     import waitress
 
-    threads = threads or app.extensions["engine_loop"].most_open + 8
+    threads = threads or app.extensions["models"].most_open + 8
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # who waits is in our own figures
     # with a lookahead of 1 waitress notices a client that leaves while its answer is being made
     return waitress.create_server(
@@ -266,13 +264,13 @@ def make_server(app: "flask.Flask", host: str, port: int, threads: int | None = 
     )
 
 
-def drain(server: Any, loop: EngineLoop, seconds: float) -> bool:
+def drain(server: Any, models: Models, seconds: float) -> bool:
     """Refuse new work and wait until all that was begun is answered and sent; False when that took too long."""
-    loop.draining = True
+    models.drain()
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         channels = list(server.active_channels.values())
-        if not loop.n_open and not any(channel.requests or channel.total_outbufs_len for channel in channels):
+        if not models.n_open and not any(channel.requests or channel.total_outbufs_len for channel in channels):
             return True
         time.sleep(0.02)
     return False

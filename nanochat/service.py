@@ -1,17 +1,19 @@
-"""What a server does, without HTTP: answers begun, streamed and ended, with sessions and the response cache."""
+"""What a server does, without HTTP: models, and answers begun, streamed and ended, with sessions and a cache."""
 
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nanochat.answers import Answer, ChatFormat, TextFormat, content_of, usage_of
+from nanochat.answers import Answer, ChatForm, TextForm, usage_of
 from nanochat.api import ApiError, ChatRequest, CompletionRequest, make_requests
+from nanochat.chat_format import Format
 from nanochat.cli import option
+from nanochat.detokenizer import content_of
 from nanochat.engine import Engine, Request
 from nanochat.engine_loop import Delivery, EngineLoop, read_deliveries
-from nanochat.metrics import Metrics
+from nanochat.metrics import Metrics, ModelMetrics
 from nanochat.sessions import ResponseCache, Sessions
 
 KEYS_VARIABLE = "NANOCHAT_API_KEYS"
@@ -22,6 +24,7 @@ class ServerConfig:
     """How a server answers, and what it keeps to."""
 
     temperature: float = option(0.0, "for requests that give none; 0 is the likeliest answer")
+    max_batch: int = option(32, "answers of a model made at the same time; further ones wait")
     max_waiting: int = option(64, "answers that may wait while others are made; more are told to come back (429)")
     max_tokens: int | None = option(None, "longest answer in tokens; unset: as far as the context goes")
     max_body: int = option(1 << 20, "longest body of a request, in bytes")
@@ -29,7 +32,7 @@ class ServerConfig:
     cors_origin: str | None = option(None, "web pages of this origin may use the API, * = of any; unset: none but ours")
     max_sessions: int = option(1000, "conversations kept by session_id; the one used longest ago goes first")
     session_seconds: float = option(3600.0, "how long a session is kept after its last turn")
-    cache_mb: float = option(16.0, "memory for answers that would come out the same again; 0: none kept")
+    cache_mb: float = option(16.0, "memory of a model for answers that would come out the same again; 0: none kept")
     cache_seconds: float = option(600.0, "how long such an answer is kept")
 
 
@@ -41,7 +44,7 @@ class Completion:
         self.cached = service.cache.get(key) if key else None
         self.on_end: Callable[[], None] = lambda: None
         self.facts: dict[str, Any] = {"cached": self.cached is not None}  # for the access log
-        self._deliveries = None if self.cached else service.loop.submit(requests)
+        self._deliveries: Any = None if self.cached else service.loop.submit(requests)
 
     def deliveries(self, gone: Callable[[], bool]) -> Iterator[Delivery]:
         """What comes; ends early when the client has gone."""
@@ -61,7 +64,7 @@ class Completion:
             self.answer.usage = usage_of(self.requests)
             if self.key:
                 self.service.cache.put(self.key, (self.answer.deliveries, self.answer.usage))
-        reasons = [deliveries[-1].finish_reason for deliveries in self.answer.deliveries]
+        reasons = [str(deliveries[-1].finish_reason) for deliveries in self.answer.deliveries]
         counts = {name: self.answer.usage[name] for name in ("prompt_tokens", "completion_tokens")}
         self.facts |= {**counts, "finish_reason": ",".join(reasons)}
         self.on_end()
@@ -72,23 +75,28 @@ class Completion:
 
 
 class Service:
-    """The engine with all that is kept beside it; knows nothing of HTTP."""
+    """One model's engine with all that is kept beside it; knows nothing of HTTP."""
 
-    def __init__(self, engine: Engine, model_name: str, config: ServerConfig) -> None:
-        self.engine, self.model_name, self.config = engine, model_name, config
+    def __init__(self, name: str, engine: Engine, form: Format, metrics: Metrics, config: ServerConfig) -> None:
+        self.name, self.engine, self.form, self.config = name, engine, form, config
         self.created = int(time.time())
-        self.metrics = Metrics(engine)
+        self.metrics = ModelMetrics(metrics, name, engine)
         self.loop = EngineLoop(engine, self.metrics, engine.max_batch + config.max_waiting)
         self.context = engine.context
-        # as much as Engine.chat_request leaves to a conversation, however long the answer may get
+        # as much as Format.prompt leaves to a conversation, however long the answer may get
         budget = self.context - self.context // 4
-        self.sessions = Sessions(engine.tokenizer, budget, config.max_sessions, config.session_seconds)
+        self.sessions = Sessions(form, budget, config.max_sessions, config.session_seconds)
         self.cache = ResponseCache(int(config.cache_mb * 2**20), config.cache_seconds)
         self.limits = config.temperature, config.max_tokens
 
-    def _start(self, form: ChatFormat, body: Any, requests: Sequence[Request], *known: Any) -> Completion:
+    def describe(self) -> dict[str, Any]:
+        """The model as /v1/models lists it."""
+        own = {"id": self.name, "object": "model", "created": self.created, "owned_by": "nanochat"}
+        return {**own, "context_length": self.context}
+
+    def _start(self, form: ChatForm, body: Any, requests: Sequence[Request], *known: Any) -> Completion:
         """known: what decides the answer besides the body, and whose it is."""
-        head = {"id": form.prefix + uuid.uuid4().hex, "created": int(time.time()), "model": self.model_name}
+        head = {"id": form.prefix + uuid.uuid4().hex, "created": int(time.time()), "model": self.name}
         key = None
         if self.config.cache_mb and (body.seed is not None or requests[0].temperature == 0):
             asked = body.model_dump(exclude={"stream", "stream_options", "user", "session_id", "model"})
@@ -98,8 +106,8 @@ class Service:
 
     def complete(self, body: CompletionRequest, owner: int) -> Completion:
         """Begin the answer to /v1/completions."""
-        requests = make_requests(body, self.engine, None, *self.limits)
-        return self._start(TextFormat(self.engine.tokenizer), body, requests, owner)
+        requests = make_requests(body, self.engine, self.form, None, *self.limits)
+        return self._start(TextForm(self.engine.tokenizer), body, requests, owner)
 
     def chat(self, body: ChatRequest, owner: int) -> Completion:
         """Begin the answer to /v1/chat/completions, in its session if it names one."""
@@ -111,8 +119,8 @@ class Service:
             except ValueError as error:
                 raise ApiError(400, str(error), "messages") from error
         try:
-            requests = make_requests(body, self.engine, messages, *self.limits)
-            completion = self._start(ChatFormat(self.engine.tokenizer), body, requests, owner, messages)
+            requests = make_requests(body, self.engine, self.form, messages, *self.limits)
+            completion = self._start(ChatForm(self.engine.tokenizer), body, requests, owner, messages)
         except BaseException:
             if name is not None:
                 self.sessions.end(owner, name)
@@ -130,8 +138,12 @@ class Service:
             reply = {"role": "assistant", "content": content_of(answer.events(0))}
             whole = [*messages, reply]
             turns = sum(message["role"] == "user" for message in whole)
-            account = {"id": name, "turns": turns, "dropped_turns": dropped, "tokens": answer.usage["total_tokens"]}
-            account |= {"context": self.context, "expires_in": self.config.session_seconds}
+            account = {"id": name, "model": self.name, "turns": turns, "dropped_turns": dropped}
+            account |= {
+                "tokens": answer.usage["total_tokens"],
+                "context": self.context,
+                "expires_in": self.config.session_seconds,
+            }
             account |= answer.usage["prompt_tokens_details"]
             self.sessions.end(owner, name, {**account, "messages": whole})
             answer.extra["session"] = account
@@ -141,22 +153,97 @@ class Service:
             if busy:
                 self.sessions.end(owner, name)
 
-        completion.on_end, completion.close = end, close_session
-
-    def invalidate(self) -> dict[str, Any]:
-        """Forget kept answers, and what the engine knows of prompts."""
-        self.loop.call(self.engine.forget)
-        return {"responses": self.cache.clear()}
+        completion.on_end = end
+        completion.close = close_session  # type: ignore[method-assign]  # as before, and the session is free again
 
     def stats(self) -> dict[str, Any]:
-        """The state of everything, for people; /metrics is for machines."""
+        """The state of the model."""
         return {
-            "model": self.model_name,
             "context": self.context,
             "max_batch": self.engine.max_batch,
-            "uptime_seconds": round(time.time() - self.created, 1),
             "open_requests": self.loop.n_open,
             "sessions": len(self.sessions),
             "cached_responses": len(self.cache),
             **self.engine.stats(),
         }
+
+
+class Models:
+    """A server's models by name, each with an engine, a thread, sessions and caches of its own. Those of `names` are
+    known before they are there: until `add` brings them, requests for them are told to come back."""
+
+    def __init__(self, config: ServerConfig, names: Iterable[str] = ()) -> None:
+        self.config, self.metrics, self.started = config, Metrics(), time.time()
+        self.draining = False
+        self._services: dict[str, Service | None] = dict.fromkeys(names)
+
+    def add(self, name: str, engine: Engine, form: Format | None = None) -> None:
+        """Let a model answer; in the project's own chat format, unless another is given."""
+        service = Service(name, engine, form or Format(engine.tokenizer), self.metrics, self.config)
+        service.loop.draining, self._services[name] = self.draining, service
+
+    @property
+    def ready(self) -> list[Service]:
+        """Those that are there."""
+        return [service for service in list(self._services.values()) if service]
+
+    def get(self, name: str | None) -> Service:
+        """A model by name, None = the first. ApiError 404 when there is none of that name, 503 while it is loaded."""
+        if name is not None and name not in self._services:
+            message = f"there is no model {name!r}: this server has {', '.join(self._services)}"
+            raise ApiError(404, message, "model", "model_not_found")
+        service = self._services[next(iter(self._services)) if name is None else name]
+        if service is None:
+            raise ApiError(503, "the model is being loaded; try again later", headers={"Retry-After": "5"})
+        return service
+
+    @property
+    def trouble(self) -> str | None:
+        """Why not all of the server is fit to answer, if it is not."""
+        if dead := [service.name for service in self.ready if service.loop.error is not None]:
+            return f"the engine died: {', '.join(dead)}"
+        if self.draining:
+            return "shutting down"
+        return "loading" if len(self.ready) < len(self._services) else None
+
+    @property
+    def n_open(self) -> int:
+        """Answers that are made or waited for."""
+        return sum(service.loop.n_open for service in self.ready)
+
+    @property
+    def most_open(self) -> int:
+        """So many may be at the same time."""
+        each = self.config.max_batch + self.config.max_waiting
+        return sum(service.loop.most_open if service else each for service in self._services.values())
+
+    def drain(self) -> None:
+        """Refuse new work from now on."""
+        self.draining = True
+        for service in self.ready:
+            service.loop.draining = True
+
+    def close(self) -> None:
+        """End the engines' threads."""
+        for service in self.ready:
+            service.loop.close()
+
+    def session(self, owner: int, name: str, forget: bool = False) -> dict[str, Any]:
+        """What a session holds, with whichever model it is, or its end; ApiError 404 when there is none (any more)."""
+        for service in self.ready:
+            if forget and service.sessions.forget(owner, name):
+                return {"id": name, "deleted": True}
+            if not forget and (turn := service.sessions.get(owner, name)) is not None:
+                return turn
+        raise ApiError(404, f"there is no session {name!r} (any more)", "session_id", "session_not_found")
+
+    def invalidate(self) -> dict[str, Any]:
+        """Forget kept answers, and what the engines know of prompts."""
+        for service in self.ready:
+            service.loop.call(service.engine.forget)
+        return {"responses": sum(service.cache.clear() for service in self.ready)}
+
+    def stats(self) -> dict[str, Any]:
+        """The state of all models, for people; /metrics is for machines."""
+        models = {service.name: service.stats() for service in self.ready}
+        return {"uptime_seconds": round(time.time() - self.started, 1), "models": models}

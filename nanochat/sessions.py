@@ -3,11 +3,12 @@
 import hashlib
 import json
 import threading
+import time
 from typing import Any
 
 from nanochat.api import ApiError
-from nanochat.conversation import Message, drop_oldest_turns
-from nanochat.tokenizer import Tokenizer
+from nanochat.chat_format import Format
+from nanochat.conversation import Message
 
 
 class Sessions:
@@ -15,11 +16,11 @@ class Sessions:
     `most` (the one used longest ago first). Of each only the turns that fit `budget` tokens are kept.
     """
 
-    def __init__(self, tokenizer: Tokenizer, budget: int, most: int, seconds: float) -> None:
+    def __init__(self, form: Format, budget: int, most: int, seconds: float) -> None:
         from cachetools import TTLCache
 
-        self.tokenizer, self.budget, self.seconds = tokenizer, budget, seconds
-        self._kept = TTLCache(most, seconds)
+        self.form, self.budget, self.seconds = form, budget, seconds
+        self._kept: TTLCache = TTLCache(most, seconds)
         self._busy: set[tuple[int, str]] = set()
         self._lock = threading.Lock()
 
@@ -45,7 +46,7 @@ class Sessions:
                 system, new = new[:1], new[1:]
                 old = old[1:] if old and old[0]["role"] == "system" else old
             whole = [*system, *old, *new]
-            messages = drop_oldest_turns(whole, self.tokenizer, self.budget)
+            messages = self.form.fit(whole, self.budget)
             return messages, kept["dropped_turns"] + (len(whole) - len(messages)) // 2
         except ValueError:
             self.end(owner, name)
@@ -56,20 +57,21 @@ class Sessions:
         with self._lock:
             self._busy.discard((owner, name))
             if turn is not None:
-                self._kept[owner, name] = turn
+                self._kept[owner, name] = {**turn, "expires": time.monotonic() + self.seconds}
 
-    def get(self, owner: int, name: str) -> dict[str, Any]:
-        """What the session holds; ApiError 404 when there is no such session (any more)."""
+    def get(self, owner: int, name: str) -> dict[str, Any] | None:
+        """What the session holds, with the seconds until it ends; None when there is no such session (any more)."""
         with self._lock:
             if (turn := self._kept.get((owner, name))) is None:
-                raise ApiError(404, f"there is no session {name!r} (any more)", "session_id", "session_not_found")
-            return turn
+                return None
+        return {k: v for k, v in turn.items() if k != "expires"} | {
+            "expires_in": round(max(0.0, turn["expires"] - time.monotonic()), 1)
+        }
 
-    def forget(self, owner: int, name: str) -> None:
-        """End a session; ApiError 404 when there is none."""
-        self.get(owner, name)
+    def forget(self, owner: int, name: str) -> bool:
+        """End a session; False when there is none."""
         with self._lock:
-            self._kept.pop((owner, name), None)
+            return self._kept.pop((owner, name), None) is not None
 
 
 class ResponseCache:
@@ -79,7 +81,7 @@ class ResponseCache:
     def __init__(self, most_bytes: int, seconds: float) -> None:
         from cachetools import TTLCache
 
-        self._kept = TTLCache(most_bytes, seconds, getsizeof=lambda entry: entry[1])
+        self._kept: TTLCache = TTLCache(most_bytes, seconds, getsizeof=lambda entry: entry[1])
         self._lock = threading.Lock()
 
     def __len__(self) -> int:

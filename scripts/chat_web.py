@@ -1,18 +1,21 @@
-"""Chat in the browser, and the OpenAI API: `python -m scripts.chat_web`, then open the address it prints."""
+"""Chat in the browser, and the OpenAI API: `python -m scripts.chat_web`, then open the address it prints.
 
+`--model NAME` serves any model on this machine, and more than one when it is given several times.
+"""
+
+import contextlib
 import logging
 import os
 import signal
+import sys
 import threading
 from dataclasses import dataclass
 
-from nanochat import cli
-from nanochat.checkpoint import load_model
+from nanochat import cli, named_model
 from nanochat.cli import option
 from nanochat.compute import Compute
-from nanochat.engine import Engine
 from nanochat.server import create_app, drain, make_server
-from nanochat.service import ServerConfig
+from nanochat.service import Models, ServerConfig
 
 
 @dataclass(frozen=True)
@@ -21,10 +24,10 @@ class Config(ServerConfig):
 
     host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 lets other machines in: see --api-keys")
     port: int = option(8000, "port to listen on; 0 takes any free one")
-    stage: str = option("sft", "training stage of the model", choices=("base", "mid", "sft", "rl"))
+    model: tuple[str, ...] | None = option(None, "a model by its name or folder; repeat the flag for more of them")
+    stage: str = option("sft", "without --model: training stage of a model of your own", choices=named_model.STAGES)
     model_tag: str | None = option(None, "which model of that stage; unset: the newest")
     step: int | None = option(None, "which step; unset: the last")
-    max_batch: int = option(32, "answers made at the same time; further ones wait")
     int8: bool = option(False, "weights of a model of this project in 8 bits, on CPU")
     drain_seconds: float = option(30.0, "at SIGTERM, how long answers that were begun may take to end")
     access_log: bool = option(True, "a line of JSON on stderr for each request, without what was said")
@@ -32,21 +35,31 @@ class Config(ServerConfig):
 
 
 def main() -> None:
-    """Load a model and serve it until Ctrl-C, or until SIGTERM and the end of what was begun."""
+    """Serve models until Ctrl-C, or until SIGTERM and the end of what was begun. The port is open while they load."""
     config = cli.parse(Config, description=__doc__)
-    compute = Compute.create(config.device_type)
-    model, tokenizer, meta = load_model(config.stage, compute.device, config.model_tag, config.step)
-    engine = Engine(model, tokenizer, config.max_batch, int8=config.int8)
-    app = create_app(engine, f"nanochat-{meta['stage']}-{meta['tag']}", config)
-    server, loop = make_server(app, config.host, config.port), app.extensions["engine_loop"]
+    device = Compute.create(config.device_type).device
+    names = config.model or ("/".join(filter(None, (config.stage, config.model_tag))),)
+    found = named_model.find_all(names, device, config.step, say=lambda line: print(line, file=sys.stderr))
+    models = Models(config, [each.name for each in found])
+    server = make_server(create_app(models), config.host, config.port)
     logging.basicConfig(format="%(message)s")
     logging.getLogger("nanochat.access").setLevel(logging.INFO if config.access_log else logging.WARNING)
+    failures: list[Exception] = []
+
+    def load() -> None:
+        try:
+            for each in found:
+                models.add(each.name, *each.load(device, config.max_batch, config.int8))
+            print(f"chat at http://{config.host}:{server.effective_port}  (Ctrl-C stops)", flush=True)
+        except Exception as error:
+            failures.append(error)
+            os.kill(os.getpid(), signal.SIGINT)
 
     def wait_and_end() -> None:
-        if not drain(server, loop, config.drain_seconds):
+        if not drain(server, models, config.drain_seconds):
             logging.warning("answers were cut off after %g seconds", config.drain_seconds)
-            loop.close()
-            drain(server, loop, 1.0)  # their readers are told
+            models.close()
+            drain(server, models, 1.0)  # their readers are told
         os.kill(os.getpid(), signal.SIGINT)
 
     def begin_to_end(signum: int, frame: object) -> None:
@@ -55,9 +68,12 @@ def main() -> None:
 
     signal.signal(signal.SIGTERM, begin_to_end)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # KeyboardInterrupt ends run(); also where it was ignored
-    print(f"chat at http://{config.host}:{server.effective_port}  (Ctrl-C stops)", flush=True)
-    server.run()
-    loop.close()
+    with contextlib.suppress(KeyboardInterrupt):  # before run() hears of it
+        threading.Thread(target=load, daemon=True).start()
+        server.run()
+    models.close()
+    if failures:
+        raise failures[0]
 
 
 if __name__ == "__main__":

@@ -18,9 +18,10 @@ import pytest
 from tiny_chat import INJECTION, STORY, tiny_chat
 
 from nanochat import checkpoint
+from nanochat.chat_format import Format
 from nanochat.compute import Compute
 from nanochat.engine import Engine
-from scripts.chat_cli import HELP, Chat, Config, talk
+from nanochat.terminal import HELP, Chat, Config
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -116,7 +117,7 @@ class Terminal:
 def test_a_session_on_a_terminal(base_dir):
     """A tool call is shown; Ctrl-C ends an answer and keeps the session, at the prompt it ends the session with 130."""
     terminal = Terminal(*command(base_dir, "chat_cli"))
-    terminal.expect("sft model tiny, step 7")
+    terminal.expect("sft/tiny, step 000007: 0.00 GB of weights")
     terminal.expect("> ")
     terminal.send("What is 37*48?\n")
     terminal.expect("[37*48 = 1776]")
@@ -155,8 +156,11 @@ def test_a_session_on_a_terminal(base_dir):
 
 def new_chat(**options):
     """(chat, list of what it writes)."""
-    written = []
-    return Chat(Engine(*tiny_chat(), max_batch=1), Config(**options), written.append, live=False), written
+    written, (model, tokenizer) = [], tiny_chat()
+    engine = Engine(model, tokenizer, max_batch=1)
+    return Chat(
+        engine, Format(tokenizer), Config(**options), lambda text, aside: aside or written.append(text)
+    ), written
 
 
 def test_history_is_kept_cleared_and_dropped():
@@ -170,7 +174,7 @@ def test_history_is_kept_cleared_and_dropped():
         {"type": "python_output", "text": "1776"},
     ]
     lines = iter(["/help", "/clear", "Hello", "/exit", "never read"])
-    talk(chat, lambda: next(lines))
+    chat.talk(lambda: next(lines))
     assert len(chat.messages) == 2 and next(lines) == "never read"
     assert "".join(written).endswith("37*48 is 1776.\n" + HELP + "\nHello! Grüße 🎉 from a tiny model.\n")
 
@@ -179,9 +183,9 @@ def test_a_conversation_is_saved_and_loaded(tmp_path):
     chat, written = new_chat(system="Be kind.")
     file = tmp_path / "talk.json"
     for text in ("What is 37*48?", f"/save {file}"):
-        chat.ask(text) if text[0] != "/" else talk(chat, iter([text, "/quit"]).__next__)
+        chat.ask(text) if text[0] != "/" else chat.talk(iter([text, "/quit"]).__next__)
     other, said = new_chat()
-    talk(other, iter([f"/load {file}", "/quit"]).__next__)
+    other.talk(iter([f"/load {file}", "/quit"]).__next__)
     assert other.messages == chat.messages and other.config.system == "Be kind."
     assert "2 messages" in written[-1] and "2 messages" in said[-1]
     chat.ask("Hello"), other.ask("Hello")
@@ -206,10 +210,10 @@ def test_wrong_commands_are_answered_and_change_nothing(tmp_path):
     }
     for line, words in wrong.items():
         written.clear()
-        talk(chat, iter([line, "/quit"]).__next__)
+        chat.talk(iter([line, "/quit"]).__next__)
         assert words in "".join(written), line
     assert (chat.messages, chat.config) == ([], Config())
-    talk(chat, iter(["/system Be brief.", "/temp 1.5", "/system", "/quit"]).__next__)
+    chat.talk(iter(["/system Be brief.", "/temp 1.5", "/system", "/quit"]).__next__)
     assert chat.config == Config(temperature=1.5)
 
 
@@ -223,7 +227,7 @@ def test_the_server_script_serves_and_ends_cleanly(base_dir, how):
         address = process.stdout.readline().split()[2].removeprefix("http://")
         connection = http.client.HTTPConnection(address, timeout=30)
         connection.request("GET", "/v1/models")
-        assert b"nanochat-sft-tiny" in connection.getresponse().read()
+        assert b'"sft/tiny"' in connection.getresponse().read()
         process.send_signal(how)
         assert process.wait(20) == 0 and "Traceback" not in process.stderr.read()
     finally:

@@ -1,6 +1,9 @@
 """Chat formats: templates as transformers renders them, what a template may not do, harmony and its channels."""
 
+import gc
+import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +13,7 @@ import tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from nanochat.chat_format import Harmony, Reasoning, Template, chat_format
+from nanochat.detokenizer import content_of
 from nanochat.hf_tokenizer import HFTokenizer
 
 CHATML = """{%- if messages[0]['role'] == 'system' -%}
@@ -106,9 +110,35 @@ ESCAPES = [
     "{{ ('%s' | attr('__class__')).__mro__ }}",
     "{{ '{0.__class__.__mro__}'.format(messages) }}",
     "{{ 'a' * 10 ** 10 }}",
-    "{{ 10 ** 10 ** 10 }}",
+    "{{ 10 ** (10 ** 10) }}",
     "{{ [0] * 10 ** 9 }}",
     "{{ 'a'.ljust(10 ** 9) }}",
+    "{{ 'a' * 9999 * 9999 * 9999 }}",
+    "{% set ns = namespace(x='a') %}{% for i in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
+    "{% set ns = namespace(x='a') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
+    "{% set ns = namespace(x=['a']) %}{% for i in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
+    "{% set ns = namespace(x=['a']) %}{% for i in range(60) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x }}",
+    "{% set ns = namespace(x=['a']) %}{% for i in range(60) %}{% set ns.x = (ns.x, ns.x) %}{% endfor %}{{ ns.x }}",
+    "{% set ns = namespace(x=1) %}{% for i in range(60) %}{% set ns.x = {1: ns.x, 2: ns.x} %}{% endfor %}{{ ns.x }}",
+    "{% set ns = namespace(x=9) %}{% for i in range(60) %}{% set ns.x = ns.x * ns.x %}{% endfor %}",
+    "{% set ns = namespace(x='a') %}{% for i in range(60) %}{% set ns.x = ns.x | replace('a', 'aaaaa') %}{% endfor %}",
+    "{% set ns = namespace(x='a') %}{% for i in range(60) %}{% set ns.x = ns.x.replace('a', 'aaaaa') %}{% endfor %}",
+    "{% set b = 'a' * 4000000 %}{{ b.replace('a', b) }}",
+    "{% set b = 'a' * 4000000 %}{{ b | replace('', b) }}",
+    "{% set b = 'a' * 4000000 %}{{ b.join(range(1000) | map('string')) }}",
+    "{% set b = 'a' * 4000000 %}{{ ([''] * 1000) | map('default', b, true) | join }}",
+    "{% set b = 'a' * 4000000 %}{{ range(1000) | map('replace', '', b) | join(b) }}",
+    "{% set b = 'a' * 4000000 %}{{ range(1000) | join(b) }}",
+    "{% set b = 'a' * 4000000 %}{% set c %}{% for i in range(1000) %}{{ b }}{% endfor %}{% endset %}{{ c }}",
+    "{% set b = 'a' * 4000000 %}{% macro m() %}{% for i in range(1000) %}{{ b }}{% endfor %}{% endmacro %}{{ m() }}",
+    "{% set b = 'a' * 4000000 %}{{ {}.fromkeys(range(1000), b) }}",
+    "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% else %}aaaaaaaa{% endif %}{% endmacro %}{{ m(60) }}",
+    "{{ 'a' | indent(10 ** 9, true) }}",
+    "{{ 'a\n' | indent(width=10 ** 9) }}",
+    "{{ '{:1000000000d}'.format(1) }}",
+    "{{ '{x:1000000000d}'.format_map({'x': 1}) }}",
+    "{{ (5).to_bytes(10 ** 9, 'big') }}",
+    "{{ [1] | batch(10 ** 9, 'x') | list }}",
     "{{ '%1000000000d' % 1 }}",
     "{{ '%1000000000d' | format(1) }}",
     "{% for i in range(10 ** 9) %}x{% endfor %}",
@@ -120,22 +150,45 @@ ESCAPES = [
 ]
 
 
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
 @pytest.mark.parametrize("template", ESCAPES)
-def test_a_template_cannot_get_out_or_take_much(tokenizer, tmp_path, template):
-    began, before = time.process_time(), [dict(message) for message in TALK]
+def test_a_template_cannot_get_out_or_take_much(tokenizer, tmp_path, template, monkeypatch):
+    monkeypatch.setattr("nanochat.template._SECONDS", 0.5)
+    began, before, memory = time.process_time(), [dict(message) for message in TALK], resident()
     with pytest.raises(ValueError, match="chat template"):
         Template(template.replace("PATH", str(tmp_path / "out")), tokenizer).render(TALK)
     assert before == TALK and not (tmp_path / "out").exists()
-    assert time.process_time() - began < 4
+    assert time.process_time() - began < 4 and resident() - memory < 50e6
 
 
-def test_a_template_that_never_ends_is_stopped(tokenizer, monkeypatch):
-    monkeypatch.setattr("nanochat.chat_format._SECONDS", 0.3)
-    endless = "{% for i in range(99999) %}{% for i in range(99999) %}{% endfor %}{% endfor %}"
-    began = time.process_time()
-    with pytest.raises(ValueError, match="ran for more"):
-        Template(endless, tokenizer).render(TALK)
-    assert time.process_time() - began < 3
+def test_a_template_that_was_stopped_renders_again(tokenizer, monkeypatch):
+    """Endless in Python, endless in C, out of memory: whatever it was, the next conversation finds it ready."""
+    monkeypatch.setattr("nanochat.template._SECONDS", 0.3)
+    python = "{% for i in range(99999) %}{% for i in range(99999) %}{% endfor %}{% endfor %}"
+    lists = "{% set ns = namespace(x=1, y=1) %}{% for i in range(60) %}{% set ns.x = [ns.x, ns.x] %}"
+    lists += "{% set ns.y = [ns.y, ns.y] %}{% endfor %}{{ ns.x == ns.y }}"
+    memory = "{% set ns = namespace(x='x') %}{% for i in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}"
+    for hostile, words in ((python, "ran for more"), (lists, "ran for more"), (memory, "MemoryError")):
+        chat = Template("{% if messages | length > 1 %}" + hostile + "{% else %}ok{% endif %}", tokenizer)
+        for _ in range(2):
+            with pytest.raises(ValueError, match=words):
+                chat.render(TALK)
+            assert tokenizer.decode(chat.render(TALK[:1])) == "ok"
+
+
+def test_templates_leave_no_process(tokenizer):
+    def children():
+        return len(Path(f"/proc/self/task/{threading.get_native_id()}/children").read_text().split())
+
+    before = children()
+    chats = [Template("ok", tokenizer) for _ in range(3)]
+    assert children() == before + 3 and all(chat.render(TALK) for chat in chats)
+    del chats
+    gc.collect()
+    assert children() == before
 
 
 @pytest.mark.parametrize("template", ["{% if %}", "{{ x | nothing }}", "{% for x in y %}", "{{" * 5000])
@@ -149,21 +202,29 @@ def test_thinking_is_told_from_the_answer(tmp_path):
     backend.add_tokens([tokenizers.AddedToken(name, special=False) for name in ("<think>", "</think>")])
     backend.save(str(tmp_path / "tokenizer.json"))
     tokenizer = HFTokenizer.from_directory(tmp_path)
-    decoder = Template(CHATML, tokenizer).decoder()
-    ids = tokenizer.encode_marked("<think>\nhm 🎉</think>So: 東京<|im_end|>")
-    events = [event for token in ids for event in decoder.feed(token)] + decoder.finish()
-    assert "".join(e for e in events if isinstance(e, Reasoning)) == "\nhm 🎉"
-    assert "".join(e for e in events if not isinstance(e, Reasoning)) == "So: 東京"
+    chat = Template(CHATML + "{{ begun | default('') }}", tokenizer)
+
+    def said(text, *decoding):
+        decoder, ids = chat.decoder(*decoding), tokenizer.encode_marked(text)
+        events = [event for token in ids for event in decoder.feed(token)] + decoder.finish()
+        assert "".join(content["text"] for content in content_of(events)) == "".join(
+            e for e in events if not isinstance(e, Reasoning)
+        )
+        return "".join(e for e in events if isinstance(e, Reasoning)), "".join(p["text"] for p in content_of(events))
+
+    answer = "<think>\nhm 🎉</think>So: 東京<|im_end|>"
+    assert said(answer) == ("\nhm 🎉", "So: 東京")
+    begun = chat.render(TALK[:1], begun="<think>\n")  # by the template, as some do
+    assert said(answer.removeprefix("<think>"), begun) == ("\nhm 🎉", "So: 東京")
+    assert said("So", chat.render(TALK[:1], enable_thinking=False)) == ("", "So")
+    for stop, rest in (("hm", "So: 東京"), ("東", "So: "), ("o: ", "S"), ("京!", "So: 東京")):  # ends the answer alone
+        assert said(answer, (), [stop]) == ("\nhm 🎉", rest)
 
 
 @pytest.fixture
 def harmony(tmp_path):
-    backend = tokenizers.Tokenizer.from_str(tiny_hf.byte_level().to_str())
-    marks = ["start", "end", "message", "channel", "constrain", "return", "call"]
-    backend.add_special_tokens([f"<|{name}|>" for name in marks])
-    backend.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "config.json").write_text('{"model_type": "gpt_oss"}')
-    chat = chat_format(tmp_path, HFTokenizer.from_directory(tmp_path))
+    chat = chat_format(tmp_path, tiny_hf.harmony_tokenizer(tmp_path))
     assert isinstance(chat, Harmony)
     return chat
 

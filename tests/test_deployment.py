@@ -184,7 +184,7 @@ def test_two_replicas_behind_nginx(proxied):
         engine.step = step
     assert (text + response.read()).endswith(b"data: [DONE]\n\n")
 
-    apps[name].extensions["engine_loop"].draining = True
+    apps[name].extensions["models"].drain()
     answer = ask("POST", "/v1/chat/completions", {**BODY, "max_tokens": 2}, key)
     other = json.loads(answer.read())
     assert answer.status == 200 and other["model"] == ({"one", "two"} - {name}).pop()

@@ -16,9 +16,11 @@ pytest.importorskip("transformers", reason="the oracle, transformers, is not ins
 import tiny_hf
 from hub_server import HubServer
 
-from nanochat import hf_load, model_store, play
+from nanochat import hf_load, model_store
 from nanochat.chat_format import Template
+from nanochat.engine import Engine
 from nanochat.hf_tokenizer import HFTokenizer
+from nanochat.terminal import Chat, Config
 
 ROOT = Path(__file__).resolve().parent.parent
 FAST = {"timeout": 5.0, "backoff": 0.01}
@@ -194,9 +196,12 @@ def test_verify_and_remove(server):
 
 def session(folder, **settings):
     model, tokenizer = hf_load.load(folder, "cpu", torch.float32)
-    shown = []
-    template = Template(TEMPLATE, tokenizer)
-    return play.Session(model, tokenizer, template, lambda text, aside: shown.append((text, aside)), **settings), shown
+    shown, form = [], Template(TEMPLATE, tokenizer)
+    return Chat(Engine(model, tokenizer, 1), form, Config(**settings), lambda *each: shown.append(each)), shown
+
+
+def said(chat):
+    return ["".join(part["text"] for part in m["content"]) for m in chat.messages if m["role"] == "assistant"]
 
 
 def test_a_chat_of_several_turns(server):
@@ -204,27 +209,27 @@ def test_a_chat_of_several_turns(server):
     for text in ("Hello", "and again"):
         chat.ask(text)
     assert [message["role"] for message in chat.messages] == ["user", "assistant"] * 2
-    said = "".join(text for text, aside in shown if not aside)
-    assert said == "".join(m["content"] for m in chat.messages if m["role"] == "assistant")
+    assert "".join(text for text, aside in shown if not aside) == "".join(f"{each}\n" for each in said(chat))
     assert sum("tokens/s" in text for text, aside in shown if aside) == 2
     for _ in range(12):  # far more than the context holds
         chat.ask("word " * 20)
-    assert len(chat.messages) < 12
-    with pytest.raises(ValueError, match="too long"):
-        chat.ask("word " * 400)
+    assert len(chat.messages) == 28
+    chat.ask("word " * 400 + "end")  # of which the end is asked
+    request = chat.config.request(chat.form, chat.messages[:-1], 256)
+    assert len(request.tokens) <= 248 and chat.engine.tokenizer.decode(request.tokens).endswith("word end<|im_end|>")
 
 
 def test_an_answer_ends_at_the_models_own_mark(server):
     folder = model_store.download(NAME, **FAST)
     chat, _ = session(folder, temperature=0.0, max_tokens=40)
     chat.ask("Hello")
-    free = chat.engine.complete([chat.format.render([{"role": "user", "content": "Hello"}])], 40)[0]
+    free = chat.engine.complete([chat.form.render([{"role": "user", "content": "Hello"}])], 40)[0]
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [free[5], 319]}))
     chat, _ = session(folder, temperature=0.0, max_tokens=40)
     assert HFTokenizer.from_directory(folder).stop_tokens >= {free[5]}
     chat.ask("Hello")
     stopped = free[: free.index(free[5])]
-    assert chat.messages[-1]["content"] == chat.engine.tokenizer.decode_bytes(
+    assert said(chat)[-1] == chat.engine.tokenizer.decode_bytes(
         [i for i in stopped if i not in chat.engine.tokenizer.special_tokens.values()]
     ).decode(errors="replace")
 

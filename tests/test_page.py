@@ -177,6 +177,39 @@ def test_a_question_is_edited_and_sent_again(open_page, screenshot):
     assert page.locator(".message").count() == 2
 
 
+def test_reasoning_is_folded_and_stays_here(browser, tmp_path, screenshot):
+    """A model is picked by its name; what it says to itself is shown when asked for, as text, and never sent back."""
+    pytest.importorskip("transformers", reason="makes the model; not installed")
+    import tiny_hf
+
+    oss, sent, context = tiny_hf.scripted_gpt_oss(tmp_path / "oss"), [], browser.new_context()
+    with running_server(more={"me/oss": oss}) as (_, port):
+        page = context.new_page()
+        page.on("request", lambda request: sent.append(request.post_data_json) if request.method == "POST" else None)
+        page.goto(f"http://127.0.0.1:{port}/")
+        picker = page.get_by_role("combobox", name="Model")
+        picker.wait_for()
+        assert picker.locator("option").all_inner_texts() == ["tiny", "me/oss"]
+        picker.select_option("me/oss")
+        answer = ask(page, "What is 2 and 2?", 1)
+        assert answer.locator(".text").inner_text() == tiny_hf.ANSWER.replace("**", "")
+        thought = answer.locator(".thought div")
+        assert not thought.is_visible()
+        answer.get_by_text("Thought").click()
+        assert (
+            thought.is_visible() and thought.inner_text() == tiny_hf.REASONING and page.locator("#log b").count() == 0
+        )
+        screenshot(page, "reasoning")
+        ask(page, "And 3?", 2)
+        assert thought.first.is_visible()
+        page.reload()
+        picker.locator("option").nth(1).wait_for(state="attached")
+        assert picker.input_value() == "me/oss" and page.locator(".thought").count() == 2
+        assert [body["model"] for body in sent] == ["me/oss"] * 2
+        assert sent[1]["messages"][1] == {"role": "assistant", "content": tiny_hf.ANSWER}
+    context.close()
+
+
 def test_settings_and_model_go_with_the_request(open_page):
     page = open_page()
     sent = []

@@ -483,7 +483,7 @@ def test_a_full_queue_says_when_to_come_back():
         threads = [threading.Thread(target=chat, args=(port, "Hello")) for _ in range(2)]
         for thread in threads:
             thread.start()
-        while json.loads(request(port, "GET", "/stats")[2])["open_requests"] < 2:
+        while json.loads(request(port, "GET", "/stats")[2])["models"]["tiny"]["open_requests"] < 2:
             time.sleep(0.02)
         status, headers, data = request(port, "POST", "/v1/chat/completions", {"messages": HELLO})
         assert status == 429 and 1 <= int(headers["Retry-After"]) <= 60
@@ -598,20 +598,20 @@ def test_metrics_count_what_was_done():
         request(port, "GET", "/nothing")
         chat(port, "Hello")  # from the cache: made no tokens
         assert wait_until_idle(engine)
-        seen = scrape(port)
-        assert seen["nanochat_prompt_tokens_total"] == sum(usage["prompt_tokens"] for usage in usages)
-        assert seen["nanochat_generation_tokens_total"] == sum(usage["completion_tokens"] for usage in usages)
-        assert seen['nanochat_request_success_total{finished_reason="stop"}'] == 2
-        assert seen['nanochat_request_success_total{finished_reason="length"}'] == 1
+        seen, of = scrape(port), '{model_name="tiny"}'
+        assert seen[f"nanochat_prompt_tokens_total{of}"] == sum(usage["prompt_tokens"] for usage in usages)
+        assert seen[f"nanochat_generation_tokens_total{of}"] == sum(usage["completion_tokens"] for usage in usages)
+        ends = 'nanochat_request_success_total{finished_reason="%s",model_name="tiny"}'
+        assert seen[ends % "stop"] == 2 and seen[ends % "length"] == 1
         assert seen['nanochat_requests_refused_total{status="404"}'] == 1
-        assert seen["nanochat_response_cache_hits_total"] == 1
+        assert seen[f"nanochat_response_cache_hits_total{of}"] == 1
         for name in ("time_to_first_token", "e2e_request_latency", "request_queue_time"):
-            assert seen[f"nanochat_{name}_seconds_count"] == 3
+            assert seen[f"nanochat_{name}_seconds_count{of}"] == 3
         n_later = sum(usage["completion_tokens"] for usage in usages) - 3
-        assert 0 < seen["nanochat_inter_token_latency_seconds_count"] <= n_later
-        assert seen["nanochat_num_requests_running"] == seen["nanochat_num_requests_waiting"] == 0
-        stats = json.loads(request(port, "GET", "/stats")[2])
-        assert stats["output_tokens"] == seen["nanochat_generation_tokens_total"] and stats["context"] == 768
+        assert 0 < seen[f"nanochat_inter_token_latency_seconds_count{of}"] <= n_later
+        assert seen[f"nanochat_num_requests_running{of}"] == seen[f"nanochat_num_requests_waiting{of}"] == 0
+        stats = json.loads(request(port, "GET", "/stats")[2])["models"]["tiny"]
+        assert stats["output_tokens"] == seen[f"nanochat_generation_tokens_total{of}"] and stats["context"] == 768
 
 
 def test_a_limit_on_every_answer():

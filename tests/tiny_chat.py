@@ -72,16 +72,23 @@ def tiny_chat() -> tuple[GPT, Tokenizer]:
 
 
 @contextlib.contextmanager
-def running_server(max_batch: int = 8, model_name: str = "tiny", **options: Any) -> Iterator[tuple[Engine, int]]:
-    """(engine, port) of a real server of the tiny model on a free port, stopped at the end; options of ServerConfig."""
+def running_server(
+    max_batch: int = 8, model_name: str = "tiny", more: dict[str, Any] | None = None, **options: Any
+) -> Iterator[tuple[Engine, int]]:
+    """(engine, port) of a real server of the tiny model on a free port, stopped at the end; options of ServerConfig.
+
+    more: engines and formats of other models, by name.
+    """
     app = create_app(Engine(*tiny_chat(), max_batch=max_batch), model_name, ServerConfig(**options))
+    for name, (engine, form) in (more or {}).items():
+        app.extensions["models"].add(name, engine, form)
     server = make_server(app, "127.0.0.1", 0)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     try:
-        yield app.extensions["engine_loop"].engine, server.effective_port
+        yield app.extensions["models"].get(None).engine, server.effective_port
     finally:
         server.trigger.pull_trigger(lambda: [each.close() for each in list(server._map.values())])
         thread.join(10)
         server.task_dispatcher.shutdown()
-        app.extensions["engine_loop"].close()
+        app.extensions["models"].close()

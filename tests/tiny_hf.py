@@ -1,12 +1,18 @@
 """Tiny random models of each open-weights family, made and saved by transformers, the oracle of their tests."""
 
 import functools
+import json
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 import torch
 import transformers
+
+from nanochat import hf_load
+from nanochat.chat_format import Format, chat_format
+from nanochat.engine import Engine
+from nanochat.hf_tokenizer import HFTokenizer
 
 VOCAB = 320
 TEXT = [
@@ -75,3 +81,47 @@ def save(model: transformers.PreTrainedModel, folder: Path, **options: Any) -> P
     model.save_pretrained(folder, **options)
     byte_level().save(str(folder / "tokenizer.json"))
     return folder
+
+
+HARMONY_MARKS = ("start", "end", "message", "channel", "constrain", "return", "call")
+
+
+def harmony_tokenizer(folder: Path) -> HFTokenizer:
+    """A byte-level tokenizer with gpt-oss's marks, saved in `folder`."""
+    backend = tokenizers.Tokenizer.from_str(byte_level().to_str())
+    backend.add_special_tokens([f"<|{name}|>" for name in HARMONY_MARKS])
+    backend.save(str(folder / "tokenizer.json"))
+    ends = [backend.token_to_id(f"<|{name}|>") for name in ("return", "call")]
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    return HFTokenizer.from_directory(folder)
+
+
+class Scripted:
+    """A real model that is made to say `answer`, token by token; for one request at a time."""
+
+    def __init__(self, model: Any, answer: list[int]) -> None:
+        self.model, self.answer, self.config, self.device = model, answer, model.config, model.device
+        self.start = self.last = -1
+
+    def __call__(self, idx_BT: torch.Tensor, positions_BT: torch.Tensor, **options: Any) -> torch.Tensor:
+        logits_B1V, last = self.model(idx_BT, positions_BT=positions_BT, **options), int(positions_BT[0, -1])
+        if idx_BT.size(1) > 1 or last != self.last + 1:  # a prompt is being read
+            self.start = last
+        self.last = last
+        logits_B1V[:, -1, self.answer[min(last - self.start, len(self.answer) - 1)]] = 1e4
+        return logits_B1V
+
+
+HARMONY_ANSWER = "<|channel|>analysis<|message|>2 and 2 🎉 <b>is</b>\nFour?<|end|><|start|>assistant"
+HARMONY_ANSWER += "<|channel|>final<|message|>Four, **东京**.<|return|>"
+REASONING, ANSWER = "2 and 2 🎉 <b>is</b>\nFour?", "Four, **东京**."
+
+
+def scripted_gpt_oss(folder: Path, answer: str = HARMONY_ANSWER) -> tuple[Engine, Format]:
+    """A random gpt-oss that always thinks REASONING and says ANSWER, and its format."""
+    folder.mkdir(exist_ok=True)
+    make("gpt_oss", vocab_size=328, max_position_embeddings=1024).save_pretrained(folder)
+    tokenizer = harmony_tokenizer(folder)
+    model = hf_load.load_model(folder, "cpu", torch.float32)
+    script = tokenizer.encode_marked(answer)
+    return Engine(Scripted(model, script), tokenizer, 1), chat_format(folder, tokenizer)
