@@ -89,7 +89,7 @@ def reference_weights(weights: Mapping[str, torch.Tensor], head_dim: int) -> dic
 def matched_flags(config: GPTConfig) -> tuple[list[str], list[str]]:
     """Flags for (us, the reference) that lead to equal learning rates and weight decay, each side scaling its own."""
     batch = ROWS * SEQ_LEN
-    scale = recipe.learning_rate_scale(batch)
+    scale = recipe.pretraining_rate_scale(batch)
     root = (batch / recipe.REFERENCE_BATCH) ** 0.5
     twelve = recipe.model_config(12, config.vocab_size, SEQ_LEN, head_dim=config.head_dim)
     decay = root * recipe.scaling_parameters(twelve) / recipe.scaling_parameters(config)

@@ -54,11 +54,13 @@ def batch_tokens(tokens: int, reference: int) -> int:
 
 
 def learning_rate_scale(batch: int) -> float:
-    """Learning rates follow the fourth root of the batch.
-
-    The square root, which theory suggests for Adam, is much too low for the small batches of small runs (dev/LOG.md).
-    """
+    """Learning rates follow the fourth root of the batch; the square root is too low for small ones (dev/LOG.md)."""
     return (batch / REFERENCE_BATCH) ** 0.25
+
+
+def pretraining_rate_scale(batch: int) -> float:
+    """From scratch a smaller batch than the reference lowers nothing: short runs want high rates (dev/LOG.md)."""
+    return max(1.0, learning_rate_scale(batch))
 
 
 def weight_decay(batch: int, tokens: int, reference: int) -> float:

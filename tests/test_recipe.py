@@ -135,7 +135,8 @@ def test_batch_is_half_a_million_at_depth_twelve_and_follows_the_power_law():
 def test_learning_rate_follows_the_fourth_root_of_the_batch():
     assert recipe.learning_rate_scale(2**19) == 1
     assert recipe.learning_rate_scale(2**15) == pytest.approx(0.5)
-    assert recipe.learning_rate_scale(2**21) == pytest.approx(math.sqrt(2))
+    assert recipe.learning_rate_scale(2**21) == recipe.pretraining_rate_scale(2**21) == pytest.approx(math.sqrt(2))
+    assert recipe.pretraining_rate_scale(2**13) == recipe.pretraining_rate_scale(2**19) == 1
 
 
 def test_weight_decay_follows_batch_and_horizon_and_never_exceeds_the_reference():
