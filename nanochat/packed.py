@@ -1,8 +1,8 @@
 """GPT packed for inference: the same function as gpt.py in fewer steps, for decoding is bound by steps and by memory.
 
-Tokens of all rows go through the products together, so that a step reads the weights once. Query, key, value and gate
-are one product. What follows from a token alone (its normed embedding, how much smear it
-takes) is looked up, not computed. On CPU the matrices lie as a library's own product wants them. The residual is fp32.
+Tokens of all rows go through the products together, so a step reads the weights once. Query, key, value and gate are
+one product. What follows from a token alone (its normed embedding, how much smear it takes) is looked up, not computed.
+On CPU the matrices lie as a library's own product wants them. The residual is fp32.
 
 Shapes: N tokens of any rows, C width, H query heads, K kv heads, D head dim, P = D/2 planes, O outputs, V vocabulary.
 """
@@ -173,7 +173,7 @@ class PackedGPT:
         if self.smear_V1 is not None:
             x_NC = torch.addcmul(x_NC, self.smear_V1[idx_N], self.embed_VC[previous_N])
         if self.value_VLKD is not None:
-            values = list(self.value_VLKD[idx_N].float().unbind(1))
+            values = list(self.value_VLKD[idx_N].to(self.inputs).unbind(1))
         turn_N1P, skipped_LNC = self.turn_S1P[positions_N], self.skips_L11 * x_NC
         for layer, (block, skipped_NC) in enumerate(zip(self.blocks, skipped_LNC.unbind(), strict=True)):
             x_NC = torch.add(skipped_NC, x_NC, alpha=block.scale)
