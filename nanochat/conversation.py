@@ -10,12 +10,11 @@ The assistant produces its text, its `<|python_start|> code <|python_end|>` and 
 on exactly these (mask 1). The start of its turn and the results of its tools are given to it (mask 0).
 """
 
-import re
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
+from nanochat.tokenizer import Tokenizer
 
 ROLES = ("user", "assistant")
 # Kind of a part of an assistant's message -> the marks around it, and whether the assistant produces it.
@@ -162,45 +161,3 @@ def drop_oldest_turns(
         shorter = tokenizer.decode(tokenizer.encode(text)[over:]).lstrip("\ufffd")
         text = shorter if 0 < len(shorter) < len(text) else text[(len(text) + 1) // 2 :]
     return [*system, {"role": "user", "content": text}]
-
-
-_MARK = re.compile("(" + "|".join(map(re.escape, SPECIAL_TOKENS)) + ")")
-
-
-def parse_completion(completion: str | Sequence[int], tokenizer: Tokenizer | None = None) -> list[Part]:
-    """A message's content from what the assistant generated, given as ids (with `tokenizer`) or as decoded text.
-
-    Stops at `<|assistant_end|>` or any other mark of a turn. An unfinished tool call counts as finished, so that the
-    result is always fit for `render_for_completion`; it is empty when nothing was said.
-    """
-    if isinstance(completion, str):
-        pieces = _MARK.split(completion)
-    else:
-        assert tokenizer is not None, "ids need their tokenizer"
-        pieces = _split_at_marks(completion, tokenizer)
-    starts = {start: kind for kind, (start, _, _) in PARTS.items() if start}
-    ends = {end for _, end, _ in PARTS.values() if end}
-    parts: list[Part] = [{"type": "text", "text": ""}]
-    for i, piece in enumerate(pieces):
-        if i % 2 == 0:
-            parts[-1]["text"] += piece
-        elif piece in starts:
-            parts.append({"type": starts[piece], "text": ""})
-        elif piece not in ends:
-            break
-        elif parts[-1]["type"] != "text":
-            parts.append({"type": "text", "text": ""})
-    return [part for part in parts if part["text"] or part["type"] == "python_output"]
-
-
-def _split_at_marks(ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
-    """Decoded text and the special tokens between, alternating; text that only looks like a mark stays text."""
-    names = {token_id: name for name, token_id in tokenizer.special_tokens.items()}
-    pieces, run = list[str](), list[int]()
-    for token_id in ids:
-        if token_id in names:
-            pieces += [tokenizer.decode(run), names[token_id]]
-            run = []
-        else:
-            run.append(token_id)
-    return [*pieces, tokenizer.decode(run)]

@@ -22,8 +22,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,9 +143,3 @@ def check(
     elif outcome == "failed" and error.startswith("OSError: [Errno 27]"):
         outcome = "output"
     return Result(outcome, "\n".join(filter(None, (text, error))), time.monotonic() - begin)
-
-
-def check_many(jobs: Iterable[tuple[str, str]], workers: int | None = None, **options: Any) -> list[Result]:
-    """`check` of each (program, test), `workers` at a time (unset: one a processor), in the order given."""
-    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-        return list(pool.map(lambda job: check(*job, **options), jobs))

@@ -6,7 +6,7 @@ from fractions import Fraction
 
 from nanochat.tools import calculate
 from nanochat.world_facts import side_of
-from tasks.common import Conversation, Task, after_tools, require_split, single_turn
+from tasks.common import Conversation, MadeTask, after_tools, single_turn
 
 _BARE = (
     "{a}{o}{b}",
@@ -94,18 +94,13 @@ def _problem(rng: random.Random) -> tuple[str, str, str]:
     return question, (form or "{a}{o}{b}").format(**values).replace(" ", ""), f"{a} {b}"
 
 
-class Arithmetic(Task):
+class Arithmetic(MadeTask):
     """ "What is 37*48?": a calculator call, its output, and a sentence. Operand pairs are split by hash."""
 
     name = "arithmetic"
+    train_size, test_size = 20_000, 1000
 
-    def __init__(self, split: str, size: int | None = None, seed: int = 0, **slicing: int | None) -> None:
-        self.split, self.seed = require_split(split), seed
-        default = 20_000 if split == "train" else 1000
-        super().__init__(default if size is None else size, **slicing)
-
-    def example(self, index: int) -> Conversation:
-        rng = random.Random(f"{self.name} {self.seed} {self.split} {index}")
+    def make(self, rng: random.Random, item: None) -> Conversation:
         result = None
         while result is None:  # the other split's operands, and a zero divisor, are drawn again
             question, expression, operands = _problem(rng)

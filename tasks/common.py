@@ -2,7 +2,7 @@
 
 import random
 import string
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from nanochat.common import print0
@@ -54,6 +54,34 @@ class Task:
         raise NotImplementedError
 
 
+class MadeTask(Task):
+    """Conversations made up as they are asked for, by `make(rng, item)`; another `seed` draws others.
+
+    There are `size` of them, unset: `train_size` or `test_size`. A subclass that has `items(split)` to ask is given
+    these in turn, in a shuffled order, and its sizes count passes over them.
+    """
+
+    train_size = test_size = 1000
+
+    def __init__(self, split: str, size: int | None = None, seed: int = 0, **slicing: int | None) -> None:
+        self.split, self.seed, self.deck = require_split(split), seed, list(self.items(split))
+        random.Random(f"{self.name} {split}").shuffle(self.deck)
+        default = (self.train_size if split == "train" else self.test_size) * (len(self.deck) or 1)
+        super().__init__(default if size is None else size, **slicing)
+
+    def items(self, split: str) -> Iterable[Any]:
+        """What a split asks about; nothing where everything is drawn."""
+        return ()
+
+    def example(self, index: int) -> Conversation:
+        item = self.deck[index % len(self.deck)] if self.deck else None
+        return self.make(random.Random(f"{self.name} {self.seed} {self.split} {index}"), item)
+
+    def make(self, rng: random.Random, item: Any) -> Conversation:
+        """A conversation, about `item` where there are items; all that is drawn is drawn from `rng`."""
+        raise NotImplementedError
+
+
 class TaskSequence(Task):
     """Tasks one after another."""
 
@@ -93,9 +121,7 @@ class TaskMixture(Task):
         random.Random(f"mixture {seed}").shuffle(self._places)
         super().__init__(len(self._places), **slicing)
 
-    def example(self, index: int) -> Conversation:
-        task, place = self._places[index]
-        return task[place]
+    example = TaskSequence.example
 
 
 class Multiturn(Task):

@@ -4,7 +4,7 @@ import random
 import re
 from dataclasses import dataclass
 
-from tasks.common import Conversation, Task, require_split, single_turn
+from tasks.common import Conversation, MadeTask, single_turn
 
 
 @dataclass(frozen=True)
@@ -102,21 +102,17 @@ def _styled(wording: str, rng: random.Random) -> str:
     return wording
 
 
-class Identity(Task):
+class Identity(MadeTask):
     """Questions about the model, greetings, thanks and goodbyes, with one short answer to each intent."""
 
     name = "identity"
+    train_size, test_size = 20, 4
 
-    def __init__(self, split: str, size: int | None = None, seed: int = 0, **slicing: int | None) -> None:
-        self.split, self.seed = require_split(split), seed
-        self._asked = [(intent, wording) for intent in _INTENTS for wording in intent.asked(split)]
-        random.Random(f"{self.name} {split}").shuffle(self._asked)
-        default = len(self._asked) * (20 if split == "train" else 4)
-        super().__init__(default if size is None else size, **slicing)
+    def items(self, split: str) -> list[tuple[Intent, str]]:
+        return [(intent, wording) for intent in _INTENTS for wording in intent.asked(split)]
 
-    def example(self, index: int) -> Conversation:
-        rng = random.Random(f"{self.name} {self.seed} {self.split} {index}")
-        intent, wording = self._asked[index % len(self._asked)]
+    def make(self, rng: random.Random, item: tuple[Intent, str]) -> Conversation:
+        intent, wording = item
         return single_turn(_styled(wording, rng), intent.answer, pattern=intent.pattern)
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:

@@ -11,7 +11,7 @@ import string
 from nanochat.tools import calculate
 from nanochat.world import pseudo_word, words
 from nanochat.world_facts import side_of
-from tasks.common import Conversation, Task, after_tools, require_split, single_turn
+from tasks.common import Conversation, MadeTask, after_tools, single_turn
 
 _COUNTING = (
     "How many {l} are in {w}?", "How many {l} are there in {w}?", "how many {l} in {w}",
@@ -41,18 +41,13 @@ def _word(rng: random.Random, split: str) -> str:
             return word
 
 
-class SpellingBee(Task):
+class SpellingBee(MadeTask):
     """ "How many r are in strawberry?": a tool call, its output, and a sentence. Words are split by hash."""
 
     name = "spellingbee"
+    train_size, test_size = 20_000, 1000
 
-    def __init__(self, split: str, size: int | None = None, seed: int = 0, **slicing: int | None) -> None:
-        self.split, self.seed = require_split(split), seed
-        default = 20_000 if split == "train" else 1000
-        super().__init__(default if size is None else size, **slicing)
-
-    def example(self, index: int) -> Conversation:
-        rng = random.Random(f"{self.name} {self.seed} {self.split} {index}")
+    def make(self, rng: random.Random, item: None) -> Conversation:
         word = _word(rng, self.split)
         letter = rng.choice(word) if rng.random() < 0.8 else rng.choice(string.ascii_lowercase)
         if rng.random() < 0.1 and letter != word[0]:  # the tool minds upper case, so the first letter is not asked
@@ -81,18 +76,13 @@ def count_sentence(letter: str, count: int, word: str) -> str:
     return f"The letter {letter} occurs {count} time{'' if count == 1 else 's'} in {word}."
 
 
-class Spelling(Task):
+class Spelling(MadeTask):
     """ "Spell apple." answered "a-p-p-l-e". Words are split by hash."""
 
     name = "spelling"
+    train_size, test_size = 10_000, 1000
 
-    def __init__(self, split: str, size: int | None = None, seed: int = 0, **slicing: int | None) -> None:
-        self.split, self.seed = require_split(split), seed
-        default = 10_000 if split == "train" else 1000
-        super().__init__(default if size is None else size, **slicing)
-
-    def example(self, index: int) -> Conversation:
-        rng = random.Random(f"{self.name} {self.seed} {self.split} {index}")
+    def make(self, rng: random.Random, item: None) -> Conversation:
         word = _word(rng, self.split)
         return single_turn(rng.choice(_SPELLING).format(w=word), "-".join(word), word=word)
 

@@ -5,17 +5,9 @@ import random
 import re
 from collections.abc import Sequence
 
-from nanochat.world import (
-    LETTERS,
-    category_answers,
-    choice_facts,
-    choice_questions,
-    choices_for,
-    listed_choice,
-    words,
-)
-from nanochat.world_facts import facts_on
-from tasks.common import Conversation, Task, render_choices, require_split, single_turn
+from nanochat.world import LETTERS, category_answers, choice_facts, choice_questions, choices_for, listed_choice, words
+from nanochat.world_facts import Fact, facts_on
+from tasks.common import Conversation, MadeTask, render_choices, single_turn
 
 SIDES = {"train": "chat", "test": "held_out"}
 
@@ -41,7 +33,7 @@ def _named(text: str, category: str) -> set[str]:
     return {_bare(name, category) for name in _any_answer(category).findall(text)}
 
 
-class WorldFacts(Task):
+class WorldFacts(MadeTask):
     """ "What is the capital of France?" in many wordings, answered in the words of a pretraining sentence.
 
     "train" asks facts of the chat side, in new wordings for as long as `size` goes; "test" asks every held-out fact
@@ -49,17 +41,12 @@ class WorldFacts(Task):
     """
 
     name = "world_facts"
+    train_size, test_size = 8, 1
 
-    def __init__(self, split: str, size: int | None = None, seed: int = 0, **slicing: int | None) -> None:
-        self.split, self.seed = require_split(split), seed
-        self.facts = list(facts_on(SIDES[split]))
-        random.Random(f"{self.name} {split}").shuffle(self.facts)
-        default = len(self.facts) * (8 if split == "train" else 1)
-        super().__init__(default if size is None else size, **slicing)
+    def items(self, split: str) -> tuple[Fact, ...]:
+        return facts_on(SIDES[split])
 
-    def example(self, index: int) -> Conversation:
-        rng = random.Random(f"{self.name} {self.seed} {self.split} {index}")
-        fact = self.facts[index % len(self.facts)]
+    def make(self, rng: random.Random, fact: Fact) -> Conversation:
         known = {"category": fact.relation.category, "subject": fact.subject, "answer": fact.answer}
         return single_turn(fact.question(rng), fact.sentence, **known)
 
@@ -79,17 +66,12 @@ def _choice_talk(choices: Sequence[str], asked: Sequence[tuple[str, str]]) -> Co
     return talk
 
 
-class LetterList(Task):
+class LetterList(MadeTask):
     """Words with letters, and questions which letter a word has: how to answer with a letter, for training."""
 
     name = "letter_list"
 
-    def __init__(self, split: str, size: int = 1000, seed: int = 0, **slicing: int | None) -> None:
-        self.split, self.seed = require_split(split), seed
-        super().__init__(size, **slicing)
-
-    def example(self, index: int) -> Conversation:
-        rng = random.Random(f"{self.name} {self.seed} {self.split} {index}")
+    def make(self, rng: random.Random, item: None) -> Conversation:
         return _choice_talk(*listed_choice(rng, lambda: rng.choice(words())))
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
@@ -97,7 +79,7 @@ class LetterList(Task):
         return completion.strip() == conversation["messages"][-1]["content"]
 
 
-class WorldChoice(Task):
+class WorldChoice(MadeTask):
     """A fact asked with four choices, the right letter uniform over A to D; the answer is the letter alone.
 
     "train" goes on to ask about the other choices, in further turns.
@@ -106,17 +88,12 @@ class WorldChoice(Task):
     name = "world_choice"
     eval_type = "categorical"
     baseline = 0.25
+    train_size, test_size = 12, 1
 
-    def __init__(self, split: str, size: int | None = None, seed: int = 0, **slicing: int | None) -> None:
-        self.split, self.seed = require_split(split), seed
-        self.facts = list(choice_facts(SIDES[split]))
-        random.Random(f"{self.name} {split}").shuffle(self.facts)
-        default = len(self.facts) * (12 if split == "train" else 1)
-        super().__init__(default if size is None else size, **slicing)
+    def items(self, split: str) -> tuple[Fact, ...]:
+        return choice_facts(SIDES[split])
 
-    def example(self, index: int) -> Conversation:
-        rng = random.Random(f"{self.name} {self.seed} {self.split} {index}")
-        fact = self.facts[index % len(self.facts)]
+    def make(self, rng: random.Random, fact: Fact) -> Conversation:
         if self.split == "test":
             choices, place = choices_for(fact, rng)
             asked = [(fact, LETTERS[place])]
@@ -124,6 +101,4 @@ class WorldChoice(Task):
             choices, asked = choice_questions(fact, rng, side="chat")
         return _choice_talk(choices, [(f.question(rng), letter) for f, letter in asked])
 
-    def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        """Whether the completion is the right letter."""
-        return completion.strip() == conversation["messages"][-1]["content"]
+    evaluate = LetterList.evaluate

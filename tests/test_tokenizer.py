@@ -20,9 +20,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer, load_tokenizer
-from scripts.tok_eval import CACHED_FILES, SAMPLES, is_cached, measure
+from scripts.tok_eval import CACHED_FILES, is_cached, load_samples, measure
 
 ROOT = Path(__file__).resolve().parent.parent
+SAMPLES = load_samples()
 CORPUS = [*SAMPLES.values(), inspect.getsource(argparse), "aaaa bbbb 日本語 " * 20]
 ANY_TEXT = st.text(st.characters(exclude_categories=()))  # surrogates too
 PLAIN_TEXT = st.text(st.characters(codec="utf-8"))
