@@ -125,7 +125,7 @@ def finetune(
         total_batch_size=batch,
         num_iterations=steps,
         weight_decay=config.weight_decay or 0.0,
-        lr_scale=recipe.learning_rate_scale(batch) * config.init_lr_frac,
+        lr_scales=recipe.learning_rate_scales(batch, config.init_lr_frac),
         meta={"dataset": meta["dataset"], "depth": meta["depth"], "source": meta["source"]},
     )
     trainer.run()

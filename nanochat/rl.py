@@ -254,7 +254,7 @@ def reinforce(
         total_batch_size=batch,
         num_iterations=config.num_iterations,
         weight_decay=config.weight_decay or 0.0,
-        lr_scale=recipe.learning_rate_scale(batch) * config.init_lr_frac,
+        lr_scales=recipe.learning_rate_scales(batch, config.init_lr_frac),
         meta={**{name: meta[name] for name in ("dataset", "depth", "source")}, "rollouts": rules},
         evaluate=rollouts.evaluate,
         batches=rollouts.batches,
