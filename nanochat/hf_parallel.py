@@ -56,7 +56,7 @@ def place_layers(model: Llama, devices: Sequence[torch.device], places: Sequence
 def tensor_parallel(model: Llama, mesh: "DeviceMesh") -> Llama:
     """Cut the matrices of every layer over the ranks of a mesh; all ranks call this with the same model. ValueError
     where heads cannot be shared evenly, or the model has experts or sinks, which are not cut here."""
-    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+    from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
     config, ranks = model.config, mesh.size()
     if config.sinks:
@@ -67,7 +67,7 @@ def tensor_parallel(model: Llama, mesh: "DeviceMesh") -> Llama:
         heads = f"{config.n_head} heads, {config.n_kv_head} key-value heads and {config.n_inner} inner channels"
         raise ValueError(f"{ranks} ranks cannot share {heads} evenly: choose a number that divides them")
     columns = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
-    plan = {name: ColwiseParallel() for name in columns}
+    plan: dict[str, ParallelStyle] = {name: ColwiseParallel() for name in columns}
     plan |= {name: RowwiseParallel() for name in ("self_attn.o_proj", "mlp.down_proj")}
     for block in model.model.layers:
         parallelize_module(block, mesh, plan)

@@ -56,7 +56,7 @@ def batch_tokens(tokens: int, reference: int) -> int:
 def learning_rate_scales(batch: int, factor: float | None = None) -> dict[str, float]:
     """The factor on each of LEARNING_RATES at `batch` tokens a step.
 
-    From scratch (`factor` unset) the batch's twelfth root, its fourth root for scalars; where a trained model learns on,
+    From scratch (`factor` unset) the batch's twelfth root, for scalars its fourth; where a trained model learns on,
     `factor` times the fourth root. The square root is much too low for the small batches of small runs (dev/LOG.md).
     """
     ratio = batch / REFERENCE_BATCH
