@@ -25,13 +25,8 @@ from nanochat.tokenizer_convert import find_tokenizer, to_tokenizer_json
 State = dict[str, torch.Tensor]
 # 2025's model: every switch at its neutral value
 PLAIN: dict[str, Any] = {"rope_base": 10_000.0, "qk_scale": 1.0, "value_embed_every": 0, "smear_channels": 0}
-PLAIN |= {
-    "backout": 0.0,
-    "resid_scale_first": 1.0,
-    "resid_scale_last": 1.0,
-    "embed_skip_first": 0.0,
-    "embed_skip_last": 0.0,
-}
+PLAIN |= dict.fromkeys(("resid_scale_first", "resid_scale_last"), 1.0)
+PLAIN |= dict.fromkeys(("backout", "embed_skip_first", "embed_skip_last"), 0.0)
 
 _ORIGINAL = {
     "transformer.wte.weight": "embed.weight",
@@ -242,26 +237,17 @@ def _nanochat_bundle(model: GPT) -> tuple[State, dict[str, Any]]:
             state[f"model.layers.{match[1]}.{back[match[2]]}.weight"] = value
         elif name in back:
             state[back[name]] = value[: config.vocab_size].contiguous()
-    values = {"architectures": ["NanoChatForCausalLM"], "model_type": "nanochat", "vocab_size": config.vocab_size}
-    values |= {"hidden_size": config.n_embd, "intermediate_size": 4 * config.n_embd, "hidden_act": "relu2"}
-    values |= {
-        "num_hidden_layers": config.n_layer,
-        "num_attention_heads": config.n_head,
-        "rms_norm_eps": torch.finfo(torch.float32).eps,
-    }
-    values |= {"num_key_value_heads": config.n_kv_head, "max_position_embeddings": config.sequence_len}
+    values = {"architectures": ["NanoChatForCausalLM"], "model_type": "nanochat", "hidden_act": "relu2"}
+    values |= {"intermediate_size": 4 * config.n_embd, "num_key_value_heads": config.n_kv_head}
     values |= {"rope_parameters": {"rope_type": "default", "rope_theta": config.rope_base}}
-    return state, {**values, "final_logit_softcapping": config.softcap, "tie_word_embeddings": False}
+    return state, {**values, "rms_norm_eps": torch.finfo(torch.float32).eps, "final_logit_softcapping": config.softcap}
 
 
 def _code_bundle(model: GPT) -> tuple[State, dict[str, Any]]:
-    config = model.config
-    values: dict[str, Any] = {"architectures": ["NanochatGPT"], "model_type": BUNDLE, "vocab_size": config.vocab_size}
-    values |= {"auto_map": {"AutoConfig": "modeling_nanochat_gpt.NanochatGPTConfig"}, "gpt": dataclasses.asdict(config)}
-    values["auto_map"]["AutoModelForCausalLM"] = "modeling_nanochat_gpt.NanochatGPT"
-    values |= {"max_position_embeddings": config.sequence_len, "hidden_size": config.n_embd, "use_cache": False}
-    values |= {"num_hidden_layers": config.n_layer, "num_attention_heads": config.n_head, "tie_word_embeddings": False}
-    return dict(model.state_dict()), values
+    code = {"AutoConfig": "modeling_nanochat_gpt.NanochatGPTConfig"}
+    code |= {"AutoModelForCausalLM": "modeling_nanochat_gpt.NanochatGPT"}
+    values = {"architectures": ["NanochatGPT"], "model_type": BUNDLE, "auto_map": code, "use_cache": False}
+    return dict(model.state_dict()), {**values, "gpt": dataclasses.asdict(model.config)}
 
 
 def export_checkpoint(folder: Path, stage: str, tag: str | None, step: int | None = None, format: str = "auto") -> str:
@@ -280,6 +266,10 @@ def export_checkpoint(folder: Path, stage: str, tag: str | None, step: int | Non
         raise ValueError("transformers' NanoChat class cannot express this model: use --format code")
     coded = format == "code" or not plain
     state, values = (_code_bundle if coded else _nanochat_bundle)(model.eval())
+    config = model.config
+    values |= {"vocab_size": config.vocab_size, "max_position_embeddings": config.sequence_len}
+    values |= {"hidden_size": config.n_embd, "num_hidden_layers": config.n_layer}
+    values |= {"num_attention_heads": config.n_head, "tie_word_embeddings": False}
     bos, end = tokenizer.get_bos_token_id(), tokenizer.encode_special("<|assistant_end|>")
     ends = {"bos_token_id": bos, "eos_token_id": [end, bos]}
     folder.mkdir(parents=True, exist_ok=True)
@@ -291,7 +281,7 @@ def export_checkpoint(folder: Path, stage: str, tag: str | None, step: int | Non
     atomic_write(folder / "tokenizer.json", to_tokenizer_json(tokenizer))
     tokenizer.save(folder / "tokenizer")  # our own form, which tiktoken runs, for the way back
     names = {"bos_token": "<|bos|>", "eos_token": "<|assistant_end|>", "tokenizer_class": "PreTrainedTokenizerFast"}
-    limits = {"model_max_length": model.config.sequence_len, "clean_up_tokenization_spaces": False}
+    limits = {"model_max_length": config.sequence_len, "clean_up_tokenization_spaces": False}
     atomic_write_json(folder / "tokenizer_config.json", {**names, **limits})
     atomic_write(folder / "chat_template.jinja", CHAT_TEMPLATE)
     if coded:

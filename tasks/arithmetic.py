@@ -9,15 +9,9 @@ from nanochat.world_facts import side_of
 from tasks.common import Conversation, MadeTask, after_tools, single_turn
 
 _BARE = (
-    "{a}{o}{b}",
-    "{a} {o} {b}",
-    "{a}{o}{b}=",
-    "{a} {o} {b} =",
-    "{a}{o}{b}?",
-    "{a} {o} {b} = ?",
-    "{a}{o}{b}=?",
+    "{a}{o}{b}", "{a} {o} {b}", "{a}{o}{b}=", "{a} {o} {b} =", "{a}{o}{b}?", "{a} {o} {b} = ?", "{a}{o}{b}=?",
     "{a} {o} {b}?",
-)
+)  # fmt: skip
 _ASKED = (
     "What is {}?", "what is {}", "What's {}?", "what's {}", "Calculate {}.", "calculate {}", "Compute {}.",
     "How much is {}?", "how much is {}", "Tell me {}.", "Can you work out {}?", "Please calculate {}.",
