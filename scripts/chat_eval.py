@@ -37,10 +37,7 @@ class Config:
     device_type: str | None = cli.option(None, "cuda, mps or cpu; unset: the best there is")
 
     def __post_init__(self) -> None:
-        for name in ("max_problems", "batch_size", "max_new_tokens", "num_samples", "top_k", "pass_k"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+        cli.require_positive(self, "max_problems", "batch_size", "max_new_tokens", "num_samples", "top_k", "pass_k")
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"--temperature {self.temperature}: must be 0 or more")
         if self.num_samples > 1 and not self.temperature:
