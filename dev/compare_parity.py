@@ -89,13 +89,13 @@ def reference_weights(weights: Mapping[str, torch.Tensor], head_dim: int) -> dic
 def matched_flags(config: GPTConfig) -> tuple[list[str], list[str]]:
     """Flags for (us, the reference) that lead to equal learning rates and weight decay, each side scaling its own."""
     batch = ROWS * SEQ_LEN
-    scale = recipe.pretraining_rate_scale(batch)
+    scales = recipe.learning_rate_scales(batch)
     root = (batch / recipe.REFERENCE_BATCH) ** 0.5
     twelve = recipe.model_config(12, config.vocab_size, SEQ_LEN, head_dim=config.head_dim)
     decay = root * recipe.scaling_parameters(twelve) / recipe.scaling_parameters(config)
-    rates = {name: lr * scale for name, lr in recipe.LEARNING_RATES.items()} | {"scalar": SCALAR_LR}
+    rates = {name: lr * scales[name] for name, lr in recipe.LEARNING_RATES.items()} | {"scalar": SCALAR_LR}
     both = ["--warmdown-ratio", "0", "--warmup-steps", str(min(STEPS.values()) // 10)]  # we cut it to a tenth of a run
-    ours = itertools.chain.from_iterable([f"--{name}-lr", repr(lr / scale)] for name, lr in rates.items())
+    ours = itertools.chain.from_iterable([f"--{name}-lr", repr(lr / scales[name])] for name, lr in rates.items())
     theirs = itertools.chain.from_iterable([f"--{name}-lr", repr(lr / root)] for name, lr in rates.items())
     return (
         [*both, *ours, "--weight-decay", repr(WEIGHT_DECAY)],

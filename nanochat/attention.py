@@ -39,7 +39,12 @@ def cached_attention(
     distance_BTS = positions_BT.clamp(min=0)[:, :, None] - torch.arange(k_BSKD.size(1), device=q_BTHD.device)
     hidden_BTS = (distance_BTS < 0) | (distance_BTS >= window)
     mask_B1MS = mask(hidden_BTS, q_BTHD.size(2) // k_BSKD.size(2), q_BTHD.dtype).float()
-    return attend_to_slots(q_BTHD, k_BSKD, v_BSKD, mask_B1MS, q_BTHD.size(3) ** -0.5, sinks_H)
+    return attend_to_slots(q_BTHD, *as_matrices(k_BSKD, v_BSKD), mask_B1MS, q_BTHD.size(3) ** -0.5, sinks_H)
+
+
+def as_matrices(k_BSKD: torch.Tensor, v_BSKD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys (B·K, D, S) and values (B·K, S, D) as the products of `attend_to_slots` take them."""
+    return k_BSKD.permute(0, 2, 3, 1).flatten(0, 1), v_BSKD.transpose(1, 2).flatten(0, 1)
 
 
 def _exact(device: torch.device, dtype: torch.dtype, invariant: bool) -> bool:
@@ -60,8 +65,8 @@ def mask(hidden_BTS: torch.Tensor, group: int, dtype: torch.dtype, invariant: bo
 
 def attend_to_slots(
     q_BTHD: torch.Tensor,
-    k_BSKD: torch.Tensor,
-    v_BSKD: torch.Tensor,
+    keys_NDS: torch.Tensor,
+    values_NSD: torch.Tensor,
     mask_B1MS: torch.Tensor,
     scale: float,
     sinks_H: torch.Tensor | None = None,
@@ -76,23 +81,28 @@ def attend_to_slots(
     slots in multiples of 128). In bf16 it always has; in fp32 the order of a sum changes with the shape of a product,
     unless its rows are a multiple of 8, and sums over slots go in parts of 128.
     """
-    (B, T, H, D), (_, S, K, _) = q_BTHD.shape, k_BSKD.shape
-    G, M, N, rows = H // K, T * H // K, B * K, mask_B1MS.size(2)
+    (B, T, H, D), (N, _, S), rows = q_BTHD.shape, keys_NDS.shape, mask_B1MS.size(2)
+    K = N // B
+    G, M = H // K, T * H // K
     q_NMD = (q_BTHD if T == 1 else q_BTHD.view(B, T, K, G, D).transpose(1, 2)).reshape(N, M, D)
     if rows > M:
         q_NMD = F.pad(q_NMD, (0, 0, 0, rows - M))
-    keys_NDS, values_NSD = k_BSKD.permute(0, 2, 3, 1).reshape(N, D, S), v_BSKD.transpose(1, 2).reshape(N, S, D)
     scores_BKMS = torch.add(mask_B1MS, torch.bmm(q_NMD, keys_NDS).view(B, K, rows, S), alpha=scale)
     if sinks_H is not None:
         sinks = sinks_H.to(scores_BKMS.dtype).view(1, K, 1, G).expand(B, K, T, G).reshape(B, K, M, 1)
         scores_BKMS = torch.cat((F.pad(sinks, (0, 0, 0, rows - M)), scores_BKMS), dim=-1)
-    weights_NMS = scores_BKMS.softmax(-1).flatten(0, 1).to(v_BSKD.dtype)
+    weights_NMS = scores_BKMS.softmax(-1).flatten(0, 1)
     if sinks_H is not None:
         weights_NMS = weights_NMS[..., 1:]
-    part = 128 if _exact(q_BTHD.device, q_BTHD.dtype, invariant) else S
-    y_NMD = torch.bmm(weights_NMS if part == S else weights_NMS[..., :part], values_NSD[:, :part])
-    for first in range(part, S, part):
-        y_NMD = torch.baddbmm(y_NMD, weights_NMS[..., first : first + part], values_NSD[:, first : first + part])
+    if weights_NMS.dtype != values_NSD.dtype:
+        weights_NMS = weights_NMS.to(values_NSD.dtype)
+    if _exact(q_BTHD.device, q_BTHD.dtype, invariant):
+        pairs = zip(weights_NMS.split(128, dim=2), values_NSD.split(128, dim=1), strict=True)
+        y_NMD = torch.bmm(*next(pairs))
+        for part_NMS, part_NSD in pairs:
+            y_NMD = torch.baddbmm(y_NMD, part_NMS, part_NSD)
+    else:
+        y_NMD = torch.bmm(weights_NMS, values_NSD)
     if rows > M:
         y_NMD = y_NMD[:, :M]
     return y_NMD.reshape(B, T, H, D) if T == 1 else y_NMD.reshape(B, K, T, G, D).transpose(1, 2).reshape(B, T, H, D)

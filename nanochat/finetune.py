@@ -73,7 +73,7 @@ def train_further(
         compute=compute,
         total_batch_size=batch,
         weight_decay=config.weight_decay or 0.0,
-        lr_scale=recipe.learning_rate_scale(batch) * config.init_lr_frac,
+        lr_scales=recipe.learning_rate_scales(batch, config.init_lr_frac),
         meta={name: meta[name] for name in ("dataset", "depth", "source")} | facts,
         **options,
     )

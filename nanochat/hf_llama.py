@@ -118,9 +118,9 @@ class Attention(nn.Module):
 
     def forward(self, x_BTC, cos_BT1D, sin_BT1D, positions_BT, cache: Any) -> torch.Tensor:
         config, (B, T, _) = self.config, x_BTC.shape
-        q_BTHD = self.q_norm(self.q_proj(x_BTC).view(B, T, config.n_head, config.head_dim))
-        k_BTKD = self.k_norm(self.k_proj(x_BTC).view(B, T, config.n_kv_head, config.head_dim))
-        v_BTKD = self.v_proj(x_BTC).view(B, T, config.n_kv_head, config.head_dim)
+        q_BTHD = self.q_norm(self.q_proj(x_BTC).view(B, T, -1, config.head_dim))
+        k_BTKD = self.k_norm(self.k_proj(x_BTC).view(B, T, -1, config.head_dim))
+        v_BTKD = self.v_proj(x_BTC).view(B, T, -1, config.head_dim)
         q_BTHD, k_BTKD = rotate(q_BTHD, cos_BT1D, sin_BT1D), rotate(k_BTKD, cos_BT1D, sin_BT1D)
         window = config.windows[self.layer]
         y_BTHD = attend(q_BTHD, k_BTKD, v_BTKD, positions_BT, window, cache, self.layer, self.sinks)

@@ -12,6 +12,7 @@ import torch
 
 from nanochat import attention
 
+VIEWS = 1024  # of memory, kept for the next step
 ROUND = 128  # slots are read in multiples of it, for the order of attention's sums
 
 
@@ -55,6 +56,7 @@ class KVCache:
         self.device, self.context, self.max_tokens, self.invariant = device, context, max_tokens, invariant
         self.last_token = torch.full((1,), -1, dtype=torch.int64, device=device)  # of each row; -1 = none yet
         self.layers: list[tuple[torch.Tensor, ...]] = []  # keys and values, (R, S, K, D)
+        self._matrices: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]] = {}
         self.n_rows, self.n_slots, self.version = 1, ROUND, 0  # version: how often memory has moved
         self.windows = [need.window for need in needs]
         rings = [_up(window + chunk) for window in self.windows]
@@ -108,6 +110,18 @@ class KVCache:
         values_RSKD.index_put_(places, v)
         return keys_RSKD, values_RSKD
 
+    def matrices(self, layer: int, first_row: int, n_rows: int, n_slots: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first slots of neighbouring rows as attention's products take them; steps that follow share the views."""
+        key = layer, first_row, n_rows, n_slots
+        if key not in self._matrices:
+            if len(self._matrices) == VIEWS:
+                self._matrices.clear()
+            rows = slice(first_row, first_row + n_rows)
+            self._matrices[key] = attention.as_matrices(
+                *(each_RSKD[rows, :n_slots] for each_RSKD in self.layers[layer])
+            )
+        return self._matrices[key]
+
     def _length(self, size: int) -> int:
         """Slots of rows that hold `size` tokens: a power of two, at most the context, with one that nobody reads, as
         padding is written to position -1, the last slot."""
@@ -127,6 +141,7 @@ class KVCache:
             slots = slots if n_rows * slots <= self.max_tokens else self._length(size)
             rows = max(n_rows, self.max_tokens // slots)
         kept = min(rows, self.n_rows)
+        self._matrices.clear()
         for layer, old in enumerate(self.layers):
             self.layers[layer] = allocate(old[0], rows, min(slots, self.ring(layer) or slots), *old[0].shape[2:])
             for each_RSKD, old_RSKD in zip(self.layers[layer], old, strict=True):
@@ -199,21 +214,20 @@ class CacheBatch:
     ) -> torch.Tensor:
         """Write new keys and values, and have the queries attend to all that their layer's window shows of their rows.
 
-        Returns (N, H, D).
+        Returns (N, H·D).
         """
         cache, (_, H, D) = self._cache, q_NHD.shape
         looks = cache.ring(layer), cache.windows[layer]
         if looks not in self._seen:
             self._seen[looks] = self._look(*looks, H // k_NKD.size(1), k_NKD.dtype)
         slots_N, masks = self._seen[looks]
-        memory = cache.write(layer, (self._rows_N, slots_N), k_NKD, v_NKD)
+        cache.write(layer, (self._rows_N, slots_N), k_NKD, v_NKD)
         outputs = []
         for part, q, mask_B1MS in zip(self.parts, q_NHD.split(self.sizes), masks, strict=True):
-            rows, S = slice(part.first_row, part.first_row + part.n_rows), mask_B1MS.size(-1)
-            keys_BSKD, values_BSKD = (each_RSKD[rows, :S] for each_RSKD in memory)
+            matrices = cache.matrices(layer, part.first_row, part.n_rows, mask_B1MS.size(-1))
             q_BTHD = q.view(part.n_rows, part.n_tokens, H, D)
-            y_BTHD = attention.attend_to_slots(q_BTHD, keys_BSKD, values_BSKD, mask_B1MS, scale, None, cache.invariant)
-            outputs.append(y_BTHD.reshape(-1, H, D))
+            y_BTHD = attention.attend_to_slots(q_BTHD, *matrices, mask_B1MS, scale, None, cache.invariant)
+            outputs.append(y_BTHD.reshape(-1, H * D))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _look(

@@ -1,8 +1,8 @@
 """GPT packed for inference: the same function as gpt.py in fewer steps, for decoding is bound by steps and by memory.
 
-Tokens of all rows go through the products together, so that a step reads the weights once. Query, key, value and gate
-are one product. What follows from a token alone (its normed embedding, how much smear it
-takes) is looked up, not computed. On CPU the matrices lie as a library's own product wants them. The residual is fp32.
+Tokens of all rows go through the products together, so a step reads the weights once. Query, key, value and gate are
+one product. What follows from a token alone (its normed embedding, how much smear it takes) is looked up, not computed.
+On CPU the matrices lie as a library's own product wants them. The residual is fp32.
 
 Shapes: N tokens of any rows, C width, H query heads, K kv heads, D head dim, P = D/2 planes, O outputs, V vocabulary.
 """
@@ -108,12 +108,13 @@ class _Block:
 
     def __init__(self, model: GPT, layer: int, form: Form, invariant: bool) -> None:
         config, attn, mlp = model.config, model.blocks[layer].attn, model.blocks[layer].mlp
-        rows, self.gated = [matrix.weight.to(model.dtype) for matrix in (attn.q, attn.k, attn.v)], attn.gate is not None
+        rows = [matrix.weight.to(model.dtype) for matrix in (attn.q, attn.k, attn.v)]
         rows[:2] = (_paired(weight_OC, config.head_dim) for weight_OC in rows[:2])
-        if self.gated:
+        if attn.gate is not None:
             gate_KC = rows[0].new_zeros(-(-config.n_kv_head // 2) * 2, config.n_embd)  # even, for the view as complex
             gate_KC[: config.n_kv_head, : config.value_gate_channels] = attn.gate.weight
             rows.append(gate_KC)
+        self.sizes = [len(rows[0]) + len(rows[1]), *map(len, rows[2:])]  # outputs for queries and keys, values, gate
         self.qkvg = PackedLinear(torch.cat(rows), form, False, invariant)
         self.out = PackedLinear(attn.out.weight.to(model.dtype), form, False, invariant)
         self.up = PackedLinear(mlp.up.weight.to(model.dtype), form, True, invariant)
@@ -172,13 +173,12 @@ class PackedGPT:
         if self.smear_V1 is not None:
             x_NC = torch.addcmul(x_NC, self.smear_V1[idx_N], self.embed_VC[previous_N])
         if self.value_VLKD is not None:
-            values = list(self.value_VLKD[idx_N].float().unbind(1))
+            values = list(self.value_VLKD[idx_N].to(self.inputs).unbind(1))
         turn_N1P, skipped_LNC = self.turn_S1P[positions_N], self.skips_L11 * x_NC
         for layer, (block, skipped_NC) in enumerate(zip(self.blocks, skipped_LNC.unbind(), strict=True)):
             x_NC = torch.add(skipped_NC, x_NC, alpha=block.scale)
             q_NHD, k_NKD, v_NKD = self._project(block, x_NC, turn_N1P, values)
-            y_NHD = cache.attend(layer, q_NHD, k_NKD, v_NKD)
-            x_NC += block.out(y_NHD.flatten(1).to(self.inputs))
+            x_NC += block.out(cache.attend(layer, q_NHD, k_NKD, v_NKD).to(self.inputs))
             hidden_NH = block.up(self._cast(self.norm(x_NC)))
             x_NC += block.down(hidden_NH * hidden_NH)
             if layer == config.n_layer // 2:
@@ -203,12 +203,10 @@ class PackedGPT:
         Rotation is a product of complex numbers, of which each pair of channels is one.
         """
         H, K, D = self.config.n_head, self.config.n_kv_head, self.config.head_dim
-        qkvg_NO = block.qkvg(self._cast(self.norm(x_NC)))
-        qk_NP = qkvg_NO[:, : (H + K) * D].float().view(torch.complex64)
-        v_NKD = qkvg_NO[:, (H + K) * D : (H + 2 * K) * D].view(-1, K, D)
-        qk_NHP = qk_NP.view(-1, H + K, D // 2) * turn_N1P
+        qk, v, *gate = block.qkvg(self._cast(self.norm(x_NC))).split(block.sizes, dim=1)
+        qk_NHP = qk.float().view(torch.complex64).view(-1, H + K, D // 2) * turn_N1P
         q_NHD, k_NKD = self.norm_heads(qk_NHP.view(torch.float32)).to(self.dtype).split((H, K), dim=1)
-        if block.gated:
-            gate_NK1 = qkvg_NO[:, (H + 2 * K) * D : (H + 2 * K) * D + K, None].sigmoid()
-            v_NKD = torch.addcmul(v_NKD, gate_NK1, values.pop(0))
+        v_NKD = v.view(-1, K, D)
+        if gate:
+            v_NKD = torch.addcmul(v_NKD, gate[0].sigmoid()[:, :K, None], values.pop(0))
         return q_NHD, k_NKD, v_NKD.to(self.dtype)

@@ -53,14 +53,16 @@ def batch_tokens(tokens: int, reference: int) -> int:
     return 2 ** round(math.log2(REFERENCE_BATCH * (tokens / reference) ** 0.383))
 
 
-def learning_rate_scale(batch: int) -> float:
-    """Learning rates follow the fourth root of the batch; the square root is too low for small ones (dev/LOG.md)."""
-    return (batch / REFERENCE_BATCH) ** 0.25
+def learning_rate_scales(batch: int, factor: float | None = None) -> dict[str, float]:
+    """The factor on each of LEARNING_RATES at `batch` tokens a step.
 
-
-def pretraining_rate_scale(batch: int) -> float:
-    """From scratch a smaller batch than the reference lowers nothing: short runs want high rates (dev/LOG.md)."""
-    return max(1.0, learning_rate_scale(batch))
+    From scratch (`factor` unset) the batch's twelfth root, for scalars its fourth; where a trained model learns on,
+    `factor` times the fourth root. The square root is much too low for the small batches of small runs (dev/LOG.md).
+    """
+    ratio = batch / REFERENCE_BATCH
+    if factor is not None:
+        return dict.fromkeys(LEARNING_RATES, factor * ratio**0.25)
+    return dict.fromkeys(LEARNING_RATES, ratio ** (1 / 12)) | {"scalar": ratio**0.25}
 
 
 def weight_decay(batch: int, tokens: int, reference: int) -> float:

@@ -130,7 +130,7 @@ class Trainer:
         total_batch_size: int,
         num_iterations: int,
         weight_decay: float,
-        lr_scale: float,
+        lr_scales: dict[str, float],
         meta: dict[str, Any],
         evaluate: Callable[[int], dict[str, Any]] | None = None,
         sample: Callable[[], None] | None = None,
@@ -160,9 +160,7 @@ class Trainer:
         self.loader = None if batches else RowLoader(train_shards, T, rows, device_rows, config.seed, **place)
         self.batches, self.rows_per_step = batches or self._rows, rows
         self.val_loader = RowLoader(val_shards, T, device_rows * compute.world_size, device_rows, 0, **place)
-        lrs = {
-            name: getattr(config, f"{name}_lr") * lr_scale for name in ("matrix", "embedding", "unembedding", "scalar")
-        }
+        lrs = {name: getattr(config, f"{name}_lr") * scale for name, scale in lr_scales.items()}
         self.optimizer = sharding.make_optimizer(model, lrs, weight_decay, compute, overlap=config.overlap)
         self.meta = {
             **meta,

@@ -80,7 +80,7 @@ def main() -> None:
         total_batch_size=batch,
         num_iterations=steps,
         weight_decay=decay,
-        lr_scale=recipe.pretraining_rate_scale(batch),
+        lr_scales=recipe.learning_rate_scales(batch),
         meta={"dataset": dataset_name(config.dataset), "depth": config.depth},
         sample=sample,
     )

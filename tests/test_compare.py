@@ -226,9 +226,9 @@ def test_matched_flags_give_equal_rates_after_each_side_scales_them():
     ours, theirs = (dict(zip(flags[::2], map(float, flags[1::2]))) for flags in matched_flags(config))
     batch = 4 * 128
     for name in ("matrix", "embedding", "unembedding", "scalar"):
-        effective = ours[f"--{name}-lr"] * recipe.pretraining_rate_scale(batch)
+        effective = ours[f"--{name}-lr"] * recipe.learning_rate_scales(batch)[name]
         assert effective == pytest.approx(theirs[f"--{name}-lr"] * (batch / 2**19) ** 0.5)
-    assert ours["--scalar-lr"] * recipe.pretraining_rate_scale(batch) == pytest.approx(SCALAR_LR)
+    assert ours["--scalar-lr"] * recipe.learning_rate_scales(batch)["scalar"] == pytest.approx(SCALAR_LR)
 
     def counted(width: int, layers: int) -> int:  # matrices, gates of every other layer, head
         return 12 * width**2 * layers + 12 * (width // 64) * -(-layers // 2) + 512 * width

@@ -125,6 +125,24 @@ def test_of_the_next_turn_of_a_chat(model):
     assert answer(request) == alone(model, longer)
 
 
+def test_with_every_setting_beside_every_other(model):
+    """Penalties, biases, limits, log-probabilities and greedy rows in one batch; each is as it is alone."""
+    settings = [
+        {"temperature": 0.0},
+        {"temperature": 0.0, "repetition_penalty": 1.5},
+        {"presence_penalty": 1.0, "frequency_penalty": 0.5},
+        {"top_k": 5, "logit_bias": {3: 4.0, 7: -100.0}},
+        {"top_p": 0.7, "min_p": 0.05},
+        {"temperature": 0.3, "top_p": 0.5, "repetition_penalty": 0.8, "frequency_penalty": -0.5},
+    ]
+    engine = Engine(model, TOKENIZER, 8, prefix_tokens=0)
+    requests = [ask(prompt(20 + 7 * i, i), 16, **each) for i, each in enumerate(settings)]
+    engine.run([*requests, *others(4)])
+    for i, (each, request) in enumerate(zip(settings, requests, strict=True)):
+        assert answer(request) == alone(model, prompt(20 + 7 * i, i), max_tokens=16, **each)
+    assert len({tuple(request.output) for request in requests}) == len(settings)
+
+
 def test_without_the_mode_bits_depend_on_the_company():
     """In fp32, where products of one row sum in another order than those of many. (In bf16 none does.)"""
     model = random_model(V, **SHAPES["wide"])

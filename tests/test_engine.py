@@ -103,6 +103,27 @@ def test_samples_share_a_prefill_and_differ_from_the_first_token(tokenizer):
     assert again == sequences and other != sequences
 
 
+def test_a_step_is_one_forward(tokenizer):
+    """Of prompts of all lengths, and of what is continued beside them; the answers are those of the plain loop."""
+    model, read = random_model(tokenizer.get_vocab_size()), []
+    engine = Engine(model, tokenizer, max_batch=8, step_tokens=100)
+    forward = engine.forward.model
+    engine.forward.model = lambda idx_N, *rest: read.append(len(idx_N)) or forward(idx_N, *rest)
+    prompts = [tokenizer.encode("How many r are in strawberry? "[: 3 + 4 * i], prepend="<|bos|>") for i in range(6)]
+    requests = [Request(prompt, 9, temperature=0.0) for prompt in prompts]
+    for request in requests[:4]:
+        engine.add(request)
+    engine.step()
+    for request in requests[4:]:
+        engine.add(request)
+    engine.step()
+    assert read == [sum(map(len, prompts[:4])), 4 + sum(map(len, prompts[4:]))]
+    while engine.busy:
+        engine.step()
+    for prompt, request in zip(prompts, requests, strict=True):
+        assert request.output == naive_greedy(model, prompt, 9)[len(prompt) :][: len(request.output)]
+
+
 def test_samples_follow_the_model(tokenizer):
     """Chi-square of 2,000 first tokens against the softmax of the full forward."""
     model = random_model(tokenizer.get_vocab_size(), n_layer=2)

@@ -48,7 +48,12 @@ def make_trainer(steps=6, tag="t", evaluate=None, **flags):
     model = checkpoint.build(recipe.model_config(2, 600, 64, 16, 16), compute.device, train=True)
     model.init_weights(torch.Generator().manual_seed(0))
     shards = {f"{split}_shards": build_token_shards("corpus", split, tokenizer) for split in ("train", "val")}
-    sizes = {"total_batch_size": 512, "num_iterations": steps, "weight_decay": 0.1, "lr_scale": 0.03}
+    sizes = {
+        "total_batch_size": 512,
+        "num_iterations": steps,
+        "weight_decay": 0.1,
+        "lr_scales": dict.fromkeys(recipe.LEARNING_RATES, 0.03),
+    }
     return Trainer(
         stage="base",
         tag=tag,
