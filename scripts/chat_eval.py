@@ -90,15 +90,9 @@ def main() -> None:
             skipped[name] = problem
             print0(f"{name} skipped: {problem}")
             continue
-        record = evaluate_task(
-            task,
-            model,
-            tokenizer,
-            engine,
-            **{key: getattr(config, key) for key in sampling},
-            compute=compute,
-            progress=partial(tqdm, desc=name, leave=False, disable=None if compute.rank == 0 else True),
-        )
+        options = {key: getattr(config, key) for key in sampling}
+        bar = partial(tqdm, desc=name, leave=False, disable=None if compute.rank == 0 else True)
+        record = evaluate_task(task, model, tokenizer, engine, **options, compute=compute, progress=bar)
         samples += [{"task": name, **sample} for sample in record.pop("samples")]
         records[name] = record
         accuracy = f"{100 * record['accuracy']:.1f} ± {100 * record['stderr']:.1f} %"
