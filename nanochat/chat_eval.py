@@ -53,12 +53,7 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
 
 
 def _sampled(
-    engine: Any,
-    tokenizer: Any,
-    prompts: Sequence[list[int]],
-    places: Iterable[int],
-    num_samples: int,
-    **settings: Any,
+    engine: Any, tokenizer: Any, prompts: Sequence[list[int]], places: Iterable[int], num_samples: int, **settings: Any
 ) -> list[str]:
     """`num_samples` answers to each prompt; their random numbers follow from the problem's place in the task alone."""
     requests = [

@@ -23,6 +23,15 @@ def option(
     return dataclasses.field(default=default, metadata=meta)
 
 
+def require_positive(config: Any, *names: str, zero: bool = False) -> None:
+    """Raise ValueError for the first of these flags that is set to 0 or less (with `zero`: less than 0) or NaN."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not (value > 0 or (zero and value == 0)):
+            wanted = "0 or more" if zero else "above 0"
+            raise ValueError(f"--{name.replace('_', '-')} {value}: must be {wanted}")
+
+
 def _value_type(annotation: Any) -> type:
     """`int | None` -> int: the type that a flag's text is read as. A tuple's flag may be given several times."""
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):

@@ -12,41 +12,31 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# Dense bf16 tensor-core peaks in FLOP/s and memory bandwidths in byte/s, from the vendors' data sheets.
+# Dense bf16 tensor-core peaks in FLOP/s, from the vendors' data sheets.
 # The first name found as whole words in the device's own name wins, so longer names stand before their prefixes.
 _GPU_PEAKS = {
-    "GB200": (2.5e15, 8.0e12),
-    "B200": (2.25e15, 8.0e12),
-    "H200": (989e12, 4.8e12),
-    "H100 NVL": (835e12, 3.9e12),
-    "H100 PCIe": (756e12, 2.0e12),
-    "H100": (989e12, 3.35e12),
-    "A100": (312e12, 2.0e12),
-    "L40S": (362e12, 0.864e12),
-    "L4": (121e12, 0.3e12),
-    "A10G": (125e12, 0.6e12),
-    "RTX 5090": (209.5e12, 1.79e12),
-    "RTX 4090": (165.2e12, 1.01e12),
-    "RTX 3090": (71e12, 0.936e12),
+    "GB200": 2.5e15,
+    "B200": 2.25e15,
+    "H200": 989e12,
+    "H100 NVL": 835e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10G": 125e12,
+    "RTX 5090": 209.5e12,
+    "RTX 4090": 165.2e12,
+    "RTX 3090": 71e12,
 }
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def _gpu_peaks(device_name: str) -> tuple[float | None, float | None]:
-    # whole words: an L40 is no L4, an RTX A1000 no A100
-    found = (peaks for name, peaks in _GPU_PEAKS.items() if re.search(rf"\b{name}\b", device_name))
-    return next(found, (None, None))
-
-
 def peak_flops(device_name: str) -> float | None:
     """Dense bf16 peak in FLOP/s of a GPU by its name; None when unknown, so that MFU is shown as n/a, never as 0."""
-    return _gpu_peaks(device_name)[0]
-
-
-def peak_bandwidth(device_name: str) -> float | None:
-    """Memory bandwidth in byte/s of a GPU by its name; None when unknown."""
-    return _gpu_peaks(device_name)[1]
+    # whole words: an L40 is no L4, an RTX A1000 no A100
+    return next((peak for name, peak in _GPU_PEAKS.items() if re.search(rf"\b{name}\b", device_name)), None)
 
 
 def cpu_has_bf16() -> bool:

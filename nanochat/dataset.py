@@ -260,9 +260,8 @@ def _prepare_folder(source: Path, folder: Path, n: int | None) -> dict[str, Any]
     counts: Counter[str] = Counter()
     train = ShardWriter(folder, "train", SHARD_BYTES, n)
     val = ShardWriter(folder, "val", None)
-    if len(files) > 1 and not any(
-        p.suffix.lower() == ".txt" for p in files
-    ):  # the user's own shards: the last one validates
+    own_shards = len(files) > 1 and all(p.suffix.lower() != ".txt" for p in files)
+    if own_shards:  # the last one validates
         for path in files[:-1]:
             for text in iterate_documents([path], counts):
                 train.add(text)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nanochat import checkpoint, recipe
-from nanochat.cli import option
+from nanochat.cli import option, require_positive
 from nanochat.common import print0
 from nanochat.compute import Compute
 from nanochat.conversation import render
@@ -18,6 +18,7 @@ from nanochat.tokenizer import Tokenizer
 from nanochat.trainer import TrainConfig, Trainer, rows_per_step
 
 Conversations = Sequence[dict[str, Any]]
+Source = tuple[GPT, Tokenizer, dict[str, Any]]  # a trained model, and the meta of its checkpoint
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class SourceConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require_positive("init_lr_frac", zero=True)
+        require_positive(self, "init_lr_frac", zero=True)
 
 
 @dataclass(frozen=True)
@@ -42,17 +43,42 @@ class FinetuneConfig(SourceConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require_positive("num_epochs")
-        self.require_positive("replay", zero=True)
+        require_positive(self, "num_epochs")
+        require_positive(self, "replay", zero=True)
 
 
-def load_source(stage: str, config: SourceConfig, compute: Compute) -> tuple[GPT, Tokenizer, dict[str, Any]]:
+def load_source(stage: str, config: SourceConfig, compute: Compute) -> Source:
     """The model of `stage` to go on from, its tokenizer, and its meta with `source`, which names it and its weights."""
     shard = compute if config.shard_params else None
     place = (compute.device, config.source_tag, config.source_step)
     model, tokenizer, meta = checkpoint.load_model(stage, *place, train=True, shard=shard)
     digest = meta["files"]["model.safetensors"][:12]
     return model, tokenizer, {**meta, "source": f"{stage}/{meta['tag']} step {meta['step']} {digest}"}
+
+
+def train_further(
+    stage: str, source: Source, config: SourceConfig, compute: Compute, batch: int, facts: dict, **options: Any
+) -> None:
+    """Train the model of `load_source` in steps of `batch` tokens and save it as `stage`.
+
+    facts: what else its checkpoints are to say of the run; options: what else a `Trainer` is told.
+    """
+    model, tokenizer, meta = source
+    trainer = Trainer(
+        stage=stage,
+        tag=config.model_tag or meta["tag"],
+        config=config,
+        model=model,
+        tokenizer=tokenizer,
+        compute=compute,
+        total_batch_size=batch,
+        weight_decay=config.weight_decay or 0.0,
+        lr_scales=recipe.learning_rate_scales(batch, config.init_lr_frac),
+        meta={name: meta[name] for name in ("dataset", "depth", "source")} | facts,
+        **options,
+    )
+    trainer.run()
+    compute.close()
 
 
 def conversation_shards(name: str, conversations: Conversations, tokenizer: Tokenizer, T: int) -> list[TokenShard]:
@@ -91,14 +117,14 @@ def _replayed(dataset: str, tokenizer: Tokenizer, max_tokens: int, n_tokens: int
 
 
 def finetune(
-    stage: str, source: str, config: FinetuneConfig, train: Conversations, val: Conversations, compute: Compute
+    stage: str, from_stage: str, config: FinetuneConfig, train: Conversations, val: Conversations, compute: Compute
 ) -> None:
-    """Train the newest `source` model on conversations and save it as `stage`. The loss counts assistant tokens only.
+    """Train the newest `from_stage` model on conversations and save it as `stage`.
 
-    Batch size and steps default to the source run's batch and to one pass over the conversations. Raises
-    ValueError when there is no source model, or no usable conversation.
+    The loss counts assistant tokens only. Batch size and steps default to the source run's batch and to one pass over
+    the conversations. Raises ValueError when there is no source model, or no usable conversation.
     """
-    model, tokenizer, meta = load_source(source, config, compute)
+    model, tokenizer, meta = source = load_source(from_stage, config, compute)
     T = model.config.sequence_len
     talks = list(_rendered(train, tokenizer, T + 1))
     n_replayed = round(config.replay * sum(len(ids) for ids, _ in talks))
@@ -113,20 +139,5 @@ def finetune(
         f"{stage} from {meta['source']}: {len(train):,} conversations in {rows_in_epoch:,} rows of {T}; "
         f"{steps} steps of {batch:,} tokens"
     )
-    trainer = Trainer(
-        stage=stage,
-        tag=config.model_tag or meta["tag"],
-        config=config,
-        model=model,
-        tokenizer=tokenizer,
-        train_shards=train_shards,
-        val_shards=val_shards,
-        compute=compute,
-        total_batch_size=batch,
-        num_iterations=steps,
-        weight_decay=config.weight_decay or 0.0,
-        lr_scales=recipe.learning_rate_scales(batch, config.init_lr_frac),
-        meta={"dataset": meta["dataset"], "depth": meta["depth"], "source": meta["source"]},
-    )
-    trainer.run()
-    compute.close()
+    shards = {"train_shards": train_shards, "val_shards": val_shards}
+    train_further(stage, source, config, compute, batch, {}, num_iterations=steps, **shards)

@@ -334,14 +334,8 @@ class GPT(nn.Module):
         if targets_BT is None:
             x_BTC = x_BTC[:, -1:] if last_only else x_BTC
             return softcap(F.linear(x_BTC, head_VC.to(x_BTC.dtype)), self.config.softcap)
-        loss = softcap_cross_entropy(
-            x_BTC.flatten(0, 1),
-            head_VC,
-            targets_BT.flatten(),
-            self.config.softcap,
-            loss_reduction,
-            compiled=self.compiled,
-        )
+        x_NC, targets_N, cap = x_BTC.flatten(0, 1), targets_BT.flatten(), self.config.softcap
+        loss = softcap_cross_entropy(x_NC, head_VC, targets_N, cap, loss_reduction, compiled=self.compiled)
         return loss.view(targets_BT.shape) if loss_reduction == "none" else loss
 
 

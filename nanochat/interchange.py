@@ -237,8 +237,8 @@ def _nanochat_bundle(model: GPT) -> tuple[State, dict[str, Any]]:
             state[f"model.layers.{match[1]}.{back[match[2]]}.weight"] = value
         elif name in back:
             state[back[name]] = value[: config.vocab_size].contiguous()
-    values = {"architectures": ["NanoChatForCausalLM"], "model_type": "nanochat", "hidden_act": "relu2"}
-    values |= {"intermediate_size": 4 * config.n_embd, "num_key_value_heads": config.n_kv_head}
+    values: dict[str, Any] = {"architectures": ["NanoChatForCausalLM"], "model_type": "nanochat"}
+    values |= {"hidden_act": "relu2", "intermediate_size": 4 * config.n_embd, "num_key_value_heads": config.n_kv_head}
     values |= {"rope_parameters": {"rope_type": "default", "rope_theta": config.rope_base}}
     return state, {**values, "rms_norm_eps": torch.finfo(torch.float32).eps, "final_logit_softcapping": config.softcap}
 

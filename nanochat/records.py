@@ -12,30 +12,15 @@ STAGES = ("base", "mid", "sft", "rl")
 
 # What a record must hold to be shown: {str: x} maps any names to x, [x] lists x, and a tuple offers alternatives.
 NUMBER = (int, float)
-_NUMBER_OR_NONE = (*NUMBER, type(None))
+_OPTIONAL = (*NUMBER, type(None))
 _SCORE = {"accuracy": NUMBER, "stderr": NUMBER, "n": int, "baseline": NUMBER}
-_CORE = {
-    "core_metric": _NUMBER_OR_NONE,
-    "core_stderr": _NUMBER_OR_NONE,
-    "details": {str: _SCORE},
-    "skipped": {str: str},
-}
-_BASE_EVAL = {
-    "stage": str,
-    "tag": str,
-    "train_bpb": _NUMBER_OR_NONE,
-    "val_bpb": _NUMBER_OR_NONE,
-    "core": (_CORE, type(None)),
-    "samples": [{"prompt": str, "text": str}],
-}
-_CHAT_EVAL = {
-    "stage": str,
-    "tag": str,
-    "chatcore": NUMBER,
-    "tasks": {str: _SCORE},
-    "samples": [{"task": str, "question": str, "answer": str, "correct": bool}],
-}
-_RUN = {"stage": str, "tag": str, "config": dict, "model_config": dict}
+_CORE = {"core_metric": _OPTIONAL, "core_stderr": _OPTIONAL, "details": {str: _SCORE}, "skipped": {str: str}}
+_MODEL: dict[str, Any] = {"stage": str, "tag": str}
+_BASE_EVAL = {**_MODEL, "train_bpb": _OPTIONAL, "val_bpb": _OPTIONAL, "core": (_CORE, type(None))}
+_BASE_EVAL |= {"samples": [{"prompt": str, "text": str}]}
+_CHAT_EVAL = {**_MODEL, "chatcore": NUMBER, "tasks": {str: _SCORE}}
+_CHAT_EVAL |= {"samples": [{"task": str, "question": str, "answer": str, "correct": bool}]}
+_RUN = {**_MODEL, "config": dict, "model_config": dict}
 _TOK_EVAL = {"vocab_sizes": {str: int}, "texts": {str: {"bytes": int, "ours": {"bytes_per_token": NUMBER}}}}
 _METRIC = {"step": int}
 _STAGE_TIME = {"stage": str, "seconds": NUMBER}

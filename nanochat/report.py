@@ -342,8 +342,7 @@ class ReportConfig:
     out: str | None = cli.option(None, "folder to write to; unset: report/ in the base directory")
 
     def __post_init__(self) -> None:
-        if self.price is not None and not self.price >= 0:
-            raise ValueError(f"--price {self.price} must be 0 or more")
+        cli.require_positive(self, "price", zero=True)
 
 
 def main() -> None:

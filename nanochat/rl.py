@@ -19,17 +19,16 @@ from typing import Any
 
 import torch
 
-from nanochat import recipe
 from nanochat.chat_eval import evaluate_task, pass_at_k
-from nanochat.cli import option
+from nanochat.cli import option, require_positive
 from nanochat.common import print0
 from nanochat.compute import Compute
 from nanochat.conversation import render_for_completion
 from nanochat.engine import Engine, Request
-from nanochat.finetune import Conversations, SourceConfig, conversation_shards, load_source
+from nanochat.finetune import Conversations, SourceConfig, conversation_shards, load_source, train_further
 from nanochat.gpt import GPT
 from nanochat.tokenizer import Tokenizer
-from nanochat.trainer import Batch, Trainer
+from nanochat.trainer import Batch
 
 PASS_AT = (1, 4, 8)  # the last is the number of answers sampled to each test problem
 
@@ -51,7 +50,7 @@ class RLConfig(SourceConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require_positive("problems", "max_new_tokens", "rollout_batch_size", "eval_problems")
+        require_positive(self, "problems", "max_new_tokens", "rollout_batch_size", "eval_problems")
         if self.samples < 2:
             raise ValueError(f"--samples {self.samples}: an answer is compared with others, give 2 or more")
         if self.total_batch_size is not None:
@@ -232,7 +231,7 @@ def reinforce(
     """
     if config.problems % compute.world_size:
         raise ValueError(f"--problems {config.problems}: make it a multiple of the {compute.world_size} processes")
-    model, tokenizer, meta = load_source("sft", config, compute)
+    model, tokenizer, meta = source = load_source("sft", config, compute)
     T = model.config.sequence_len
     rollouts = Rollouts(model, tokenizer, train, test, config, compute)
     rules = {name: getattr(config, name) for name in ("problems", "samples", "max_new_tokens")}
@@ -241,23 +240,16 @@ def reinforce(
         f"rl from {meta['source']}: {config.num_iterations} steps of {config.problems} x {config.samples} answers; "
         f"{len(rollouts.places):,} problems of {rules['tasks']}"
     )
-    batch = config.problems * config.samples * T  # at most
-    trainer = Trainer(
-        stage="rl",
-        tag=config.model_tag or meta["tag"],
-        config=config,
-        model=model,
-        tokenizer=tokenizer,
+    train_further(
+        "rl",
+        source,
+        config,
+        compute,
+        config.problems * config.samples * T,  # at most
+        {"rollouts": rules},
+        num_iterations=config.num_iterations,
         train_shards=[],
         val_shards=conversation_shards("rl_val", held_out, tokenizer, T),
-        compute=compute,
-        total_batch_size=batch,
-        num_iterations=config.num_iterations,
-        weight_decay=config.weight_decay or 0.0,
-        lr_scales=recipe.learning_rate_scales(batch, config.init_lr_frac),
-        meta={**{name: meta[name] for name in ("dataset", "depth", "source")}, "rollouts": rules},
         evaluate=rollouts.evaluate,
         batches=rollouts.batches,
     )
-    trainer.run()
-    compute.close()

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from nanochat import checkpoint, fp8, preflight, recipe, run_log, sharding
-from nanochat.cli import option
+from nanochat.cli import option, require_positive
 from nanochat.common import get_base_dir, print0, write_record
 from nanochat.compute import Compute
 from nanochat.dataloader import RowLoader, TokenShard
@@ -70,9 +70,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         positive = ("total_batch_size", "num_iterations", "grad_clip", "save_every", "keep", "eval_tokens")
-        self.require_positive(*positive, *("device_batch_size",) * (self.device_batch_size != "auto"))
-        self.require_positive("eval_every", "sample_every", "warmup_steps", "seed", "weight_decay", "price", zero=True)
-        self.require_positive("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr", zero=True)
+        require_positive(self, *positive, *("device_batch_size",) * (self.device_batch_size != "auto"))
+        require_positive(self, "eval_every", "sample_every", "warmup_steps", "seed", "weight_decay", "price", zero=True)
+        require_positive(self, "embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr", zero=True)
         if self.seed >= 2**63:
             raise ValueError(f"--seed {self.seed}: must be below 2**63")
         if self.model_tag is not None and not re.fullmatch(r"\w[\w.-]*", self.model_tag):
@@ -81,14 +81,6 @@ class TrainConfig:
             raise ValueError("--warmdown-ratio and --final-lr-frac must be between 0 and 1")
         if self.resume is not None and self.resume not in ("newest", "auto") and not self.resume.isdigit():
             raise ValueError(f"--resume {self.resume}: give a step, or nothing for the newest checkpoint, or auto")
-
-    def require_positive(self, *names: str, zero: bool = False) -> None:
-        """Raise ValueError for the first of these flags that is set to 0 or less (with `zero`: less than 0) or NaN."""
-        for name in names:
-            value = getattr(self, name)
-            if value is not None and not (value > 0 or (zero and value == 0)):
-                wanted = "0 or more" if zero else "above 0"
-                raise ValueError(f"--{name.replace('_', '-')} {value}: must be {wanted}")
 
 
 def can_compile(device: torch.device) -> bool:

@@ -49,10 +49,7 @@ class Config:
     device_type: str | None = cli.option(None, "cuda, mps or cpu; unset: the best there is")
 
     def __post_init__(self) -> None:
-        for name in ("eval_tokens", "device_batch_size", "max_per_task"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+        cli.require_positive(self, "eval_tokens", "device_batch_size", "max_per_task")
 
 
 def text_batches(

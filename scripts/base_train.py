@@ -32,8 +32,8 @@ class BaseTrain(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require_positive("depth", "aspect_ratio", "head_dim", "max_seq_len")
-        self.require_positive("target_flops", "target_param_data_ratio")
+        cli.require_positive(self, "depth", "aspect_ratio", "head_dim", "max_seq_len")
+        cli.require_positive(self, "target_flops", "target_param_data_ratio")
 
 
 def main() -> None:

@@ -37,10 +37,7 @@ class Config:
     device_type: str | None = cli.option(None, "cuda, mps or cpu; unset: the best there is")
 
     def __post_init__(self) -> None:
-        for name in ("max_problems", "batch_size", "max_new_tokens", "num_samples", "top_k", "pass_k"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+        cli.require_positive(self, "max_problems", "batch_size", "max_new_tokens", "num_samples", "top_k", "pass_k")
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"--temperature {self.temperature}: must be 0 or more")
         if self.num_samples > 1 and not self.temperature:
@@ -93,15 +90,9 @@ def main() -> None:
             skipped[name] = problem
             print0(f"{name} skipped: {problem}")
             continue
-        record = evaluate_task(
-            task,
-            model,
-            tokenizer,
-            engine,
-            **{key: getattr(config, key) for key in sampling},
-            compute=compute,
-            progress=partial(tqdm, desc=name, leave=False, disable=None if compute.rank == 0 else True),
-        )
+        options = {key: getattr(config, key) for key in sampling}
+        bar = partial(tqdm, desc=name, leave=False, disable=None if compute.rank == 0 else True)
+        record = evaluate_task(task, model, tokenizer, engine, **options, compute=compute, progress=bar)
         samples += [{"task": name, **sample} for sample in record.pop("samples")]
         records[name] = record
         accuracy = f"{100 * record['accuracy']:.1f} ± {100 * record['stderr']:.1f} %"

@@ -21,9 +21,7 @@ class Config:
     doc_cap: int = cli.option(10_000, "characters taken of each document, so that long ones do not dominate")
 
     def __post_init__(self) -> None:
-        for name in ("max_chars", "doc_cap"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+        cli.require_positive(self, "max_chars", "doc_cap")
 
 
 def training_texts(config: Config, seen: dict[str, int]) -> Iterator[str]:
@@ -51,15 +49,8 @@ def main() -> None:
     sample = list(islice(iterate_documents(list_shards(config.dataset, "val")), 1000))
     tokens = sum(map(len, tokenizer.encode(sample)))
     bytes_per_token = sum(len(text.encode()) for text in sample) / max(tokens, 1)
-    record = {
-        "stage": "tok_train",
-        "config": vars(config),
-        "vocab_size": tokenizer.get_vocab_size(),
-        "hash": tokenizer.hash,
-        **seen,
-        "seconds": seconds,
-        "bytes_per_token": bytes_per_token,
-    }
+    made = {"config": vars(config), "vocab_size": tokenizer.get_vocab_size(), "hash": tokenizer.hash}
+    record = {"stage": "tok_train", **made, **seen, "seconds": seconds, "bytes_per_token": bytes_per_token}
     write_record(get_base_dir() / "evals" / "tok_train.json", record)
     print0(
         f"{tokenizer.get_vocab_size()} tokens from {seen['chars']:,} characters of {seen['documents']:,} documents "

@@ -127,6 +127,7 @@ def test_with_every_switch_on_it_is_the_design(changes):
 @pytest.mark.parametrize("switch", [*NEUTRAL, "rope_base", "window_pattern"])
 def test_every_switch_changes_the_result(switch):
     """A switch that the neutral value turns off must do something when on."""
+    torch.manual_seed(0)  # by chance a weight can come out too small to be seen
     value = {"rope_base": 10_000.0, "window_pattern": "L"}.get(switch, NEUTRAL.get(switch))
     idx_BT = tokens()
     with torch.no_grad():

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from test_engine import ScriptedModel
 from tiny_run import Running, losses, metrics, run, script, start, wait_for
 
-from nanochat import checkpoint, cli, recipe, rl
+from nanochat import checkpoint, cli, finetune, recipe
 from nanochat.compute import Compute
 from nanochat.conversation import render, render_for_completion
 from nanochat.engine import Engine, Request
@@ -173,7 +173,7 @@ def test_the_gradient_is_that_of_the_objective(base, monkeypatch):
     assert 0 < trained < n_tokens, "some groups are useful and some are not"
     (loss / n_tokens).backward()
 
-    monkeypatch.setattr(rl, "Trainer", Spied)
+    monkeypatch.setattr(finetune, "Trainer", Spied)
     learn(num_iterations=1, model_tag="t", grad_clip=1e9)
     [line] = steps("t")
     assert line["loss"] == pytest.approx((loss / n_tokens).item(), rel=1e-4, abs=1e-7)
