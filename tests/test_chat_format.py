@@ -183,6 +183,7 @@ def test_templates_leave_no_process(tokenizer):
     def children():
         return len(Path(f"/proc/self/task/{threading.get_native_id()}/children").read_text().split())
 
+    gc.collect()  # those of tests before
     before = children()
     chats = [Template("ok", tokenizer) for _ in range(3)]
     assert children() == before + 3 and all(chat.render(TALK) for chat in chats)
