@@ -1,4 +1,4 @@
-"""Lines of each folder, and whether nanochat, scripts and tasks keep to their budget of lines of code."""
+"""Lines of each folder, and whether nanochat, scripts and tasks keep to their budget."""
 
 import ast
 import io
@@ -12,7 +12,7 @@ from nanochat import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("nanochat", "scripts", "tasks", "dev", "tests")
-BUDGETED, BUDGET = FOLDERS[:3], 11_000
+BUDGETED, BUDGET = FOLDERS[:3], 9_000
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,11 @@ def main() -> None:
             rows += [{"": str(path.relative_to(ROOT)), "files": 1, **counts[path]} for path in paths]
         whole = sum(counts.values(), Counter(code=0, text=0, blank=0, lines=0))
         rows.append({"": f"{folder}/", "files": len(paths), **{kind: whole[kind] for kind in counts[paths[0]]}})
-        budgeted += whole["code"] if folder in BUDGETED else 0  # explaining costs nothing
+        budgeted += whole["lines"] if folder in BUDGETED else 0
     print(markdown_table(rows))
-    print(f"{' + '.join(BUDGETED)}: {budgeted:,} of {BUDGET:,} lines of code")
+    print(f"{' + '.join(BUDGETED)}: {budgeted:,} of {BUDGET:,} lines")
     if budgeted > BUDGET:
-        raise ValueError(f"{budgeted - BUDGET:,} lines of code above the budget: delete some")
+        raise ValueError(f"{budgeted - BUDGET:,} lines above the budget: delete some")
 
 
 if __name__ == "__main__":

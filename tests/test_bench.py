@@ -208,7 +208,17 @@ def test_lines_are_counted_by_kind():
     assert loc.count(source) == {"code": 4, "text": 4, "blank": 4, "lines": 12}
 
 
-def test_budget_is_kept():
+def budgeted_lines():
     """The whole project's own figure, by the tool itself."""
     paths = [path for folder in loc.BUDGETED for path in (loc.ROOT / folder).glob("*.py")]
-    assert loc.BUDGET == 11_000 and sum(loc.count(path.read_text())["code"] for path in paths) <= loc.BUDGET
+    return sum(loc.count(path.read_text())["lines"] for path in paths)
+
+
+@pytest.mark.xfail(strict=True, reason="the design's bar is missed: dev/LOG.md, the line budget, restored")
+def test_budget_is_kept():
+    assert budgeted_lines() <= loc.BUDGET == 9_000
+
+
+def test_lines_above_the_budget_only_become_fewer():
+    """Whoever takes lines out lowers the figure; nobody raises it."""
+    assert budgeted_lines() <= 15_290
