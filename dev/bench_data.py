@@ -21,7 +21,8 @@ from dev import bench
 from nanochat import cli, world
 from nanochat.common import atomic_write_json, get_base_dir
 from nanochat.compute import usable_cores
-from nanochat.dataloader import RowLoader, TokenShard
+from nanochat.dataloader import RowLoader
+from nanochat.token_shards import TokenShard
 from nanochat.tokenizer import Tokenizer
 
 BOS = 32759
@@ -87,7 +88,8 @@ def measure_speed(shards: Sequence[TokenShard], seq_len: int, steps: int) -> dic
     with Clock() as filling:
         for step in range(steps):
             loader.step(step)
-    with RowLoader(shards, seq_len, rows, rows, 0) as loader, Clock() as prefetched:
+    loader = RowLoader(shards, seq_len, rows, rows, 0)
+    with Clock() as prefetched:
         for _ in itertools.islice(loader.iterate(), steps):
             pass
     pack, fill = packing.processor / (rows_in_epoch * seq_len), filling.processor / (steps * rows * seq_len)
@@ -135,8 +137,7 @@ def resume_seconds(folder: Path, copies: int, seq_len: int) -> list[float]:
     seconds = []
     for step in (0, steps // 2, steps - 1):
         began = time.perf_counter()
-        with RowLoader([TokenShard(folder) for _ in range(copies)], seq_len, rows, rows, 0) as loader:
-            next(loader.iterate(step))
+        next(RowLoader([TokenShard(folder) for _ in range(copies)], seq_len, rows, rows, 0).iterate(step))
         seconds.append(time.perf_counter() - began)
     return seconds
 

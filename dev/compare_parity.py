@@ -23,10 +23,11 @@ from dev.compare_sides import (
     save_validation_rows,
 )
 from nanochat import recipe
-from nanochat.dataloader import RowLoader, build_token_shards
+from nanochat.dataloader import RowLoader
 from nanochat.dataset import list_shards
 from nanochat.documents import iterate_documents
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.token_shards import build_token_shards
 from nanochat.tokenizer import load_tokenizer
 
 CHARACTERS, VOCAB, SEQ_LEN, ROWS, SEED = 10_000, 512, 128, 4, 1337

@@ -21,8 +21,9 @@ from typing import Any
 
 import torch
 
-from nanochat.dataloader import RowLoader, build_token_shards
+from nanochat.dataloader import RowLoader
 from nanochat.dataset import list_shards
+from nanochat.token_shards import build_token_shards
 from nanochat.tokenizer import Tokenizer, load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent

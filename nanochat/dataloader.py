@@ -10,16 +10,12 @@ import functools
 import itertools
 import queue
 import threading
-import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 
 import numpy as np
 import torch
 
-from nanochat.packing import pack
-from nanochat.token_shards import TokenShard, build_conversation_shards, build_token_shards
-
-__all__ = ["RowLoader", "TokenShard", "build_conversation_shards", "build_token_shards", "pack"]
+from nanochat.token_shards import TokenShard
 
 MicroBatch = tuple[torch.Tensor, torch.Tensor]  # inputs_BT, targets_BT
 
@@ -58,7 +54,6 @@ class RowLoader:
         self._visiting = threading.Lock()
         self._prepared = 0
         self._plan = functools.lru_cache(maxsize=4)(self._load_plan)
-        self._iterators: weakref.WeakSet = weakref.WeakSet()
 
     @property
     def rows_in_epoch(self) -> int:
@@ -85,27 +80,11 @@ class RowLoader:
                     yield inputs_BT[:mine], targets_BT[:mine]
                 mine -= self.device_batch_rows
 
-    def iterate(self, start_step: int = 0) -> Iterator[tuple[int, list[MicroBatch]]]:
-        """Steps from `start_step` on, with their numbers, prepared ahead by a thread. `close()` ends it.
+    def iterate(self, start_step: int = 0) -> Generator[tuple[int, list[MicroBatch]], None, None]:
+        """Steps from `start_step` on, with their numbers, prepared ahead by a thread, which ends with the iterator.
 
         Two staging buffers, pinned for a GPU; one is filled again only when an event says that its copy is done.
         """
-        iterator = self._iterate(start_step)
-        self._iterators.add(iterator)
-        return iterator
-
-    def close(self) -> None:
-        """End the prefetch threads."""
-        for iterator in list(self._iterators):
-            iterator.close()
-
-    def __enter__(self) -> "RowLoader":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
-    def _iterate(self, start_step: int) -> Iterator[tuple[int, list[MicroBatch]]]:
         cuda = self.device.type == "cuda"
         free: queue.Queue = queue.Queue()
         ready: queue.Queue = queue.Queue()

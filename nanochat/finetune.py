@@ -11,9 +11,9 @@ from nanochat.cli import option, require_positive
 from nanochat.common import print0
 from nanochat.compute import Compute
 from nanochat.conversation import render
-from nanochat.dataloader import TokenShard, build_conversation_shards
 from nanochat.dataset import iterate_documents, list_shards
 from nanochat.gpt import GPT
+from nanochat.token_shards import TokenShard, build_conversation_shards
 from nanochat.tokenizer import Tokenizer
 from nanochat.trainer import TrainConfig, Trainer, rows_per_step
 

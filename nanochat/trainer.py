@@ -19,9 +19,10 @@ from nanochat import checkpoint, fp8, preflight, recipe, run_log, sharding
 from nanochat.cli import option, require_positive
 from nanochat.common import get_base_dir, print0, write_record
 from nanochat.compute import Compute
-from nanochat.dataloader import RowLoader, TokenShard
+from nanochat.dataloader import RowLoader
 from nanochat.gpt import GPT
 from nanochat.loss_eval import evaluate_bpb
+from nanochat.token_shards import TokenShard
 from nanochat.tokenizer import Tokenizer
 
 # what a checkpoint must share with the run that goes on from it
@@ -221,8 +222,8 @@ class Trainer:
     def _rows(self, step: int, rows: int) -> Generator[Batch, None, None]:
         """The rows of the training shards."""
         assert self.loader is not None, "only a trainer of rows is asked for them"
-        with contextlib.closing(self.loader):
-            for number, micro_batches in self.loader.iterate(step):
+        with contextlib.closing(self.loader.iterate(step)) as steps:
+            for number, micro_batches in steps:
                 yield Batch(micro_batches, self.tokens_per_step, {"epoch": self.loader.epoch(number)})
 
     def _train_step(self, batches: Iterator[Batch]) -> dict[str, Any]:

@@ -7,9 +7,9 @@ import torch
 from nanochat import checkpoint, cli, recipe, sharding
 from nanochat.common import print0
 from nanochat.compute import Compute
-from nanochat.dataloader import build_token_shards
 from nanochat.dataset import dataset_name
 from nanochat.engine import Engine
+from nanochat.token_shards import build_token_shards
 from nanochat.tokenizer import load_tokenizer
 from nanochat.trainer import TrainConfig, Trainer
 

@@ -25,9 +25,10 @@ from dev.compare_sides import (
     supervise,
 )
 from nanochat import cli, recipe
-from nanochat.dataloader import RowLoader, build_token_shards
+from nanochat.dataloader import RowLoader
 from nanochat.dataset import list_shards
 from nanochat.gpt import GPT, GPTConfig, rotate
+from nanochat.token_shards import build_token_shards
 from nanochat.tokenizer import load_tokenizer
 
 CONFIG = GPTConfig(sequence_len=32, vocab_size=100, n_layer=3, n_head=2, n_kv_head=2, n_embd=32)

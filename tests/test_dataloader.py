@@ -13,8 +13,9 @@ from hub_server import HubServer
 from test_dataset import parquet_bytes, write_jsonl
 
 from nanochat import dataset
-from nanochat.dataloader import RowLoader, build_conversation_shards, build_token_shards
+from nanochat.dataloader import RowLoader
 from nanochat.dataset import iterate_documents, list_shards, prepare
+from nanochat.token_shards import build_conversation_shards, build_token_shards
 from nanochat.tokenizer import Tokenizer
 
 T = 32
@@ -108,14 +109,14 @@ def test_seed_and_epoch_change_the_order_and_nothing_else(corpus, tokenizer):
 
 def test_resume_is_the_same_run_and_takes_no_time(corpus, tokenizer):
     through = []
-    with RowLoader(build_token_shards(corpus, "train", tokenizer), T, 8, 4, 0) as loader:
-        for step, batches in itertools.islice(loader.iterate(), 300):
-            assert step == len(through)
-            through.append(rows_of(batches)[0])
+    loader = RowLoader(build_token_shards(corpus, "train", tokenizer), T, 8, 4, 0)
+    for step, batches in itertools.islice(loader.iterate(), 300):
+        assert step == len(through)
+        through.append(rows_of(batches)[0])
     for start in (1, 123, 299):
         began = time.monotonic()
-        with RowLoader(build_token_shards(corpus, "train", tokenizer), T, 8, 4, 0) as loader:
-            step, batches = next(loader.iterate(start))
+        loader = RowLoader(build_token_shards(corpus, "train", tokenizer), T, 8, 4, 0)
+        step, batches = next(loader.iterate(start))
         assert time.monotonic() - began < 1.0
         assert step == start
         assert torch.equal(rows_of(batches)[0], through[start])
@@ -138,10 +139,10 @@ def test_fewer_rows_than_a_step_wrap_into_later_epochs(tmp_path, monkeypatch, to
 
 
 def test_batches_yielded_earlier_are_not_overwritten(corpus, tokenizer):
-    with RowLoader(build_token_shards(corpus, "train", tokenizer), T, 4, 4, 0) as loader:
-        kept = [batches for _, batches in itertools.islice(loader.iterate(), 20)]
-        for step, batches in enumerate(kept):
-            assert torch.equal(rows_of(batches)[0], rows_of(loader.step(step))[0])
+    loader = RowLoader(build_token_shards(corpus, "train", tokenizer), T, 4, 4, 0)
+    kept = [batches for _, batches in itertools.islice(loader.iterate(), 20)]
+    for step, batches in enumerate(kept):
+        assert torch.equal(rows_of(batches)[0], rows_of(loader.step(step))[0])
 
 
 def test_close_ends_the_thread(corpus, tokenizer):
@@ -149,22 +150,22 @@ def test_close_ends_the_thread(corpus, tokenizer):
         return sum(thread.name == "rows" for thread in threading.enumerate())
 
     before = count()
-    with RowLoader(build_token_shards(corpus, "train", tokenizer), T, 4, 4, 0) as loader:
-        next(loader.iterate())
-        iterator = loader.iterate(7)
-        next(iterator)
-        assert count() > before
+    loader = RowLoader(build_token_shards(corpus, "train", tokenizer), T, 4, 4, 0)
+    next(loader.iterate())
+    iterator = loader.iterate(7)
+    next(iterator)
+    assert count() == before + 1
+    iterator.close()
     assert count() == before
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
 def test_pinned_staging_gives_the_same_rows_on_a_gpu(corpus, tokenizer):
     shards = build_token_shards(corpus, "train", tokenizer)
-    with RowLoader(shards, T, 8, 4, 0, device="cuda") as loader:
-        plain = RowLoader(shards, T, 8, 4, 0)
-        for step, batches in itertools.islice(loader.iterate(), 100):
-            assert batches[0][0].is_cuda
-            assert torch.equal(rows_of(batches)[0].cpu(), rows_of(plain.step(step))[0])
+    loader, plain = (RowLoader(shards, T, 8, 4, 0, device=device) for device in ("cuda", "cpu"))
+    for step, batches in itertools.islice(loader.iterate(), 100):
+        assert batches[0][0].is_cuda
+        assert torch.equal(rows_of(batches)[0].cpu(), rows_of(plain.step(step))[0])
 
 
 @pytest.mark.parametrize(("rows", "batch", "world_size"), [(8, 3, 1), (8, 8, 2), (0, 4, 1), (6, 4, 1)])
@@ -224,11 +225,8 @@ def test_training_shard_that_changed(corpus, tokenizer):
 def test_error_in_the_thread_reaches_the_consumer(corpus, tokenizer):
     shards = build_token_shards(corpus, "train", tokenizer)
     (list_shards(corpus, "train")[0]).write_bytes(b"")
-    with (
-        RowLoader(shards, T, 4, 4, 0) as loader,
-        pytest.raises(ValueError, match=r"shard_00000\.parquet is not the file"),
-    ):
-        next(loader.iterate())
+    with pytest.raises(ValueError, match=r"shard_00000\.parquet is not the file"):
+        next(RowLoader(shards, T, 4, 4, 0).iterate())
 
 
 def test_damaged_token_shard(corpus, tokenizer):
@@ -248,13 +246,12 @@ def test_training_starts_while_shards_are_arriving(tmp_path, monkeypatch, tokeni
         server.faults["shard_00001.parquet"] = [("status", 404)]
         with pytest.raises(ValueError, match="404"):
             prepare("tiny", 3, mirror=server.url, workers=1)
-        with RowLoader(build_token_shards("tiny", "train", tokenizer), T, 8, 8, 0) as loader:
-            steps = loader.iterate()
-            early = [rows_of(next(steps)[1])[0] for _ in range(2)]
-            download = threading.Timer(0.3, prepare, ["tiny", 3], {"mirror": server.url})
-            download.start()
-            rest = [rows_of(next(steps)[1])[0] for _ in range(200)]
-            download.join()
+        steps = RowLoader(build_token_shards("tiny", "train", tokenizer), T, 8, 8, 0).iterate()
+        early = [rows_of(next(steps)[1])[0] for _ in range(2)]
+        download = threading.Timer(0.3, prepare, ["tiny", 3], {"mirror": server.url})
+        download.start()
+        rest = [rows_of(next(steps)[1])[0] for _ in range(200)]
+        download.join()
     assert "waiting for" in capsys.readouterr().out
     loader = RowLoader(build_token_shards("tiny", "train", tokenizer), T, 8, 8, 0)
     for step, rows in enumerate(early + rest):

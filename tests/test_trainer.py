@@ -15,7 +15,8 @@ from tiny_run import BASE, SKILLS, STEPS, losses, metrics, run, run_ranks, scrip
 
 from nanochat import checkpoint, recipe
 from nanochat.compute import Compute
-from nanochat.dataloader import RowLoader, build_token_shards
+from nanochat.dataloader import RowLoader
+from nanochat.token_shards import build_token_shards
 from nanochat.tokenizer import load_tokenizer
 from nanochat.trainer import TrainConfig, Trainer
 
