@@ -17,7 +17,7 @@ SCORED: dict[str, Callable[[str], Task]] = {
 }
 
 
-def mixture(split: str, scale: float, seed: int, identity: bool, limit: int | None = None) -> TaskMixture:
+def mixture(split: str, scale: float, seed: int, identity: bool) -> TaskMixture:
     """Conversations of all skills, shuffled; `scale` 1 is 1,000 of each of the larger ones.
 
     identity: also who the model is, and small talk.
@@ -38,4 +38,4 @@ def mixture(split: str, scale: float, seed: int, identity: bool, limit: int | No
     ]
     if identity:
         tasks.append(Identity(split, size=size(2500), seed=seed))
-    return TaskMixture(tasks, seed=seed, limit=limit)
+    return TaskMixture(tasks, seed=seed)

@@ -17,7 +17,6 @@ class Task:
     A subclass sets `name` and writes `example(i)`, a function of the task's arguments and i alone, for i in
     range(total). `eval_type` is "generative" (the completion is text that the model wrote) or "categorical" (it is
     one of conversation["letters"], the most probable one). `baseline` is the accuracy of guessing, 0 to 1.
-    `start`, `stop`, `step` slice the examples; at most `limit` of these are kept.
     """
 
     name = "task"
@@ -25,19 +24,8 @@ class Task:
     baseline = 0.0
     skipped = 0  # items of the source that made no conversation
 
-    def __init__(
-        self,
-        total: int,
-        start: int | None = None,
-        stop: int | None = None,
-        step: int | None = None,
-        limit: int | None = None,
-    ) -> None:
-        if step is not None and step < 1:
-            raise ValueError(f"step must be 1 or more, not {step}")
-        if limit is not None and limit < 0:
-            raise ValueError(f"limit must be 0 or more, not {limit}")
-        self._indices = range(total)[start:stop:step][:limit]
+    def __init__(self, total: int) -> None:
+        self._indices = range(total)
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -46,7 +34,7 @@ class Task:
         return self.example(self._indices[index])
 
     def example(self, index: int) -> Conversation:
-        """Conversation `index` of the whole, unsliced task."""
+        """Conversation `index`."""
         raise NotImplementedError
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
@@ -63,11 +51,11 @@ class MadeTask(Task):
 
     train_size = test_size = 1000
 
-    def __init__(self, split: str, size: int | None = None, seed: int = 0, **slicing: int | None) -> None:
+    def __init__(self, split: str, size: int | None = None, seed: int = 0) -> None:
         self.split, self.seed, self.deck = require_split(split), seed, list(self.items(split))
         random.Random(f"{self.name} {split}").shuffle(self.deck)
         default = (self.train_size if split == "train" else self.test_size) * (len(self.deck) or 1)
-        super().__init__(default if size is None else size, **slicing)
+        super().__init__(default if size is None else size)
 
     def items(self, split: str) -> Iterable[Any]:
         """What a split asks about; nothing where everything is drawn."""
@@ -87,41 +75,27 @@ class TaskSequence(Task):
 
     name = "sequence"
 
-    def __init__(self, tasks: Sequence[Task], **slicing: int | None) -> None:
-        self.tasks = list(tasks)
-        self._places = [(task, index) for task in self.tasks for index in range(len(task))]
-        super().__init__(len(self._places), **slicing)
+    def __init__(self, tasks: Sequence[Task]) -> None:
+        self._places = [(task, index) for task in tasks for index in range(len(task))]
+        super().__init__(len(self._places))
 
     def example(self, index: int) -> Conversation:
         task, place = self._places[index]
         return task[place]
 
 
-class TaskMixture(Task):
-    """Tasks shuffled together, the same way for the same seed in any process.
+class TaskMixture(TaskSequence):
+    """Tasks shuffled together, the same way for the same seed in any process; at most `limit` conversations of them.
 
-    A weight of 2 takes every conversation of its task twice, .5 the first half of them; naming a task twice in the
-    list has the same effect as weight 2.
+    A task that is named twice has every conversation twice.
     """
 
     name = "mixture"
 
-    def __init__(
-        self, tasks: Sequence[Task], weights: Sequence[float] | None = None, seed: int = 0, **slicing: int | None
-    ) -> None:
-        self.tasks = list(tasks)
-        weights = [1.0] * len(self.tasks) if weights is None else list(weights)
-        if len(weights) != len(self.tasks) or min(weights, default=0) < 0:
-            raise ValueError(f"give one weight of 0 or more to each of the {len(self.tasks)} tasks, not {weights}")
-        self._places = [
-            (task, index % len(task))
-            for task, weight in zip(self.tasks, weights)
-            for index in range(round(weight * len(task)))
-        ]
+    def __init__(self, tasks: Sequence[Task], seed: int = 0, limit: int | None = None) -> None:
+        super().__init__(tasks)
         random.Random(f"mixture {seed}").shuffle(self._places)
-        super().__init__(len(self._places), **slicing)
-
-    example = TaskSequence.example
+        self._indices = self._indices[:limit]
 
 
 class Multiturn(Task):
@@ -132,11 +106,9 @@ class Multiturn(Task):
 
     name = "multiturn"
 
-    def __init__(self, task: Task, max_turns: int = 4, seed: int = 0, **slicing: int | None) -> None:
-        if max_turns < 1:
-            raise ValueError(f"max_turns must be 1 or more, not {max_turns}")
+    def __init__(self, task: Task, max_turns: int = 4, seed: int = 0) -> None:
         self.task, self.max_turns, self.seed = task, max_turns, seed
-        super().__init__(len(task), **slicing)
+        super().__init__(len(task))
 
     def example(self, index: int) -> Conversation:
         rng = random.Random(f"multiturn {self.seed} {index}")
@@ -170,9 +142,9 @@ def multiple_choice(question: str, choices: Sequence[str], place: int) -> Conver
     return single_turn(render_choices(question, letters, choices), letters[place], letters=letters)
 
 
-def name_skipped(source: str, problems: Sequence[str], total: int, most: int = 5) -> int:
-    """Print what is wrong with the first `most` items that a source of `total` loses, a line each; their number."""
-    for problem in problems[:most]:
+def name_skipped(source: str, problems: Sequence[str], total: int) -> int:
+    """Print what is wrong with the first five items that a source of `total` loses, a line each; their number."""
+    for problem in problems[:5]:
         print0(problem)
     if problems:
         print0(f"{source}: skipped {len(problems)} of {total:,} conversations")

@@ -15,7 +15,7 @@ class CustomJSON(Task):
 
     name = "customjson"
 
-    def __init__(self, path: Path | str, **slicing: int | None) -> None:
+    def __init__(self, path: Path | str) -> None:
         self._conversations: list[Conversation] = []
         problems = []
         with open(path, "rb") as lines:
@@ -30,7 +30,7 @@ class CustomJSON(Task):
         self.skipped = name_skipped(str(path), problems, total)
         if not self._conversations:
             raise ValueError(f'{path} holds no conversation: write one {{"messages": [...]}} a line')
-        super().__init__(len(self._conversations), **slicing)
+        super().__init__(len(self._conversations))
 
     def example(self, index: int) -> Conversation:
         return self._conversations[index]

@@ -40,14 +40,12 @@ class HumanEval(ParquetTask):
     splits = ("test",)
     columns = ("prompt", "canonical_solution", "test", "entry_point")
 
-    def __init__(
-        self, split: str, tasks_dir: Path | str | None = None, unsafe: bool = False, **slicing: int | None
-    ) -> None:
+    def __init__(self, split: str, tasks_dir: Path | str | None = None, unsafe: bool = False) -> None:
         from nanochat import execution
 
         execution.require_isolation(unsafe)
         self.unsafe = unsafe
-        super().__init__(split, tasks_dir, **slicing)
+        super().__init__(split, tasks_dir)
 
     def conversation(self, row: dict[str, Any]) -> Conversation:
         prompt, entry_point = row["prompt"], row["entry_point"]

@@ -22,7 +22,7 @@ class ParquetTask(Task):
     splits: tuple[str, ...] = ("train", "test")
     columns: tuple[str, ...] = ()
 
-    def __init__(self, split: str, tasks_dir: Path | str | None = None, **slicing: int | None) -> None:
+    def __init__(self, split: str, tasks_dir: Path | str | None = None) -> None:
         require_split(split, self.splits)
         self._table = _read(self.local(split, tasks_dir) or fetch(type(self), split, tasks_dir), self.columns)
         where = f"{_folder(self.name, tasks_dir) / split}.parquet"
@@ -34,7 +34,7 @@ class ParquetTask(Task):
             except (ValueError, TypeError, KeyError, AttributeError) as error:
                 problems.append(f"{where}, row {i}: {error}")
         self.skipped = name_skipped(where, problems, self._table.num_rows)
-        super().__init__(len(self._rows), **slicing)
+        super().__init__(len(self._rows))
 
     @classmethod
     def local(cls, split: str, tasks_dir: Path | str | None = None) -> list[Path]:
