@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -11,24 +12,22 @@ import torch
 
 from nanochat.common import print0
 from nanochat.compute import Compute, usable_cores
-from nanochat.conversation import render_for_completion
+from nanochat.conversation import plain_text, render_for_completion
 from nanochat.core_eval import accuracy_record
 from nanochat.engine import Engine, Request
 from nanochat.spans import Span, score_spans
 
+Prompts = Sequence[list[int]]  # token ids of each
 SAMPLES = 3  # conversations a task keeps for the report
 # What ChatCORE is defined over, so that it compares with published numbers, where all six are there.
 CHATCORE = ("arc_easy", "arc_challenge", "mmlu", "gsm8k", "humaneval", "spellingbee")
 
 
 def _last_question(conversation: dict[str, Any]) -> str:
-    content = next(m["content"] for m in reversed(conversation["messages"]) if m["role"] == "user")
-    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+    return plain_text(next(m for m in reversed(conversation["messages"]) if m["role"] == "user"))
 
 
-def choose_letters(
-    model: Any, tokenizer: Any, prompts: Sequence[list[int]], letters: Sequence[Sequence[str]]
-) -> list[str]:
+def choose_letters(model: Any, tokenizer: Any, prompts: Prompts, letters: Sequence[Sequence[str]]) -> list[str]:
     """For each prompt the letter that the model finds likeliest as the next token; the first of equals.
 
     prompts: token ids, of any lengths; letters: those to choose from, a prompt. Nothing is sampled, and tokens other
@@ -41,9 +40,8 @@ def choose_letters(
                 raise ValueError(f"letters {choices} must be one token each: retrain with scripts.tok_train")
             spans.append(Span([*prompt, *token], len(prompt)))
     scores = iter(score_spans(model, spans))
-    return [
-        max([(letter, next(scores).logprob) for letter in choices], key=lambda pair: pair[1])[0] for choices in letters
-    ]
+    logprobs = [{letter: next(scores).logprob for letter in choices} for choices in letters]
+    return [max(of_letter, key=of_letter.__getitem__) for of_letter in logprobs]
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
@@ -52,14 +50,24 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
     return 1 - math.comb(n - correct, k) / math.comb(n, k)
 
 
+def pass_rates(counts: Sequence[int], n: int, ks: Iterable[int]) -> dict[str, dict[str, float]]:
+    """pass@k by k: the mean over problems with `counts` right answers out of `n`, and its standard error over them."""
+    rates = {}
+    for k in ks:
+        chances = [pass_at_k(n, count, k) for count in counts]
+        error = statistics.pstdev(chances) / math.sqrt(len(chances))
+        rates[str(k)] = {"accuracy": statistics.fmean(chances), "stderr": error}
+    return rates
+
+
 def _sampled(
-    engine: Any, tokenizer: Any, prompts: Sequence[list[int]], places: Iterable[int], num_samples: int, **settings: Any
+    engine: Any, tokenizer: Any, prompts: Prompts, places: Iterable[int], n: int, **settings: Any
 ) -> list[str]:
-    """`num_samples` answers to each prompt; their random numbers follow from the problem's place in the task alone."""
+    """`n` answers to each prompt; their random numbers follow from the problem's place in the task alone."""
     requests = [
-        Request(ids, sample=place * num_samples + i, **settings)
+        Request(ids, sample=place * n + i, **settings)
         for place, ids in zip(places, prompts, strict=True)
-        for i in range(num_samples)  # one after the other: the engine reads their prompt once
+        for i in range(n)  # one after the other: the engine reads their prompt once
     ]
     engine.run(requests)
     return [tokenizer.decode(request.output) for request in requests]
@@ -78,13 +86,8 @@ def _record(counts: Sequence[int], num_samples: int, pass_k: int | None, baselin
     record = accuracy_record(sum(counts) / num_samples, len(counts), baseline)
     if num_samples == 1:
         return {**record, "outcomes": "".join(map(str, counts))}
-    record["pass_at_k"] = {}
-    for k in sorted({1, pass_k or 1}):
-        chances = [pass_at_k(num_samples, count, k) for count in counts]
-        mean = sum(chances) / len(chances)
-        spread = sum((chance - mean) ** 2 for chance in chances) / len(chances)
-        record["pass_at_k"][str(k)] = {"accuracy": mean, "stderr": math.sqrt(spread / len(chances))}
-    return {**record, "stderr": record["pass_at_k"]["1"]["stderr"], "num_samples": num_samples}
+    rates = pass_rates(counts, num_samples, sorted({1, pass_k or 1}))
+    return {**record, "stderr": rates["1"]["stderr"], "pass_at_k": rates, "num_samples": num_samples}
 
 
 @torch.no_grad()

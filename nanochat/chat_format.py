@@ -12,7 +12,7 @@ from typing import Any
 
 from nanochat import template
 from nanochat.common import read_json
-from nanochat.conversation import Message, drop_oldest_turns, render_for_completion, validate
+from nanochat.conversation import Message, drop_oldest_turns, plain_text, render_for_completion, validate
 from nanochat.detokenizer import AnswerDecoder, Event, Reasoning
 from nanochat.hf_tokenizer import HFTokenizer
 
@@ -54,15 +54,9 @@ def chat_format(folder: Path | str, tokenizer: HFTokenizer) -> "Template | Harmo
         return Template((folder / "chat_template.jinja").read_text(encoding="utf-8"), tokenizer)
     source = tokenizer.settings.get("chat_template")
     if isinstance(source, list):  # several, by name
-        source = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}.get(
-            "default"
-        )
+        named = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
+        source = named.get("default")
     return Template(source if isinstance(source, str) else _CONTINUE, tokenizer)
-
-
-def _plain(content: Any) -> str:
-    """A message's content as text."""
-    return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
 
 class Template(Format):
@@ -74,12 +68,12 @@ class Template(Format):
         self._special = re.compile("|".join(map(re.escape, names)) or "(?!)")
         self._template = template.Template(source)
 
-    def render(self, messages: Sequence[dict[str, Any]], **variables: Any) -> list[int]:
+    def render(self, messages: Sequence[Message], **variables: Any) -> list[int]:
         """Ids of the conversation, to be continued by the assistant. What looks like a special token in a message is
         text. variables: further ones that the template knows, such as enable_thinking. Raises ValueError for
         messages that the template refuses, and for a template that is broken or reaches for more than it may."""
         validate({"messages": messages}, allow_empty_reply=True)
-        messages = [{**m, "content": self._break_marks(_plain(m["content"]))} for m in messages]
+        messages = [{**m, "content": self._break_marks(plain_text(m))} for m in messages]
         settings = self.tokenizer.settings
         marks = {k: v.get("content") if isinstance(v, dict) else v for k, v in settings.items() if k.endswith("_token")}
         if not marks.get("bos_token"):
@@ -128,9 +122,7 @@ class ThinkDecoder(AnswerDecoder):
 class Harmony(Format):
     """gpt-oss's format (OpenAI, "harmony response format"): messages in channels, of which `final` is the answer."""
 
-    def render(
-        self, messages: Sequence[dict[str, Any]], reasoning: str = "medium", date: str | None = None
-    ) -> list[int]:
+    def render(self, messages: Sequence[Message], reasoning: str = "medium", date: str | None = None) -> list[int]:
         """Ids of the conversation, up to the assistant's next turn. What an API calls the system message goes to the
         developer; earlier reasoning is left out. reasoning: low | medium | high. date: YYYY-MM-DD, unset: today."""
         validate({"messages": messages}, allow_empty_reply=True)
@@ -149,7 +141,7 @@ class Harmony(Format):
         identity = "You are ChatGPT, a large language model trained by OpenAI.\nKnowledge cutoff: 2024-06\n"
         add("system", f"{identity}Current date: {date}\n\nReasoning: {reasoning}\n\n{HARMONY_CHANNELS}")
         for message in messages:
-            role, text = message["role"], _plain(message["content"])
+            role, text = message["role"], plain_text(message)
             if role == "system":
                 add("developer", f"# Instructions\n\n{text}")
             else:

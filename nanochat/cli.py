@@ -14,9 +14,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-def option(
-    default: Any, help: str, choices: Sequence[Any] | None = None, flag: str | None = None, bare: Any = None
-) -> Any:
+def option(default: Any, help: str, choices: Sequence | None = None, flag: str | None = None, bare: Any = None) -> Any:
     """A dataclass field that is also a flag: its default, help text, allowed values, a short form such as `-n`,
     and the value that the flag has when it is given without one."""
     meta = {"help": help, "choices": choices, "flag": flag, "bare": bare}

@@ -71,12 +71,9 @@ def sha256_file(path: Path | str) -> str:
 
 def git_commit() -> str:
     """The commit of this checkout, with `+` when files differ from it; `unknown` outside git."""
-    root = Path(__file__).resolve().parent.parent
+    describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--exclude=*", "--abbrev=12"]
     try:
-        run = ["git", "-C", str(root)]
-        commit = subprocess.run([*run, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
-        dirty = subprocess.run([*run, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
-        return commit.stdout.strip() + ("+" if dirty.stdout.strip() else "")
+        return subprocess.run([*describe, "--dirty=+"], capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
@@ -100,14 +97,9 @@ def provenance() -> dict[str, Any]:
     if torch.cuda.is_available():
         hardware |= {"gpu": torch.cuda.get_device_name(0), "gpus": torch.cuda.device_count()}
     versions = {"python": platform.python_version(), "torch": torch.__version__}
-    for package in ("numpy", "tiktoken", "safetensors"):
-        versions[package] = metadata.version(package)
-    return {
-        "commit": git_commit(),
-        "hardware": hardware,
-        "versions": versions,
-        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
+    versions |= {package: metadata.version(package) for package in ("numpy", "tiktoken", "safetensors")}
+    date = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    return {"commit": git_commit(), "hardware": hardware, "versions": versions, "date": date}
 
 
 def write_record(path: Path | str, record: dict[str, Any]) -> None:

@@ -25,6 +25,7 @@ PARTS: dict[str, tuple[str | None, str | None, bool]] = {
 }
 Message = dict[str, Any]
 Part = dict[str, str]
+Rendered = tuple[list[int], list[int]]  # ids, and their mask
 
 
 def validate(conversation: dict[str, Any], allow_empty_reply: bool = False) -> None:
@@ -47,9 +48,7 @@ def validate(conversation: dict[str, Any], allow_empty_reply: bool = False) -> N
     for i, message in enumerate(messages):
         role, content = message["role"], message["content"]
         if i >= first and role != (expected := ROLES[(i - first) % 2]):
-            raise ValueError(
-                f"message {i}: role {role!r} where {expected!r} must come (an optional system, then turns)"
-            )
+            raise ValueError(f"message {i}: role {role!r} where {expected!r} must come (optional system, then turns)")
         if problem := _content_problem(content, role == "assistant", allow_empty_reply):
             raise ValueError(f"message {i} ({role}): {problem}")
 
@@ -75,7 +74,8 @@ def _parts(content: str | list[Part]) -> list[Part]:
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
-def _plain_text(message: Message) -> str:
+def plain_text(message: Message) -> str:
+    """The text of a message, whether it is whole or in parts."""
     return "".join(part["text"] for part in _parts(message["content"]))
 
 
@@ -84,10 +84,10 @@ def _merge_system(messages: list[Message]) -> list[Message]:
     if messages[0]["role"] != "system":
         return messages
     system, user, *rest = messages
-    return [{"role": "user", "content": f"{_plain_text(system)}\n\n{_plain_text(user)}"}, *rest]
+    return [{"role": "user", "content": f"{plain_text(system)}\n\n{plain_text(user)}"}, *rest]
 
 
-def _render(messages: list[Message], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+def _render(messages: list[Message], tokenizer: Tokenizer) -> Rendered:
     """Ids and mask of valid messages, whole."""
     ids, mask = [tokenizer.get_bos_token_id()], [0]
 
@@ -98,7 +98,7 @@ def _render(messages: list[Message], tokenizer: Tokenizer) -> tuple[list[int], l
     special = tokenizer.encode_special
     for message in _merge_system(messages):
         if message["role"] == "user":
-            add(tokenizer.encode(_plain_text(message), prepend="<|user_start|>", append="<|user_end|>"))
+            add(tokenizer.encode(plain_text(message), prepend="<|user_start|>", append="<|user_end|>"))
             continue
         add([special("<|assistant_start|>")])
         for part in _parts(message["content"]):
@@ -108,9 +108,7 @@ def _render(messages: list[Message], tokenizer: Tokenizer) -> tuple[list[int], l
     return ids, mask
 
 
-def render(
-    conversation: dict[str, Any], tokenizer: Tokenizer, max_tokens: int | None = None
-) -> tuple[list[int], list[int]]:
+def render(conversation: dict[str, Any], tokenizer: Tokenizer, max_tokens: int | None = None) -> Rendered:
     """Ids of a conversation and their mask, 1 where the assistant itself must produce the token.
 
     Both lists are cut on the right to `max_tokens`. The mask is of the ids, not of the shifted targets.
@@ -153,7 +151,7 @@ def drop_oldest_turns(
     kept = system + turns[2 * dropped :]
     if dropped < last or excess(kept) <= 0:
         return kept
-    text = _plain_text(turns[-1])
+    text = plain_text(turns[-1])
     if excess([*system, {"role": "user", "content": text[-1]}]) > -(budget // 4):
         system = []
     while (over := excess([*system, {"role": "user", "content": text}])) > 0 and len(text) > 1:

@@ -10,7 +10,7 @@ from nanochat import checkpoint, recipe
 from nanochat.cli import option, require_positive
 from nanochat.common import print0
 from nanochat.compute import Compute
-from nanochat.conversation import render
+from nanochat.conversation import Rendered, render
 from nanochat.dataset import iterate_documents, list_shards
 from nanochat.gpt import GPT
 from nanochat.token_shards import TokenShard, build_conversation_shards
@@ -86,7 +86,7 @@ def conversation_shards(name: str, conversations: Conversations, tokenizer: Toke
     return build_conversation_shards(name, _rendered(conversations, tokenizer, T + 1), tokenizer)
 
 
-def _rendered(conversations: Conversations, tokenizer: Tokenizer, max_tokens: int) -> Iterator[tuple[list, list]]:
+def _rendered(conversations: Conversations, tokenizer: Tokenizer, max_tokens: int) -> Iterator[Rendered]:
     """Conversations as (ids, mask); one that is malformed, or supervises nothing once truncated, is counted out."""
     skipped, problem, began = 0, "", time.monotonic()
     for index in range(len(conversations)):
@@ -105,7 +105,7 @@ def _rendered(conversations: Conversations, tokenizer: Tokenizer, max_tokens: in
         print0(f"skipped {skipped} of {len(conversations):,} conversations ({problem})")
 
 
-def _replayed(dataset: str, tokenizer: Tokenizer, max_tokens: int, n_tokens: int) -> Iterator[tuple[list, list]]:
+def _replayed(dataset: str, tokenizer: Tokenizer, max_tokens: int, n_tokens: int) -> Iterator[Rendered]:
     """About `n_tokens` tokens of the dataset's training text, from its last shard on back, supervised throughout."""
     for path in reversed(list_shards(dataset, "train")):
         for text in iterate_documents([path]):

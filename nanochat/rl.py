@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from nanochat.chat_eval import evaluate_task, pass_at_k
+from nanochat.chat_eval import evaluate_task, pass_rates
 from nanochat.cli import option, require_positive
 from nanochat.common import print0
 from nanochat.compute import Compute
@@ -28,9 +28,10 @@ from nanochat.engine import Engine, Request
 from nanochat.finetune import Conversations, SourceConfig, conversation_shards, load_source, train_further
 from nanochat.gpt import GPT
 from nanochat.tokenizer import Tokenizer
-from nanochat.trainer import Batch
+from nanochat.trainer import Batch, MicroBatch
 
 PASS_AT = (1, 4, 8)  # the last is the number of answers sampled to each test problem
+Tasks = Sequence[Any]  # of tasks.common.Task
 
 
 @dataclass(frozen=True)
@@ -86,9 +87,7 @@ def sampled_row(request: Request) -> tuple[list[int], list[int]]:
     return [*request.tokens, *request.output, *end], [0] * len(request.tokens) + request.mask + [1] * len(end)
 
 
-def make_micro_batches(
-    groups: Sequence[Group], n_tokens: int, rows: int, device: torch.device
-) -> list[tuple[torch.Tensor, ...]]:
+def make_micro_batches(groups: Sequence[Group], n_tokens: int, rows: int, device: torch.device) -> list[MicroBatch]:
     """(inputs_BT, targets_BT, weights_BT) of all answers that have an advantage, the longest first, `rows` at a time.
 
     A weight is the answer's advantage over `n_tokens`; the target of a token that was not sampled is -1.
@@ -113,13 +112,7 @@ class Rollouts:
     """Samples answers and makes them into batches. What a step asks and draws follows from (seed, step) alone."""
 
     def __init__(
-        self,
-        model: GPT,
-        tokenizer: Tokenizer,
-        train: Sequence[Any],
-        test: Sequence[Any],
-        config: RLConfig,
-        compute: Compute,
+        self, model: GPT, tokenizer: Tokenizer, train: Tasks, test: Tasks, config: RLConfig, compute: Compute
     ) -> None:
         self.model, self.tokenizer, self.config, self.compute, self.test = model, tokenizer, config, compute, test
         self.places = [(task, index) for task in train for index in range(len(task))]
@@ -209,11 +202,7 @@ class Rollouts:
             right_N, own = torch.zeros(n, device=compute.device), [sum(group.rewards) for group in groups]
             right_N[compute.rank :: compute.world_size] = torch.tensor(own, device=compute.device)
             rights = [int(right) for right in compute.all_reduce_sum(right_N).tolist()]
-            record["pass_at_k"] = {}
-            for k in PASS_AT:
-                chance_N = torch.tensor([pass_at_k(PASS_AT[-1], right, k) for right in rights])
-                score = {"accuracy": chance_N.mean().item(), "stderr": chance_N.std(unbiased=False).item() / n**0.5}
-                record["pass_at_k"][str(k)] = score
+            record["pass_at_k"] = pass_rates(rights, PASS_AT[-1], PASS_AT)
             shown = {"accuracy": record, **{f"pass@{k}": score for k, score in record["pass_at_k"].items()}}
             scores = (f"{name} {100 * s['accuracy']:.1f} ± {100 * s['stderr']:.1f} %" for name, s in shown.items())
             print0(f"step {step}: {task.name}, {n} problems: {', '.join(scores)}")
@@ -221,9 +210,7 @@ class Rollouts:
         return {"tasks": tasks}
 
 
-def reinforce(
-    config: RLConfig, train: Sequence[Any], test: Sequence[Any], held_out: Conversations, compute: Compute
-) -> None:
+def reinforce(config: RLConfig, train: Tasks, test: Tasks, held_out: Conversations, compute: Compute) -> None:
     """Train the newest SFT model on the tasks `train` and save it as stage rl.
 
     `test` are other problems of the same tasks, for evaluation alone. The bits per byte of `held_out` say whether the

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from nanochat.common import atomic_write_json, fsync_dir, read_json, sha256_file
+from nanochat.conversation import Rendered
 from nanochat.dataset import dataset_dir, shard_records
 from nanochat.documents import iterate_documents
 from nanochat.packing import pack
@@ -134,9 +135,7 @@ def build_token_shards(
     return shards
 
 
-def build_conversation_shards(
-    name: str, conversations: Iterable[tuple[Sequence[int], Sequence[int]]], tokenizer: Tokenizer
-) -> list[TokenShard]:
+def build_conversation_shards(name: str, conversations: Iterable[Rendered], tokenizer: Tokenizer) -> list[TokenShard]:
     """Token shards of rendered conversations: (ids, mask), where ids begin with BOS and mask is 1 on supervised ones.
 
     They are kept under datasets/`name`, named by a hash of their content: the same conversations are the same shard.

@@ -60,9 +60,7 @@ class TrainConfig:
     sample_every: int = option(2000, "steps between samples (0 = only at the end)")
     save_every: int | None = option(None, "steps between checkpoints; unset = before every evaluation")
     keep: int = option(2, "newest checkpoints kept, beside the one with the best validation")
-    resume: str | None = option(
-        None, "go on from a step; alone: from the newest whole checkpoint; auto: if there is one", bare="newest"
-    )
+    resume: str | None = option(None, "go on from a step; alone: the newest; auto: if there is one", bare="newest")
     compile: bool = option(True, "fuse with torch.compile where a compiler is there")
     shard_params: bool = option(False, "share out the parameters over the ranks as well, where one cannot hold them")
     overlap: bool = option(True, "send gradients while the backward pass goes on; the results are the same to the bit")
@@ -102,6 +100,9 @@ def rows_per_step(total_tokens: int, sequence_len: int, world_size: int) -> int:
     return rows
 
 
+MicroBatch = tuple[torch.Tensor, ...]
+
+
 class Batch(NamedTuple):
     """A step's work for this rank, and what the step's line of metrics says of it.
 
@@ -110,7 +111,7 @@ class Batch(NamedTuple):
     agree on, the step changes nothing.
     """
 
-    micro_batches: Sequence[tuple[torch.Tensor, ...]]
+    micro_batches: Sequence[MicroBatch]
     tokens: int  # over all ranks
     line: dict[str, Any]
 
@@ -257,7 +258,7 @@ class Trainer:
             **scores,
         }
 
-    def _backward(self, micro_batches: Sequence[tuple[torch.Tensor, ...]]) -> dict[str, float]:
+    def _backward(self, micro_batches: Sequence[MicroBatch]) -> dict[str, float]:
         """Gradients of the step's loss; the loss, and of weighted rows the mean of their targets' own, in nats."""
         if self.model.config.dropout:
             torch.manual_seed(((self.config.seed << 40) + (self.step << 10) + self.compute.rank) % 2**63)

@@ -15,12 +15,13 @@ from test_engine import ScriptedModel
 from tiny_run import Running, losses, metrics, run, script, start, wait_for
 
 from nanochat import checkpoint, cli, finetune, recipe
+from nanochat.chat_eval import pass_at_k
 from nanochat.compute import Compute
 from nanochat.conversation import render, render_for_completion
 from nanochat.engine import Engine, Request
 from nanochat.optim import MuonAdamW
 from nanochat.records import Records
-from nanochat.rl import Group, RLConfig, Rollouts, judge, make_micro_batches, pass_at_k, reinforce, sampled_row
+from nanochat.rl import Group, RLConfig, Rollouts, judge, make_micro_batches, reinforce, sampled_row
 from nanochat.tokenizer import load_tokenizer
 from nanochat.trainer import Trainer
 from scripts.chat_rl import ChatRL
