@@ -20,12 +20,7 @@ class ApiError(Exception):
     """An answer in OpenAI's error shape: `{"error": {"message", "type", "param", "code"}}`."""
 
     def __init__(
-        self,
-        status: int,
-        message: str,
-        param: str | None = None,
-        code: str | None = None,
-        headers: dict[str, str] | None = None,
+        self, status: int, message: str, param: str | None = None, code: str | None = None, headers: dict | None = None
     ) -> None:
         super().__init__(message)
         kind = "invalid_request_error" if status < 500 else "server_error"
@@ -195,19 +190,16 @@ def read_body(data: bytes, kind: type[Parameters]) -> Any:
     body = {name: value for name, value in body.items() if value is not None}
     messages = body.get("messages")
     if isinstance(messages, list):  # clients echo an answer with its empty fields
-        body["messages"] = [_without_nulls(message) for message in messages]
+        body["messages"] = [
+            {key: value for key, value in each.items() if value is not None} if isinstance(each, dict) else each
+            for each in messages
+        ]
     try:
         parameters = kind.model_validate(body)
     except ValidationError as error:
         raise _refusal(error, kind) from error
     parameters.check()
     return parameters
-
-
-def _without_nulls(message: Any) -> Any:
-    return (
-        {name: value for name, value in message.items() if value is not None} if isinstance(message, dict) else message
-    )
 
 
 def _refusal(error: ValidationError, kind: type[Parameters]) -> ApiError:

@@ -79,16 +79,11 @@ def plain_text(message: Message) -> str:
     return "".join(part["text"] for part in _parts(message["content"]))
 
 
-def _merge_system(messages: list[Message]) -> list[Message]:
-    """User and assistant turns, the system text put before the first user's."""
-    if messages[0]["role"] != "system":
-        return messages
-    system, user, *rest = messages
-    return [{"role": "user", "content": f"{plain_text(system)}\n\n{plain_text(user)}"}, *rest]
-
-
 def _render(messages: list[Message], tokenizer: Tokenizer) -> Rendered:
-    """Ids and mask of valid messages, whole."""
+    """Ids and mask of valid messages, whole; the system text comes before the first user's."""
+    if messages[0]["role"] == "system":
+        system, user, *rest = messages
+        messages = [{"role": "user", "content": f"{plain_text(system)}\n\n{plain_text(user)}"}, *rest]
     ids, mask = [tokenizer.get_bos_token_id()], [0]
 
     def add(tokens: list[int], supervised: bool = False) -> None:
@@ -96,7 +91,7 @@ def _render(messages: list[Message], tokenizer: Tokenizer) -> Rendered:
         mask.extend([int(supervised)] * len(tokens))
 
     special = tokenizer.encode_special
-    for message in _merge_system(messages):
+    for message in messages:
         if message["role"] == "user":
             add(tokenizer.encode(plain_text(message), prepend="<|user_start|>", append="<|user_end|>"))
             continue

@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import random
-import shutil
 import tempfile
 import zipfile
 import zlib
@@ -167,8 +166,7 @@ def download_bundle(folder: Path, url: str = BUNDLE_URL, **options: Any) -> None
     archive = hub.download(url, folder.with_name(folder.name + ".zip"), **options)
     try:
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
-            unpacked = Path(temporary) / folder.name
-            _unpack(archive, unpacked)
+            unpacked = _unpack(archive, Path(temporary, "all"))
             if missing := [task.path.name for task in read_tasks(unpacked) if not task.path.is_file()]:
                 raise ValueError(f"it lacks {', '.join(missing)}")
             files = {p.relative_to(unpacked).as_posix(): sha256_file(p) for p in unpacked.rglob("*") if p.is_file()}
@@ -181,20 +179,16 @@ def download_bundle(folder: Path, url: str = BUNDLE_URL, **options: Any) -> None
         archive.unlink(missing_ok=True)
 
 
-def _unpack(archive: Path, folder: Path) -> None:
-    """Write what lies beside `core.yaml` in a zip, and below, to `folder`; nothing outside it, whatever the names."""
+def _unpack(archive: Path, folder: Path) -> Path:
+    """Unpack a zip into `folder`, and nothing outside it, whatever its names; returns where its `core.yaml` lies."""
     with zipfile.ZipFile(archive) as bundle:
-        members = {PurePosixPath(info.filename): info for info in bundle.infolist() if not info.is_dir()}
-        index = min((path for path in members if path.name == "core.yaml"), key=lambda p: len(p.parts), default=None)
-        if index is None:
-            raise ValueError("it has no core.yaml")
-        members = {path: info for path, info in members.items() if path.is_relative_to(index.parent)}
-        if sum(info.file_size for info in members.values()) > UNPACKED_LIMIT:
-            raise ValueError(f"it unpacks to more than {UNPACKED_LIMIT >> 30} GiB")
-        for path, info in members.items():
+        for path in map(PurePosixPath, bundle.namelist()):
             if path.is_absolute() or ".." in path.parts:
-                raise ValueError(f"it has a file named {info.filename}")
-            target = folder / path.relative_to(index.parent)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with bundle.open(info) as source, open(target, "wb") as copy:
-                shutil.copyfileobj(source, copy)
+                raise ValueError(f"it has a file named {path}")
+        if sum(info.file_size for info in bundle.infolist()) > UNPACKED_LIMIT:
+            raise ValueError(f"it unpacks to more than {UNPACKED_LIMIT >> 30} GiB")
+        bundle.extractall(folder)
+    index = min(folder.rglob("core.yaml"), key=lambda path: len(path.parts), default=None)
+    if index is None:
+        raise ValueError("it has no core.yaml")
+    return index.parent

@@ -33,10 +33,6 @@ class Remote:
     shards: int
     licence: str
 
-    def file(self, index: int) -> str:
-        """Name of the shard of this number."""
-        return f"shard_{index:05d}.parquet"
-
 
 REMOTES = {
     "climbmix": Remote("karpathy/climbmix-400b-shuffle", 6543, "CC-BY-NC-4.0"),
@@ -79,9 +75,7 @@ def read_manifest(name: str) -> dict[str, Any]:
         raise ValueError(f"dataset '{name}' is not prepared: run python -m nanochat.dataset --name {name}")
     manifest = read_json(path)
     if Path(name).is_dir() and "sources" in manifest and Path(manifest["source"]) != Path(name).resolve():
-        raise ValueError(
-            f"dataset '{manifest['name']}' was made from {manifest['source']}, not {name}: rename one folder"
-        )
+        raise ValueError(f"dataset '{manifest['name']}' was made from {manifest['source']}, not {name}: rename one")
     return manifest
 
 
@@ -108,11 +102,6 @@ def list_shards(name: str, split: str) -> list[Path]:
 
 def _hash(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
-
-
-def _for_validation(text: str) -> bool:
-    """One text in twenty, by its hash: the same text is never on both sides."""
-    return _hash(text) % 20 == 0
 
 
 # --- preparing -------------------------------------------------------------------------------------------------------
@@ -179,7 +168,7 @@ def _prepare_builtin(folder: Path, n: int, seed: int) -> dict[str, Any]:
         share = prose[index::n]
         world_bytes = max(BUILTIN_SHARD_BYTES // 2, BUILTIN_SHARD_BYTES - sum(len(text.encode()) for text in share))
         for text in itertools.chain(share, world.documents(_hash(f"{seed} {index}"), world_bytes)):
-            (val if _for_validation(text) else train).add(text)
+            (train if _hash(text) % 20 else val).add(text)  # the same text is never on both sides
         train.cut()
     val.cut()
     return _save(
@@ -208,7 +197,7 @@ def _prepare_remote(name: str, folder: Path, n: int, mirror: str | None, workers
     if (folder / "manifest.json").exists():
         known = {entry["file"]: entry for entry in read_json(folder / "manifest.json")["shards"]}
     n = max(n, len(known) - 1)  # a dataset only grows: a run may be reading it
-    names = [*map(remote.file, range(n)), remote.file(remote.shards - 1)]
+    names = [f"shard_{number:05d}.parquet" for number in (*range(n), remote.shards - 1)]
     files = [listing.get(file) or hub.dataset_file(remote.repo, file, mirror) for file in names]
     for file in files:
         before = known.get(file.path, {}).get("sha256")
@@ -241,18 +230,12 @@ def _prepare_folder(source: Path, folder: Path, n: int | None) -> dict[str, Any]
     files = sorted(p for p in visible if p.suffix.lower() in (".parquet", ".jsonl", ".txt") and p.is_file())
     if not files:
         raise ValueError(f"--name {source}: no .parquet, .jsonl or .txt file in this folder: put your text there")
-    sources = [
-        {"file": p.relative_to(source).as_posix(), "bytes": p.stat().st_size, "sha256": sha256_file(p)} for p in files
-    ]
+    sources = [{"file": str(p.relative_to(source)), "bytes": p.stat().st_size, "sha256": sha256_file(p)} for p in files]
     if (folder / "manifest.json").exists():
         old = read_manifest(str(source))
-        changed = [
-            one["file"] for one in [*sources, *old["sources"]] if one not in sources or one not in old["sources"]
-        ]
+        changed = [s["file"] for s in [*sources, *old["sources"]] if s not in sources or s not in old["sources"]]
         if changed:
-            raise ValueError(
-                f"{source} has changed since it was prepared ({changed[0]}): delete {folder} to start anew"
-            )
+            raise ValueError(f"{source} has changed since it was prepared ({changed[0]}): delete {folder} to renew it")
         if _existing(folder) and (old["n"] is None or (n is not None and n <= old["n"])):
             return old
     folder.mkdir(parents=True, exist_ok=True)

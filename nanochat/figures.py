@@ -4,6 +4,7 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+Points = tuple[Sequence[int], Sequence[float]]  # steps and values
 COLOURS = {"base": "#8c8c8c", "mid": "#4c78a8", "sft": "#f58518", "rl": "#54a24b"}
 
 
@@ -32,10 +33,8 @@ def _smoothed(values: Sequence[float]) -> list[float]:
     return [sum(window) / len(window) for window in windows]
 
 
-def curves(
-    series: Mapping[str, tuple[Sequence[int], Sequence[float]]], label: str, bottom: float | None = None
-) -> bytes:
-    """One panel a stage: `series[stage]` is (steps, values). Long curves are drawn faint under their smoothed form.
+def curves(series: Mapping[str, Points], label: str, bottom: float | None = None) -> bytes:
+    """One panel a stage: `series` by stage. Long curves are drawn faint under their smoothed form.
 
     bottom: where the value axis begins; None: a little below the least value.
     """
@@ -67,12 +66,10 @@ def bars(scores: Mapping[str, Mapping[str, Mapping[str, float]]]) -> bytes:
             if task not in found:
                 continue
             score, at = found[task], x + (i - (len(scores) - 1) / 2) * width
-            height, error = 100 * score["accuracy"], 100 * score["stderr"]
+            value, error = 100 * score["accuracy"], 100 * score["stderr"]
             style = {"ecolor": "#333333", "capsize": 2.5, "error_kw": {"elinewidth": 1}}
-            axis.bar(at, height, 0.92 * width, color=COLOURS[stage], yerr=error, label=stage, **style)
-            axis.annotate(
-                f"{height:.0f}", (at, height + error), (0, 3), textcoords="offset points", ha="center", size=8
-            )
+            axis.bar(at, value, 0.92 * width, color=COLOURS[stage], yerr=error, label=stage, **style)
+            axis.annotate(f"{value:.0f}", (at, value + error), (0, 3), textcoords="offset points", ha="center", size=8)
             axis.hlines(100 * score["baseline"], x - 0.42, x + 0.42, colors="#333333", linestyles="dotted", linewidth=1)
     axis.set_xticks(range(len(tasks)), tasks)
     axis.set_ylim(0, 112)

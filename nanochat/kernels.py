@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 try:
     import triton
@@ -64,9 +65,7 @@ def _cross_entropy_kernel(
             tl.store(z_ptr + start + columns, gradient.to(z_ptr.dtype.element_ty), mask=there)
 
 
-def softcap_cross_entropy_(
-    z_NV: torch.Tensor, targets_N: torch.Tensor, cap: float, gradient: bool = True
-) -> torch.Tensor:
+def softcap_cross_entropy_(z_NV: Tensor, targets_N: Tensor, cap: float, gradient: bool = True) -> Tensor:
     """Per-token losses (N,) fp32 of the head's raw output z, softcapped; 0 where the target is negative.
 
     With `gradient`, z becomes the gradient of the losses' sum. The log-sum-exp runs online (arXiv 1805.02867).
@@ -107,7 +106,7 @@ def _relu2_kernel(
     out.store([m, n], sums.to(out.dtype))
 
 
-def _relu2_matmul(a_MK: torch.Tensor, b: torch.Tensor, saved_MN: torch.Tensor | None = None) -> torch.Tensor:
+def _relu2_matmul(a_MK: Tensor, b: Tensor, saved_MN: Tensor | None = None) -> Tensor:
     """relu(a·bᵀ)² for b (N, K); with `saved`, that very result, (a·b) · 2·relu for b (K, N): relu is its root."""
     (M, K), N = a_MK.shape, b.size(0 if saved_MN is None else 1)
     out_MN = a_MK.new_empty(M, N)
@@ -122,7 +121,7 @@ def _relu2_matmul(a_MK: torch.Tensor, b: torch.Tensor, saved_MN: torch.Tensor | 
 
 
 @torch.library.custom_op("nanochat::relu2_mlp", mutates_args=())
-def _relu2_mlp(x_NC: torch.Tensor, up_HC: torch.Tensor, down_CH: torch.Tensor) -> list[torch.Tensor]:
+def _relu2_mlp(x_NC: Tensor, up_HC: Tensor, down_CH: Tensor) -> list[Tensor]:
     hidden_NH = _relu2_matmul(x_NC, up_HC)
     return [hidden_NH @ down_CH.t(), hidden_NH]
 
@@ -134,8 +133,8 @@ def _(x_NC, up_HC, down_CH):
 
 @torch.library.custom_op("nanochat::relu2_mlp_backward", mutates_args=())
 def _relu2_mlp_backward(
-    grad_NC: torch.Tensor, x_NC: torch.Tensor, up_HC: torch.Tensor, down_CH: torch.Tensor, hidden_NH: torch.Tensor
-) -> list[torch.Tensor]:
+    grad_NC: Tensor, x_NC: Tensor, up_HC: Tensor, down_CH: Tensor, hidden_NH: Tensor
+) -> list[Tensor]:
     dhidden_NH = _relu2_matmul(grad_NC, down_CH, hidden_NH)
     return [dhidden_NH @ up_HC, dhidden_NH.t() @ x_NC, grad_NC.t() @ hidden_NH]
 
@@ -151,13 +150,13 @@ _relu2_mlp.register_autograd(
 )
 
 
-def fused_mlp(x: torch.Tensor, up_HC: torch.Tensor, down_CH: torch.Tensor) -> torch.Tensor:
+def fused_mlp(x: Tensor, up_HC: Tensor, down_CH: Tensor) -> Tensor:
     """relu(x·upᵀ)²·downᵀ for x (..., C), keeping of the hidden layer only what comes out of the square."""
     weights = (up_HC.to(x.dtype), down_CH.to(x.dtype))
     return _relu2_mlp(x.reshape(-1, x.size(-1)), *weights)[0].view(x.shape)
 
 
-def eager_mlp(x: torch.Tensor, up_HC: torch.Tensor, down_CH: torch.Tensor) -> torch.Tensor:
+def eager_mlp(x: Tensor, up_HC: Tensor, down_CH: Tensor) -> Tensor:
     """The same by its definition."""
     return F.linear(F.relu(F.linear(x, up_HC.to(x.dtype))).square(), down_CH.to(x.dtype))
 
@@ -167,9 +166,7 @@ def eager_mlp(x: torch.Tensor, up_HC: torch.Tensor, down_CH: torch.Tensor) -> to
 
 @torch.inference_mode(False)
 @torch.enable_grad()
-def agrees(
-    name: str, form: Callable[..., torch.Tensor], oracle: Callable[..., torch.Tensor], inputs: Sequence[torch.Tensor]
-) -> bool:
+def agrees(name: str, form: Callable[..., Tensor], oracle: Callable[..., Tensor], inputs: Sequence[Tensor]) -> bool:
     """Whether `form` runs here, forward and backward, and gives what `oracle` gives: imports prove nothing.
 
     Differences may be 1e-4 of the largest value of each result in fp32, 5e-2 of it in shorter types.

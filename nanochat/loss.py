@@ -5,28 +5,27 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from nanochat import kernels
 
-ChunkGradients = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], tuple[torch.Tensor, torch.Tensor]]
+ChunkGradients = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
 
 
-def softcap(z: torch.Tensor, cap: float) -> torch.Tensor:
+def softcap(z: Tensor, cap: float) -> Tensor:
     """cap·tanh(z/cap) in fp32, which keeps logits inside (-cap, cap) (Gemma 2, arXiv 2408.00118); 0 switches it off."""
     z = z.float()
     return cap * torch.tanh(z / cap) if cap else z
 
 
-def _chunk_losses(x_NC: torch.Tensor, w_VC: torch.Tensor, targets_N: torch.Tensor, cap: float) -> torch.Tensor:
+def _chunk_losses(x_NC: Tensor, w_VC: Tensor, targets_N: Tensor, cap: float) -> Tensor:
     """Per-token cross-entropy (N,) fp32; 0 where the target is negative."""
     logits_NV = softcap(F.linear(x_NC, w_VC), cap)
     return F.cross_entropy(logits_NV, targets_N.clamp(min=-1), ignore_index=-1, reduction="none")
 
 
-def _chunk_gradients(
-    x_NC: torch.Tensor, w_VC: torch.Tensor, targets_N: torch.Tensor, cap: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _chunk_gradients(x_NC: Tensor, w_VC: Tensor, targets_N: Tensor, cap: float) -> tuple[Tensor, Tensor]:
     """The chunk's summed loss, and the loss's gradient by the head's raw output z (N, V) in x's dtype.
 
     d loss / d z = (softmax(logits) - onehot) · (1 - tanh²(z/cap)); rows without a target are zero.
@@ -49,9 +48,7 @@ def _chunk_gradients(
     return loss, grad_NV.to(x_NC.dtype)
 
 
-def _triton_chunk_gradients(
-    x_NC: torch.Tensor, w_VC: torch.Tensor, targets_N: torch.Tensor, cap: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _triton_chunk_gradients(x_NC: Tensor, w_VC: Tensor, targets_N: Tensor, cap: float) -> tuple[Tensor, Tensor]:
     """The same in one kernel, which reads the head's output twice and overwrites it by the gradient."""
     z_NV = F.linear(x_NC, w_VC)
     return kernels.softcap_cross_entropy_(z_NV, targets_N, cap).sum(), z_NV
@@ -97,20 +94,20 @@ class _ChunkedLossSum(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx, scale: torch.Tensor):
+    def backward(ctx, scale: Tensor):
         dx_NC, dw_VC = ctx.saved_tensors
         return dx_NC * scale.to(dx_NC.dtype), (dw_VC * scale).to(ctx.weight_dtype), None, None, None, None
 
 
 def softcap_cross_entropy(
-    x_NC: torch.Tensor,
-    w_VC: torch.Tensor,
-    targets_N: torch.Tensor,
+    x_NC: Tensor,
+    w_VC: Tensor,
+    targets_N: Tensor,
     cap: float,
     reduction: str = "mean",
     chunk: int | None = None,
     compiled: bool = False,
-) -> torch.Tensor:
+) -> Tensor:
     """Cross-entropy in nats of softcapped logits x·Wᵀ against targets_N, in chunks of `chunk` tokens.
 
     Negative targets are ignored. reduction: "sum" | "mean" (over the targets that count; 0 when there are none) |

@@ -47,9 +47,8 @@ def _json(*required: str) -> dict[str, Any]:
 
 def describe(title: str) -> dict[str, Any]:
     """The content of /openapi.json."""
-    _, schemas = models_json_schema(
-        [(kind, "validation") for kind in EXAMPLES], ref_template="#/components/schemas/{model}"
-    )
+    bodies = [(kind, "validation") for kind in EXAMPLES]
+    _, schemas = models_json_schema(bodies, ref_template="#/components/schemas/{model}")
     paths: dict[str, Any] = {}
     for method, path, summary, answer, refusals, body in OPERATIONS:
         content = {answer: {"schema": {"type": "string"}}} if isinstance(answer, str) else _json(*answer)

@@ -311,12 +311,7 @@ class MuonAdamW:
 
     @torch.no_grad()
     def step(
-        self,
-        step: int,
-        lr_mult: float = 1.0,
-        momentum: float = 0.95,
-        decay_mult: float = 1.0,
-        clip: float | None = None,
+        self, step: int, lr_mult: float = 1.0, momentum: float = 0.95, wd_mult: float = 1.0, clip: float | None = None
     ) -> float | None:
         """Reduce gradients, update, and clear them. `step` counts from 0.
 
@@ -336,7 +331,7 @@ class MuonAdamW:
             state = self._state(bucket, share)
             moments, lr = (state["mean"], state["square"]), bucket.lr * lr_mult
             if bucket.betas is None:
-                decay = bucket.weight_decay * decay_mult
+                decay = bucket.weight_decay * wd_mult
                 muon_update(share, gradient, *moments, lr, momentum, decay, dtype=self.muon_dtype)
             else:
                 adamw_update(share, gradient, *moments, step, lr, bucket.betas, bucket.weight_decay, bucket.eps)

@@ -3,12 +3,11 @@
 import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanochat import cli, figures
-from nanochat.common import atomic_write, get_base_dir
+from nanochat import figures
+from nanochat.common import atomic_write
 from nanochat.records import NUMBER, STAGES, ByStage, Record, Records, by_stage
 
 NOT_RUN = "not run"
@@ -127,16 +126,12 @@ def _settings_table(settings: ByStage) -> str:
     return _table(("setting", *settings), [row for row in rows if any(cell is not None for cell in row[1:])])
 
 
-_TOOL_CALL = re.compile(
-    r"<\|python_start\|>(.*?)<\|python_end\|>(?:<\|output_start\|>(.*?)<\|output_end\|>)?", re.DOTALL
-)
+_TOOL_CALL = re.compile(r"(?s)<\|python_start\|>(.*?)<\|python_end\|>(?:<\|output_start\|>(.*?)<\|output_end\|>)?")
 
 
 def show_tool_calls(answer: str) -> str:
     """An answer with its uses of the calculator written for people: `[calculator: 37*48 → 1776] 1776.`"""
-    return _TOOL_CALL.sub(
-        lambda call: f"[calculator: {call[1]}" + (f" → {call[2]}] " if call[2] is not None else "] "), answer
-    ).rstrip()
+    return _TOOL_CALL.sub(lambda c: f"[calculator: {c[1]}{'' if c[2] is None else ' → ' + c[2]}] ", answer).rstrip()
 
 
 def _chats(evals: ByStage) -> str:
@@ -332,24 +327,3 @@ def write_report(base_dir: Path, out_dir: Path | None = None, price: float | Non
         if runs := by_stage(records.runs, tag):
             atomic_write(out_dir / f"MODEL_CARD_{tag}.md", model_card(records, tag, list(runs)[-1]))
     return out_dir / "report.md"
-
-
-@dataclass(frozen=True)
-class ReportConfig:
-    """Flags of the report."""
-
-    price: float | None = cli.option(None, "dollars an hour of the machine, for the cost")
-    out: str | None = cli.option(None, "folder to write to; unset: report/ in the base directory")
-
-    def __post_init__(self) -> None:
-        cli.require_positive(self, "price", zero=True)
-
-
-def main() -> None:
-    """Write the report and print where it is."""
-    config = cli.parse(ReportConfig, description="Write report.md and its figures from the records of all stages.")
-    print(write_report(get_base_dir(), Path(config.out) if config.out else None, config.price))
-
-
-if __name__ == "__main__":
-    cli.run(main)

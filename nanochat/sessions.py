@@ -1,5 +1,6 @@
 """What a server remembers: conversations under a session's name, and answers that would come out the same again."""
 
+import contextlib
 import hashlib
 import json
 import threading
@@ -26,7 +27,6 @@ class Sessions:
 
     def __len__(self) -> int:
         with self._lock:
-            self._kept.expire()
             return len(self._kept)
 
     def begin(self, owner: int, name: str, new: list[Message]) -> tuple[list[Message], int]:
@@ -64,9 +64,8 @@ class Sessions:
         with self._lock:
             if (turn := self._kept.get((owner, name))) is None:
                 return None
-        return {k: v for k, v in turn.items() if k != "expires"} | {
-            "expires_in": round(max(0.0, turn["expires"] - time.monotonic()), 1)
-        }
+        left = round(max(0.0, turn["expires"] - time.monotonic()), 1)
+        return {k: v for k, v in turn.items() if k != "expires"} | {"expires_in": left}
 
     def forget(self, owner: int, name: str) -> bool:
         """End a session; False when there is none."""
@@ -81,12 +80,11 @@ class ResponseCache:
     def __init__(self, most_bytes: int, seconds: float) -> None:
         from cachetools import TTLCache
 
-        self._kept: TTLCache = TTLCache(most_bytes, seconds, getsizeof=lambda entry: entry[1])
+        self._kept: TTLCache = TTLCache(most_bytes, seconds, getsizeof=lambda value: len(repr(value)))  # near enough
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
         with self._lock:
-            self._kept.expire()
             return len(self._kept)
 
     @staticmethod
@@ -97,20 +95,16 @@ class ResponseCache:
     def get(self, key: str) -> Any | None:
         """What was put under `key`, if it is still there."""
         with self._lock:
-            entry = self._kept.get(key)
-        return None if entry is None else entry[0]
+            return self._kept.get(key)
 
     def put(self, key: str, value: Any) -> None:
         """Keep `value`, unless it is larger than the whole cache."""
-        n_bytes = len(repr(value))  # near enough
-        with self._lock:
-            if n_bytes <= self._kept.maxsize:
-                self._kept[key] = (value, n_bytes)
+        with self._lock, contextlib.suppress(ValueError):
+            self._kept[key] = value
 
     def clear(self) -> int:
         """Forget everything; how many answers that were."""
         with self._lock:
-            self._kept.expire()
             n = len(self._kept)
             self._kept.clear()
         return n

@@ -28,6 +28,7 @@ from nanochat.documents import iterate_documents
 from nanochat.packing import pack
 from nanochat.tokenizer import Tokenizer
 
+WAIT_SECONDS = 3600.0  # for a shard to arrive
 Document = tuple[Sequence[int], Sequence[int] | None]  # ids; mask of a conversation
 
 
@@ -113,23 +114,21 @@ class TokenShard:
             raise self._damaged(path) from error
 
 
-def build_token_shards(
-    dataset: str, split: str, tokenizer: Tokenizer, *, wait_seconds: float = 3600.0
-) -> list[TokenShard]:
+def build_token_shards(dataset: str, split: str, tokenizer: Tokenizer) -> list[TokenShard]:
     """The token shards of a dataset's `split` ("train" or "val"); each is tokenized when it is first used.
 
     So a run may start while shards are still arriving: one that is not there when its turn comes is waited for, and
-    after `wait_seconds` ValueError names it. Ids are stored without BOS: packing puts one before each piece.
+    after `WAIT_SECONDS` ValueError names it. Ids are stored without BOS: packing puts one before each piece.
     """
     root = dataset_dir(dataset) / f"tokens_{tokenizer.hash[:12]}"
     shards = []
     for path, entry in shard_records(dataset, split):
         sha256 = entry["sha256"]
         if sha256 is None:  # a mirror without hashes
-            _wait_for(path, wait_seconds)
+            _wait_for(path)
             sha256 = sha256_file(path)
         folder = root / f"{path.stem}_{sha256[:12]}"
-        shards.append(TokenShard(folder, functools.partial(_tokenize, path, sha256, folder, tokenizer, wait_seconds)))
+        shards.append(TokenShard(folder, functools.partial(_tokenize, path, sha256, folder, tokenizer)))
     if not shards:
         raise ValueError(f"dataset '{dataset}' has no shard for '{split}': prepare it again")
     return shards
@@ -148,20 +147,20 @@ def build_conversation_shards(name: str, conversations: Iterable[Rendered], toke
     return [TokenShard(folder)]
 
 
-def _wait_for(path: Path, seconds: float) -> None:
+def _wait_for(path: Path) -> None:
     if path.exists():
         return
     print(f"waiting for {path} to arrive", flush=True)
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + WAIT_SECONDS
     while not path.exists():
         if time.monotonic() > deadline:
-            raise ValueError(f"{path} has not arrived in {seconds:.0f} s: start its download again")
-        time.sleep(min(0.5, seconds / 10))
+            raise ValueError(f"{path} has not arrived in {WAIT_SECONDS:.0f} s: start its download again")
+        time.sleep(min(0.5, WAIT_SECONDS / 10))
 
 
-def _tokenize(path: Path, sha256: str, folder: Path, tokenizer: Tokenizer, wait_seconds: float) -> None:
+def _tokenize(path: Path, sha256: str, folder: Path, tokenizer: Tokenizer) -> None:
     """Tokenize one source shard into `folder`."""
-    _wait_for(path, wait_seconds)
+    _wait_for(path)
     if sha256_file(path) != sha256:
         raise ValueError(f"{path} is not the file that the manifest names: delete it and prepare the dataset again")
     counts: Counter[str] = Counter()
@@ -187,9 +186,8 @@ def _write(parent: Path, documents: Iterable[Document], tokenizer: Tokenizer, **
     digest, lengths = hashlib.sha256(), [0]
     try:
         with contextlib.ExitStack() as files:
-            ids_file, mask_file, offsets_file = (
-                files.enter_context(open(folder / f"{name}.bin", "wb")) for name in ("ids", "mask", "offsets")
-            )
+            paths = (folder / f"{name}.bin" for name in ("ids", "mask", "offsets"))
+            ids_file, mask_file, offsets_file = (files.enter_context(open(path, "wb")) for path in paths)
             for ids, mask in documents:
                 columns = [(ids_file, np.array(ids, dtype).tobytes())]
                 if mask is not None:

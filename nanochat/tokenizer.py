@@ -43,6 +43,7 @@ SPLIT_PATTERN = (
     r"|\s{0,255}[\r\n]|\s{1,256}(?!\S)|\s"
 )
 
+Mark = int | str  # a special token by id or name
 FORMAT, VERSION = "nanochat-bpe", 1
 FILE_NAME = "tokenizer.json"
 
@@ -80,9 +81,7 @@ class Tokenizer:
         specials = {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
         tokenizer = cls(_encoding("nanochat", SPLIT_PATTERN, ranks, specials))
         if tokenizer.get_vocab_size() < vocab_size:
-            print0(
-                f"the text supports {tokenizer.get_vocab_size()} tokens, not {vocab_size}: the vocabulary is smaller"
-            )
+            print0(f"the text supports {tokenizer.get_vocab_size()} tokens, not {vocab_size}: a smaller vocabulary")
         return tokenizer
 
     @classmethod
@@ -170,9 +169,7 @@ class Tokenizer:
             raise ValueError(f"tokenizer '{self.encoding.name}' has no special token {name}")
         return self.special_tokens[name]
 
-    def encode(
-        self, text: str | Sequence[str], prepend: int | str | None = None, append: int | str | None = None
-    ) -> list[Any]:
+    def encode(self, text: str | Sequence[str], prepend: Mark | None = None, append: Mark | None = None) -> list[Any]:
         """Ids of a text, or a list of ids for each text of a list (in threads), between special tokens by name or id.
 
         Special tokens spelled out in the text are plain characters; lone surrogates become U+FFFD.

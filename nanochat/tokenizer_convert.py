@@ -120,11 +120,8 @@ def from_tokenizer_json(path: Path) -> Tokenizer:
         backend.encode_special_tokens = True
         data, alphabet = json.loads(backend.to_str(pretty=False)), byte_alphabet()
         special = {token["content"]: token["id"] for token in data["added_tokens"]}
-        ranks = {
-            bytes(alphabet[letter] for letter in token): i
-            for token, i in data["model"]["vocab"].items()
-            if token not in special
-        }
+        vocab = data["model"]["vocab"].items()
+        ranks = {bytes(alphabet[letter] for letter in token): i for token, i in vocab if token not in special}
         steps = data["pre_tokenizer"].get("pretokenizers", [data["pre_tokenizer"]])
         pattern = next(step["pattern"]["Regex"] for step in steps if step["type"] == "Split")
     except Exception as error:  # the package raises nothing narrower

@@ -12,6 +12,7 @@ bounded by the length, nesting and number of digits below.
 import decimal
 import re
 from fractions import Fraction
+from operator import mod, mul, truediv
 
 MAX_LENGTH = 1000  # characters of an expression
 MAX_DEPTH = 32  # parentheses and signs inside each other
@@ -129,12 +130,7 @@ class _Parser:
         return text
 
 
-_PRODUCTS = {
-    "*": lambda a, b: a * b,
-    "/": lambda a, b: a / b,
-    "//": lambda a, b: Fraction(a // b),
-    "%": lambda a, b: a % b,
-}
+_PRODUCTS = {"*": mul, "/": truediv, "//": lambda a, b: Fraction(a // b), "%": mod}
 
 
 def _bounded(value: Fraction) -> Fraction:

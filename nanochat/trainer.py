@@ -237,8 +237,8 @@ class Trainer:
         if batch.micro_batches:
             scores = self._backward(batch.micro_batches)
             momentum = recipe.muon_momentum(self.step, self.steps, config.warmdown_ratio)
-            decay_mult = recipe.weight_decay_multiplier(self.step, self.steps)
-            norm = self.optimizer.step(self.step, lr_mult, momentum, decay_mult, config.grad_clip)
+            wd_mult = recipe.weight_decay_multiplier(self.step, self.steps)
+            norm = self.optimizer.step(self.step, lr_mult, momentum, wd_mult, config.grad_clip)
             scores |= {} if norm is None else {"grad_norm": norm}
         self.compute.synchronize()
         dt = time.perf_counter() - began

@@ -34,13 +34,10 @@ def choices_for(fact: Fact, rng: random.Random) -> tuple[list[str], int]:
     The wrong ones are answers of the same category that are known on the fact's own side (or anywhere, where these
     are too few), so that a letter cannot be told from which names are usual in chats.
     """
-    pool = [
-        a for a in category_answers(fact.relation.category, fact_side(fact)) if a not in (fact.answer, fact.subject)
-    ]
+    category, known = fact.relation.category, (fact.answer, fact.subject)
+    pool = [a for a in category_answers(category, fact_side(fact)) if a not in known]
     if len(pool) < 3:
-        pool = [a for a in category_answers(fact.relation.category) if a not in (fact.answer, fact.subject)]
-    if len(pool) < 3:
-        raise ValueError(f"category '{fact.relation.category}' has fewer than four answers")
+        pool = [a for a in category_answers(category) if a not in known]
     choices, place = rng.sample(pool, 3), rng.randrange(4)
     choices.insert(place, fact.answer)
     return choices, place

@@ -7,6 +7,7 @@ from nanochat.compute import Compute
 from nanochat.rl import RLConfig, reinforce
 from tasks.builtin import SCORED, mixture
 from tasks.common import Task
+from tasks.gsm8k import GSM8K
 
 BUILT_IN = ("arithmetic", "spellingbee", "world", "identity")
 
@@ -25,14 +26,8 @@ class ChatRL(RLConfig):
 
     def load(self, split: str) -> list[Task]:
         """The tasks' problems of "train" or "test"."""
-        return [self._load(name, split) for name in dict.fromkeys(self.tasks.split(","))]
-
-    def _load(self, name: str, split: str) -> Task:
-        if name != "gsm8k":
-            return SCORED[name](split)
-        from tasks.gsm8k import GSM8K
-
-        return GSM8K(split, self.tasks_dir)
+        names = dict.fromkeys(self.tasks.split(","))
+        return [GSM8K(split, self.tasks_dir) if name == "gsm8k" else SCORED[name](split) for name in names]
 
 
 def main() -> None:

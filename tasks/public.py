@@ -17,9 +17,8 @@ from tasks.mmlu import MMLU
 from tasks.parquet import ParquetTask, fetch
 from tasks.smoltalk import SmolTalk
 
-SCORED: dict[str, type[ParquetTask]] = {
-    task.name: task for task in (ARCEasy, ARCChallenge, MMLU, GSM8K, HumanEval)
-}  # on "test"
+# What is scored, each on its split "test".
+SCORED: dict[str, type[ParquetTask]] = {task.name: task for task in (ARCEasy, ARCChallenge, MMLU, GSM8K, HumanEval)}
 # The splits that a stage trains on, and of how many conversations at most; "val" is for its validation loss.
 JOINED: dict[str, tuple[tuple[type[ParquetTask], str, int | None], ...]] = {
     "mid": ((SmolTalk, "train", None), (MMLU, "auxiliary_train", None), (MMLU, "dev", None), (GSM8K, "train", None)),

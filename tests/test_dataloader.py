@@ -12,7 +12,7 @@ import torch
 from hub_server import HubServer
 from test_dataset import parquet_bytes, write_jsonl
 
-from nanochat import dataset
+from nanochat import dataset, token_shards
 from nanochat.dataloader import RowLoader
 from nanochat.dataset import iterate_documents, list_shards, prepare
 from nanochat.token_shards import build_conversation_shards, build_token_shards
@@ -258,11 +258,12 @@ def test_training_starts_while_shards_are_arriving(tmp_path, monkeypatch, tokeni
         assert torch.equal(rows, rows_of(loader.step(step))[0])
 
 
-def test_shard_that_never_arrives_is_named(corpus, tokenizer):
+def test_shard_that_never_arrives_is_named(corpus, tokenizer, monkeypatch):
+    monkeypatch.setattr(token_shards, "WAIT_SECONDS", 0.2)
     path = dataset.dataset_dir(corpus) / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"complete": False}))
     list_shards(corpus, "train")[2].unlink()
-    loader = RowLoader(build_token_shards(corpus, "train", tokenizer, wait_seconds=0.2), T, 4, 4, 0)
+    loader = RowLoader(build_token_shards(corpus, "train", tokenizer), T, 4, 4, 0)
     loader.step(0)
     with pytest.raises(ValueError, match=r"shard_00002\.parquet has not arrived"):
         _ = loader.rows_in_epoch

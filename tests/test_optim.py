@@ -227,7 +227,7 @@ def train(model, optimizer, steps):
     compute = optimizer.compute
     for step in steps:
         set_gradients(model, step, range(compute.rank, PARTS, compute.world_size))
-        optimizer.step(step, lr_mult=1 - 0.1 * step, momentum=0.9, decay_mult=0.5)
+        optimizer.step(step, lr_mult=1 - 0.1 * step, momentum=0.9, wd_mult=0.5)
 
 
 def rank_main(rank, folder):
