@@ -25,7 +25,7 @@ def quantise(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.T
 def _product(a_MK: torch.Tensor, b_KN: torch.Tensor, scales: tuple, dtype: torch.dtype, fast: bool) -> torch.Tensor:
     """a·b of fp8 matrices, a in rows and b in columns, as the hardware wants them. fast: sums of fewer bits."""
     a_MK, b_KN = a_MK.contiguous(), b_KN.t().contiguous().t()
-    return torch._scaled_mm(a_MK, b_KN, *scales, out_dtype=dtype, use_fast_accum=fast)
+    return torch._scaled_mm(a_MK, b_KN, scales[0], scales[1], out_dtype=dtype, use_fast_accum=fast)
 
 
 class _Fp8Product(torch.autograd.Function):

@@ -47,8 +47,8 @@ def _json(*required: str) -> dict[str, Any]:
 
 def describe(title: str) -> dict[str, Any]:
     """The content of /openapi.json."""
-    bodies = [(kind, "validation") for kind in EXAMPLES]
-    _, schemas = models_json_schema(bodies, ref_template="#/components/schemas/{model}")
+    reference = "#/components/schemas/{model}"
+    _, schemas = models_json_schema([(kind, "validation") for kind in EXAMPLES], ref_template=reference)
     paths: dict[str, Any] = {}
     for method, path, summary, answer, refusals, body in OPERATIONS:
         content = {answer: {"schema": {"type": "string"}}} if isinstance(answer, str) else _json(*answer)
@@ -56,7 +56,7 @@ def describe(title: str) -> dict[str, Any]:
         if body is not None:
             event = {"type": "object", "properties": {"data": {"type": "string"}}}
             content |= {"text/event-stream": {"schema": event}}
-            taken = {"schema": {"$ref": f"#/components/schemas/{body.__name__}"}, "example": EXAMPLES[body]}
+            taken = {"schema": {"$ref": reference.format(model=body.__name__)}, "example": EXAMPLES[body]}
             operation["requestBody"] = {"required": True, "content": {"application/json": taken}}
         if "{name}" in path:
             name = {"name": "name", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
