@@ -96,12 +96,9 @@ def usage_of(requests: Sequence[Request]) -> dict[str, Any]:
     """Token counts; samples of one prompt count it once. `cached_tokens` were not read anew."""
     firsts = [request for request in requests if request.sample == 0]
     n_prompt, n_new = sum(len(r.tokens) for r in firsts), sum(len(r.output) for r in requests)
-    return {
-        "prompt_tokens": n_prompt,
-        "completion_tokens": n_new,
-        "total_tokens": n_prompt + n_new,
-        "prompt_tokens_details": {"cached_tokens": sum(min(r.n_reused, len(r.tokens)) for r in firsts)},
-    }
+    counts = {"prompt_tokens": n_prompt, "completion_tokens": n_new, "total_tokens": n_prompt + n_new}
+    cached = sum(min(r.n_reused, len(r.tokens)) for r in firsts)
+    return {**counts, "prompt_tokens_details": {"cached_tokens": cached}}
 
 
 class Answer:

@@ -13,7 +13,7 @@ import torch
 from nanochat.common import print0
 from nanochat.compute import Compute, usable_cores
 from nanochat.conversation import plain_text, render_for_completion
-from nanochat.core_eval import accuracy_record
+from nanochat.core_eval import accuracy_record, mean_centered
 from nanochat.engine import Engine, Request
 from nanochat.spans import Span, score_spans
 
@@ -153,22 +153,13 @@ def evaluate_task(
             f"{task.name}: {sum(cut)} of {n:,} prompts (the first is problem {cut.index(1)}) exceed the {limit} tokens "
             f"that the context has for them and lose their beginning"
         )
-    return {
-        **_record(counts, num_samples, pass_k, task.baseline),
-        "fingerprint": _fingerprint(task, n),
-        "skipped": task.skipped,
-        "truncated": sum(cut),
-        "samples": samples,
-    }
+    record = {**_record(counts, num_samples, pass_k, task.baseline), "fingerprint": _fingerprint(task, n)}
+    return {**record, "skipped": task.skipped, "truncated": sum(cut), "samples": samples}
 
 
 def chat_core(records: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """ChatCORE of the tasks' records: the mean centred accuracy, 0 for guessing and 1 for all right, its standard
     error, and the tasks that it is of: the six of `CHATCORE` where all are there, else all that are."""
     names = list(CHATCORE) if set(CHATCORE) <= records.keys() else list(records)
-    errors = [records[name]["stderr"] / (1 - records[name]["baseline"]) for name in names]
-    return {
-        "chatcore": sum(records[name]["centered"] for name in names) / len(names),
-        "chatcore_stderr": math.hypot(*errors) / len(names),
-        "chatcore_tasks": names,
-    }
+    mean, error = mean_centered([records[name] for name in names])
+    return {"chatcore": mean, "chatcore_stderr": error, "chatcore_tasks": names}

@@ -1,7 +1,6 @@
 """Command lines from dataclasses: flags, `--config FILE.yaml`, one-line errors and exit codes."""
 
 import argparse
-import contextlib
 import dataclasses
 import os
 import sys
@@ -80,6 +79,7 @@ def build_parser(config: type, description: str | None = None) -> argparse.Argum
 
 def _read_config_file(path: str, config: type) -> dict[str, Any]:
     import yaml
+    from pydantic import TypeAdapter, ValidationError
 
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
@@ -96,20 +96,15 @@ def _read_config_file(path: str, config: type) -> dict[str, Any]:
         name = str(key).lstrip("-").replace("-", "_")
         if name not in fields:
             raise ValueError(f"--config {path}: unknown key '{key}'; known: {', '.join(sorted(fields))}")
-        kind, choices = _value_type(hints[name]), fields[name].metadata.get("choices")
-        if kind is float and isinstance(value, str):
-            with contextlib.suppress(ValueError):
-                value = float(value)  # YAML takes 1e-3, which has no point, for text
-        wordy = isinstance(value, str) and value in _words(hints[name])
-        if not wordy and (value is not None or type(None) not in typing.get_args(hints[name])):
-            value = [value] if kind is tuple and isinstance(value, str) else value
-            fits = isinstance(value, (int, float) if kind is float else list if kind is tuple else kind)
-            if not fits or (kind is not bool and isinstance(value, bool)):
-                raise ValueError(f"--config {path}: '{key}' must be {kind.__name__}, not {value!r}")
-            value = kind(value)
-            if choices and value not in choices:
-                raise ValueError(f"--config {path}: '{key}' must be one of {', '.join(map(str, choices))}")
-        result[name] = value
+        value = [value] if _value_type(hints[name]) is tuple and isinstance(value, str) else value
+        try:  # text is read, too: YAML takes 1e-3, which has no point, for that
+            strict = not isinstance(value, str | list)
+            result[name] = TypeAdapter(hints[name]).validate_python(value, strict=strict)
+        except ValidationError as error:
+            raise ValueError(f"--config {path}: '{key}' is {value!r}: {error.errors()[0]['msg']}") from error
+        choices = fields[name].metadata.get("choices")
+        if choices and result[name] not in (None, *choices):
+            raise ValueError(f"--config {path}: '{key}' must be one of {', '.join(map(str, choices))}")
     return result
 
 

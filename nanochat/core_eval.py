@@ -25,6 +25,12 @@ def accuracy_record(correct: float, n: int, baseline: float) -> dict[str, Any]:
     return {"accuracy": p, "stderr": math.sqrt(p * (1 - p) / n), "n": n, "baseline": baseline, "centered": centered}
 
 
+def mean_centered(records: Sequence[dict[str, Any]]) -> tuple[float, float]:
+    """The mean centred accuracy of tasks by their `accuracy_record`s, and its standard error."""
+    errors = [record["stderr"] / (1 - record["baseline"]) for record in records]
+    return sum(record["centered"] for record in records) / len(records), math.hypot(*errors) / len(records)
+
+
 def scored_spans(kind: str, sequences: list[list[int]], context: int | None = None) -> list[Span]:
     """The spans of a row whose prompts have these tokens: one an option, or the only one of language modeling.
 
@@ -92,14 +98,9 @@ def evaluate_core_task(
     if compute:
         tally = compute.all_reduce_sum(tally.to(compute.device)).cpu()
     *outcomes, truncated = tally.tolist()
-    return {
-        **accuracy_record(sum(outcomes), kept, task.baseline),
-        "shots": min(task.shots, len(rows) - 1),
-        "truncated": truncated,
-        "fewshot_from": "kept" if kept > task.shots else "file",
-        "fingerprint": fingerprint(task, rows, kept),
-        "outcomes": "".join(map(str, outcomes)),
-    }
+    shots = {"shots": min(task.shots, len(rows) - 1), "fewshot_from": "kept" if kept > task.shots else "file"}
+    record = accuracy_record(sum(outcomes), kept, task.baseline) | shots | {"truncated": truncated}
+    return record | {"fingerprint": fingerprint(task, rows, kept), "outcomes": "".join(map(str, outcomes))}
 
 
 def evaluate_core(
@@ -137,13 +138,7 @@ def evaluate_core(
         record = evaluate_core_task(model, tokenizer, task, rows, max_per_task, compute, bar)
         details[task.label] = {**record, "bad_rows": len(faults)}
         log(f"{task.label}: {record['accuracy']:.4f} ± {record['stderr']:.4f} (n={record['n']})")
-    errors = [record["stderr"] / (1 - record["baseline"]) for record in details.values()]
-    centered = {label: record["centered"] for label, record in details.items()}
-    return {
-        "core_metric": sum(centered.values()) / len(centered) if centered else None,
-        "core_stderr": math.hypot(*errors) / len(errors) if errors else None,
-        "results": {label: record["accuracy"] for label, record in details.items()},
-        "centered_results": centered,
-        "details": details,
-        "skipped": skipped,
-    }
+    metric, stderr = mean_centered(list(details.values())) if details else (None, None)
+    results, centered = ({k: record[of] for k, record in details.items()} for of in ("accuracy", "centered"))
+    core = {"core_metric": metric, "core_stderr": stderr, "results": results, "centered_results": centered}
+    return {**core, "details": details, "skipped": skipped}

@@ -171,14 +171,9 @@ def _prepare_builtin(folder: Path, n: int, seed: int) -> dict[str, Any]:
             (train if _hash(text) % 20 else val).add(text)  # the same text is never on both sides
         train.cut()
     val.cut()
-    return _save(
-        folder,
-        source="the standard library's documentation and the built-in world",
-        licence="PSF-2.0 (standard library documentation), MIT (world text)",
-        complete=True,
-        recipe=recipe,
-        shards=train.entries + val.entries,
-    )
+    source = "the standard library's documentation and the built-in world"
+    facts = {"source": source, "licence": "PSF-2.0 (standard library documentation), MIT (world text)"}
+    return _save(folder, **facts, complete=True, recipe=recipe, shards=train.entries + val.entries)
 
 
 def _prepare_remote(name: str, folder: Path, n: int, mirror: str | None, workers: int) -> dict[str, Any]:
@@ -260,16 +255,8 @@ def _prepare_folder(source: Path, folder: Path, n: int | None) -> dict[str, Any]
     val.cut()
     if not train.entries or not val.entries:
         raise ValueError(f"--name {source}: no text for {'validation' if train.entries else 'training'}: add documents")
-    return _save(
-        folder,
-        source=str(source),
-        licence=f"that of your own files in {source}",
-        complete=True,
-        n=n,
-        sources=sources,
-        counts=counts,
-        shards=train.entries + val.entries,
-    )
+    facts = {"source": str(source), "licence": f"that of your own files in {source}", "sources": sources, "n": n}
+    return _save(folder, **facts, complete=True, counts=counts, shards=train.entries + val.entries)
 
 
 def _split_documents(files: Sequence[Path], counts: Counter[str]) -> Iterator[tuple[str, bool]]:

@@ -40,6 +40,8 @@ class FinetuneConfig(SourceConfig):
 
     num_epochs: int = option(1, "passes over the conversations, when --num-iterations is unset")
     replay: float = option(0.5, "tokens of pretraining text for each token of conversation, against forgetting")
+    tasks_dir: str | None = option(None, "folder of published data sets to mix in; unset: the downloaded ones")
+    custom_json: str | None = option(None, "your own conversations to mix in, one JSON value a line")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -178,17 +178,11 @@ class Rollouts:
         if useful and not micro_batches:  # other ranks have some, and wait for this one's gradients
             zeros_BT = torch.zeros(1, 1, dtype=torch.int64, device=device)
             micro_batches = [(zeros_BT, zeros_BT - 1, zeros_BT.float())]
-        line = {
-            "epoch": step * config.problems // len(self.places),
-            "reward": right / n,
-            "useful": useful / config.problems,  # share of groups whose rewards differ
-            "answer_tokens": n_tokens / n,
-            "cut_off": cut_off / n,
-            "unusable": int(unusable),
-            "sampling_dt": time.perf_counter() - began,
-            "mfu": None,  # the model's training FLOPs say nothing of sampling
-        }
-        return Batch(micro_batches, int(n_tokens), line)
+        line = {"epoch": step * config.problems // len(self.places), "reward": right / n, "answer_tokens": n_tokens / n}
+        line |= {"cut_off": cut_off / n, "unusable": int(unusable), "sampling_dt": time.perf_counter() - began}
+        line["useful"] = useful / config.problems  # share of groups whose rewards differ
+        # the model's training FLOPs say nothing of sampling
+        return Batch(micro_batches, int(n_tokens), {**line, "mfu": None})
 
     def evaluate(self, step: int) -> dict[str, Any]:
         """`tasks`: of each test task the accuracy of the likeliest answers and pass@k of sampled ones, with errors."""
@@ -227,16 +221,7 @@ def reinforce(config: RLConfig, train: Tasks, test: Tasks, held_out: Conversatio
         f"rl from {meta['source']}: {config.num_iterations} steps of {config.problems} x {config.samples} answers; "
         f"{len(rollouts.places):,} problems of {rules['tasks']}"
     )
-    train_further(
-        "rl",
-        source,
-        config,
-        compute,
-        config.problems * config.samples * T,  # at most
-        {"rollouts": rules},
-        num_iterations=config.num_iterations,
-        train_shards=[],
-        val_shards=conversation_shards("rl_val", held_out, tokenizer, T),
-        evaluate=rollouts.evaluate,
-        batches=rollouts.batches,
-    )
+    most, steps = config.problems * config.samples * T, config.num_iterations
+    shards = {"train_shards": [], "val_shards": conversation_shards("rl_val", held_out, tokenizer, T)}
+    own = {"evaluate": rollouts.evaluate, "batches": rollouts.batches}
+    train_further("rl", source, config, compute, most, {"rollouts": rules}, num_iterations=steps, **shards, **own)

@@ -128,16 +128,10 @@ class Tokenizer:
 
     def _to_dict(self) -> dict[str, Any]:
         ranks = sorted(self.encoding._mergeable_ranks.items(), key=lambda item: item[1])
-        return {
-            "format": FORMAT,
-            "version": VERSION,
-            "name": self.encoding.name,
-            "hash": self.hash,
-            "pattern": self.encoding._pat_str,
-            "special_tokens": self.special_tokens,
-            "ranks": {base64.b64encode(token).decode(): rank for token, rank in ranks},
-            "token_bytes": self.token_bytes,
-        }
+        named = {"format": FORMAT, "version": VERSION, "name": self.encoding.name, "hash": self.hash}
+        split = {"pattern": self.encoding._pat_str, "special_tokens": self.special_tokens}
+        merges = {base64.b64encode(token).decode(): rank for token, rank in ranks}
+        return {**named, **split, "ranks": merges, "token_bytes": self.token_bytes}
 
     @functools.cached_property
     def hash(self) -> str:

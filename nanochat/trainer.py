@@ -164,15 +164,10 @@ class Trainer:
         self.val_loader = RowLoader(val_shards, T, device_rows * compute.world_size, device_rows, 0, **place)
         lrs = {name: getattr(config, f"{name}_lr") * scale for name, scale in lr_scales.items()}
         self.optimizer = sharding.make_optimizer(model, lrs, weight_decay, compute, overlap=config.overlap)
-        self.meta = {
-            **meta,
-            "model_config": dataclasses.asdict(model.config),
-            "tokenizer_hash": tokenizer.hash,
-            "config": dataclasses.asdict(config),
-            "total_batch_size": total_batch_size,
-            "num_iterations": num_iterations,
-            "val_bpb": None,
-        }
+        asdict = dataclasses.asdict
+        self.meta = {**meta, "model_config": asdict(model.config), "tokenizer_hash": tokenizer.hash}
+        self.meta |= {"config": asdict(config), "total_batch_size": total_batch_size, "num_iterations": num_iterations}
+        self.meta["val_bpb"] = None
         self.token_bytes = torch.tensor(tokenizer.token_bytes, device=compute.device)
         self.tokens_per_step = total_batch_size
         self.run_dir = get_base_dir() / "runs" / stage / tag
@@ -245,18 +240,9 @@ class Trainer:
         self.step, self.tokens, self.seconds = self.step + 1, self.tokens + batch.tokens, self.seconds + dt
         speed, peak = batch.tokens / dt, self.compute.peak_flops
         mfu = speed * self.model.flops_per_token() / (peak * self.compute.world_size) if peak else None
-        return {
-            "step": self.step,
-            "loss": scores.pop("loss"),
-            "lr_mult": lr_mult,
-            "tokens": self.tokens,
-            "tok_per_sec": speed,
-            "mfu": mfu,
-            "dt": dt,
-            "peak_mem_bytes": self.compute.peak_memory(),
-            **batch.line,
-            **scores,
-        }
+        made = {"step": self.step, "loss": scores.pop("loss"), "lr_mult": lr_mult, "tokens": self.tokens}
+        took = {"tok_per_sec": speed, "mfu": mfu, "dt": dt, "peak_mem_bytes": self.compute.peak_memory()}
+        return {**made, **took, **batch.line, **scores}
 
     def _backward(self, micro_batches: Sequence[MicroBatch]) -> dict[str, float]:
         """Gradients of the step's loss; the loss, and of weighted rows the mean of their targets' own, in nats."""

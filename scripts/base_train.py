@@ -46,18 +46,15 @@ def main() -> None:
     model = checkpoint.build(model_config, compute.device, train=True, shard=shard)
     sharding.init_weights(model, torch.Generator(compute.device).manual_seed(config.seed))
 
+    tokens = recipe.horizon_tokens(model_config, config.target_param_data_ratio)
     if config.target_flops is not None:
         tokens = round(config.target_flops / model.flops_per_token())
-    else:
-        tokens = recipe.horizon_tokens(model_config, config.target_param_data_ratio)
     reference = recipe.reference_tokens(model_config)
     if config.total_batch_size and config.num_iterations:
         tokens = config.num_iterations * config.total_batch_size
     batch = config.total_batch_size or recipe.batch_tokens(tokens, reference)
     steps = config.num_iterations or max(1, round(tokens / batch))
-    decay = config.weight_decay
-    if decay is None:
-        decay = recipe.weight_decay(batch, steps * batch, reference)
+    rule = recipe.weight_decay(batch, steps * batch, reference)
 
     def sample() -> None:
         if compute.rank == 0 or config.shard_params:  # a layer in shares needs every rank to run
@@ -79,7 +76,7 @@ def main() -> None:
         compute=compute,
         total_batch_size=batch,
         num_iterations=steps,
-        weight_decay=decay,
+        weight_decay=rule if config.weight_decay is None else config.weight_decay,
         lr_scales=recipe.learning_rate_scales(batch),
         meta={"dataset": dataset_name(config.dataset), "depth": config.depth},
         sample=sample,

@@ -15,8 +15,6 @@ class ChatSFT(FinetuneConfig):
     """Flags of fine-tuning."""
 
     init_lr_frac: float = cli.option(0.4, "factor on all learning rates")
-    tasks_dir: str | None = cli.option(None, "folder of published data sets to mix in; unset: the downloaded ones")
-    custom_json: str | None = cli.option(None, "your own conversations to mix in, one JSON value a line")
     scale: float = cli.option(2.0, "size of the built-in mixture, in thousands of each skill")
 
 

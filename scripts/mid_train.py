@@ -14,8 +14,6 @@ from tasks.public import join
 class MidTrain(FinetuneConfig):
     """Flags of midtraining."""
 
-    tasks_dir: str | None = cli.option(None, "folder of published data sets to mix in; unset: the downloaded ones")
-    custom_json: str | None = cli.option(None, "your own conversations to mix in, one JSON value a line")
     scale: float = cli.option(8.0, "size of the built-in mixture, in thousands of each skill")
 
 

@@ -43,8 +43,6 @@ _STORIES = {
 }  # fmt: skip
 _PEOPLE = ("Anna", "Ben", "Carla", "David", "Eva", "Frank", "Grace", "Henry", "Ida", "Jack", "Tom", "Mia")
 _THINGS = ("apples", "books", "coins", "stones", "cards", "eggs", "pencils", "shells", "stamps", "marbles")
-
-
 _LONG = ("{a} {o} {b} {p} {c}", "{a}{o}{b}{p}{c}", "({a}{o}{b}){p}{c}", "({a} {o} {b}) {p} {c}", "{a}{o}({b}{p}{c})")
 
 
