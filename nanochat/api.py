@@ -1,8 +1,7 @@
 """What the API takes: the parameters of a request as types, which are also its description, and how they are refused.
 
-Every parameter is either honoured or refused by its name; null is the same as not given. The names and shapes are
-OpenAI's (https://platform.openai.com/docs/api-reference/chat/create), with top_k, min_p, repetition_penalty as in vLLM
-and `session_id` of our own.
+Every parameter is honoured or refused by its name; null is the same as not given. Names and shapes are OpenAI's
+(platform.openai.com/docs/api-reference/chat/create); top_k, min_p, repetition_penalty vLLM's; `session_id` is our own.
 """
 
 import json

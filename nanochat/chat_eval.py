@@ -45,8 +45,7 @@ def choose_letters(model: Any, tokenizer: Any, prompts: Prompts, letters: Sequen
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
-    """Chance that of k answers, drawn from n of which `correct` are right, one is right: the unbiased estimator of
-    Chen et al. (arXiv:2107.03374), exact."""
+    """Chance that one of k answers, drawn from n with `correct` right ones, is right: unbiased (arXiv:2107.03374)."""
     return 1 - math.comb(n - correct, k) / math.comb(n, k)
 
 

@@ -88,8 +88,7 @@ class Template(Format):
         return ids
 
     def _break_marks(self, text: str) -> str:
-        """The text with what looks like special tokens in it broken, so that it is known again after the template has
-        moved it about."""
+        """Break what looks like special tokens, so that it is known again after the template has moved it about."""
         return self._special.sub(lambda m: m[0][0] + _BROKEN + m[0][1:] + _BROKEN, text.replace(_BROKEN, ""))
 
     def decoder(self, prompt: Sequence[int] = (), stop: Sequence[str] = ()) -> "ThinkDecoder":

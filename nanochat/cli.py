@@ -130,8 +130,7 @@ def fill(config: type[T], given: dict[str, Any]) -> T:
 def run(main: Callable[[], None]) -> typing.NoReturn:
     """Run a script's `main` and turn its end into an exit code: 0 done, 2 bad input, 130 interrupted.
 
-    A user's mistake (ValueError, a missing file, a full disk) becomes one line on stderr; anything else is a
-    bug and keeps its traceback.
+    A user's mistake (ValueError, a missing file, a full disk) becomes a line on stderr; a bug keeps its traceback.
     """
     try:
         main()

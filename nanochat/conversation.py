@@ -125,8 +125,7 @@ def render_for_completion(conversation: dict[str, Any], tokenizer: Tokenizer) ->
 def drop_oldest_turns(
     messages: list[Message], tokenizer: Any, budget: int, render: Callable[[list[Message]], list[int]] | None = None
 ) -> list[Message]:
-    """The newest of `messages` of which `render` (unset: `render_for_completion`) makes at most `budget` tokens, 8 or
-    more.
+    """The newest messages of which `render` (unset: `render_for_completion`) makes at most `budget` (>= 8) tokens.
 
     Whole pairs of user and assistant go first, the oldest before the newer; the system message stays. A last question
     that is too long alone keeps its end; a system text that leaves it less than a quarter of the budget goes.

@@ -50,8 +50,7 @@ def scored_spans(kind: str, sequences: list[list[int]], context: int | None = No
 def is_right(scores: Sequence[Score], gold: int | None) -> bool:
     """Whether the gold option has the lowest mean loss or, where `gold` is None, the only span is the arg-max.
 
-    The first of equal options wins. An option with nothing to score (a prefix of all others) has mean loss nan, which
-    is chosen only when it stands first.
+    The first of equals wins. An option with nothing to score (a prefix of all others) is chosen where it stands first.
     """
     if gold is None:
         return scores[0].greedy

@@ -1,7 +1,6 @@
 """Rows for training: which documents a step sees is a function of (seed, step) alone, on any number of ranks.
 
-Rank r of w reads rows r, r+w, ... of each step. Every shard's rows are planned independently, so resuming is one
-integer: no earlier row is replayed.
+Rank r of w reads rows r, r+w, ... of each step. Shards are planned independently, so resuming replays no earlier row.
 """
 
 import bisect

@@ -16,8 +16,7 @@ def open_log(
 ) -> Iterator[Callable[[dict[str, Any]], None]]:
     """A function that takes a line of metrics: to metrics.jsonl, to wandb where it has a name, and to the screen.
 
-    `step` of `steps` have been made before. On other ranks than the first it does nothing. Raises ValueError when
-    wandb is wanted and not to be had.
+    `step` of `steps` are made already. On ranks but the first it does nothing. ValueError where wandb is not to be had.
     """
     if rank:
         yield lambda line: None

@@ -2,8 +2,7 @@
 
 What is read twice is read once: where spans begin alike, as the options of a question do, the keys and values of that
 prefix are kept, and only what differs is read for each. The head's logits are made for that rest alone. Any
-`model(idx_BT) -> logits_BTV` will do; one that is called as gpt.py's, with `cache`, `positions_BT` and `last_only`, is
-spared the repetition.
+`model(idx_BT) -> logits_BTV` will do; gpt.py's calls, with `cache`, `positions_BT`, `last_only`, spare the repetition.
 
 Shapes: B sequences of a batch, T positions, V vocabulary, N scored tokens of a batch.
 """
@@ -43,8 +42,7 @@ class Score(NamedTuple):
 
 
 class _Group(NamedTuple):
-    """Spans that begin alike: `prefix` is read once, and after it each of `tails`, the longest first, with the places
-    of the spans that it serves."""
+    """Spans that begin alike: `prefix` is read once, then each of `tails`, the longest first, for the spans it serves."""
 
     prefix: Sequence[int]
     tails: list[tuple[tuple[int, ...], list[int]]]

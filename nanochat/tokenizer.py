@@ -61,8 +61,7 @@ class Tokenizer:
     def train_from_iterator(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
         """Learn a vocabulary of `vocab_size` ids: 256 bytes, merges by frequency, and the nine special tokens.
 
-        A corpus with too little variety for that many merges gives a smaller vocabulary and says so; one without any
-        text raises ValueError.
+        Text of too little variety for that many merges gives a smaller vocabulary and says so; none raises ValueError.
         """
         import rustbpe
 

@@ -133,8 +133,7 @@ def from_tokenizer_json(path: Path) -> Tokenizer:
 
 
 def find_tokenizer(folder: Path, given: str | None = None) -> Tokenizer:
-    """The tokenizer of a checkpoint: in `given`, or in `folder`, or where the original keeps it. ValueError when there
-    is none."""
+    """A checkpoint's tokenizer: in `given`, or in `folder`, or where the original keeps it. ValueError without one."""
     places = [Path(given)] if given else [folder / "tokenizer", folder, folder.parent.parent / "tokenizer"]
     for place in places:
         if (place / "tokenizer.pkl").is_file():

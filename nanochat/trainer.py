@@ -107,8 +107,7 @@ class Batch(NamedTuple):
     """A step's work for this rank, and what the step's line of metrics says of it.
 
     A micro-batch is (inputs_BT, targets_BT), of which the mean loss over all ranks' targets counts, or (inputs_BT,
-    targets_BT, weights_BT), of which the sum of weights times losses counts. With none at all, which all ranks must
-    agree on, the step changes nothing.
+    targets_BT, weights_BT): the sum of weights times losses. With none, on all ranks, the step changes nothing.
     """
 
     micro_batches: Sequence[MicroBatch]

@@ -169,8 +169,7 @@ def choice_questions(
 ) -> tuple[list[str], list[tuple[Fact, str]]]:
     """Four choices for `fact`, and up to four (fact, letter) to ask: `fact`, and facts whose answers the others are.
 
-    side: ask facts of this side alone. Drawn with replacement: a letter that can be told by elimination teaches
-    nothing else.
+    side: ask facts of this side alone. Drawn with replacement: letters told by elimination teach nothing else.
     """
     choices, _ = choices_for(fact, rng)
     known = [[fact] if a == fact.answer else _facts_by_answer().get((fact.relation.name, a), []) for a in choices]

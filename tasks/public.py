@@ -37,8 +37,7 @@ def join(
 ) -> Task:
     """The built-in `skills`, shuffled with the published data sets of a stage that are there, and with your own file.
 
-    They are looked for in `tasks_dir`, or else where downloads are kept; nothing is fetched. Raises ValueError when
-    `tasks_dir` has none of them.
+    They are looked for in `tasks_dir`, or else among the downloads. Raises ValueError when `tasks_dir` has none.
     """
     there = [entry for entry in JOINED[stage] if entry[0].local(entry[1], tasks_dir)]
     if tasks_dir is not None and stage != "val" and not there:
