@@ -74,28 +74,23 @@ def weight_decay(batch: int, tokens: int, reference: int) -> float:
 
 
 def learning_rate_multiplier(
-    step: int,
-    steps: int,
-    warmup_steps: int = 40,
-    warmdown_ratio: float = 0.65,
-    final_fraction: float = 0.05,
-    schedule: str = "linear",
+    step: int, steps: int, warmup: int = 40, warmdown: float = 0.65, final: float = 0.05, schedule: str = "linear"
 ) -> float:
     """The factor on every learning rate at `step` of `steps`, in [0, 1].
 
-    Linear warmup over `warmup_steps` (at most a tenth of the run); then "linear": flat, falling over the last
-    `warmdown_ratio` of the run to `final_fraction`; "cosine": half a cosine from 1 to `final_fraction`.
+    Linear warmup over `warmup` steps (at most a tenth of the run); then "linear": flat, falling over the last
+    `warmdown` of the run to `final`; "cosine": half a cosine from 1 to `final`.
     """
-    warmup = min(warmup_steps, steps // 10)
+    warmup = min(warmup, steps // 10)
     if step < warmup:
         return (step + 1) / warmup
     if schedule == "cosine":
         progress = (step - warmup) / max(1, steps - warmup)
-        return final_fraction + (1 - final_fraction) * 0.5 * (1 + math.cos(math.pi * progress))
+        return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
     if schedule != "linear":
         raise ValueError(f"--schedule {schedule}: choose linear or cosine")
-    left = (steps - step) / max(1.0, steps * warmdown_ratio)
-    return 1.0 if left >= 1 else final_fraction + (1 - final_fraction) * left
+    left = (steps - step) / max(1.0, steps * warmdown)
+    return 1.0 if left >= 1 else final + (1 - final) * left
 
 
 def muon_momentum(step: int, steps: int, warmdown_ratio: float = 0.65) -> float:

@@ -42,7 +42,7 @@ class Score(NamedTuple):
 
 
 class _Group(NamedTuple):
-    """Spans that begin alike: `prefix` is read once, then each of `tails`, the longest first, for the spans it serves."""
+    """Spans that begin alike: `prefix` is read once, then each of `tails`, longest first, for the spans at places."""
 
     prefix: Sequence[int]
     tails: list[tuple[tuple[int, ...], list[int]]]

@@ -23,17 +23,8 @@ import tiktoken
 from nanochat import cli
 from nanochat.common import atomic_write_json, get_base_dir, print0, read_json
 
-SPECIAL_TOKENS = (
-    "<|bos|>",
-    "<|user_start|>",
-    "<|user_end|>",
-    "<|assistant_start|>",
-    "<|assistant_end|>",
-    "<|python_start|>",
-    "<|python_end|>",
-    "<|output_start|>",
-    "<|output_end|>",
-)
+_NAMES = "bos user_start user_end assistant_start assistant_end python_start python_end output_start output_end"
+SPECIAL_TOKENS = tuple(f"<|{name}|>" for name in _NAMES.split())
 
 # GPT-4's pattern (tiktoken's cl100k_base), but numbers in groups of at most two digits, which suits small vocabularies.
 # Whitespace comes in pieces of at most 256: without a bound, a run of a million spaces overflows the stack of the regex

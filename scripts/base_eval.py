@@ -23,14 +23,8 @@ from nanochat.loss_eval import evaluate_bpb
 from nanochat.token_shards import build_token_shards
 from nanochat.world import core_bundle
 
-PROMPTS = (
-    "The capital of France is",
-    "The chemical symbol of gold is",
-    "The opposite of hot is",
-    "The day after Friday is",
-    "The planets of the solar system are:",
-    "If 5 + 3 = 8, then 6 + 3 =",
-)
+PROMPTS = ("The capital of France is", "The chemical symbol of gold is", "The opposite of hot is")
+PROMPTS += ("The day after Friday is", "The planets of the solar system are:", "If 5 + 3 = 8, then 6 + 3 =")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from nanochat import recipe
 from nanochat.gpt import GPT
 
-# (steps, warmup_steps, warmdown_ratio, final_fraction); the defaults first
+# (steps, warmup, warmdown, final); the defaults first
 SCHEDULES = [(1000, 40, 0.65, 0.05), (5000, 40, 0.5, 0.0), (300, 0, 1.0, 0.1), (100, 40, 0.2, 0.05)]
 
 
