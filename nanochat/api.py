@@ -226,9 +226,8 @@ def make_requests(
         requests = [Request(each, most, sample=i, **settings) for each in prompts for i in range(body.n or 1)]
         for request in requests:
             engine.check(request)
-            chat, tokenizer = messages is not None, engine.tokenizer  # what continues a text has no reasoning in it
-            decoder = form.decoder(request.tokens, request.stop) if chat else AnswerDecoder(tokenizer, request.stop)
-            request.decoder = decoder
+            plain = AnswerDecoder(engine.tokenizer, request.stop)  # what continues a text has no reasoning in it
+            request.decoder = plain if messages is None else form.decoder(request.tokens, request.stop)
     except ValueError as error:
         raise ApiError(400, str(error), "prompt" if messages is None else "messages") from error
     return requests

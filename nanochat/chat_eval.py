@@ -59,9 +59,7 @@ def pass_rates(counts: Sequence[int], n: int, ks: Iterable[int]) -> dict[str, di
     return rates
 
 
-def _sampled(
-    engine: Any, tokenizer: Any, prompts: Prompts, places: Iterable[int], n: int, **settings: Any
-) -> list[str]:
+def _sampled(engine: Any, tokenizer: Any, prompts: Prompts, places: range, n: int, **settings: Any) -> list[str]:
     """`n` answers to each prompt; their random numbers follow from the problem's place in the task alone."""
     requests = [
         Request(ids, sample=place * n + i, **settings)

@@ -36,8 +36,7 @@ class Format:
         return drop_oldest_turns(messages, self.tokenizer, budget, self.render)
 
     def prompt(self, messages: list[Message], context: int, max_tokens: int | None = None) -> list[int]:
-        """Ids of the next answer's prompt. Of the context up to a quarter is kept free for the answer; the oldest turns
-        that do not fit in the rest are left out."""
+        """Ids of the next answer's prompt. Up to a quarter of the context is kept free for it; the oldest turns go."""
         return self.render(self.fit(messages, context - min(max_tokens or context, context // 4)))
 
     def decoder(self, prompt: Sequence[int] = (), stop: Sequence[str] = ()) -> AnswerDecoder:

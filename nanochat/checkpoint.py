@@ -43,7 +43,8 @@ def _step_dir(stage: str, tag: str, step: int) -> Path:
     return checkpoint_dir(stage, tag) / f"step_{step:06d}"
 
 
-def _sync(path: Path) -> None:
+def _write(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    save_file(tensors, path)
     with open(path, "rb+") as f:
         os.fsync(f.fileno())
 
@@ -75,13 +76,11 @@ def save(stage: str, tag: str, step: int, model: GPT, optimizer: Any, meta: dict
     def begin() -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        save_file(state, temporary / "model.safetensors")
-        _sync(temporary / "model.safetensors")
+        _write(state, temporary / "model.safetensors")
 
     def share() -> None:
-        path = temporary / f"optim.{compute.rank:03d}.safetensors"
-        save_file({name: value.contiguous() for name, value in optimizer.state_dict().items()}, path)
-        _sync(path)
+        own = {name: value.contiguous() for name, value in optimizer.state_dict().items()}
+        _write(own, temporary / f"optim.{compute.rank:03d}.safetensors")
 
     def finish() -> None:
         files = {path.name: sha256_file(path) for path in sorted(temporary.iterdir())}
@@ -145,20 +144,11 @@ def _read(path: Path) -> dict[str, Any]:
     return meta
 
 
-def _check(path: Path) -> dict[str, Any]:
-    """The same, after checking every file of the checkpoint against its hash. ValueError names what is wrong."""
-    meta = _read(path)
-    for name, digest in meta["files"].items():
-        if not (path / name).exists() or sha256_file(path / name) != digest:
-            raise ValueError(f"{path / name} is missing or damaged: delete {path} and use an earlier step")
-    return meta
-
-
 def newest_whole(stage: str, tag: str) -> int:
     """The newest step whose files are all as they were written. Raises ValueError when there is none."""
     for step in reversed(list_steps(stage, tag)):
         try:
-            _check(_step_dir(stage, tag, step))
+            read_meta(stage, tag, step)
             return step
         except ValueError as error:
             print0(f"skipping step {step}: {error}")
@@ -171,7 +161,11 @@ def read_meta(stage: str, tag: str, step: int) -> dict[str, Any]:
     if not (path / "meta.json").exists():
         there = ", ".join(map(str, list_steps(stage, tag))) or "none"
         raise ValueError(f"no checkpoint {path}: steps there are {there}")
-    return _check(path)
+    meta = _read(path)
+    for name, digest in meta["files"].items():
+        if not (path / name).exists() or sha256_file(path / name) != digest:
+            raise ValueError(f"{path / name} is missing or damaged: delete {path} and use an earlier step")
+    return meta
 
 
 def load_state(stage: str, tag: str, step: int, model: GPT) -> None:

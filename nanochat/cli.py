@@ -14,8 +14,7 @@ T = TypeVar("T")
 
 
 def option(default: Any, help: str, choices: Sequence | None = None, flag: str | None = None, bare: Any = None) -> Any:
-    """A dataclass field that is also a flag: its default, help text, allowed values, a short form such as `-n`,
-    and the value that the flag has when it is given without one."""
+    """A dataclass field that is also a flag: default, help, allowed values, short form (`-n`), its value when bare."""
     meta = {"help": help, "choices": choices, "flag": flag, "bare": bare}
     return dataclasses.field(default=default, metadata=meta)
 

@@ -23,6 +23,7 @@ from nanochat.documents import ShardWriter, describe, iterate_documents, parquet
 
 SHARD_BYTES = 64 << 20  # of text, where documents of a folder are gathered into shards
 BUILTIN_SHARD_BYTES = 1_500_000
+Manifest = dict[str, Any]  # see read_manifest
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def dataset_dir(name: str) -> Path:
     return get_base_dir() / "datasets" / dataset_name(name)
 
 
-def read_manifest(name: str) -> dict[str, Any]:
+def read_manifest(name: str) -> Manifest:
     """A prepared dataset's manifest: name, source, licence, shards [{file, sha256, bytes, documents, split}], and
     whether they are `complete` (False while a download goes on). Raises ValueError when there is none."""
     path = dataset_dir(name) / "manifest.json"
@@ -107,9 +108,7 @@ def _hash(text: str) -> int:
 # --- preparing -------------------------------------------------------------------------------------------------------
 
 
-def prepare(
-    name: str, n: int | None = None, *, mirror: str | None = None, workers: int = 8, seed: int = 0
-) -> dict[str, Any]:
+def prepare(name: str, n: int | None = None, *, mirror: str | None = None, workers: int = 8, seed: int = 0) -> Manifest:
     """Make dataset `name` ready, with at least `n` training shards, and return its manifest.
 
     What is already there is kept: preparing again continues, grows, or does nothing. Raises ValueError for an unknown
@@ -136,13 +135,13 @@ def prepare(
     return manifest
 
 
-def _save(folder: Path, **manifest: Any) -> dict[str, Any]:
+def _save(folder: Path, **manifest: Any) -> Manifest:
     manifest["counts"] = {key: manifest.get("counts", {}).get(key, 0) for key in ("empty", "cleaned")}
     atomic_write_json(folder / "manifest.json", {"name": folder.name, **manifest})
     return read_json(folder / "manifest.json")
 
 
-def _existing(folder: Path) -> dict[str, Any] | None:
+def _existing(folder: Path) -> Manifest | None:
     """The manifest in `folder`, if there is one and its shards all exist with their sizes."""
     if not (folder / "manifest.json").exists():
         return None
@@ -151,7 +150,7 @@ def _existing(folder: Path) -> dict[str, Any] | None:
     return manifest if all(path.exists() and path.stat().st_size == size for path, size in paths) else None
 
 
-def _prepare_builtin(folder: Path, n: int, seed: int) -> dict[str, Any]:
+def _prepare_builtin(folder: Path, n: int, seed: int) -> Manifest:
     from nanochat import world
 
     sources = [Path(world.__file__).with_name(f"{name}.py") for name in ("world", "world_facts", "world_phrases")]
@@ -176,7 +175,7 @@ def _prepare_builtin(folder: Path, n: int, seed: int) -> dict[str, Any]:
     return _save(folder, **facts, complete=True, recipe=recipe, shards=train.entries + val.entries)
 
 
-def _prepare_remote(name: str, folder: Path, n: int, mirror: str | None, workers: int) -> dict[str, Any]:
+def _prepare_remote(name: str, folder: Path, n: int, mirror: str | None, workers: int) -> Manifest:
     from pyarrow import parquet
 
     remote = REMOTES[name]
@@ -220,7 +219,7 @@ def _prepare_remote(name: str, folder: Path, n: int, mirror: str | None, workers
     return _save(folder, **facts, complete=True, shards=entries(files))
 
 
-def _prepare_folder(source: Path, folder: Path, n: int | None) -> dict[str, Any]:
+def _prepare_folder(source: Path, folder: Path, n: int | None) -> Manifest:
     visible = (p for p in source.rglob("*") if not any(part.startswith(".") for part in p.relative_to(source).parts))
     files = sorted(p for p in visible if p.suffix.lower() in (".parquet", ".jsonl", ".txt") and p.is_file())
     if not files:

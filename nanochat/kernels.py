@@ -132,15 +132,13 @@ def _(x_NC, up_HC, down_CH):
 
 
 @torch.library.custom_op("nanochat::relu2_mlp_backward", mutates_args=())
-def _relu2_mlp_backward(
-    grad_NC: Tensor, x_NC: Tensor, up_HC: Tensor, down_CH: Tensor, hidden_NH: Tensor
-) -> list[Tensor]:
-    dhidden_NH = _relu2_matmul(grad_NC, down_CH, hidden_NH)
-    return [dhidden_NH @ up_HC, dhidden_NH.t() @ x_NC, grad_NC.t() @ hidden_NH]
+def _relu2_mlp_backward(dy_NC: Tensor, x_NC: Tensor, up_HC: Tensor, down_CH: Tensor, hidden_NH: Tensor) -> list[Tensor]:
+    dhidden_NH = _relu2_matmul(dy_NC, down_CH, hidden_NH)
+    return [dhidden_NH @ up_HC, dhidden_NH.t() @ x_NC, dy_NC.t() @ hidden_NH]
 
 
 @_relu2_mlp_backward.register_fake
-def _(grad_NC, x_NC, up_HC, down_CH, hidden_NH):
+def _(dy_NC, x_NC, up_HC, down_CH, hidden_NH):
     return [torch.empty_like(x) for x in (x_NC, up_HC, down_CH)]
 
 

@@ -45,10 +45,8 @@ def block_bytes(model: GPT, layer: int, rows: int, kernel: str) -> int:
     return rows * (T * per_token + H * weights) + casts
 
 
-def peak_bytes(
-    model: GPT, rows: int, kernels: tuple[str, str], checkpointing: bool, accumulation: int, w: int = 1
-) -> int:
-    """Most bytes of tensors alive at once in a training step of `accumulation` x `rows` rows on each of `w` ranks.
+def peak_bytes(model: GPT, rows: int, kernels: tuple[str, str], checkpointing: bool, times: int, w: int = 1) -> int:
+    """Most bytes of tensors alive at once in a training step of `times` x `rows` rows on each of `w` ranks.
 
     model: may be on `meta`. kernels: names of attention and loss. What an allocator loses between tensors is not in it.
     """
@@ -84,7 +82,7 @@ def peak_bytes(
     left = gradients * (blocks + model.embed.weight.nbytes) / whole
     copies = 1 if w == 1 else 2 if cpu else 1 + 1 / w  # of gradients on their way; gloo makes one of its own
     update = max(copies * gradients + 12 * max(p.numel() for p in tables) / w, copies * left + muon / w)
-    return parameters + state + int(max(max(moments) + (gradients if accumulation > 1 else 0), update))
+    return parameters + state + int(max(max(moments) + (gradients if times > 1 else 0), update))
 
 
 def free_memory(device: torch.device) -> int:

@@ -74,8 +74,7 @@ class Sessions:
 
 
 class ResponseCache:
-    """Answers of requests that name all that decides them (temperature 0 or a seed), for `seconds`, up to `most_bytes`
-    in all, the one used longest ago dropped first."""
+    """Answers that come out the same again (temperature 0 or a seed), for `seconds`; past `most_bytes` the oldest go."""
 
     def __init__(self, most_bytes: int, seconds: float) -> None:
         from cachetools import TTLCache

@@ -40,9 +40,7 @@ class TrainConfig:
     device_batch_size: int | Literal["auto"] | None = option(
         None, "rows a device takes at once; auto: as many as fit in memory; unset = auto on CUDA, else up to 32"
     )
-    activation_checkpointing: bool | None = option(
-        None, "keep blocks' inputs alone and make the rest again in the backward pass; unset = where memory needs it"
-    )
+    activation_checkpointing: bool | None = option(None, "make activations again backward; unset = if memory needs it")
     total_batch_size: int | None = option(None, "tokens a step over all devices and accumulation steps")
     num_iterations: int | None = option(None, "steps")
     embedding_lr: float = option(recipe.LEARNING_RATES["embedding"], "AdamW learning rate of the embeddings")

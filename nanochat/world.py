@@ -2,10 +2,8 @@
 written from facts that we state ourselves (world_facts.py) in many wordings (world_phrases.py)."""
 
 import ast
-import csv
 import functools
 import inspect
-import io
 import json
 import random
 import re
@@ -52,8 +50,7 @@ def choice_facts(side: str) -> tuple[Fact, ...]:
 def render_choices(question: str, letters: Sequence[str], choices: Sequence[str]) -> str:
     """A multiple-choice question, made for small models.
 
-    The letter directly follows its choice, where it is bound best, and the question stands last, so that its answer
-    is looked up among choices that have been read.
+    Letters follow their choices, where they are bound best; the question is last, to be looked up among what was read.
     """
     lines = "\n".join(f"- {choice}={letter}" for letter, choice in zip(letters, choices, strict=True))
     return f"Answer with a letter.\n{lines}\n{question}"
@@ -352,15 +349,14 @@ def core_bundle(folder: Path | str, max_items: int = 200) -> None:
     """
     folder = Path(folder)
     baselines = {"multiple_choice": 25, "language_modeling": 0, "schema": 50}
-    yaml_lines, table = ["icl_tasks:"], io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    header = "Eval Task,Task Category,Task Type,#shots,#datapoints,Random baseline,Centered Metric?,Description"
-    writer.writerow(header.split(","))
+    yaml_lines = ["icl_tasks:"]
+    table = ["Eval Task,Task Category,Task Type,#shots,#datapoints,Random baseline,Centered Metric?,Description"]
     for label, (kind, shots, rows) in _continuation_tasks(random.Random("world core"), max_items).items():
         atomic_write(folder / "eval_data" / f"{label}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         yaml_lines += [f"  - label: {label}", f"    dataset_uri: {label}.jsonl", f"    num_fewshot: [{shots}]"]
         yaml_lines += [f"    icl_task_type: {kind}"]
         about = f"Facts of the built-in world: {label.removeprefix('world_')}."
-        writer.writerow([label, "built-in world", kind.replace("_", " "), shots, len(rows), baselines[kind], "", about])
+        row = (label, "built-in world", kind.replace("_", " "), shots, len(rows), baselines[kind], "", about)
+        table.append(",".join(map(str, row)))
     atomic_write(folder / "core.yaml", "\n".join(yaml_lines) + "\n")
-    atomic_write(folder / "eval_meta_data.csv", table.getvalue())
+    atomic_write(folder / "eval_meta_data.csv", "\n".join(table) + "\n")

@@ -187,10 +187,8 @@ SHAPES = """
 triangle 3, square 4, rectangle 4, rhombus 4, pentagon 5, hexagon 6, heptagon 7, octagon 8, nonagon 9, decagon 10
 """
 
-CHAT_SHARE = 0.7
 
-
-def side_of(item: str, first: str = "chat", second: str = "held_out", share: float = CHAT_SHARE) -> str:
+def side_of(item: str, first: str = "chat", second: str = "held_out", share: float = 0.7) -> str:
     """`first` for about `share` of all item names, else `second`: a function of the name's SHA-256 alone."""
     digest = hashlib.sha256(item.encode()).digest()
     return first if int.from_bytes(digest[:4], "big") < share * 2**32 else second

@@ -57,11 +57,11 @@ class SpellingBee(MadeTask):
         shown = rng.choice(_LETTERS).format(l=letter.upper() if rng.random() < 0.1 else letter)
         bare = quote or not template.partition("{w}")[0]
         expression = f' "{word}".count("{letter}")' if bare else f'" {word}".count("{letter}")'
-        count = calculate(expression)
+        count, said = calculate(expression), f'"{word}"' if bare else word
         parts = [
             {"type": "python", "text": expression},
             {"type": "python_output", "text": count},
-            {"type": "text", "text": count_sentence(letter, int(count), f'"{word}"' if bare else word)},
+            {"type": "text", "text": f"The letter {letter} occurs {count} time{'s' * (count != '1')} in {said}."},
         ]
         return single_turn(template.format(l=shown, w=f"{quote}{word}{quote}"), parts, word=word, letter=letter)
 
@@ -69,11 +69,6 @@ class SpellingBee(MadeTask):
         """Whether the first number after the last tool output is the count."""
         number = re.search(r"\d+", after_tools(completion))
         return number is not None and int(number[0]) == conversation["word"].count(conversation["letter"])
-
-
-def count_sentence(letter: str, count: int, word: str) -> str:
-    """The answer to a counting question."""
-    return f"The letter {letter} occurs {count} time{'' if count == 1 else 's'} in {word}."
 
 
 class Spelling(MadeTask):
