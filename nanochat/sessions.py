@@ -74,7 +74,7 @@ class Sessions:
 
 
 class ResponseCache:
-    """Answers that come out the same again (temperature 0 or a seed), for `seconds`; past `most_bytes` the oldest go."""
+    """Answers that would be the same (temperature 0 or a seed), for `seconds`; past `most_bytes` the oldest go."""
 
     def __init__(self, most_bytes: int, seconds: float) -> None:
         from cachetools import TTLCache
