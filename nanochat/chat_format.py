@@ -1,7 +1,6 @@
 """How a model chats: in the project's own format, by the template in an open-weights model's folder, or in harmony.
 
-A format turns messages into the ids of a prompt, which end where the assistant begins, and gives each answer a decoder,
-which tells text, reasoning and tool calls apart (detokenizer.py).
+A format turns messages into a prompt's ids, and gives each answer a decoder of text, reasoning and tool calls.
 """
 
 import datetime

@@ -4,7 +4,6 @@
     <|user_start|> text <|user_end|>
     <|assistant_start|> text <|python_start|> code <|python_end|> <|output_start|> result <|output_end|> text
     <|assistant_end|>
-    ...
 
 The assistant produces its text, its `<|python_start|> code <|python_end|>` and its `<|assistant_end|>`, and is trained
 on exactly these (mask 1). The start of its turn and the results of its tools are given to it (mask 0).

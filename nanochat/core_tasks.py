@@ -151,9 +151,8 @@ def build_prompts(task: CoreTask, row: dict[str, Any], examples: Sequence[dict[s
 def download_bundle(folder: Path, url: str = BUNDLE_URL, **options: Any) -> None:
     """Have the zipped bundle at `url` unpacked in `folder`: downloaded the first time, checked every time.
 
-    Nobody publishes the archive's hash. So its length is checked against the server's, its content by zip's own
-    checksums; what came is written to manifest.json, the SHA-256 of the archive and of each file, and the files are
-    held against that from then on. options: `hub.download`'s. Raises ValueError when something is not as it was.
+    Nobody publishes the archive's hash. So its length is checked against the server's, its content by zip's checksums,
+    and the files later by manifest.json, their SHA-256. options: `hub.download`'s. ValueError: something has changed.
     """
     manifest = folder / "manifest.json"
     if folder.exists():

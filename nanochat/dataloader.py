@@ -43,8 +43,6 @@ class RowLoader:
                 f"{sequence_len}, which --device-batch-size {device_batch_rows} on {world_size} processes does not "
                 f"divide: make it a multiple of {device_batch_rows * world_size * sequence_len}"
             )
-        if seed < 0:
-            raise ValueError(f"--seed {seed}: use 0 or more")
         self.shards, self.sequence_len, self.rows_per_step = list(shards), sequence_len, rows_per_step
         self.device_batch_rows, self.seed, self.rank, self.world_size = device_batch_rows, seed, rank, world_size
         self.device = torch.device(device)

@@ -2,15 +2,13 @@
 
 Two processes serve one check. The *program* runs what the model wrote. The *judge* runs the tests, where the names of
 the program's functions are calls to the other process: arguments and results cross a pipe by value, as exact built-in
-types. Whatever a program does to its own interpreter (`os._exit(0)`, a patched `assert`, a look at frames, results
-that equal everything) it does to itself: the tests, their verdict, and the token without which a verdict is none (a
-nonce, written after the last test) are never in its reach.
+types. What a program does to its interpreter (`os._exit(0)`, a patched `assert`, a look at frames, results that equal
+everything) it does to itself: tests, verdict, and the nonce that makes it one, written last, are never in its reach.
 
 Both live in `execution_child.py`, under every layer of `sandbox.py` that the kernel grants without root: namespaces
 (mounts, processes, network, ...), a private read-only root with an empty working directory, no capabilities, Landlock,
-a list of allowed system calls, no environment, limits. Root becomes nobody. `MINIMUM` is what no program may run
-without: the system call filter leaves no sockets, no processes and no signals to others; a private root or Landlock
-leaves no file but the interpreter's own.
+a list of allowed system calls, no environment, limits. Root becomes nobody. No program runs without `MINIMUM`: the
+filter leaves no sockets, processes and signals to others; a private root or Landlock no file but the interpreter's.
 """
 
 import functools
@@ -125,7 +123,6 @@ def check(
     function makes in them stays on its side. `prelude` is source of the test's side: HumanEval's prompt up to the
     function to be written, whose helpers the program then cannot redefine for the test. `timeout` is in seconds from
     when both sides are ready, `memory` in bytes of address space of each. Without site-packages, sockets or asyncio.
-
     Raises ValueError when less than the minimum of isolation is in force, unless `unsafe`, which takes what there is.
     """
     if timeout <= 0 or memory < 64 << 20:

@@ -66,20 +66,10 @@ def train_further(
     facts: what else its checkpoints are to say of the run; options: what else a `Trainer` is told.
     """
     model, tokenizer, meta = source
-    trainer = Trainer(
-        stage=stage,
-        tag=config.model_tag or meta["tag"],
-        config=config,
-        model=model,
-        tokenizer=tokenizer,
-        compute=compute,
-        total_batch_size=batch,
-        weight_decay=config.weight_decay or 0.0,
-        lr_scales=recipe.learning_rate_scales(batch, config.init_lr_frac),
-        meta={name: meta[name] for name in ("dataset", "depth", "source")} | facts,
-        **options,
-    )
-    trainer.run()
+    tag, scales = config.model_tag or meta["tag"], recipe.learning_rate_scales(batch, config.init_lr_frac)
+    told = {name: meta[name] for name in ("dataset", "depth", "source")} | facts
+    options |= {"compute": compute, "total_batch_size": batch, "weight_decay": config.weight_decay or 0.0}
+    Trainer(stage, tag, config, model, tokenizer, lr_scales=scales, meta=told, **options).run()
     compute.close()
 
 

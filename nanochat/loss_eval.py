@@ -15,14 +15,12 @@ def evaluate_bpb(
     token_bytes: Sequence[int] | torch.Tensor,
     compute: Compute | None = None,
 ) -> float:
-    """Bits that `model` needs for a byte of text, over all batches of all ranks.
+    """Bits that `model` needs for a byte of text, over all batches of all ranks; ValueError when no byte was scored.
 
     The nats of every target that stands for text, over ln 2 times the bytes of those targets: a mean over bytes,
     so neither the vocabulary nor the division into batches and ranks changes its meaning.
-
     batches: (inputs_BT, targets_BT) pairs; targets below 0 are not counted. Ranks may differ in how many they give.
     token_bytes: bytes of each token id, 0 for special tokens, which are not counted.
-    Raises ValueError when no byte was scored.
     """
     device = compute.device if compute else torch.device("cpu")
     # nats, bytes; the sums outgrow float32's 24 bits, but MPS has nothing wider

@@ -5,9 +5,8 @@ updates it, and the updated parameters are all-gathered. Rank r of w owns the ma
 and the r-th block of rows of any other parameter (AdamW). Parameters too small to be worth the messages are
 all-reduced and updated everywhere. Saved shares join and split again on any number of ranks.
 
-A message is one matrix for each owner, or one parameter. After `overlap_next_backward` it leaves as soon as its
-gradients are there, while the backward pass goes on. The order of messages is fixed, last layers first, so that ranks
-agree on it whatever took part in their loss.
+A message is one matrix for each owner, or one parameter. After `overlap_next_backward` it leaves when its gradients are
+there, while the backward pass goes on. Messages have a fixed order, last layers first, on which all ranks agree.
 """
 
 import functools

@@ -22,9 +22,8 @@ def pack(lengths: Sequence[int] | np.ndarray, row_tokens: int, seed: int | Seque
 
     `split`: every piece costs one token more, the BOS before it; a document longer than a row is cut up front, and
     where nothing fits the rest of a row, the longest piece at hand is cut to fill it. (Cutting the shortest would
-    leave ever longer ones, and more and more cuts.) Rows are full but for the last one made.
-    Without `split`, documents stay whole, bring their own BOS, and rows may have a gap; ValueError when one is longer
-    than a row. `seed` orders documents and rows.
+    leave ever longer ones, and more and more cuts.) Rows are full but for the last one made. Without `split`, documents
+    bring their own BOS, rows may have a gap, and one too long is a ValueError. `seed` orders documents and rows.
     """
     rng = np.random.default_rng(seed)
     bos = int(split)

@@ -130,9 +130,8 @@ class Plan:
 def plan(model: GPT, share: int, wanted: int | str | None, checkpointing: bool | None, compute: Compute) -> Plan:
     """How each rank takes its `share` of a step's rows.
 
-    wanted: rows at once; "auto": the most that divide the share and fit into memory; None: auto on CUDA, elsewhere
-    the most up to 32. checkpointing: None = only where nothing fits without. Raises ValueError that says what would
-    fit when wanted is auto and not even one row does.
+    wanted: rows at once; "auto": the most that divide the share and fit into memory; None: auto on CUDA, elsewhere the
+    most up to 32. checkpointing: None = where nothing fits without. ValueError says what would fit where no row does.
     """
     config, device, T = model.config, compute.device, model.config.sequence_len
     attend = attention.choose(device, model.dtype, config.head_dim, min(config.windows) < T)

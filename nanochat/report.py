@@ -136,8 +136,6 @@ def show_tool_calls(answer: str) -> str:
 
 def _chats(evals: ByStage) -> str:
     """The conversations that the last evaluated stage kept."""
-    if not evals:
-        return NOT_RUN
     stage, record = list(evals.items())[-1]
     blocks = [f"From the {stage} model."]
     for sample in record["samples"]:
@@ -148,8 +146,6 @@ def _chats(evals: ByStage) -> str:
 
 
 def _continuations(evals: ByStage) -> str:
-    if not evals:
-        return NOT_RUN
     stage, record = next(iter(evals.items()))
     return f"From the {stage} model; the prompt ends at `»`.\n\n" + _fence(
         "\n\n".join(f"{sample['prompt']}»{sample['text']}" for sample in record["samples"])
@@ -215,8 +211,8 @@ def _model_section(records: Records, tag: str, out_dir: Path) -> str:
         + ("\n\n" + figure("tasks", figures.bars(chat_scores)) if any(chat_scores.values()) else ""),
         "Language modeling by stage": _base_table(base),
         "CORE tasks by stage": _scores_table(core_scores),
-        "Conversations": _chats(chat),
-        "Continuations": _continuations(base),
+        "Conversations": _chats(chat) if chat else NOT_RUN,
+        "Continuations": _continuations(base) if base else NOT_RUN,
         "Training": _runs_table(runs),
         "Loss": curve("loss", "loss", "training loss, nats"),
         "Validation": curve("bpb", "val_bpb", "bits per byte"),

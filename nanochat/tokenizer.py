@@ -158,10 +158,8 @@ class Tokenizer:
 
         Special tokens spelled out in the text are plain characters; lone surrogates become U+FFFD.
         """
-        first, last = (
-            [] if mark is None else [self.encode_special(mark) if isinstance(mark, str) else mark]
-            for mark in (prepend, append)
-        )
+        ids = (self.encode_special(mark) if isinstance(mark, str) else mark for mark in (prepend, append))
+        first, last = ([] if i is None else [i] for i in ids)
         if isinstance(text, str):
             return first + self.encoding.encode_ordinary(text) + last
         rows = self.encoding.encode_ordinary_batch(list(text), num_threads=os.cpu_count() or 1)

@@ -73,10 +73,6 @@ class ChoiceTask(ParquetTask):
     eval_type = "categorical"
     baseline = 0.25
 
-    def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        """Whether the completion is the right letter."""
-        return completion.strip() == conversation["messages"][-1]["content"]
-
 
 def _folder(name: str, tasks_dir: Path | str | None) -> Path:
     return (Path(tasks_dir) if tasks_dir is not None else get_base_dir() / "tasks") / name
@@ -124,9 +120,7 @@ def fetch(task: type[ParquetTask], split: str, tasks_dir: Path | str | None = No
                 f"holds {task.name}/{split}.parquet by --tasks-dir (the hub: {error})"
             ) from error
         record = {"source": f"{hub.base_url()}/datasets/{task.repo}", "licence": task.licence}
-        record["files"] = [
-            {"file": shard.path, "bytes": path.stat().st_size, "sha256": sha256_file(path)}
-            for shard, path in zip(shards, paths)
-        ]
-        atomic_write_json(folder / f"{split}.manifest.json", record)
+        sums = [{"bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in paths]
+        files = [{"file": shard.path, **each} for shard, each in zip(shards, sums)]
+        atomic_write_json(folder / f"{split}.manifest.json", {**record, "files": files})
     return paths

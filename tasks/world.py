@@ -74,10 +74,6 @@ class LetterList(MadeTask):
     def make(self, rng: random.Random, item: None) -> Conversation:
         return _choice_talk(*listed_choice(rng, lambda: rng.choice(words())))
 
-    def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        """Whether the completion is the right letter."""
-        return completion.strip() == conversation["messages"][-1]["content"]
-
 
 class WorldChoice(MadeTask):
     """A fact asked with four choices, the right letter uniform over A to D; the answer is the letter alone.
@@ -100,5 +96,3 @@ class WorldChoice(MadeTask):
         else:
             choices, asked = choice_questions(fact, rng, side="chat")
         return _choice_talk(choices, [(f.question(rng), letter) for f, letter in asked])
-
-    evaluate = LetterList.evaluate

@@ -176,11 +176,6 @@ def test_batch_that_does_not_divide(corpus, tokenizer, rows, batch, world_size):
     assert str(batch * world_size * T) in str(caught.value)
 
 
-def test_negative_seed(corpus, tokenizer):
-    with pytest.raises(ValueError, match="--seed -1"):
-        RowLoader(build_token_shards(corpus, "train", tokenizer), T, 8, 8, -1)
-
-
 # --- token shards on disk
 
 
