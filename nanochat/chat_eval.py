@@ -72,10 +72,8 @@ def _sampled(engine: Any, tokenizer: Any, prompts: Prompts, places: range, n: in
 
 def _fingerprint(task: Any, n: int) -> str:
     """A hash of the first `n` problems: answers of two models to the same ones can be compared one by one."""
-    digest = hashlib.sha256()
-    for i in range(n):
-        digest.update(json.dumps(task[i]["messages"]).encode())
-    return digest.hexdigest()[:16]
+    problems = (json.dumps(task[i]["messages"]).encode() for i in range(n))
+    return hashlib.sha256(b"".join(problems)).hexdigest()[:16]
 
 
 def _record(counts: Sequence[int], num_samples: int, pass_k: int | None, baseline: float) -> dict[str, Any]:

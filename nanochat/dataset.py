@@ -51,8 +51,8 @@ class Config:
     workers: int = cli.option(8, "parallel downloads")
     seed: int = cli.option(0, "seed of the built-in text")
 
-
-# --- names and manifests ---------------------------------------------------------------------------------------------
+    def __post_init__(self) -> None:
+        cli.require_positive(self, "shards", "workers")
 
 
 def dataset_name(name: str) -> str:
@@ -105,19 +105,12 @@ def _hash(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
-# --- preparing -------------------------------------------------------------------------------------------------------
-
-
 def prepare(name: str, n: int | None = None, *, mirror: str | None = None, workers: int = 8, seed: int = 0) -> Manifest:
     """Make dataset `name` ready, with at least `n` training shards, and return its manifest.
 
     What is already there is kept: preparing again continues, grows, or does nothing. Raises ValueError for an unknown
     name, an empty or changed folder, and files that cannot be read.
     """
-    if n is not None and n < 1:
-        raise ValueError(f"-n {n}: ask for at least one shard")
-    if workers < 1:
-        raise ValueError(f"--workers {workers}: at least one is needed")
     folder = dataset_dir(name)
     if name == "builtin":
         manifest = _prepare_builtin(folder, n or 8, seed)

@@ -159,9 +159,6 @@ def eager_mlp(x: Tensor, up_HC: Tensor, down_CH: Tensor) -> Tensor:
     return F.linear(F.relu(F.linear(x, up_HC.to(x.dtype))).square(), down_CH.to(x.dtype))
 
 
-# Probes.
-
-
 @torch.inference_mode(False)
 @torch.enable_grad()
 def agrees(name: str, form: Callable[..., Tensor], oracle: Callable[..., Tensor], inputs: Sequence[Tensor]) -> bool:

@@ -297,8 +297,6 @@ class MuonAdamW:
             total += 2 * (w - 1) / w * padded * sum(p.numel() * p.element_size() for p in message.parameters)
         return len(self._queue), total
 
-    # A step.
-
     def _state(self, bucket: Bucket, share: torch.Tensor) -> dict[str, torch.Tensor]:
         if not bucket.state:
             bucket.state["mean"] = torch.zeros_like(share, dtype=torch.float32)
@@ -348,8 +346,6 @@ class MuonAdamW:
         for gradient in gradients:
             gradient.mul_(min(1.0, clip / (norm + 1e-6)))
         return norm
-
-    # Saving.
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """This rank's share of the state, by `bucket/part`; what every rank holds is in rank 0's."""

@@ -54,10 +54,7 @@ class _Group(NamedTuple):
 
 def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
     """How many tokens all the sequences begin with in common."""
-    for i, column in enumerate(zip(*sequences)):
-        if len(set(column)) > 1:
-            return i
-    return min(map(len, sequences))
+    return next((i for i, column in enumerate(zip(*sequences)) if len(set(column)) > 1), min(map(len, sequences)))
 
 
 def pad_right(sequences: Sequence[Sequence[int]]) -> torch.Tensor:

@@ -171,8 +171,6 @@ class Trainer:
         self.step, self.saved_step, self.tokens, self.seconds = 0, 0, 0, 0.0
         self.stopped: int | None = None
 
-    # The loop.
-
     def run(self) -> None:
         """Train to the end. Raises KeyboardInterrupt after saving when told to stop by SIGINT or SIGTERM."""
         config = self.config
@@ -293,8 +291,6 @@ class Trainer:
         if self.compute.rank == 0 and self.step and self.step == self.saved_step:
             checkpoint.update_meta(self.stage, self.tag, self.step, **metrics)
         return metrics
-
-    # Beginning, saving, ending.
 
     def _begin(self) -> None:
         wanted = self.config.resume

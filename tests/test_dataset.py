@@ -246,7 +246,7 @@ def test_folders_without_text(folder, tmp_path):
     ("flags", "message"),
     [
         (["--name", "nowhere"], "no such folder"),
-        (["-n", "0"], "at least one"),
+        (["-n", "0"], "--shards 0: must be above 0"),
         (["--workers", "0"], "--workers"),
         (["-n", "x"], "invalid int"),
         (["--name", "climbmix", "-n", "6543"], "6542 training shards"),
