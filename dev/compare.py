@@ -35,8 +35,8 @@ EQUAL = (
     "training text; tokenizer; depth, width, heads, context, windows; tokens a step; validation rows and bytes; "
     "interpreter and machine. Each side's own: order and packing of training rows, learning rates and schedule, kernels"
 )
-# of --minutes, for us; the reference gets all. A little less than 1 and 1/3: a run that ends after the reference's
-# or after its third would count by an earlier evaluation, made before the learning rate has fallen
+# of the time that the reference took for its --minutes, for us. A little less than 1 and 1/3: a run that ends after the
+# reference's or after its third would count by an earlier evaluation, made before the learning rate has fallen
 SHARES = (0.97, 0.32)
 
 
@@ -169,7 +169,7 @@ def steps_in(config: Compare, minutes: float, outcome: Outcome) -> int:
 
 
 def measure(config: Compare, depth: int, sides: list[Side], eval_tokens: int, logs: Path) -> Iterator[Run]:
-    """All runs of a depth, sides in turn: at equal tokens, then at equal wall time."""
+    """All runs of a depth, sides in turn: at equal tokens, then at equal wall time (references first)."""
 
     def run(side: Side, repeat: int, share: float | None, steps: int) -> Run:
         name = f"d{depth}-{'tokens' if share is None else f'time{share:.2f}'}-{repeat}-{side.name.replace(' ', '-')}"
@@ -184,10 +184,15 @@ def measure(config: Compare, depth: int, sides: list[Side], eval_tokens: int, lo
     for repeat in range(config.repeats):
         for side in sides:
             yield run(side, repeat, None, config.steps)
+    ours, *references = sides
     for repeat in range(config.repeats if config.minutes else 0):
-        for side in sides:
-            for share in SHARES if side.name == "ours" else (1.0,):
-                yield run(side, repeat, share, steps_in(config, config.minutes * share, last[side.name]))
+        minutes = config.minutes
+        for side in references:  # first: with its kernels compiled before, a run ends earlier than by last's clock
+            timed = run(side, repeat, 1.0, steps_in(config, config.minutes, last[side.name]))
+            minutes = min(minutes, timed.outcome.clock(timed.steps) / 60)
+            yield timed
+        for share in SHARES:
+            yield run(ours, repeat, share, steps_in(config, minutes * share, last[ours.name]))
 
 
 # --- summing up ------------------------------------------------------------------------------------------------------
