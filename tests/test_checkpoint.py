@@ -294,15 +294,18 @@ def test_a_run_of_the_same_name_is_set_aside(tiny_world):
 
 def train_with_limit(step, limit, module, argv):
     """Run a script, with no room for a file above `limit` bytes from the saving of `step` on."""
-    real = checkpoint.save
+    real, (before, most) = checkpoint.save, resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def save(stage, tag, at, *rest):
         if at == step:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most))
         real(stage, tag, at, *rest)
 
     checkpoint.save = save
-    tiny_run._run_module(module, argv)
+    try:
+        tiny_run._run_module(module, argv)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (before, most))  # what measures coverage writes at the very end
 
 
 @pytest.mark.parametrize("limit", [100_000, 400_000, 1000], ids=["model", "optimizer", "meta"])

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dev import bench
-from dev.compare import Compare, Run, at_equal_time, at_equal_tokens, steps_in
+from dev.compare import Compare, Run, at_equal_time, at_equal_tokens, measure, steps_in
 from dev.compare_parity import SCALAR_LR, STEPS, matched_flags, reference_weights, verdict
 from dev.compare_sides import (
     CHILD,
@@ -280,6 +280,28 @@ def test_time_to_equal_bits_per_byte_is_the_first_evaluation_at_or_below(tmp_pat
     assert row["our seconds to its"] is None and row["share of its time"] is None
 
 
+def test_our_share_is_of_the_time_that_the_reference_took(tmp_path):
+    class Timed:
+        """A side with steps of 2 s, whose first takes 60 s, or 10 s when it was compiled before."""
+
+        def __init__(self, name):
+            self.name, self.first, self.runs = name, 60.0, []
+
+        def run(self, flags, log):
+            steps = int(next(flag for flag in flags if "num-iterations" in flag).split("=")[1])
+            done = outcome(2.0, {steps: 3.0}, steps, first_step=self.first)
+            self.first = 10.0
+            self.runs.append(done.clock(steps))
+            return done
+
+    ours, theirs = Timed("ours"), Timed("reference default")
+    config = Compare(str(_checkout(tmp_path)), batch_tokens=8192, steps=20, repeats=1, minutes=10, device_type="cpu")
+    list(measure(config, 4, [ours, theirs], 8192, tmp_path))
+    took = theirs.runs[-1]
+    assert took == pytest.approx(550, abs=4)  # planned as 600 s with the first step's 60
+    assert ours.runs[-1] == pytest.approx(0.32 * took, abs=4) and ours.runs[-1] < took / 3
+
+
 def _checkout(folder):
     (folder / "scripts").mkdir()
     (folder / "scripts" / "base_train.py").touch()
@@ -296,6 +318,8 @@ def _checkout(folder):
         (["--baseline-dir", ".", "--depths", "4,6,8", "--vocab-size", "1024,2048"], "--vocab-size 1024,2048"),
         (["--baseline-dir", ".", "--batch-tokens", "1000"], "--batch-tokens 1000"),
         (["--baseline-dir", ".", "--steps", "0"], "--steps 0"),
+        (["--baseline-dir", ".", "--shares", ".5,.0"], "--shares .5,.0"),
+        (["--baseline-dir", ".", "--shares", "third"], "--shares third"),
     ],
 )
 def test_bad_flags_are_named_in_one_line(flags, named, tmp_path, monkeypatch, capsys):
