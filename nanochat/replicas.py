@@ -222,8 +222,7 @@ def together(path: str, bodies: dict[int, bytes]) -> Any:
         for index, body in bodies.items():
             for family in text_string_to_metric_families(body.decode()):
                 whole = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
-                for sample in family.samples:
-                    whole.add_sample(sample.name, {**sample.labels, "replica": str(index)}, sample.value)
+                whole.samples += [s._replace(labels={**s.labels, "replica": str(index)}) for s in family.samples]
         text = generate_latest(SimpleNamespace(collect=families.values))
         return text, {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
     parts = {index: json.loads(body) for index, body in bodies.items()}
@@ -266,9 +265,7 @@ def create_front(replicas: Replicas, max_body: int) -> "flask.Flask":
         if bodies:
             return together(request.path, bodies)
         if exchange is None:
-            raise ApiError(
-                503, f"{replicas.trouble or 'they all ended'}: try again later", headers={"Retry-After": "5"}
-            )
+            raise ApiError(503, f"{replicas.trouble or 'all ended'}: try again later", headers={"Retry-After": "5"})
         body = exchange.events() if exchange.streams else [exchange.body]
         response = flask.Response(body, exchange.response.status, passed_on(exchange.response.headers))
         response.headers["X-Replica"] = str(exchange.replica)

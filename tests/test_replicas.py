@@ -24,6 +24,7 @@ from nanochat.engine import Engine
 from nanochat.replicas import Replicas, create_front, environments, session_of
 from nanochat.server import make_server
 from nanochat.service import Models, ServerConfig
+from scripts import chat_web
 
 ROOT = Path(__file__).resolve().parent.parent
 KEY = {"Authorization": "Bearer the-key-of-all"}
@@ -282,6 +283,24 @@ def test_one_that_never_gets_ready_is_an_error():
         pass
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--replicas", "0"], "--replicas 0"),
+        (["--replicas", "2", "--device-type", "cuda"], "--replicas 2: .* here are 0"),
+        (["--replicas", "2", "--device-type", "cpu", "--stage", "rl"], "rl"),
+        (["--replicas", "2", "--device-type", "cpu", "--api-keys", "/nowhere/keys"], "/nowhere/keys"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_started(flags, said, base_dir, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base_dir))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    monkeypatch.setattr(subprocess, "Popen", lambda *arguments, **options: pytest.fail("a replica"))
+    monkeypatch.setattr(sys, "argv", ["chat_web", "--port", "0", *flags])
+    with pytest.raises((ValueError, OSError), match=said):
+        chat_web.main()
+
+
 # From here on with the real server, and the tiny model in it.
 
 
@@ -451,6 +470,21 @@ def test_sigterm_under_load(real):
     assert all(gone(pid) for pid in pids(lines)) and len(pids(lines)) == 2
     with pytest.raises(ConnectionRefusedError):
         ask(port, "GET", "/health")
+
+
+def test_ctrl_c_while_they_load(base_dir):  # noqa: F811
+    """The front is told, its replicas end with it: all that hold its stderr."""
+    argv, environment = command(base_dir, "chat_web", "--port", "0", "--replicas", "2")
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(argv, cwd=ROOT, env=environment, **pipes)
+    try:
+        assert process.stderr.readline().startswith("replica ")
+        process.send_signal(signal.SIGINT)
+        rest = process.stderr.read()
+        assert process.wait(120) == 0 and "chat at" not in process.stdout.read() and "Traceback" not in rest
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def test_a_replica_ends_with_its_front(base_dir):  # noqa: F811
