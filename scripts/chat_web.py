@@ -94,8 +94,9 @@ def main() -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
     def begin_to_end(signum: int, frame: object) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):  # who cannot wait says it twice
-            signal.signal(number, signal.default_int_handler)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # who cannot wait says it twice, but
+        # a replica hears it from systemd and from its front, which kills it if it must
+        signal.signal(signal.SIGTERM, signal.SIG_IGN if is_replica else signal.default_int_handler)
         threading.Thread(target=wait_and_end, daemon=True).start()
 
     signal.signal(signal.SIGTERM, begin_to_end)

@@ -460,10 +460,11 @@ def test_a_replica_is_killed(real):
 
 
 def test_sigterm_under_load(real):
-    """What was begun ends, new requests get 503, and no process is left."""
+    """What was begun ends, new requests get 503, and no process is left; also where systemd tells each process."""
     process, port, lines = real
     open_ = [begin(port, seed=i) for i in range(6)]
-    process.send_signal(signal.SIGTERM)
+    for pid in (process.pid, *pids(lines)):
+        os.kill(pid, signal.SIGTERM)
     assert wait_for(lambda: chat(port, "Hello")[0] == 503)
     assert all((first + response.read()).endswith(b"data: [DONE]\n\n") for _, response, first in open_)
     assert process.wait(120) == 0
