@@ -35,9 +35,6 @@ EQUAL = (
     "training text; tokenizer; depth, width, heads, context, windows; tokens a step; validation rows and bytes; "
     "interpreter and machine. Each side's own: order and packing of training rows, learning rates and schedule, kernels"
 )
-# of the time that the reference took for its --minutes, for us. A little less than 1 and 1/3: a run that ends after the
-# reference's or after its third would count by an earlier evaluation, made before the learning rate has fallen
-SHARES = (0.97, 0.32)
 
 
 @dataclass(frozen=True)
@@ -59,7 +56,9 @@ class Compare:
     repeats: int = cli.option(2, "rounds; every side runs once in each")
     evals: int = cli.option(4, "evaluations in a run, the last at its end")
     eval_tokens: int = cli.option(131072, "validation tokens")
-    minutes: float | None = cli.option(None, "also train for so long on each side and compare at equal wall time")
+    minutes: float | None = cli.option(None, "also train the reference for so long, and us for --shares of that time")
+    # a little less than 1 and 1/3: what ends after the reference, or its third, would count by an earlier evaluation
+    shares: str = cli.option(".97,.32", "parts of the reference's time; one run of ours for each")
     baseline_dtypes: str | None = cli.option(
         None, "the reference's NANOCHAT_DTYPE: default,bfloat16 on CPU, else default"
     )
@@ -73,6 +72,8 @@ class Compare:
             raise ValueError("--baseline-dir is missing: git clone karpathy/nanochat somewhere and name that folder")
         if not (Path(self.baseline_dir) / "scripts" / "base_train.py").is_file():
             raise ValueError(f"--baseline-dir {self.baseline_dir} has no scripts/base_train.py: not such a checkout")
+        if not re.fullmatch(r"(0?\.\d+|1)(,(0?\.\d+|1))*", self.shares) or not all(self.parts):
+            raise ValueError(f"--shares {self.shares}: give numbers above 0 and at most 1, as .97,.32")
         for name in ("depths", "vocab_size"):
             if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", getattr(self, name)):
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: give numbers, as 4,6")
@@ -84,6 +85,10 @@ class Compare:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: must be above 0")
         if self.batch_tokens % (rows := self.seq_len * self.device_batch_size):
             raise ValueError(f"--batch-tokens {self.batch_tokens}: make it a multiple of {rows} (rows x --seq-len)")
+
+    @property
+    def parts(self) -> list[float]:
+        return [float(share) for share in self.shares.split(",")]
 
     @property
     def vocab_sizes(self) -> list[int]:
@@ -191,7 +196,7 @@ def measure(config: Compare, depth: int, sides: list[Side], eval_tokens: int, lo
             timed = run(side, repeat, 1.0, steps_in(config, config.minutes, last[side.name]))
             minutes = min(minutes, timed.outcome.clock(timed.steps) / 60)
             yield timed
-        for share in SHARES:
+        for share in config.parts:
             yield run(ours, repeat, share, steps_in(config, minutes * share, last[ours.name]))
 
 

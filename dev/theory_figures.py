@@ -86,7 +86,7 @@ def depth_figure() -> tuple[Any, list[dict[str, float]]]:
         batch = recipe.batch_tokens(tokens, recipe.reference_tokens(config))
         row = {"depth": depth, "width": config.n_embd, "parameters, M": recipe.scaling_parameters(config) / 1e6}
         row |= {"tokens, G": tokens / 1e9, "batch, K": batch / 2**10, "steps": tokens // batch}
-        rows.append({**row, "learning rate": recipe.learning_rate_scales(batch)["matrix"]})
+        rows.append({**row, "scalars' learning rate": recipe.learning_rate_scales(batch)["scalar"]})
     figure, axes = _axes(3, 3.4)
     for axis, name in zip(axes, ("parameters, M", "tokens, G", "batch, K")):
         axis.semilogy([row["depth"] for row in rows], [row[name] for row in rows], marker="o", markersize=3)

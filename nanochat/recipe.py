@@ -56,13 +56,13 @@ def batch_tokens(tokens: int, reference: int) -> int:
 def learning_rate_scales(batch: int, factor: float | None = None) -> dict[str, float]:
     """The factor on each of LEARNING_RATES at `batch` tokens a step.
 
-    From scratch (`factor` unset) the batch's twelfth root, for scalars its fourth; where a trained model learns on,
-    `factor` times the fourth root. The square root is much too low for the small batches of small runs (dev/LOG.md).
+    From scratch (`factor` unset) none, but for scalars the batch's fourth root; where a trained model learns on,
+    `factor` times the fourth root. Any root is too low for the small batches of small runs (dev/LOG.md).
     """
     ratio = batch / REFERENCE_BATCH
     if factor is not None:
         return dict.fromkeys(LEARNING_RATES, factor * ratio**0.25)
-    return dict.fromkeys(LEARNING_RATES, ratio ** (1 / 12)) | {"scalar": ratio**0.25}
+    return dict.fromkeys(LEARNING_RATES, 1.0) | {"scalar": ratio**0.25}
 
 
 def weight_decay(batch: int, tokens: int, reference: int) -> float:

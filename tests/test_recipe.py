@@ -132,12 +132,12 @@ def test_batch_is_half_a_million_at_depth_twelve_and_follows_the_power_law():
         assert 2**-0.51 <= batch / (2**19 * factor**0.383) <= 2**0.51  # and the nearest one
 
 
-def test_learning_rates_follow_roots_of_the_batch():
+def test_from_scratch_the_batch_changes_the_scalars_learning_rate_alone():
     assert set(recipe.learning_rate_scales(2**19).values()) == {1.0}
     assert recipe.learning_rate_scales(2**15, 0.5) == pytest.approx(dict.fromkeys(recipe.LEARNING_RATES, 0.25))
     scratch = recipe.learning_rate_scales(2**13)
     assert scratch.pop("scalar") == pytest.approx(2**-1.5)
-    assert scratch == pytest.approx(dict.fromkeys(("matrix", "embedding", "unembedding"), 2**-0.5))
+    assert scratch == pytest.approx(dict.fromkeys(("matrix", "embedding", "unembedding"), 1))
 
 
 def test_weight_decay_follows_batch_and_horizon_and_never_exceeds_the_reference():
