@@ -14,13 +14,14 @@ REFUSALS = {
     413: "the body is too long",
     415: "the body is not JSON",
     429: "too many answers are waited for: come back after Retry-After seconds",
+    502: "the replica that made the answer has ended: ask again",
     503: "the engine has died, the model is being loaded, or the server is shutting down",
 }
 EXAMPLES: dict[Any, Any] = {
     ChatRequest: {"messages": [{"role": "user", "content": "What is 37*48?"}], "max_tokens": 64},
     CompletionRequest: {"prompt": "The capital of France is", "max_tokens": 8, "temperature": 0},
 }
-MAKING = (400, 404, 413, 415, 429, 503)
+MAKING = (400, 404, 413, 415, 429, 502, 503)
 COMPLETION = ("id", "object", "created", "model", "choices", "usage")
 MODEL = ("id", "object", "created", "owned_by", "context_length")
 SESSION = ("id", "model", "turns", "dropped_turns", "tokens", "context", "expires_in", "cached_tokens", "messages")

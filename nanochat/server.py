@@ -41,22 +41,23 @@ def read_api_keys(path: str | None) -> list[str]:
     return keys
 
 
-def create_app(
-    engine: Engine | Models, model_name: str = "nanochat", config: ServerConfig | None = None
-) -> "flask.Flask":
-    """The application over one engine, or over several models. `app.extensions["models"]` are they: its `add` brings
-    another, its `close` ends their threads."""
+def bare_app(max_body: int) -> "flask.Flask":
+    """An application without any path: what it refuses has the API's shape, and all it says has a request's id."""
     import flask
     from werkzeug.exceptions import HTTPException
 
-    if isinstance(engine, Models):
-        models = engine
-    else:
-        models = Models(config or ServerConfig())
-        models.add(model_name, engine)
     app = flask.Flask(__name__, static_folder=None)
-    app.config["MAX_CONTENT_LENGTH"] = models.config.max_body
-    app.extensions["models"] = models
+    app.config["MAX_CONTENT_LENGTH"] = max_body
+
+    @app.before_request
+    def identify() -> None:
+        given = flask.request.headers.get("X-Request-Id", "")
+        flask.g.request_id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+
+    @app.after_request
+    def say_id(response: flask.Response) -> flask.Response:
+        response.headers["X-Request-Id"] = flask.g.request_id
+        return response
 
     @app.errorhandler(ApiError)
     def api_error(error: ApiError) -> tuple[dict, int, dict]:
@@ -68,6 +69,21 @@ def create_app(
         body = ApiError(error.code or 500, error.description or error.name).body
         return body, error.code or 500, {"Allow": allow} if allow else {}
 
+    return app
+
+
+def create_app(
+    engine: Engine | Models, model_name: str = "nanochat", config: ServerConfig | None = None
+) -> "flask.Flask":
+    """The application over one engine, or over several models. `app.extensions["models"]` are they: its `add` brings
+    another, its `close` ends their threads."""
+    if isinstance(engine, Models):
+        models = engine
+    else:
+        models = Models(config or ServerConfig())
+        models.add(model_name, engine)
+    app = bare_app(models.config.max_body)
+    app.extensions["models"] = models
     _add_policy(app, models, read_api_keys(models.config.api_keys))
     _add_pages(app, models)
     _add_completions(app, models)
@@ -82,10 +98,8 @@ def _add_policy(app: "flask.Flask", models: Models, keys: list[str]) -> None:
 
     @app.before_request
     def begin() -> Any:
-        request, given = flask.request, flask.request.headers.get("X-Request-Id", "")
-        flask.g.started, flask.g.facts = time.monotonic(), {}
-        flask.g.request_id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
-        flask.g.owner = 0
+        request = flask.request
+        flask.g.started, flask.g.facts, flask.g.owner = time.monotonic(), {}, 0
         if request.method == "OPTIONS" and allowed_origin() and "Access-Control-Request-Method" in request.headers:
             return "", 204
         if not keys or request.path in OPEN_TO_ALL:
@@ -108,7 +122,6 @@ def _add_policy(app: "flask.Flask", models: Models, keys: list[str]) -> None:
 
     @app.after_request
     def end(response: flask.Response) -> flask.Response:
-        response.headers["X-Request-Id"] = flask.g.request_id
         response.headers["X-Content-Type-Options"] = "nosniff"
         if origins:
             response.headers.add("Vary", "Origin")
@@ -229,20 +242,16 @@ def _add_completions(app: "flask.Flask", models: Models) -> None:
     def invalidate() -> dict:
         return models.invalidate()
 
-    @app.get("/v1/sessions/<name>")
+    @app.route("/v1/sessions/<name>", methods=["GET", "DELETE"])
     def session(name: str) -> dict:
-        return models.session(flask.g.owner, name)
-
-    @app.delete("/v1/sessions/<name>")
-    def forget(name: str) -> dict:
-        return models.session(flask.g.owner, name, forget=True)
+        return models.session(flask.g.owner, name, forget=flask.request.method == "DELETE")
 
 
-def make_server(app: "flask.Flask", host: str, port: int, threads: int | None = None) -> Any:
+def make_server(app: "flask.Flask", host: str, port: int, threads: int | None = None, **more: Any) -> Any:
     """A waitress server around `app`, bound but not yet running; `.run()` serves, `.effective_port` is its port.
 
     An answer holds a thread for as long as it is made: there are as many as answers may be open, and some for the
-    rest, unless `threads` says otherwise. Raises OSError when the address is taken.
+    rest, unless `threads` says otherwise. `more` is for waitress. Raises OSError when the address is taken.
     """
     import waitress
 
@@ -261,10 +270,11 @@ def make_server(app: "flask.Flask", host: str, port: int, threads: int | None = 
         max_request_body_size=8 * app.config["MAX_CONTENT_LENGTH"],
         channel_request_lookahead=1,
         clear_untrusted_proxy_headers=True,
+        **more,
     )
 
 
-def drain(server: Any, models: Models, seconds: float) -> bool:
+def drain(server: Any, models: Any, seconds: float) -> bool:
     """Refuse new work and wait until all that was begun is answered and sent; False when that took too long."""
     models.drain()
     deadline = time.monotonic() + seconds

@@ -139,12 +139,8 @@ class Service:
             whole = [*messages, reply]
             turns = sum(message["role"] == "user" for message in whole)
             account = {"id": name, "model": self.name, "turns": turns, "dropped_turns": dropped}
-            account |= {
-                "tokens": answer.usage["total_tokens"],
-                "context": self.context,
-                "expires_in": self.config.session_seconds,
-            }
-            account |= answer.usage["prompt_tokens_details"]
+            account |= {"tokens": answer.usage["total_tokens"], "context": self.context}
+            account |= {"expires_in": self.config.session_seconds, **answer.usage["prompt_tokens_details"]}
             self.sessions.end(owner, name, {**account, "messages": whole})
             answer.extra["session"] = account
 
@@ -158,14 +154,8 @@ class Service:
 
     def stats(self) -> dict[str, Any]:
         """The state of the model."""
-        return {
-            "context": self.context,
-            "max_batch": self.engine.max_batch,
-            "open_requests": self.loop.n_open,
-            "sessions": len(self.sessions),
-            "cached_responses": len(self.cache),
-            **self.engine.stats(),
-        }
+        now = {"open_requests": self.loop.n_open, "sessions": len(self.sessions), "cached_responses": len(self.cache)}
+        return {"context": self.context, "max_batch": self.engine.max_batch, **now, **self.engine.stats()}
 
 
 class Models:
@@ -198,10 +188,15 @@ class Models:
         return service
 
     @property
+    def dead(self) -> list[str]:
+        """Those whose engine has died."""
+        return [service.name for service in self.ready if service.loop.error is not None]
+
+    @property
     def trouble(self) -> str | None:
         """Why not all of the server is fit to answer, if it is not."""
-        if dead := [service.name for service in self.ready if service.loop.error is not None]:
-            return f"the engine died: {', '.join(dead)}"
+        if self.dead:
+            return f"the engine died: {', '.join(self.dead)}"
         if self.draining:
             return "shutting down"
         return "loading" if len(self.ready) < len(self._services) else None

@@ -9,12 +9,14 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from nanochat import cli, named_model
+from nanochat import cli, named_model, replicas
 from nanochat.cli import option
 from nanochat.compute import Compute
-from nanochat.server import create_app, drain, make_server
+from nanochat.server import create_app, drain, make_server, read_api_keys
 from nanochat.service import Models, ServerConfig
 
 
@@ -28,46 +30,78 @@ class Config(ServerConfig):
     stage: str = option("sft", "without --model: training stage of a model of your own", choices=named_model.STAGES)
     model_tag: str | None = option(None, "which model of that stage; unset: the newest")
     step: int | None = option(None, "which step; unset: the last")
+    replicas: int | None = option(
+        None, "so many servers, each with a GPU or its share of the cores, behind this address"
+    )
     int8: bool = option(False, "weights of a model of this project in 8 bits, on CPU")
     drain_seconds: float = option(30.0, "at SIGTERM, how long answers that were begun may take to end")
     access_log: bool = option(True, "a line of JSON on stderr for each request, without what was said")
     device_type: str | None = option(None, "cuda, mps or cpu; unset: the best there is")
 
 
+def here(config: Config, names: Sequence[str]) -> tuple[Any, Any, Callable[[], None]]:
+    """(models, application, what loads them) of a server in this process."""
+    device, number = Compute.create(config.device_type).device, os.environ.get(replicas.VARIABLE)
+    who = f"replica {number}: " if number else ""
+    found = named_model.find_all(names, device, config.step, say=lambda line: print(who + line, file=sys.stderr))
+    models = Models(config, [each.name for each in found])
+    if number:
+        threading.Thread(target=replicas.end_with_front, args=(models,), daemon=True).start()
+
+    def load() -> None:
+        for each in found:
+            models.add(each.name, *each.load(device, config.max_batch, config.int8))
+
+    return models, create_app(models), load
+
+
+def in_replicas(config: Config, names: Sequence[str], n: int) -> tuple[Any, Any, Callable[[], None]]:
+    """The same of n servers in processes of their own, which are told what this one was told."""
+    read_api_keys(config.api_keys)  # a mistake is told once, not by each of them
+    n_models = len({named_model.find(name, config.step).name for name in names})
+    command = [sys.executable, "-m", "scripts.chat_web", *sys.argv[1:], "--host", "127.0.0.1", "--port", "0"]
+    most_open = n * n_models * (config.max_batch + config.max_waiting)
+    servers = replicas.Replicas(command, replicas.environments(n, config.device_type), most_open)
+    return servers, replicas.create_front(servers, config.max_body), servers.start
+
+
 def main() -> None:
     """Serve models until Ctrl-C, or until SIGTERM and the end of what was begun. The port is open while they load."""
     config = cli.parse(Config, description=__doc__)
-    device = Compute.create(config.device_type).device
+    cli.require_positive(config, "replicas")
     names = config.model or ("/".join(filter(None, (config.stage, config.model_tag))),)
-    found = named_model.find_all(names, device, config.step, say=lambda line: print(line, file=sys.stderr))
-    models = Models(config, [each.name for each in found])
-    server = make_server(create_app(models), config.host, config.port)
+    is_replica = replicas.VARIABLE in os.environ
+    n, patience = 1 if is_replica else config.replicas or 1, config.drain_seconds
+    models, app, load_all = here(config, names) if n == 1 else in_replicas(config, names, n)
+    server = make_server(app, config.host, config.port, **replicas.TRUST if is_replica else {})
     logging.basicConfig(format="%(message)s")
     logging.getLogger("nanochat.access").setLevel(logging.INFO if config.access_log else logging.WARNING)
     failures: list[Exception] = []
 
     def load() -> None:
         try:
-            for each in found:
-                models.add(each.name, *each.load(device, config.max_batch, config.int8))
+            load_all()
             print(f"chat at http://{config.host}:{server.effective_port}  (Ctrl-C stops)", flush=True)
         except Exception as error:
             failures.append(error)
             os.kill(os.getpid(), signal.SIGINT)
 
     def wait_and_end() -> None:
-        if not drain(server, models, config.drain_seconds):
-            logging.warning("answers were cut off after %g seconds", config.drain_seconds)
+        if not drain(server, models, patience + 10 * (n > 1)):  # replicas keep to it themselves
+            logging.warning("answers were cut off after %g seconds", patience)
             models.close()
             drain(server, models, 1.0)  # their readers are told
         os.kill(os.getpid(), signal.SIGINT)
 
     def begin_to_end(signum: int, frame: object) -> None:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # who cannot wait says it twice
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # who cannot wait says it twice, but
+        # a replica hears it from systemd and from its front, which kills it if it must
+        signal.signal(signal.SIGTERM, signal.SIG_IGN if is_replica else signal.default_int_handler)
         threading.Thread(target=wait_and_end, daemon=True).start()
 
     signal.signal(signal.SIGTERM, begin_to_end)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # KeyboardInterrupt ends run(); also where it was ignored
+    # KeyboardInterrupt ends run(); also where it was ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler if n == 1 else begin_to_end)
     with contextlib.suppress(KeyboardInterrupt):  # before run() hears of it
         threading.Thread(target=load, daemon=True).start()
         server.run()
