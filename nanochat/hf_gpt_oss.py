@@ -122,9 +122,18 @@ class MoE(nn.Module):
         return self.experts(x_NC, expert_NK, weight_NK).view_as(x_BTC)
 
 
-def build(config: GptOssConfig) -> Llama:
-    """The model without values, on the current default device."""
-    return Llama(config, MoE)
+class GptOss(Llama):
+    """The model, without values until `hf_load` fills it."""
+
+    def __init__(self, config: GptOssConfig) -> None:
+        super().__init__(config, MoE)
+
+    @property
+    def graph_rows(self) -> int:
+        """As `OpenModel.graph_rows`; without the kernel for packed experts the CPU asks which experts there are."""
+        config, head = self.config, self.head_weight
+        works = config.packed and mxfp4.kernel_works(head.device, head.dtype)
+        return min(super().graph_rows, _FEW_PAIRS // config.n_expert_per_token if works else 0)
 
 
-CONFIG = GptOssConfig
+CONFIG, build = GptOssConfig, GptOss

@@ -135,27 +135,54 @@ def attend(
     return attention.cached_attention(q_BTHD, k_BTKD, v_BTKD, positions_BT, window, sinks_H)
 
 
+def bring(norm: nn.Module, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """What a layer is given, where the layer lies, seen by its first norm: moved once, where one device's layers end
+    (hf_parallel.py)."""
+    home = norm.weight.device
+    return tensors if tensors[0].device == home else tuple(each.to(home) for each in tensors)
+
+
 class OpenModel(nn.Module):
-    """What an engine, an evaluation and a chat ask of a model, over a family's `hidden` and `head_weight`.
+    """What an engine, an evaluation and a chat ask of a model, over a family's `hidden` and `stack`.
 
     Its `config` has `sequence_len` and `vocab_size`; its parameters bear the names they have in the files.
     """
 
     config: Any
+    lm_head: nn.Linear | None  # None: the embedding is the head, too
 
     def hidden(self, idx_BT: torch.Tensor, positions_BT: torch.Tensor, cache: Any | None) -> torch.Tensor:
         """The normed residual that the head reads, (B, T, C)."""
         raise NotImplementedError
 
     @property
-    def head_weight(self) -> torch.Tensor:
-        """The matrix that gives the logits, (V, C)."""
+    def stack(self) -> tuple[list[nn.Module], nn.ModuleList, nn.Module]:
+        """What reads the tokens, their embedding first; the layers; the last norm."""
         raise NotImplementedError
 
     @property
+    def parts(self) -> list[nn.ModuleList]:
+        """The model cut into as many parts as it has layers, which may lie on several devices."""
+        inputs, layers, norm = self.stack
+        parts = [nn.ModuleList([layer]) for layer in layers]
+        parts[0].extend(inputs)
+        parts[-1 if self.lm_head else 0].extend(filter(None, (norm, self.lm_head)))
+        return parts
+
+    @property
+    def head_weight(self) -> torch.Tensor:
+        """The matrix that gives the logits, (V, C)."""
+        return (self.lm_head or self.stack[0][0]).weight
+
+    @property
     def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.head_weight.device
+        """Where tokens come in."""
+        return self.stack[0][0].weight.device
+
+    @property
+    def graph_rows(self) -> int:
+        """The most rows of which a step of decoding may be replayed as a CUDA graph; none where a device ends."""
+        return 1 << 20 if len({(type(p), p.device) for p in self.parameters()}) == 1 else 0
 
     def forward(
         self,
@@ -176,6 +203,6 @@ class OpenModel(nn.Module):
         x_BTC = self.hidden(idx_BT, positions_BT, cache)
         if targets_BT is None:
             return F.linear(x_BTC[:, -1:] if last_only else x_BTC, self.head_weight).float()
-        x_NC, targets_N = x_BTC.flatten(0, 1), targets_BT.flatten()
+        x_NC, targets_N = x_BTC.flatten(0, 1), targets_BT.flatten().to(x_BTC.device)
         loss = softcap_cross_entropy(x_NC, self.head_weight, targets_N, 0.0, loss_reduction)
         return loss.view(targets_BT.shape) if loss_reduction == "none" else loss

@@ -12,7 +12,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from nanochat.gpt import rotate
-from nanochat.hf_layers import OpenModel, Settings, attend, rotary_frequencies
+from nanochat.hf_layers import OpenModel, Settings, attend, bring, rotary_frequencies
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -153,26 +153,37 @@ class Block(nn.Module):
         return x_BTC + self.mlp(self.post_attention_layernorm(x_BTC))
 
 
-class Decoder(nn.Module):
-    """From tokens to the normed residual."""
+class Rotary(nn.Module):
+    """cos and sin of each position's angles, (B, T, 1, D/2), made in fp32 and rounded to `dtype`."""
 
     rotary_D: torch.Tensor
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.scale = config.rotary_scale
+        self.register_buffer("rotary_D", torch.tensor(config.rotary, device="cpu"), persistent=False)
+
+    def forward(self, positions_BT: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
+        angles_BT1D = (positions_BT[..., None].float() * self.rotary_D)[:, :, None]
+        return [(turn(angles_BT1D) * self.scale).to(dtype) for turn in (torch.cos, torch.sin)]
+
+
+class Decoder(nn.Module):
+    """From tokens to the normed residual."""
 
     def __init__(self, config: LlamaConfig, mlp: Callable[[Any], nn.Module]) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
         self.layers = nn.ModuleList(Block(config, layer, mlp(config)) for layer in range(config.n_layer))
-        self.norm = RMSNorm(config.n_embd, config.eps)
-        self.scale = config.rotary_scale
-        self.register_buffer("rotary_D", torch.tensor(config.rotary, device="cpu"), persistent=False)
+        self.norm, self.rotary = RMSNorm(config.n_embd, config.eps), Rotary(config)
 
     def forward(self, idx_BT: torch.Tensor, positions_BT: torch.Tensor, cache: Any | None) -> torch.Tensor:
         x_BTC = self.embed_tokens(idx_BT)
-        angles_BT1D = (positions_BT[..., None].float() * self.rotary_D)[:, :, None]
-        cos, sin = ((turn(angles_BT1D) * self.scale).to(x_BTC.dtype) for turn in (torch.cos, torch.sin))
+        given = [*self.rotary(positions_BT, x_BTC.dtype), positions_BT]
         for block in self.layers:
-            x_BTC = block(x_BTC, cos, sin, positions_BT, cache)
-        return self.norm(x_BTC)
+            x_BTC, *given = bring(block.input_layernorm, x_BTC, *given)
+            x_BTC = block(x_BTC, *given, cache)
+        return self.norm(*bring(self.norm, x_BTC))
 
 
 class Llama(OpenModel):
@@ -184,9 +195,9 @@ class Llama(OpenModel):
         self.lm_head = None if config.tied else nn.Linear(config.n_embd, config.vocab_size, bias=False)
 
     @property
-    def head_weight(self) -> torch.Tensor:
-        """The head's matrix, (V, C): one of its own, or the embedding."""
-        return (self.lm_head or self.model.embed_tokens).weight
+    def stack(self) -> tuple[list[nn.Module], nn.ModuleList, nn.Module]:
+        """See OpenModel."""
+        return [self.model.embed_tokens, self.model.rotary], self.model.layers, self.model.norm
 
     def hidden(self, idx_BT: torch.Tensor, positions_BT: torch.Tensor, cache: Any | None) -> torch.Tensor:
         """The normed residual that the head reads, (B, T, C)."""

@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 from dataclasses import dataclass
+from functools import partial
 
 from nanochat import cli, named_model
 from nanochat.cli import option
@@ -32,6 +33,7 @@ class Config(ServerConfig):
     drain_seconds: float = option(30.0, "at SIGTERM, how long answers that were begun may take to end")
     access_log: bool = option(True, "a line of JSON on stderr for each request, without what was said")
     device_type: str | None = option(None, "cuda, mps or cpu; unset: the best there is")
+    devices: str | None = option(None, named_model.DEVICES)
 
 
 def main() -> None:
@@ -39,7 +41,7 @@ def main() -> None:
     config = cli.parse(Config, description=__doc__)
     device = Compute.create(config.device_type).device
     names = config.model or ("/".join(filter(None, (config.stage, config.model_tag))),)
-    found = named_model.find_all(names, device, config.step, say=lambda line: print(line, file=sys.stderr))
+    found = named_model.find_all(names, device, config.step, partial(print, file=sys.stderr), config.devices)
     models = Models(config, [each.name for each in found])
     server = make_server(create_app(models), config.host, config.port)
     logging.basicConfig(format="%(message)s")
