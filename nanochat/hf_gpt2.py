@@ -109,8 +109,9 @@ class GPT2(OpenModel):
         """See OpenModel."""
         return [self.wte, self.wpe], self.h, self.ln_f
 
-    def hidden(self, idx_BT: torch.Tensor, positions_BT: torch.Tensor, cache: Any | None) -> torch.Tensor:
+    def hidden(self, idx_BT: torch.Tensor, cache: Any = None, positions_BT: torch.Tensor | None = None) -> torch.Tensor:
         """The normed residual that the head reads, (B, T, C)."""
+        positions_BT = self.positions(idx_BT, cache, positions_BT)
         x_BTC = self.wte(idx_BT) + self.wpe(positions_BT.clamp(min=0))
         for layer, block in enumerate(self.h):
             x_BTC, positions_BT = bring(block.ln_1, x_BTC, positions_BT)

@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 from nanochat import attention
-from nanochat.loss import softcap_cross_entropy
+from nanochat.loss import LanguageModel
 
 
 class Settings:
@@ -142,18 +141,10 @@ def bring(norm: nn.Module, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tensors if tensors[0].device == home else tuple(each.to(home) for each in tensors)
 
 
-class OpenModel(nn.Module):
-    """What an engine, an evaluation and a chat ask of a model, over a family's `hidden` and `stack`.
+class OpenModel(LanguageModel):
+    """A model of any family, over its `stack`; its parameters bear the names they have in the files."""
 
-    Its `config` has `sequence_len` and `vocab_size`; its parameters bear the names they have in the files.
-    """
-
-    config: Any
     lm_head: nn.Linear | None  # None: the embedding is the head, too
-
-    def hidden(self, idx_BT: torch.Tensor, positions_BT: torch.Tensor, cache: Any | None) -> torch.Tensor:
-        """The normed residual that the head reads, (B, T, C)."""
-        raise NotImplementedError
 
     @property
     def stack(self) -> tuple[list[nn.Module], nn.ModuleList, nn.Module]:
@@ -183,26 +174,3 @@ class OpenModel(nn.Module):
     def graph_rows(self) -> int:
         """The most rows of which a step of decoding may be replayed as a CUDA graph; none where a device ends."""
         return 1 << 20 if len({(type(p), p.device) for p in self.parameters()}) == 1 else 0
-
-    def forward(
-        self,
-        idx_BT: torch.Tensor,
-        targets_BT: torch.Tensor | None = None,
-        *,
-        loss_reduction: str = "mean",
-        cache: Any | None = None,
-        positions_BT: torch.Tensor | None = None,
-        last_only: bool = False,
-    ) -> torch.Tensor:
-        """Logits (B, T, V) in fp32, or with targets the loss; arguments and errors as `GPT.forward`."""
-        if cache is None:
-            if idx_BT.size(1) > self.config.sequence_len:
-                raise ValueError(f"{idx_BT.size(1)} tokens exceed the model's context of {self.config.sequence_len}")
-            positions_BT = torch.arange(idx_BT.size(1), device=idx_BT.device)[None]
-        assert positions_BT is not None, "with a cache, say where the tokens stand"
-        x_BTC = self.hidden(idx_BT, positions_BT, cache)
-        if targets_BT is None:
-            return F.linear(x_BTC[:, -1:] if last_only else x_BTC, self.head_weight).float()
-        x_NC, targets_N = x_BTC.flatten(0, 1), targets_BT.flatten().to(x_BTC.device)
-        loss = softcap_cross_entropy(x_NC, self.head_weight, targets_N, 0.0, loss_reduction)
-        return loss.view(targets_BT.shape) if loss_reduction == "none" else loss

@@ -199,9 +199,9 @@ class Llama(OpenModel):
         """See OpenModel."""
         return [self.model.embed_tokens, self.model.rotary], self.model.layers, self.model.norm
 
-    def hidden(self, idx_BT: torch.Tensor, positions_BT: torch.Tensor, cache: Any | None) -> torch.Tensor:
+    def hidden(self, idx_BT: torch.Tensor, cache: Any = None, positions_BT: torch.Tensor | None = None) -> torch.Tensor:
         """The normed residual that the head reads, (B, T, C)."""
-        return self.model(idx_BT, positions_BT, cache)
+        return self.model(idx_BT, self.positions(idx_BT, cache, positions_BT), cache)
 
 
 def rename(name: str) -> str | None:

@@ -81,13 +81,11 @@ def find(name: str, step: int | None = None) -> NamedModel:
 
 def pick_devices(names: str) -> list[torch.device]:
     """The devices of `--devices`; ValueError for one that is not here."""
-    devices = []
-    for name in names.split(","):
-        try:
-            devices.append(torch.empty(1, device=name.strip()).device)
-        except (RuntimeError, AssertionError) as error:  # the second where PyTorch was built without the kind
-            raise ValueError(f"--devices {names}: {name!r} is not here ({str(error).splitlines()[0]})") from error
-    return list(dict.fromkeys(devices))
+    try:
+        here = [torch.zeros(1, device=name.strip()) for name in names.split(",")]
+        return list(dict.fromkeys(each.device for each in here if each.tolist()))  # "meta" would give nothing back
+    except (RuntimeError, AssertionError) as error:  # the second where PyTorch was built without the kind
+        raise ValueError(f"--devices {names}: not all are here ({str(error).splitlines()[0]})") from error
 
 
 def find_all(

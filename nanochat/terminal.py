@@ -50,19 +50,13 @@ class Config:
 
 class Chat:
     """A conversation with an engine, remembered from answer to answer. write: shows text; its second argument says that
-    it is an aside: reasoning, tool calls, the speed. live: a person sees how far a long prompt is read, too. stop:
-    whether to, asked before each step; its argument says whether Ctrl-C was heard."""
+    it is an aside: reasoning, tool calls, the speed. live: a person sees how far a long prompt is read, too."""
 
     def __init__(
-        self,
-        engine: Engine,
-        form: Format,
-        config: Config,
-        write: Callable[[str, bool], None],
-        live: bool = False,
-        stop: Callable[[bool], bool] = bool,
+        self, engine: Engine, form: Format, config: Config, write: Callable[[str, bool], None], live: bool = False
     ) -> None:
-        self.engine, self.form, self.config, self.write, self.live, self.stop = engine, form, config, write, live, stop
+        self.engine, self.form, self.config, self.write, self.live = engine, form, config, write, live
+        self.stops: Callable[[bool], bool] = bool  # asked before each step, with whether Ctrl-C was heard
         self.messages: list[Message] = []
 
     def ask(self, text: str) -> None:
@@ -93,7 +87,7 @@ class Chat:
         self.engine.add(request)
         reading = False
         try:
-            while request.finish_reason is None and not self.stop(bool(stops)):
+            while request.finish_reason is None and not self.stops(bool(stops)):
                 updates = self.engine.step()
                 if self.live and not request.output:
                     reading = True
@@ -204,15 +198,12 @@ def hold(name: str, config: Config, step: int | None = None, prompt: str | None 
         text = f"\x1b[2m{line}\x1b[0m{text[len(line) :]}" if live and aside else text
         print0(text, end="", file=sys.stderr if aside and not live else sys.stdout)
 
-    def stop(heard: bool) -> bool:
-        if ranks > 1 and compute.any_rank(heard):
-            raise KeyboardInterrupt  # on all ranks before the same step; torchrun ends at Ctrl-C, too
-        return heard
-
     say = partial(print0, file=sys.stderr)
     (found,) = named_model.find_all([name], compute.device, step, say, config.devices, ranks)
-    chat = Chat(*found.load(compute.device, 1, config.int8, ranks), config, write, live, stop)
-    shared = hf_parallel.on_all_ranks if ranks > 1 else lambda read: read
+    chat = Chat(*found.load(compute.device, 1, config.int8, ranks), config, write, live)
+    shared: Callable[[Callable[[], str]], Callable[[], str]] = lambda read: read
+    if ranks > 1:
+        chat.stops, shared = compute.any_rank, hf_parallel.on_all_ranks
     if prompt is not None:
         chat.ask(prompt)
     elif not (live and sys.stdin.isatty()):
