@@ -125,8 +125,7 @@ class MoE(nn.Module):
 class GptOss(Llama):
     """The model, without values until `hf_load` fills it."""
 
-    def __init__(self, config: GptOssConfig) -> None:
-        super().__init__(config, MoE)
+    mlp = MoE
 
     @property
     def graph_rows(self) -> int:

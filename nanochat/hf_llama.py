@@ -153,21 +153,6 @@ class Block(nn.Module):
         return x_BTC + self.mlp(self.post_attention_layernorm(x_BTC))
 
 
-class Rotary(nn.Module):
-    """cos and sin of each position's angles, (B, T, 1, D/2), made in fp32 and rounded to `dtype`."""
-
-    rotary_D: torch.Tensor
-
-    def __init__(self, config: LlamaConfig) -> None:
-        super().__init__()
-        self.scale = config.rotary_scale
-        self.register_buffer("rotary_D", torch.tensor(config.rotary, device="cpu"), persistent=False)
-
-    def forward(self, positions_BT: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
-        angles_BT1D = (positions_BT[..., None].float() * self.rotary_D)[:, :, None]
-        return [(turn(angles_BT1D) * self.scale).to(dtype) for turn in (torch.cos, torch.sin)]
-
-
 class Decoder(nn.Module):
     """From tokens to the normed residual."""
 
@@ -175,11 +160,15 @@ class Decoder(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
         self.layers = nn.ModuleList(Block(config, layer, mlp(config)) for layer in range(config.n_layer))
-        self.norm, self.rotary = RMSNorm(config.n_embd, config.eps), Rotary(config)
+        self.norm, self.scale = RMSNorm(config.n_embd, config.eps), config.rotary_scale
+        rotary_D = torch.tensor(config.rotary, device="cpu")
+        self.embed_tokens.register_buffer("rotary_D", rotary_D, persistent=False)  # where positions come in
 
     def forward(self, idx_BT: torch.Tensor, positions_BT: torch.Tensor, cache: Any | None) -> torch.Tensor:
         x_BTC = self.embed_tokens(idx_BT)
-        given = [*self.rotary(positions_BT, x_BTC.dtype), positions_BT]
+        angles_BT1D = (positions_BT[..., None].float() * self.embed_tokens.rotary_D)[:, :, None]
+        cos, sin = ((turn(angles_BT1D) * self.scale).to(x_BTC.dtype) for turn in (torch.cos, torch.sin))
+        given = [cos, sin, positions_BT]
         for block in self.layers:
             x_BTC, *given = bring(block.input_layernorm, x_BTC, *given)
             x_BTC = block(x_BTC, *given, cache)
@@ -187,17 +176,19 @@ class Decoder(nn.Module):
 
 
 class Llama(OpenModel):
-    """The model, without values until `hf_load` fills it. mlp: makes what follows attention in a block."""
+    """The model, without values until `hf_load` fills it."""
 
-    def __init__(self, config: LlamaConfig, mlp: Callable[[Any], nn.Module] = MLP) -> None:
+    mlp: Callable[[Any], nn.Module] = MLP  # makes what follows attention in a block
+
+    def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        self.config, self.model = config, Decoder(config, mlp)
+        self.config, self.model = config, Decoder(config, self.mlp)
         self.lm_head = None if config.tied else nn.Linear(config.n_embd, config.vocab_size, bias=False)
 
     @property
     def stack(self) -> tuple[list[nn.Module], nn.ModuleList, nn.Module]:
         """See OpenModel."""
-        return [self.model.embed_tokens, self.model.rotary], self.model.layers, self.model.norm
+        return [self.model.embed_tokens], self.model.layers, self.model.norm
 
     def hidden(self, idx_BT: torch.Tensor, cache: Any = None, positions_BT: torch.Tensor | None = None) -> torch.Tensor:
         """The normed residual that the head reads, (B, T, C)."""

@@ -22,9 +22,8 @@ from nanochat.compute import pick_dtype
 from nanochat.hf_layers import OpenModel
 from nanochat.hf_tokenizer import HFTokenizer
 
-FAMILIES: dict[str, ModuleType] = {
-    kind: family for family in (hf_gpt2, hf_llama, hf_gpt_oss) for kind in family.MODEL_TYPES
-}
+FAMILIES = {kind: family for family in (hf_gpt2, hf_llama, hf_gpt_oss) for kind in family.MODEL_TYPES}
+Place = torch.device | str | Sequence[torch.device]
 _INDEX = "model.safetensors.index.json"
 _LARGEST_HEADER = 16 << 20  # bytes; models of 100,000 tensors stay below
 _FLOATS = ("F32", "BF16", "F16")
@@ -143,21 +142,17 @@ def _fit(model: Any, family: ModuleType, stored: dict[str, Stored], folder: Path
     return placed
 
 
-def load_model(
-    folder: Path | str,
-    device: torch.device | str,
-    dtype: torch.dtype | None = None,
-    places: Sequence[torch.device] = (),
-) -> OpenModel:
+def load_model(folder: Path | str, device: Place, dtype: torch.dtype | None = None) -> OpenModel:
     """The model in `folder`, in eval mode, its floating-point weights in `dtype` (None: the device's best).
 
     Files are memory-mapped: on CPU, weights of the same dtype stay views of them, so that a second process shares
-    their pages; to another device each tensor goes straight from the file. places: a device for each layer, where they
-    do not all lie on `device` (see `OpenModel.parts`). Raises ValueError that names what is wrong.
+    their pages; to another device each tensor goes straight from the file. device: for all, or one for each layer (see
+    `OpenModel.parts`). Raises ValueError that names what is wrong.
     """
-    device, (model, family), stored = torch.device(device), skeleton(folder), stored_tensors(folder)
-    dtype = dtype or pick_dtype(device)
-    places = places or [device] * model.config.n_layer
+    (model, family), stored = skeleton(folder), stored_tensors(folder)
+    one = isinstance(device, torch.device | str)
+    places = [torch.device(device)] * model.config.n_layer if one else device
+    dtype = dtype or pick_dtype(places[0])
     parts = list(zip(model.parts, places, strict=True))
     homes = {id(tensor): place for part, place in parts for tensor in part.state_dict(keep_vars=True).values()}
     home = {name: homes[id(tensor)] for name, tensor in model.state_dict(keep_vars=True).items()}
@@ -176,10 +171,10 @@ def load_model(
     return model.requires_grad_(False).eval()
 
 
-def load(path: Path | str, device: torch.device | str, *options: Any) -> tuple[Any, Any]:
+def load(path: Path | str, device: Place, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
     """A supported model's folder -> (model, tokenizer): `model(idx_BT)` gives logits (B, T, V) in fp32.
 
     See `load_model`. The tokenizer has the interface of `nanochat.tokenizer.Tokenizer`.
     """
     tokenizer = HFTokenizer.from_directory(path)  # first: it is checked in a moment
-    return load_model(path, device, *options), tokenizer
+    return load_model(path, device, dtype), tokenizer

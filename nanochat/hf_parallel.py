@@ -53,9 +53,7 @@ def tensor_parallel(model: OpenModel, mesh: "DeviceMesh") -> OpenModel:
 
     config, ranks = model.config, mesh.size()
     if not isinstance(model, Llama) or config.sinks:
-        raise ValueError(
-            "--tensor-parallel is for Llama-like models without sinks and experts: --devices places layers"
-        )
+        raise ValueError("--tensor-parallel is for Llama-like models without sinks and experts: use --devices")
     if config.n_head % ranks or config.n_kv_head % ranks or config.n_inner % ranks:
         heads = f"{config.n_head} heads, {config.n_kv_head} key-value heads and {config.n_inner} inner channels"
         raise ValueError(f"{ranks} ranks cannot share {heads} evenly: choose a number that divides them")
@@ -70,6 +68,8 @@ def tensor_parallel(model: OpenModel, mesh: "DeviceMesh") -> OpenModel:
 def on_all_ranks(read: Callable[[], str]) -> Callable[[], str]:
     """`read` as rank 0 does it: every rank is given the same lines and the same end of input, however long they take.
     All ranks call this, and then the function that it returns."""
+    if not dist.is_initialized():
+        return read
     group = dist.new_group(backend="gloo", timeout=timedelta(days=365))
 
     def shared() -> str:

@@ -142,7 +142,7 @@ def softcap_cross_entropy(
 
 
 class LanguageModel(nn.Module):
-    """Logits or loss over a model's `hidden` and `head_weight`, (V, C); `config` has `sequence_len`, perhaps `softcap`."""
+    """Logits or loss over a model's `hidden` and its `head_weight`, (V, C); its config may have a `softcap`."""
 
     config: Any
     hidden: Callable[..., torch.Tensor]

@@ -114,9 +114,7 @@ def _check_room(folder: Path, files: Sequence[hub.RemoteFile]) -> None:
     needed = sum(file.size or 0 for file in files) - sum(path.stat().st_size for path in there)
     free = shutil.disk_usage(folder).free
     if needed > free:
-        raise ValueError(
-            f"{needed / 1e9:.1f} GB are to be fetched, {free / 1e9:.1f} GB are free in {folder}: make room"
-        )
+        raise ValueError(f"{needed / 1e9:.1f} GB are to come, {free / 1e9:.1f} GB are free in {folder}: make room")
 
 
 def verify(name: str) -> int:
@@ -125,9 +123,7 @@ def verify(name: str) -> int:
     files = read_manifest(folder).get("files")
     if not files:
         raise ValueError(f"{name} is not here, or not wholly: python -m scripts.models download {name}")
-    wrong = [
-        p for p, (size, digest) in files.items() if not _has(folder / p, size) or sha256_file(folder / p) != digest
-    ]
+    wrong = [p for p, (size, sha) in files.items() if not _has(folder / p, size) or sha256_file(folder / p) != sha]
     if wrong:
         for path in wrong:  # what is gone is fetched again
             (folder / path).unlink(missing_ok=True)

@@ -1,7 +1,8 @@
 """A model on this machine by its name: one from the hub, a folder, or a checkpoint of one's own as STAGE/TAG."""
 
+import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch.distributed as dist
 
 from nanochat import checkpoint, hf_load, hf_parallel, model_store
 from nanochat.chat_format import Format, chat_format
-from nanochat.common import get_base_dir
+from nanochat.common import get_base_dir, print0
 from nanochat.compute import pick_dtype
 from nanochat.engine import Engine
 from nanochat.preflight import free_memory
@@ -37,10 +38,10 @@ class NamedModel:
 
     def load(self, device: torch.device, max_batch: int, int8: bool = False, ranks: int = 1) -> tuple[Engine, Format]:
         """An engine that runs it, and the format in which it chats. ranks: how many share its matrices."""
-        device = self.places[0] if self.places else device
+        places, device = self.places, self.places[0] if self.places else device
         if not self.own:
-            places = self.places if len(self.places) > 1 else ()
-            model, tokenizer = hf_load.load(self.folder, "cpu" if ranks > 1 else device, pick_dtype(device), places)
+            place = "cpu" if ranks > 1 else places if len(places) > 1 else device
+            model, tokenizer = hf_load.load(self.folder, place, pick_dtype(device))
             if ranks > 1:
                 model = hf_parallel.tensor_parallel(model, dist.init_device_mesh(device.type, (ranks,)))
             form: Format = chat_format(self.folder, tokenizer)
@@ -89,15 +90,10 @@ def pick_devices(names: str) -> list[torch.device]:
 
 
 def find_all(
-    names: Sequence[str],
-    device: torch.device,
-    step: int | None = None,
-    say: Callable[[str], None] = print,
-    devices: str | None = None,
-    ranks: int = 1,
+    names: Sequence[str], device: torch.device, step: int | None = None, devices: str | None = None, ranks: int = 1
 ) -> list[NamedModel]:
-    """The models of these names, and a line about the memory of each. ValueError when one is not here, two have one
-    name, or they do not all fit in what is free.
+    """The models of these names; a line on stderr tells the memory of each. ValueError when one is not here, two have
+    one name, or they do not all fit in what is free.
 
     Open-weights models are laid over `devices` (see `pick_devices`), layer after layer; where none are named, over all
     GPUs if they do not fit on `device`, a GPU. ranks: how many share each model's layers (hf_parallel.py).
@@ -106,25 +102,24 @@ def find_all(
     if len({model.name for model in models}) < len(models):
         raise ValueError(f"two of {', '.join(names)} have the same name: rename a folder")
     here = pick_devices(devices) if devices else [device]
-    dtype = pick_dtype(here[0])
+    dtype, placed = pick_dtype(here[0]), []
     sizes = [model.n_bytes(dtype, ranks) for model in models]
     if not devices and ranks == 1 and device.type == "cuda" and sum(sizes) > free_memory(device):
         here = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
-    room, placed = [free_memory(each) for each in here], []
+    room = [free_memory(each) for each in here]
     there = f"{sum(room) / 1e9:.2f} GB are free"
     if sum(sizes) > sum(room):
-        what = f"{models[0].name} needs" if len(models) == 1 else f"these {len(models)} models need"
-        remedy = "take a smaller one" if len(models) == 1 else "serve fewer"
-        raise ValueError(f"{what} {sum(sizes) / 1e9:.2f} GB and {there}: {remedy}, or other --devices")
+        need = f"{', '.join(model.name for model in models)}: {sum(sizes) / 1e9:.2f} GB are needed"
+        raise ValueError(f"{need} and {there}: take smaller or fewer ones, or other --devices")
     for model, size in zip(models, sizes, strict=True):
         whole = model.own or len(here) == 1 or (not devices and size <= max(room))
         pieces = [size] if whole else hf_parallel.layer_bytes(hf_load.skeleton(model.folder)[0], dtype)
         places = hf_parallel.split_layers(pieces, room)
         for place, n in zip(places, pieces, strict=True):
             room[place] -= n
-        spread = [f"{here[i]}" + f" ({n} layers)" * (not whole) for i, n in Counter(places).items()]
-        place = f"{model.name}, {model.folder.name.replace('_', ' ')}" if model.own else model.name
-        kind = str(dtype).removeprefix("torch.")
-        say(f"{place}: {size / 1e9:.2f} GB of weights in {kind} for {', '.join(spread)}, {there}")
+        spread = ", ".join(f"{here[i]}" + f" ({n} layers)" * (not whole) for i, n in Counter(places).items())
+        name = f"{model.name}, {model.folder.name.replace('_', ' ')}" if model.own else model.name
+        weights = f"{size / 1e9:.2f} GB of weights in {str(dtype).removeprefix('torch.')}"
+        print0(f"{name}: {weights} for {spread}, {there}", file=sys.stderr)
         placed.append(replace(model, places=tuple(here[i] for i in places)))
     return placed

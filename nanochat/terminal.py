@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 from nanochat import hf_parallel, named_model
@@ -198,21 +197,18 @@ def hold(name: str, config: Config, step: int | None = None, prompt: str | None 
         text = f"\x1b[2m{line}\x1b[0m{text[len(line) :]}" if live and aside else text
         print0(text, end="", file=sys.stderr if aside and not live else sys.stdout)
 
-    say = partial(print0, file=sys.stderr)
-    (found,) = named_model.find_all([name], compute.device, step, say, config.devices, ranks)
+    (found,) = named_model.find_all([name], compute.device, step, config.devices, ranks)
     chat = Chat(*found.load(compute.device, 1, config.int8, ranks), config, write, live)
-    shared: Callable[[Callable[[], str]], Callable[[], str]] = lambda read: read
-    if ranks > 1:
-        chat.stops, shared = compute.any_rank, hf_parallel.on_all_ranks
+    chat.stops = compute.any_rank
     if prompt is not None:
         chat.ask(prompt)
     elif not (live and sys.stdin.isatty()):
-        chat.talk(shared(input))
+        chat.talk(hf_parallel.on_all_ranks(input))
     else:
         print(HELP)
         try:
             with line_editing():
-                chat.talk(shared(lambda: input("> ")))
+                chat.talk(hf_parallel.on_all_ranks(lambda: input("> ")))
         finally:
             print()
     compute.close()

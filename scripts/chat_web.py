@@ -7,10 +7,8 @@ import contextlib
 import logging
 import os
 import signal
-import sys
 import threading
 from dataclasses import dataclass
-from functools import partial
 
 from nanochat import cli, named_model
 from nanochat.cli import option
@@ -41,7 +39,7 @@ def main() -> None:
     config = cli.parse(Config, description=__doc__)
     device = Compute.create(config.device_type).device
     names = config.model or ("/".join(filter(None, (config.stage, config.model_tag))),)
-    found = named_model.find_all(names, device, config.step, partial(print, file=sys.stderr), config.devices)
+    found = named_model.find_all(names, device, config.step, config.devices)
     models = Models(config, [each.name for each in found])
     server = make_server(create_app(models), config.host, config.port)
     logging.basicConfig(format="%(message)s")

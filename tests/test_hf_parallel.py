@@ -76,7 +76,7 @@ PROMPTS = [IDX[0, :n].tolist() for n in (9, 30, 1, 17, 2, 33)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_placed_layers_say_the_same(kind, tmp_path, monkeypatch):
+def test_placed_layers_say_the_same(kind, tmp_path, monkeypatch, capsys):
     """Greedy tokens through the engine, prompts of mixed lengths, some of whose beginnings are known, in fewer slots
     than there are prompts; every tensor of a layer, its cache and its kept prefixes too, stays where the layer is."""
     monkeypatch.setenv("NANOCHAT_DTYPE", "float32")
@@ -86,9 +86,8 @@ def test_placed_layers_say_the_same(kind, tmp_path, monkeypatch):
     wanted = engine.complete(PROMPTS, 10)
     with FarDevices():
         monkeypatch.setattr(named_model, "free_memory", lambda device: 1 << 30)
-        lines: list[str] = []
-        (found,) = named_model.find_all([str(folder)], CPU, say=lines.append, devices=f"{KIND}:0,{KIND}:1")
-        assert re.search(r"for lazy:0 \(\d layers\), lazy:1 \(\d layers\), 2.15 GB are free", lines[0])
+        (found,) = named_model.find_all([str(folder)], CPU, devices=f"{KIND}:0,{KIND}:1")
+        assert re.search(r"for lazy:0 \(\d layers\), lazy:1 \(\d layers\), 2.15 GB are free", capsys.readouterr().err)
         assert set(found.places) == set(TWO) and len(found.places) == 3
         engine, _ = found.load(CPU, 3)
         assert (
@@ -107,7 +106,7 @@ def test_what_layers_share_crosses_once(folder, monkeypatch):
     rows of the cache."""
     monkeypatch.setenv("NANOCHAT_DTYPE", "float32")
     with FarDevices() as devices:
-        model = hf_load.load_model(folder, TWO[0], torch.float32, [TWO[0], TWO[1], TWO[1]])
+        model = hf_load.load_model(folder, [TWO[0], TWO[1], TWO[1]])
         engine = Engine(model, hf_load.HFTokenizer.from_directory(folder), 1)
         engine.add(Request(PROMPTS[0], 5))
         engine.step()
@@ -121,7 +120,7 @@ def test_what_layers_share_crosses_once(folder, monkeypatch):
 def test_a_missing_transfer_is_found(folder, monkeypatch):
     """The devices of this test would not let one pass."""
     with FarDevices():
-        model = hf_load.load_model(folder, TWO[0], torch.float32, [*TWO, TWO[1]])
+        model = hf_load.load_model(folder, [*TWO, TWO[1]], torch.float32)
         assert model(IDX.to(TWO[0])).device == TWO[1]
         monkeypatch.setattr(hf_llama, "bring", lambda norm, *tensors: tensors)
         with pytest.raises(RuntimeError, match="mixes tensors of lazy:0, lazy:1"):
@@ -181,5 +180,5 @@ def test_what_cannot_be_cut_is_refused(folder, tmp_path):
 
     with pytest.raises(ValueError, match="3 ranks cannot share 4 heads"):
         tensor_parallel(load(folder), Mesh(3))
-    with pytest.raises(ValueError, match="--devices places layers"):
+    with pytest.raises(ValueError, match="use --devices"):
         tensor_parallel(load(tiny_hf.save(tiny_hf.make("gpt_oss"), tmp_path)), Mesh(2))
