@@ -19,19 +19,19 @@ class Forward:
     """
 
     def __init__(self, model: Any, cache: KVCache) -> None:
-        self.model, self.cache, self.graphs = model, cache, cache.device.type == "cuda"
-        self.most_rows = getattr(model, "graph_rows", 1 << 20)  # of a graph
+        self.model, self.cache = model, cache
+        self.graphs = cache.device.type == "cuda" and getattr(model, "graphs", True)
         self.flat = bool(cache.windows)  # whether it reads unequally many tokens of rows at once (see engine.py)
         self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]] = {}
         self._captured = -1  # the cache's version in the graphs
 
     def __call__(self, running: Sequence[Request], work: Sequence[tuple[Request, int]]) -> torch.Tensor:
         """Logits (B, V) of each request in `work` after so many more of its tokens; those of one token come first."""
-        ones, n_rows = [request.slot for request, n in work if n == 1], 1 << (len(running) - 1).bit_length()
-        if not (self.graphs and ones and n_rows <= self.most_rows):
+        ones = [request.slot for request, n in work if n == 1] if self.graphs else []
+        if not ones:
             return self._read(work)
         columns = [(request.pending(1)[0], request.previous, request.n_read, request.slot) for request in running]
-        columns += [(0, 0, 0, row) for row in range(len(columns), n_rows)]
+        columns += [(0, 0, 0, row) for row in range(len(columns), 1 << (len(columns) - 1).bit_length())]
         inputs_4N = torch.tensor(columns).T.contiguous().to(self.cache.device, non_blocking=True)
         length = 1 + max(request.n_read for request in running)
         self.cache.reserve(len(columns), length)

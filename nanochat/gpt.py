@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nanochat import attention, fp8, kernels
 from nanochat.attention import Attend
-from nanochat.loss import LanguageModel
+from nanochat.loss import softcap, softcap_cross_entropy
 
 
 @dataclass(frozen=True)
@@ -175,6 +175,48 @@ class Block(nn.Module):
         y_BTC = self.attn(norm(x_BTC), ve_BTC, cos_BT1D, sin_BT1D, attend)
         x_BTC = x_BTC + F.dropout(y_BTC, self.dropout, self.training)
         return x_BTC + F.dropout(self.mlp(norm(x_BTC)), self.dropout, self.training)
+
+
+class LanguageModel(nn.Module):
+    """Logits or loss over a model's `hidden` and its `head_weight`, (V, C); its config may have a `softcap`."""
+
+    config: Any
+    hidden: Any
+    head_weight: Any
+    compiled = False
+
+    def positions(self, idx_BT: torch.Tensor, cache: Any | None, positions_BT: torch.Tensor | None) -> torch.Tensor:
+        """Where tokens stand: what is said of it beside a cache, else from 0 on."""
+        if cache is None:
+            if idx_BT.size(1) > self.config.sequence_len:
+                raise ValueError(f"{idx_BT.size(1)} tokens exceed the model's context of {self.config.sequence_len}")
+            positions_BT = torch.arange(idx_BT.size(1), device=idx_BT.device)[None]
+        assert positions_BT is not None, "with a cache, say where the tokens stand"
+        return positions_BT
+
+    def forward(
+        self,
+        idx_BT: torch.Tensor,
+        targets_BT: torch.Tensor | None = None,
+        *,
+        loss_reduction: str = "mean",
+        cache: Any | None = None,
+        positions_BT: torch.Tensor | None = None,
+        last_only: bool = False,
+    ) -> torch.Tensor:
+        """Logits (B, T, V) in fp32, or with targets the loss in nats; a target of -1 is ignored.
+
+        loss_reduction: "mean" | "sum" | "none" (per token, (B, T)). cache: keys and values of earlier positions (see
+        kv_cache.py); positions_BT says where idx_BT stands in it, -1 marks padding. last_only: the last column's
+        logits alone, (B, 1, V). Raises ValueError when idx_BT is longer than the context.
+        """
+        x_BTC, cap = self.hidden(idx_BT, cache, positions_BT), getattr(self.config, "softcap", 0.0)
+        if targets_BT is None:
+            x_BTC = x_BTC[:, -1:] if last_only else x_BTC
+            return softcap(F.linear(x_BTC, self.head_weight.to(x_BTC.dtype)), cap)
+        x_NC, targets_N = x_BTC.flatten(0, 1), targets_BT.flatten().to(x_BTC.device)
+        loss = softcap_cross_entropy(x_NC, self.head_weight, targets_N, cap, loss_reduction, compiled=self.compiled)
+        return loss.view(targets_BT.shape) if loss_reduction == "none" else loss
 
 
 class GPT(LanguageModel):

@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 
 from nanochat import attention
-from nanochat.loss import LanguageModel
+from nanochat.gpt import LanguageModel
 
 
 class Settings:
@@ -171,6 +171,6 @@ class OpenModel(LanguageModel):
         return self.stack[0][0].weight.device
 
     @property
-    def graph_rows(self) -> int:
-        """The most rows of which a step of decoding may be replayed as a CUDA graph; none where a device ends."""
-        return 1 << 20 if len({(type(p), p.device) for p in self.parameters()}) == 1 else 0
+    def graphs(self) -> bool:
+        """Whether decoding may be replayed as a CUDA graph: not where a device ends, or ranks share matrices."""
+        return len({(type(p), p.device) for p in self.parameters()}) == 1

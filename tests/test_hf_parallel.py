@@ -98,7 +98,7 @@ def test_placed_layers_say_the_same(kind, tmp_path, monkeypatch, capsys):
         assert engine.slots.n_reused, "known beginnings"
         for each in (engine.cache.layers, engine.slots.prefixes._memory):
             assert [k.device for k, _ in each] == [v.device for _, v in each] == list(found.places)
-        assert not engine.model.graph_rows, "no CUDA graph where a device ends"
+        assert not engine.model.graphs, "no CUDA graph where a device ends"
 
 
 def test_what_layers_share_crosses_once(folder, monkeypatch):
