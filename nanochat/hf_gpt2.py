@@ -105,7 +105,7 @@ class GPT2(OpenModel):
         self.lm_head = None if config.tied else nn.Linear(config.n_embd, config.vocab_size, bias=False)
 
     @property
-    def stack(self) -> tuple[list[nn.Module], nn.ModuleList, nn.Module]:
+    def stack(self) -> tuple[list[Any], nn.ModuleList, nn.Module]:
         """See OpenModel."""
         return [self.wte, self.wpe], self.h, self.ln_f
 

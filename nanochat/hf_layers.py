@@ -134,7 +134,7 @@ def attend(
     return attention.cached_attention(q_BTHD, k_BTKD, v_BTKD, positions_BT, window, sinks_H)
 
 
-def bring(norm: nn.Module, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def bring(norm: Any, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """What a layer is given, where the layer lies, seen by its first norm: moved once, where one device's layers end
     (hf_parallel.py)."""
     home = norm.weight.device
@@ -147,7 +147,7 @@ class OpenModel(LanguageModel):
     lm_head: nn.Linear | None  # None: the embedding is the head, too
 
     @property
-    def stack(self) -> tuple[list[nn.Module], nn.ModuleList, nn.Module]:
+    def stack(self) -> tuple[list[Any], nn.ModuleList, nn.Module]:
         """What reads the tokens, their embedding first; the layers; the last norm."""
         raise NotImplementedError
 

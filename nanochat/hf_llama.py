@@ -158,7 +158,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: LlamaConfig, mlp: Callable[[Any], nn.Module]) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
+        self.embed_tokens: Any = nn.Embedding(config.vocab_size, config.n_embd)
         self.layers = nn.ModuleList(Block(config, layer, mlp(config)) for layer in range(config.n_layer))
         self.norm, self.scale = RMSNorm(config.n_embd, config.eps), config.rotary_scale
         rotary_D = torch.tensor(config.rotary, device="cpu")
@@ -186,7 +186,7 @@ class Llama(OpenModel):
         self.lm_head = None if config.tied else nn.Linear(config.n_embd, config.vocab_size, bias=False)
 
     @property
-    def stack(self) -> tuple[list[nn.Module], nn.ModuleList, nn.Module]:
+    def stack(self) -> tuple[list[Any], nn.ModuleList, nn.Module]:
         """See OpenModel."""
         return [self.model.embed_tokens], self.model.layers, self.model.norm
 

@@ -150,10 +150,10 @@ def load_model(folder: Path | str, device: Place, dtype: torch.dtype | None = No
     `OpenModel.parts`). Raises ValueError that names what is wrong.
     """
     (model, family), stored = skeleton(folder), stored_tensors(folder)
-    one = isinstance(device, torch.device | str)
-    places = [torch.device(device)] * model.config.n_layer if one else device
-    dtype = dtype or pick_dtype(places[0])
-    parts = list(zip(model.parts, places, strict=True))
+    if isinstance(device, torch.device | str):
+        device = [torch.device(device)] * model.config.n_layer
+    dtype = dtype or pick_dtype(device[0])
+    parts = list(zip(model.parts, device, strict=True))
     homes = {id(tensor): place for part, place in parts for tensor in part.state_dict(keep_vars=True).values()}
     home = {name: homes[id(tensor)] for name, tensor in model.state_dict(keep_vars=True).items()}
     by_file: dict[Path, list[tuple[str, Stored]]] = {}
