@@ -9,16 +9,12 @@ whole and runs the same requests, as rank 0 reads them. Both are tested on CPU; 
 import contextlib
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
 from nanochat.hf_layers import OpenModel
 from nanochat.hf_llama import Llama
-
-if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
 
 
 def layer_bytes(model: OpenModel, dtype: torch.dtype) -> list[int]:
@@ -45,7 +41,7 @@ def split_layers(sizes: Sequence[int], room: Sequence[int]) -> list[int]:
     raise ValueError(f"{sum(sizes) / 1e9:.2f} GB of layers do not fit in {sum(room) / 1e9:.2f} GB on all devices")
 
 
-def tensor_parallel(model: OpenModel, mesh: "DeviceMesh") -> OpenModel:
+def tensor_parallel(model: OpenModel, mesh: "dist.DeviceMesh") -> OpenModel:
     """Cut the matrices of every layer over the ranks of a mesh, and move the model there; all ranks call this with the
     same model. ValueError where heads cannot be shared evenly, or the model is not Llama-like, or has experts or sinks,
     which are not cut here."""

@@ -279,18 +279,17 @@ def export_checkpoint(folder: Path, stage: str, tag: str | None, step: int | Non
     if coded:
         shutil.copy(Path(__file__).with_name("modeling_nanochat_gpt.txt"), folder / "modeling_nanochat_gpt.py")
     facts = {name: meta.get(name) for name in ("stage", "tag", "step", "val_bpb", "dataset", "source")}
-    atomic_write(folder / "README.md", _card(model, facts, coded))
+    trust = ", trust_remote_code=True" if coded else ""
+    atomic_write(folder / "README.md", _card(model, facts, trust))
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     hashes = {path.relative_to(folder).as_posix(): sha256_file(path) for path in files}
     atomic_write_json(folder / "hashes.json", {"sha256": hashes, "tokenizer_hash": tokenizer.hash, **facts})
-    trust = ", trust_remote_code=True" if coded else ""
     return f"{folder}: AutoModelForCausalLM.from_pretrained({str(folder)!r}{trust})"
 
 
-def _card(model: GPT, facts: dict[str, Any], coded: bool) -> str:
-    """The bundle's README.md."""
+def _card(model: GPT, facts: dict[str, Any], trust: str) -> str:
+    """The bundle's README.md. trust: a further argument of `from_pretrained`."""
     size = sum(p.numel() for p in model.parameters())
-    trust = ", trust_remote_code=True" if coded else ""
     known = "\n".join(f"* {name}: {value}" for name, value in facts.items() if value is not None)
     return f"""---
 library_name: transformers

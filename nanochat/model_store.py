@@ -61,17 +61,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def download(
-    name: str,
-    revision: str = "main",
-    include: Sequence[str] = (),
-    offline: bool = False,
-    workers: int = 8,
-    **options: Any,
+    name: str, revision: str = "main", include: Sequence[str] = (), offline: bool = False, **options: Any
 ) -> Path:
     """Fetch what is needed of a model from the hub, or what matches the patterns of `include`; returns its folder.
 
     A file that is here and right is kept, a part of one continued. offline: only check that all is here.
-    options: `hub.download`'s. Raises ValueError when there is no such model, or not enough room on the disk,
+    options: `hub.download_many`'s. Raises ValueError when there is no such model, or not enough room on the disk,
     ConnectionError when the hub cannot be reached or keeps sending wrong bytes.
     """
     folder = model_dir(name)
@@ -97,7 +92,7 @@ def download(
         if path.is_file() and file.path not in kept and (not file.sha256 or sha256_file(path) != file.sha256):
             path.unlink()  # of another commit
     _check_room(folder, files)
-    hub.download_many(files, folder, workers=workers, label=name, **options)
+    hub.download_many(files, folder, label=name, **options)
     facts = {file.path: [file.size, file.sha256 or sha256_file(folder / file.path)] for file in files}
     content = {"repo": name, "revision": revision, "commit": commit, "files": {**kept, **facts}}
     atomic_write_json(folder / _MANIFEST, content)

@@ -1,8 +1,7 @@
 """A model on this machine by its name: one from the hub, a folder, or a checkpoint of one's own as STAGE/TAG."""
 
-import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import torch.distributed as dist
 
 from nanochat import checkpoint, hf_load, hf_parallel, model_store
 from nanochat.chat_format import Format, chat_format
-from nanochat.common import get_base_dir, print0
+from nanochat.common import get_base_dir
 from nanochat.compute import pick_dtype
 from nanochat.engine import Engine
 from nanochat.preflight import free_memory
@@ -90,10 +89,15 @@ def pick_devices(names: str) -> list[torch.device]:
 
 
 def find_all(
-    names: Sequence[str], device: torch.device, step: int | None = None, devices: str | None = None, ranks: int = 1
+    names: Sequence[str],
+    device: torch.device,
+    step: int | None = None,
+    say: Callable[[str], None] = print,
+    devices: str | None = None,
+    ranks: int = 1,
 ) -> list[NamedModel]:
-    """The models of these names; a line on stderr tells the memory of each. ValueError when one is not here, two have
-    one name, or they do not all fit in what is free.
+    """The models of these names, and a line about the memory of each. ValueError when one is not here, two have one
+    name, or they do not all fit in what is free.
 
     Open-weights models are laid over `devices` (see `pick_devices`), layer after layer; where none are named, over all
     GPUs if they do not fit on `device`, a GPU. ranks: how many share each model's layers (hf_parallel.py).
@@ -120,6 +124,6 @@ def find_all(
         spread = ", ".join(f"{here[i]}" + f" ({n} layers)" * (not whole) for i, n in Counter(places).items())
         name = f"{model.name}, {model.folder.name.replace('_', ' ')}" if model.own else model.name
         weights = f"{size / 1e9:.2f} GB of weights in {str(dtype).removeprefix('torch.')}"
-        print0(f"{name}: {weights} for {spread}, {there}", file=sys.stderr)
+        say(f"{name}: {weights} for {spread}, {there}")
         placed.append(replace(model, places=tuple(here[i] for i in places)))
     return placed

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from nanochat import hf_parallel, named_model
@@ -197,7 +198,8 @@ def hold(name: str, config: Config, step: int | None = None, prompt: str | None 
         text = f"\x1b[2m{line}\x1b[0m{text[len(line) :]}" if live and aside else text
         print0(text, end="", file=sys.stderr if aside and not live else sys.stdout)
 
-    (found,) = named_model.find_all([name], compute.device, step, config.devices, ranks)
+    say = partial(print0, file=sys.stderr)
+    (found,) = named_model.find_all([name], compute.device, step, say, config.devices, ranks)
     chat = Chat(*found.load(compute.device, 1, config.int8, ranks), config, write, live)
     chat.stops = compute.any_rank
     if prompt is not None:

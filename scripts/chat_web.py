@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import signal
+import sys
 import threading
 from dataclasses import dataclass
 
@@ -39,7 +40,7 @@ def main() -> None:
     config = cli.parse(Config, description=__doc__)
     device = Compute.create(config.device_type).device
     names = config.model or ("/".join(filter(None, (config.stage, config.model_tag))),)
-    found = named_model.find_all(names, device, config.step, config.devices)
+    found = named_model.find_all(names, device, config.step, lambda line: print(line, file=sys.stderr), config.devices)
     models = Models(config, [each.name for each in found])
     server = make_server(create_app(models), config.host, config.port)
     logging.basicConfig(format="%(message)s")

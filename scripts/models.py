@@ -61,7 +61,7 @@ def main() -> None:
     """Do what the verb says."""
     args = build_parser().parse_args()
     if args.verb == "download":
-        folder = model_store.download(args.name, args.revision, args.include, args.offline, args.workers)
+        folder = model_store.download(args.name, args.revision, args.include, args.offline, workers=args.workers)
         print(f"{args.name} is in {folder}")
     elif args.verb == "list" or (args.verb == "play" and args.name is None):
         show_list()

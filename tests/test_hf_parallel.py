@@ -87,7 +87,7 @@ def test_placed_layers_say_the_same(kind, tmp_path, monkeypatch, capsys):
     with FarDevices():
         monkeypatch.setattr(named_model, "free_memory", lambda device: 1 << 30)
         (found,) = named_model.find_all([str(folder)], CPU, devices=f"{KIND}:0,{KIND}:1")
-        assert re.search(r"for lazy:0 \(\d layers\), lazy:1 \(\d layers\), 2.15 GB are free", capsys.readouterr().err)
+        assert re.search(r"for lazy:0 \(\d layers\), lazy:1 \(\d layers\), 2.15 GB are free", capsys.readouterr().out)
         assert set(found.places) == set(TWO) and len(found.places) == 3
         engine, _ = found.load(CPU, 3)
         assert (

@@ -22,7 +22,7 @@ def test_own_checkpoints_and_folders(module_trained, folder, capsys):
     assert named_model.own_checkpoints() == ["base/d2", "mid/d2"]
     models = named_model.find_all(["base/d2", "mid", str(folder), "base/d2"], CPU)
     assert [model.name for model in models] == ["base/d2", "mid/d2", "tiny-qwen"]
-    lines = capsys.readouterr().err.splitlines()
+    lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3 and "step 000008" in lines[0] and "GB are free" in lines[2]
     for model in models:
         engine, form = model.load(CPU, 2)
