@@ -19,7 +19,8 @@ class Forward:
     """
 
     def __init__(self, model: Any, cache: KVCache) -> None:
-        self.model, self.cache, self.graphs = model, cache, cache.device.type == "cuda"
+        self.model, self.cache = model, cache
+        self.graphs = cache.device.type == "cuda" and getattr(model, "graphs", True)
         self.flat = bool(cache.windows)  # whether it reads unequally many tokens of rows at once (see engine.py)
         self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]] = {}
         self._captured = -1  # the cache's version in the graphs

@@ -202,7 +202,8 @@ class Engine:
         if not work:
             return []
         self.cache.reserve(len(self.running), max(request.size for request in self.running))
-        logits_BV = self.forward(self.running, work)
+        with torch.cuda.device_of(self.cache.last_token):  # kernels and graphs go to the current device
+            logits_BV = self.forward(self.running, work)
         for request, n in work:
             request.n_read += n
         places = [place for place, (request, _) in enumerate(work) if not request.n_pending]

@@ -177,7 +177,49 @@ class Block(nn.Module):
         return x_BTC + F.dropout(self.mlp(norm(x_BTC)), self.dropout, self.training)
 
 
-class GPT(nn.Module):
+class LanguageModel(nn.Module):
+    """Logits or loss over a model's `hidden` and its `head_weight`, (V, C); its config may have a `softcap`."""
+
+    config: Any
+    hidden: Any
+    head_weight: Any
+    compiled = False
+
+    def positions(self, idx_BT: torch.Tensor, cache: Any | None, positions_BT: torch.Tensor | None) -> torch.Tensor:
+        """Where tokens stand: what is said of it beside a cache, else from 0 on."""
+        if cache is None:
+            if idx_BT.size(1) > self.config.sequence_len:
+                raise ValueError(f"{idx_BT.size(1)} tokens exceed the model's context of {self.config.sequence_len}")
+            positions_BT = torch.arange(idx_BT.size(1), device=idx_BT.device)[None]
+        assert positions_BT is not None, "with a cache, say where the tokens stand"
+        return positions_BT
+
+    def forward(
+        self,
+        idx_BT: torch.Tensor,
+        targets_BT: torch.Tensor | None = None,
+        *,
+        loss_reduction: str = "mean",
+        cache: Any | None = None,
+        positions_BT: torch.Tensor | None = None,
+        last_only: bool = False,
+    ) -> torch.Tensor:
+        """Logits (B, T, V) in fp32, or with targets the loss in nats; a target of -1 is ignored.
+
+        loss_reduction: "mean" | "sum" | "none" (per token, (B, T)). cache: keys and values of earlier positions (see
+        kv_cache.py); positions_BT says where idx_BT stands in it, -1 marks padding. last_only: the last column's
+        logits alone, (B, 1, V). Raises ValueError when idx_BT is longer than the context.
+        """
+        x_BTC, cap = self.hidden(idx_BT, cache, positions_BT), getattr(self.config, "softcap", 0.0)
+        if targets_BT is None:
+            x_BTC = x_BTC[:, -1:] if last_only else x_BTC
+            return softcap(F.linear(x_BTC, self.head_weight.to(x_BTC.dtype)), cap)
+        x_NC, targets_N = x_BTC.flatten(0, 1), targets_BT.flatten().to(x_BTC.device)
+        loss = softcap_cross_entropy(x_NC, self.head_weight, targets_N, cap, loss_reduction, compiled=self.compiled)
+        return loss.view(targets_BT.shape) if loss_reduction == "none" else loss
+
+
+class GPT(LanguageModel):
     """The language model. Build it on any device, `meta` too, then call `init_weights()` or load a checkpoint.
 
     Activations are in `dtype`, matrices and scalars in fp32, embeddings in `embed_dtype` (default: `dtype`). Training
@@ -209,13 +251,17 @@ class GPT(nn.Module):
             self.smear_scale = nn.Parameter(torch.empty(()))
         if config.backout:
             self.backout = nn.Parameter(torch.empty(()))
-        self.compiled = False
         self.checkpointing = False  # keep a block's inputs alone for the backward pass (arXiv 1604.06174)
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.embed.weight.device
+
+    @property
+    def head_weight(self) -> torch.Tensor:
+        """The matrix that gives the logits, (V, C)."""
+        return self.head.weight[: self.config.vocab_size]
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
@@ -276,12 +322,7 @@ class GPT(nn.Module):
 
     def hidden(self, idx_BT: torch.Tensor, cache: Any = None, positions_BT: torch.Tensor | None = None) -> torch.Tensor:
         """The normed residual that the head reads, (B, T, C); arguments as in `forward`."""
-        config = self.config
-        if cache is None:
-            if idx_BT.size(1) > config.sequence_len:
-                raise ValueError(f"{idx_BT.size(1)} tokens exceed the model's context of {config.sequence_len}")
-            positions_BT = torch.arange(idx_BT.size(1), device=idx_BT.device)[None]
-        assert positions_BT is not None, "with a cache, say where the tokens stand"
+        config, positions_BT = self.config, self.positions(idx_BT, cache, positions_BT)
         cos_BT1D, sin_BT1D = self._rotation(positions_BT)
         x_BTC = norm(self.embed(idx_BT).to(self.dtype))
         if config.smear_channels:
@@ -312,31 +353,6 @@ class GPT(nn.Module):
         planes = torch.arange(0, D, 2, device=positions_BT.device, dtype=torch.float32) / D
         angles_BTD = positions_BT[..., None].float() * self.config.rope_base**-planes
         return angles_BTD.cos().to(self.dtype)[:, :, None], angles_BTD.sin().to(self.dtype)[:, :, None]
-
-    def forward(
-        self,
-        idx_BT: torch.Tensor,
-        targets_BT: torch.Tensor | None = None,
-        *,
-        loss_reduction: str = "mean",
-        cache: Any | None = None,
-        positions_BT: torch.Tensor | None = None,
-        last_only: bool = False,
-    ) -> torch.Tensor:
-        """Logits (B, T, V) in fp32, or with targets the loss in nats; a target of -1 is ignored.
-
-        loss_reduction: "mean" | "sum" | "none" (per token, (B, T)). cache: keys and values of earlier positions (see
-        kv_cache.py); positions_BT says where idx_BT stands in it, -1 marks padding. last_only: the last column's
-        logits alone, (B, 1, V). Raises ValueError when idx_BT is longer than the context.
-        """
-        x_BTC = self.hidden(idx_BT, cache, positions_BT)
-        head_VC = self.head.weight[: self.config.vocab_size]
-        if targets_BT is None:
-            x_BTC = x_BTC[:, -1:] if last_only else x_BTC
-            return softcap(F.linear(x_BTC, head_VC.to(x_BTC.dtype)), self.config.softcap)
-        x_NC, targets_N, cap = x_BTC.flatten(0, 1), targets_BT.flatten(), self.config.softcap
-        loss = softcap_cross_entropy(x_NC, head_VC, targets_N, cap, loss_reduction, compiled=self.compiled)
-        return loss.view(targets_BT.shape) if loss_reduction == "none" else loss
 
 
 def _from_the_first(positions_BT: torch.Tensor) -> bool:

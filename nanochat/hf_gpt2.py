@@ -8,7 +8,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from nanochat.hf_layers import OpenModel, Settings, attend
+from nanochat.hf_layers import OpenModel, Settings, attend, bring
 
 MODEL_TYPES = ("gpt2",)
 _MASKS = re.compile(r"h\.\d+\.attn\.(masked_)?bias")  # the hub's file carries the causal mask
@@ -105,16 +105,18 @@ class GPT2(OpenModel):
         self.lm_head = None if config.tied else nn.Linear(config.n_embd, config.vocab_size, bias=False)
 
     @property
-    def head_weight(self) -> torch.Tensor:
-        """The head's matrix, (V, C): the embedding, or one of its own."""
-        return (self.lm_head or self.wte).weight
+    def stack(self) -> tuple[list[Any], nn.ModuleList, nn.Module]:
+        """See OpenModel."""
+        return [self.wte, self.wpe], self.h, self.ln_f
 
-    def hidden(self, idx_BT: torch.Tensor, positions_BT: torch.Tensor, cache: Any | None) -> torch.Tensor:
+    def hidden(self, idx_BT: torch.Tensor, cache: Any = None, positions_BT: torch.Tensor | None = None) -> torch.Tensor:
         """The normed residual that the head reads, (B, T, C)."""
+        positions_BT = self.positions(idx_BT, cache, positions_BT)
         x_BTC = self.wte(idx_BT) + self.wpe(positions_BT.clamp(min=0))
         for layer, block in enumerate(self.h):
+            x_BTC, positions_BT = bring(block.ln_1, x_BTC, positions_BT)
             x_BTC = block(x_BTC, positions_BT, self.config.sequence_len, cache, layer)
-        return self.ln_f(x_BTC)
+        return self.ln_f(*bring(self.ln_f, x_BTC))
 
 
 def rename(name: str) -> str | None:

@@ -93,7 +93,8 @@ class Experts(nn.Module):
     def forward(self, x_NC: torch.Tensor, expert_NK: torch.Tensor, weight_NK: torch.Tensor) -> torch.Tensor:
         """The weighted sum of each token's K experts, (N, C)."""
         N, K = expert_NK.shape
-        if self.config.packed and N * K <= _FEW_PAIRS and mxfp4.kernel_works(x_NC.device, x_NC.dtype):
+        kernel = self.config.packed and mxfp4.kernel_works(x_NC.device, x_NC.dtype)
+        if kernel and (N * K <= _FEW_PAIRS or torch.cuda.is_current_stream_capturing()):
             inner = self._activate(self._pairs("gate_up_proj", x_NC.repeat_interleave(K, 0), expert_NK.flatten()))
             out_NKC = self._pairs("down_proj", inner, expert_NK.flatten()).view(N, K, -1)
             return (out_NKC * weight_NK[..., None]).sum(1)
@@ -122,9 +123,16 @@ class MoE(nn.Module):
         return self.experts(x_NC, expert_NK, weight_NK).view_as(x_BTC)
 
 
-def build(config: GptOssConfig) -> Llama:
-    """The model without values, on the current default device."""
-    return Llama(config, MoE)
+class GptOss(Llama):
+    """The model, without values until `hf_load` fills it."""
+
+    mlp = MoE
+
+    @property
+    def graphs(self) -> bool:
+        """As in `OpenModel`; without the kernel for packed experts the CPU asks which experts there are."""
+        head = self.head_weight
+        return super().graphs and self.config.packed and mxfp4.kernel_works(head.device, head.dtype)
 
 
-CONFIG = GptOssConfig
+CONFIG, build = GptOssConfig, GptOss

@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 from nanochat import attention
-from nanochat.loss import softcap_cross_entropy
+from nanochat.gpt import LanguageModel
 
 
 class Settings:
@@ -135,47 +134,43 @@ def attend(
     return attention.cached_attention(q_BTHD, k_BTKD, v_BTKD, positions_BT, window, sinks_H)
 
 
-class OpenModel(nn.Module):
-    """What an engine, an evaluation and a chat ask of a model, over a family's `hidden` and `head_weight`.
+def bring(norm: Any, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """What a layer is given, where the layer lies, seen by its first norm: moved once, where one device's layers end
+    (hf_parallel.py)."""
+    home = norm.weight.device
+    return tensors if tensors[0].device == home else tuple(each.to(home) for each in tensors)
 
-    Its `config` has `sequence_len` and `vocab_size`; its parameters bear the names they have in the files.
-    """
 
-    config: Any
+class OpenModel(LanguageModel):
+    """A model of any family, over its `stack`; its parameters bear the names they have in the files."""
 
-    def hidden(self, idx_BT: torch.Tensor, positions_BT: torch.Tensor, cache: Any | None) -> torch.Tensor:
-        """The normed residual that the head reads, (B, T, C)."""
+    lm_head: nn.Linear | None  # None: the embedding is the head, too
+
+    @property
+    def stack(self) -> tuple[list[Any], nn.ModuleList, nn.Module]:
+        """What reads the tokens, their embedding first; the layers; the last norm."""
         raise NotImplementedError
+
+    @property
+    def parts(self) -> list[nn.ModuleList]:
+        """The model cut into as many parts as it has layers, which may lie on several devices."""
+        inputs, layers, norm = self.stack
+        parts = [nn.ModuleList([layer]) for layer in layers]
+        parts[0].extend(inputs)
+        parts[-1 if self.lm_head else 0].extend(filter(None, (norm, self.lm_head)))
+        return parts
 
     @property
     def head_weight(self) -> torch.Tensor:
         """The matrix that gives the logits, (V, C)."""
-        raise NotImplementedError
+        return (self.lm_head or self.stack[0][0]).weight
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.head_weight.device
+        """Where tokens come in."""
+        return self.stack[0][0].weight.device
 
-    def forward(
-        self,
-        idx_BT: torch.Tensor,
-        targets_BT: torch.Tensor | None = None,
-        *,
-        loss_reduction: str = "mean",
-        cache: Any | None = None,
-        positions_BT: torch.Tensor | None = None,
-        last_only: bool = False,
-    ) -> torch.Tensor:
-        """Logits (B, T, V) in fp32, or with targets the loss; arguments and errors as `GPT.forward`."""
-        if cache is None:
-            if idx_BT.size(1) > self.config.sequence_len:
-                raise ValueError(f"{idx_BT.size(1)} tokens exceed the model's context of {self.config.sequence_len}")
-            positions_BT = torch.arange(idx_BT.size(1), device=idx_BT.device)[None]
-        assert positions_BT is not None, "with a cache, say where the tokens stand"
-        x_BTC = self.hidden(idx_BT, positions_BT, cache)
-        if targets_BT is None:
-            return F.linear(x_BTC[:, -1:] if last_only else x_BTC, self.head_weight).float()
-        x_NC, targets_N = x_BTC.flatten(0, 1), targets_BT.flatten()
-        loss = softcap_cross_entropy(x_NC, self.head_weight, targets_N, 0.0, loss_reduction)
-        return loss.view(targets_BT.shape) if loss_reduction == "none" else loss
+    @property
+    def graphs(self) -> bool:
+        """Whether decoding may be replayed as a CUDA graph: not where a device ends, or ranks share matrices."""
+        return len({(type(p), p.device) for p in self.parameters()}) == 1

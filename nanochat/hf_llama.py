@@ -12,7 +12,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from nanochat.gpt import rotate
-from nanochat.hf_layers import OpenModel, Settings, attend, rotary_frequencies
+from nanochat.hf_layers import OpenModel, Settings, attend, bring, rotary_frequencies
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -156,41 +156,43 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """From tokens to the normed residual."""
 
-    rotary_D: torch.Tensor
-
     def __init__(self, config: LlamaConfig, mlp: Callable[[Any], nn.Module]) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
+        self.embed_tokens: Any = nn.Embedding(config.vocab_size, config.n_embd)
         self.layers = nn.ModuleList(Block(config, layer, mlp(config)) for layer in range(config.n_layer))
-        self.norm = RMSNorm(config.n_embd, config.eps)
-        self.scale = config.rotary_scale
-        self.register_buffer("rotary_D", torch.tensor(config.rotary, device="cpu"), persistent=False)
+        self.norm, self.scale = RMSNorm(config.n_embd, config.eps), config.rotary_scale
+        rotary_D = torch.tensor(config.rotary, device="cpu")
+        self.embed_tokens.register_buffer("rotary_D", rotary_D, persistent=False)  # where positions come in
 
     def forward(self, idx_BT: torch.Tensor, positions_BT: torch.Tensor, cache: Any | None) -> torch.Tensor:
         x_BTC = self.embed_tokens(idx_BT)
-        angles_BT1D = (positions_BT[..., None].float() * self.rotary_D)[:, :, None]
+        angles_BT1D = (positions_BT[..., None].float() * self.embed_tokens.rotary_D)[:, :, None]
         cos, sin = ((turn(angles_BT1D) * self.scale).to(x_BTC.dtype) for turn in (torch.cos, torch.sin))
+        given = [cos, sin, positions_BT]
         for block in self.layers:
-            x_BTC = block(x_BTC, cos, sin, positions_BT, cache)
-        return self.norm(x_BTC)
+            x_BTC, *given = bring(block.input_layernorm, x_BTC, *given)
+            x_BTC = block(x_BTC, *given, cache)
+        return self.norm(*bring(self.norm, x_BTC))
 
 
 class Llama(OpenModel):
-    """The model, without values until `hf_load` fills it. mlp: makes what follows attention in a block."""
+    """The model, without values until `hf_load` fills it."""
 
-    def __init__(self, config: LlamaConfig, mlp: Callable[[Any], nn.Module] = MLP) -> None:
+    mlp: Callable[[Any], nn.Module] = MLP  # makes what follows attention in a block
+
+    def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        self.config, self.model = config, Decoder(config, mlp)
+        self.config, self.model = config, Decoder(config, self.mlp)
         self.lm_head = None if config.tied else nn.Linear(config.n_embd, config.vocab_size, bias=False)
 
     @property
-    def head_weight(self) -> torch.Tensor:
-        """The head's matrix, (V, C): one of its own, or the embedding."""
-        return (self.lm_head or self.model.embed_tokens).weight
+    def stack(self) -> tuple[list[Any], nn.ModuleList, nn.Module]:
+        """See OpenModel."""
+        return [self.model.embed_tokens], self.model.layers, self.model.norm
 
-    def hidden(self, idx_BT: torch.Tensor, positions_BT: torch.Tensor, cache: Any | None) -> torch.Tensor:
+    def hidden(self, idx_BT: torch.Tensor, cache: Any = None, positions_BT: torch.Tensor | None = None) -> torch.Tensor:
         """The normed residual that the head reads, (B, T, C)."""
-        return self.model(idx_BT, positions_BT, cache)
+        return self.model(idx_BT, self.positions(idx_BT, cache, positions_BT), cache)
 
 
 def rename(name: str) -> str | None:

@@ -8,22 +8,22 @@
 Nothing in the folder is run, and nothing is allocated before every name, type and shape is known to fit.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
 
 from nanochat import hf_gpt2, hf_gpt_oss, hf_llama
 from nanochat.common import read_json
 from nanochat.compute import pick_dtype
+from nanochat.hf_layers import OpenModel
 from nanochat.hf_tokenizer import HFTokenizer
 
-FAMILIES: dict[str, ModuleType] = {
-    kind: family for family in (hf_gpt2, hf_llama, hf_gpt_oss) for kind in family.MODEL_TYPES
-}
+FAMILIES = {kind: family for family in (hf_gpt2, hf_llama, hf_gpt_oss) for kind in family.MODEL_TYPES}
+Place = torch.device | str | Sequence[torch.device]
 _INDEX = "model.safetensors.index.json"
 _LARGEST_HEADER = 16 << 20  # bytes; models of 100,000 tensors stay below
 _FLOATS = ("F32", "BF16", "F16")
@@ -107,6 +107,14 @@ def _listed(names: list[str]) -> str:
     return f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''} ({len(names)} tensors)"
 
 
+def skeleton(folder: Path | str) -> tuple[OpenModel, ModuleType]:
+    """The model that config.json describes, without values (on PyTorch's device "meta"), and its family."""
+    values = read_config(folder)
+    family = FAMILIES[values["model_type"]]
+    with torch.device("meta"):
+        return family.build(family.CONFIG.from_json(values)), family
+
+
 def _fit(model: Any, family: ModuleType, stored: dict[str, Stored], folder: Path | str) -> dict[str, Stored]:
     """The stored tensors by the model's names; ValueError names what is missing, extra, mis-shaped or mistyped."""
     wanted, placed = model.state_dict(), {}
@@ -134,31 +142,36 @@ def _fit(model: Any, family: ModuleType, stored: dict[str, Stored], folder: Path
     return placed
 
 
-def load_model(folder: Path | str, device: torch.device | str, dtype: torch.dtype | None = None) -> nn.Module:
+def load_model(folder: Path | str, device: Place, dtype: torch.dtype | None = None) -> OpenModel:
     """The model in `folder`, in eval mode, its floating-point weights in `dtype` (None: the device's best).
 
     Files are memory-mapped: on CPU, weights of the same dtype stay views of them, so that a second process shares
-    their pages; to another device each tensor goes straight from the file. Raises ValueError that names what is wrong.
+    their pages; to another device each tensor goes straight from the file. device: for all, or one for each layer (see
+    `OpenModel.parts`). Raises ValueError that names what is wrong.
     """
-    device, values, stored = torch.device(device), read_config(folder), stored_tensors(folder)
-    dtype = dtype or pick_dtype(device)
-    family = FAMILIES[values["model_type"]]
-    with torch.device("meta"):
-        model = family.build(family.CONFIG.from_json(values))
-    state = {}
+    (model, family), stored = skeleton(folder), stored_tensors(folder)
+    if isinstance(device, torch.device | str):
+        device = [torch.device(device)] * model.config.n_layer
+    dtype = dtype or pick_dtype(device[0])
+    parts = list(zip(model.parts, device, strict=True))
+    homes = {id(tensor): place for part, place in parts for tensor in part.state_dict(keep_vars=True).values()}
+    home = {name: homes[id(tensor)] for name, tensor in model.state_dict(keep_vars=True).items()}
     by_file: dict[Path, list[tuple[str, Stored]]] = {}
     for target, tensor in _fit(model, family, stored, folder).items():
         by_file.setdefault(tensor.path, []).append((target, tensor))
+    state = {}
     for path, tensors in by_file.items():
-        with safe_open(path, framework="pt", device=str(device)) as file:
+        with safe_open(path, framework="pt") as file:
             for target, tensor in tensors:
-                value = file.get_tensor(tensor.name)
+                value = file.get_tensor(tensor.name).to(home[target])
                 state[target] = value.to(dtype) if value.is_floating_point() else value
     model.load_state_dict(state, assign=True)
-    return model.to(device).requires_grad_(False).eval()
+    for part, place in parts:
+        part.to(place)  # what is in no file
+    return model.requires_grad_(False).eval()
 
 
-def load(path: Path | str, device: torch.device | str, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
+def load(path: Path | str, device: Place, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
     """A supported model's folder -> (model, tokenizer): `model(idx_BT)` gives logits (B, T, V) in fp32.
 
     See `load_model`. The tokenizer has the interface of `nanochat.tokenizer.Tokenizer`.

@@ -97,9 +97,7 @@ def _list_files(url: str, root: str, timeout: float, retries: int, backoff: floa
         entries, following = _retry(page, url, retries, backoff)
         try:
             there = [entry for entry in entries if entry["type"] == "file"]
-            files += [
-                _listed(root, entry["path"], entry["size"], (entry.get("lfs") or {}).get("oid")) for entry in there
-            ]
+            files += [_listed(root, each["path"], each["size"], (each.get("lfs") or {}).get("oid")) for each in there]
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{url}: not a listing of files ({error!r:.80}): is it a hub?") from error
         # Only the cursor is taken from the next page's address: behind a mirror, its host is another.
@@ -146,7 +144,7 @@ def download(
         def attempt() -> None:
             offset = f.seek(0, os.SEEK_END)
             if offset != size:
-                length = _transfer(url, f, etag, timeout, report, resumable=sha256 is not None)
+                length = _transfer(url, f, etag, timeout, report, sha256 is not None)
                 offset = f.tell()
                 if length is not None and offset < length:
                     raise _Damaged(f"{offset} of {length} bytes arrived")  # kept: the next attempt continues
@@ -228,9 +226,7 @@ def _request(
         yield response
 
 
-def _transfer(
-    url: str, f: IO[bytes], etag: list[str], timeout: float, report: Progress, *, resumable: bool
-) -> int | None:
+def _transfer(url: str, f: IO[bytes], etag: list[str], timeout: float, report: Progress, resumable: bool) -> int | None:
     """Append what is missing of `url` to `f`, or all of it when the server will not continue; its length, if told."""
     offset = f.tell()
     headers = {"Accept-Encoding": "identity"}  # a compressed body would have another length

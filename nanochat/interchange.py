@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -182,13 +183,6 @@ def _read_folder(folder: Path) -> tuple[GPT, dict[str, Any]]:
     return _build(config, _mirror(state, config.head_dim), str(folder)), {}
 
 
-class _NoOptimizer:
-    """Imported models bring no state of an optimizer."""
-
-    def state_dict(self) -> State:
-        return {}
-
-
 def import_checkpoint(folder: Path, stage: str, tag: str, tokenizer_dir: str | None = None) -> Path:
     """Bring a checkpoint in `folder` into checkpoints/<stage>/<tag>, step 0; returns where it lies.
 
@@ -207,9 +201,7 @@ def import_checkpoint(folder: Path, stage: str, tag: str, tokenizer_dir: str | N
     tokenizer = find_tokenizer(folder, tokenizer_dir)
     config = model.config
     if tokenizer.get_vocab_size() != config.vocab_size:
-        raise ValueError(
-            f"{folder}: {config.vocab_size} tokens in the model, {tokenizer.get_vocab_size()} in the tokenizer"
-        )
+        raise ValueError(f"{folder}: model of {config.vocab_size} tokens, tokenizer of {tokenizer.get_vocab_size()}")
     home = get_base_dir() / "tokenizer"
     if (home / "tokenizer.json").is_file() and load_tokenizer().hash != tokenizer.hash:
         raise ValueError(f"{home} holds another tokenizer: set NANOCHAT_BASE_DIR to another folder for this model")
@@ -217,7 +209,8 @@ def import_checkpoint(folder: Path, stage: str, tag: str, tokenizer_dir: str | N
     meta: dict[str, Any] = {"model_config": dataclasses.asdict(config), "tokenizer_hash": tokenizer.hash}
     meta |= {"dataset": "builtin", "depth": config.n_layer, "total_batch_size": 1 << 19, "val_bpb": None, **facts}
     compute = Compute(torch.device("cpu"), torch.float32)
-    checkpoint.save(stage, tag, 0, model, _NoOptimizer(), {**meta, "imported_from": str(folder)}, compute)
+    no_optimizer = SimpleNamespace(state_dict=dict)
+    checkpoint.save(stage, tag, 0, model, no_optimizer, {**meta, "imported_from": str(folder)}, compute)
     return checkpoint.checkpoint_dir(stage, tag)
 
 
@@ -273,9 +266,8 @@ def export_checkpoint(folder: Path, stage: str, tag: str | None, step: int | Non
     bos, end = tokenizer.get_bos_token_id(), tokenizer.encode_special("<|assistant_end|>")
     ends = {"bos_token_id": bos, "eos_token_id": [end, bos]}
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {n: v.detach().float().contiguous() for n, v in state.items()}, folder / "model.safetensors", {"format": "pt"}
-    )
+    state = {name: value.detach().float().contiguous() for name, value in state.items()}
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
     atomic_write_json(folder / "config.json", {**values, **ends, "dtype": "float32"})
     atomic_write_json(folder / "generation_config.json", {**ends, "use_cache": not coded})
     atomic_write(folder / "tokenizer.json", to_tokenizer_json(tokenizer))
@@ -287,18 +279,17 @@ def export_checkpoint(folder: Path, stage: str, tag: str | None, step: int | Non
     if coded:
         shutil.copy(Path(__file__).with_name("modeling_nanochat_gpt.txt"), folder / "modeling_nanochat_gpt.py")
     facts = {name: meta.get(name) for name in ("stage", "tag", "step", "val_bpb", "dataset", "source")}
-    atomic_write(folder / "README.md", _card(model, facts, coded))
+    trust = ", trust_remote_code=True" if coded else ""
+    atomic_write(folder / "README.md", _card(model, facts, trust))
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     hashes = {path.relative_to(folder).as_posix(): sha256_file(path) for path in files}
     atomic_write_json(folder / "hashes.json", {"sha256": hashes, "tokenizer_hash": tokenizer.hash, **facts})
-    trust = ", trust_remote_code=True" if coded else ""
     return f"{folder}: AutoModelForCausalLM.from_pretrained({str(folder)!r}{trust})"
 
 
-def _card(model: GPT, facts: dict[str, Any], coded: bool) -> str:
-    """The bundle's README.md."""
+def _card(model: GPT, facts: dict[str, Any], trust: str) -> str:
+    """The bundle's README.md. trust: a further argument of `from_pretrained`."""
     size = sum(p.numel() for p in model.parameters())
-    trust = ", trust_remote_code=True" if coded else ""
     known = "\n".join(f"* {name}: {value}" for name, value in facts.items() if value is not None)
     return f"""---
 library_name: transformers

@@ -170,6 +170,7 @@ class CacheRows:
         """Write a layer's new keys and values at their positions (-1 = padding, lost); return all, (B, S, K, D), slot s
         being position s: not for layers that keep a ring. Views, nothing is copied out."""
         assert self._cache.ring(layer) is None, "a ring has no slot for each position: use CacheBatch"
+        self._row_B1 = self._row_B1.to(k_BTKD.device)  # a layer's memory lies where the layer does
         memory = self._cache.write(layer, (self._row_B1, positions_BT), k_BTKD, v_BTKD)
         keys_BSKD, values_BSKD = (each_RSKD[self._rows, : _up(self._length)] for each_RSKD in memory)
         return keys_BSKD, values_BSKD

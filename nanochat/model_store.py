@@ -61,17 +61,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def download(
-    name: str,
-    revision: str = "main",
-    include: Sequence[str] = (),
-    offline: bool = False,
-    workers: int = 8,
-    **options: Any,
+    name: str, revision: str = "main", include: Sequence[str] = (), offline: bool = False, **options: Any
 ) -> Path:
     """Fetch what is needed of a model from the hub, or what matches the patterns of `include`; returns its folder.
 
     A file that is here and right is kept, a part of one continued. offline: only check that all is here.
-    options: `hub.download`'s. Raises ValueError when there is no such model, or not enough room on the disk,
+    options: `hub.download_many`'s. Raises ValueError when there is no such model, or not enough room on the disk,
     ConnectionError when the hub cannot be reached or keeps sending wrong bytes.
     """
     folder = model_dir(name)
@@ -97,7 +92,7 @@ def download(
         if path.is_file() and file.path not in kept and (not file.sha256 or sha256_file(path) != file.sha256):
             path.unlink()  # of another commit
     _check_room(folder, files)
-    hub.download_many(files, folder, workers=workers, label=name, **options)
+    hub.download_many(files, folder, label=name, **options)
     facts = {file.path: [file.size, file.sha256 or sha256_file(folder / file.path)] for file in files}
     content = {"repo": name, "revision": revision, "commit": commit, "files": {**kept, **facts}}
     atomic_write_json(folder / _MANIFEST, content)
@@ -114,9 +109,7 @@ def _check_room(folder: Path, files: Sequence[hub.RemoteFile]) -> None:
     needed = sum(file.size or 0 for file in files) - sum(path.stat().st_size for path in there)
     free = shutil.disk_usage(folder).free
     if needed > free:
-        raise ValueError(
-            f"{needed / 1e9:.1f} GB are to be fetched, {free / 1e9:.1f} GB are free in {folder}: make room"
-        )
+        raise ValueError(f"{needed / 1e9:.1f} GB are to come, {free / 1e9:.1f} GB are free in {folder}: make room")
 
 
 def verify(name: str) -> int:
@@ -125,9 +118,7 @@ def verify(name: str) -> int:
     files = read_manifest(folder).get("files")
     if not files:
         raise ValueError(f"{name} is not here, or not wholly: python -m scripts.models download {name}")
-    wrong = [
-        p for p, (size, digest) in files.items() if not _has(folder / p, size) or sha256_file(folder / p) != digest
-    ]
+    wrong = [p for p, (size, sha) in files.items() if not _has(folder / p, size) or sha256_file(folder / p) != sha]
     if wrong:
         for path in wrong:  # what is gone is fetched again
             (folder / path).unlink(missing_ok=True)

@@ -81,7 +81,8 @@ def matvec(
     y_PN = x_PK.new_empty(P, N)
     constants = {"BLOCK_N": 16, "BLOCK_G": 8}
     tensors = (x_PK.contiguous(), blocks_ENGB.contiguous(), scales_ENG.contiguous(), expert_P, y_PN)
-    _matvec_kernel[(P, triton.cdiv(N, 16))](*tensors, N, G, **constants, num_warps=4)
+    with torch.cuda.device_of(x_PK):  # which need not be the current one
+        _matvec_kernel[(P, triton.cdiv(N, 16))](*tensors, N, G, **constants, num_warps=4)
     return y_PN
 
 

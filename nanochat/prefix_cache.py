@@ -45,8 +45,9 @@ class PrefixCache:
         self._use(chain)
         for layer, known in enumerate(self._memory if chain else ()):
             first = max(0, len(chain) - (self.cache.ring(layer) or len(tokens)) // BLOCK)  # a ring holds the end alone
+            memory = self.cache.memory(layer, known[0])
             slots, blocks = self._where(layer, range(BLOCK * first, BLOCK * len(chain)), places[first:])
-            for each_RSKD, known_PSKD in zip(self.cache.memory(layer, known[0]), known, strict=True):
+            for each_RSKD, known_PSKD in zip(memory, known, strict=True):
                 each_RSKD[row, slots] = known_PSKD[blocks].flatten(0, 1)
         return chain
 
@@ -75,8 +76,8 @@ class PrefixCache:
                 self._blocks.move_to_end(key)
 
     def _where(self, layer: int, positions: Sequence[int], places: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        slots = self.cache.slots(layer, torch.tensor(positions))
-        return slots.to(self.cache.device), torch.tensor(places, device=self.cache.device)
+        device = self.cache.layers[layer][0].device
+        return self.cache.slots(layer, torch.tensor(positions)).to(device), torch.tensor(places, device=device)
 
     def _copy(self, row: int, fresh: dict[int, int]) -> None:
         positions = [position for end in fresh.values() for position in range(end - BLOCK, end)]

@@ -18,9 +18,7 @@ from typing import Any
 
 _SECONDS = 2.0  # of processor time
 _LONGEST, _MEMORY = 1 << 22, 1 << 29  # characters of the result; bytes of the process
-_START = (
-    "import sys; sys.path.insert(0, sys.argv[1]); from nanochat import template; template.serve(float(sys.argv[2]))"
-)
+_START = "import sys; sys.path.insert(0, sys.argv[1]); from nanochat.template import serve; serve(float(sys.argv[2]))"
 
 
 class Template:

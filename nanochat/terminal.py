@@ -6,12 +6,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
-from nanochat import named_model
+from nanochat import hf_parallel, named_model
 from nanochat.chat_format import Format
 from nanochat.cli import option
-from nanochat.common import atomic_write_json, get_base_dir, read_json
+from nanochat.common import atomic_write_json, get_base_dir, print0, read_json
 from nanochat.compute import Compute
 from nanochat.conversation import Message, validate
 from nanochat.detokenizer import Event, Reasoning, ToolCall, content_of
@@ -36,6 +37,8 @@ class Config:
     seed: int = option(42, "the same seed gives the same answer")
     int8: bool = option(False, "weights of a model of this project in 8 bits, on CPU")
     device_type: str | None = option(None, "cuda, mps or cpu; unset: the best there is")
+    devices: str | None = option(None, named_model.DEVICES)
+    tensor_parallel: bool = option(False, "cut a Llama-like model over the processes that torchrun has started")
 
     def request(self, form: Format, messages: list[Message], context: int) -> Request:
         """For the answer to a conversation, in a model's context of so many tokens."""
@@ -53,6 +56,7 @@ class Chat:
         self, engine: Engine, form: Format, config: Config, write: Callable[[str, bool], None], live: bool = False
     ) -> None:
         self.engine, self.form, self.config, self.write, self.live = engine, form, config, write, live
+        self.stops: Callable[[bool], bool] = bool  # asked before each step, with whether Ctrl-C was heard
         self.messages: list[Message] = []
 
     def ask(self, text: str) -> None:
@@ -83,7 +87,7 @@ class Chat:
         self.engine.add(request)
         reading = False
         try:
-            while request.finish_reason is None and not stops:
+            while request.finish_reason is None and not self.stops(bool(stops)):
                 updates = self.engine.step()
                 if self.live and not request.output:
                     reading = True
@@ -182,26 +186,31 @@ def line_editing() -> Iterator[None]:
 
 def hold(name: str, config: Config, step: int | None = None, prompt: str | None = None) -> None:
     """Load a model by its name; answer `prompt`, or hold a session on standard input. What is no answer is dim on a
-    terminal, and on stderr where answers go elsewhere."""
-    live = sys.stdout.isatty()
+    terminal, and on stderr where answers go elsewhere. With --tensor-parallel rank 0 talks, and the others follow."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where a shell started us with SIGINT ignored
+    compute = Compute.create(config.device_type)
+    ranks, live = compute.world_size, compute.rank == 0 and sys.stdout.isatty()
+    if config.tensor_parallel != (ranks > 1) or (config.devices and ranks > 1):
+        raise ValueError("--tensor-parallel needs `torchrun --nproc-per-node N -m ...`, N above 1, and no --devices")
 
     def write(text: str, aside: bool) -> None:
         line = text.rstrip("\n")
         text = f"\x1b[2m{line}\x1b[0m{text[len(line) :]}" if live and aside else text
-        print(text, end="", flush=True, file=sys.stderr if aside and not live else sys.stdout)
+        print0(text, end="", file=sys.stderr if aside and not live else sys.stdout)
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where a shell started us with SIGINT ignored
-    device = Compute.create(config.device_type).device
-    (found,) = named_model.find_all([name], device, step, say=lambda line: print(line, file=sys.stderr))
-    chat = Chat(*found.load(device, 1, config.int8), config, write, live)
+    say = partial(print0, file=sys.stderr)
+    (found,) = named_model.find_all([name], compute.device, step, say, config.devices, ranks)
+    chat = Chat(*found.load(compute.device, 1, config.int8, ranks), config, write, live)
+    chat.stops = compute.any_rank
     if prompt is not None:
         chat.ask(prompt)
     elif not (live and sys.stdin.isatty()):
-        chat.talk(input)
+        chat.talk(hf_parallel.on_all_ranks(input))
     else:
         print(HELP)
         try:
             with line_editing():
-                chat.talk(lambda: input("> "))
+                chat.talk(hf_parallel.on_all_ranks(lambda: input("> ")))
         finally:
             print()
+    compute.close()

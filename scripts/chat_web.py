@@ -37,13 +37,16 @@ class Config(ServerConfig):
     drain_seconds: float = option(30.0, "at SIGTERM, how long answers that were begun may take to end")
     access_log: bool = option(True, "a line of JSON on stderr for each request, without what was said")
     device_type: str | None = option(None, "cuda, mps or cpu; unset: the best there is")
+    devices: str | None = option(None, named_model.DEVICES)
 
 
 def here(config: Config, names: Sequence[str]) -> tuple[Any, Any, Callable[[], None]]:
     """(models, application, what loads them) of a server in this process."""
     device, number = Compute.create(config.device_type).device, os.environ.get(replicas.VARIABLE)
     who = f"replica {number}: " if number else ""
-    found = named_model.find_all(names, device, config.step, say=lambda line: print(who + line, file=sys.stderr))
+    found = named_model.find_all(
+        names, device, config.step, lambda line: print(who + line, file=sys.stderr), config.devices
+    )
     models = Models(config, [each.name for each in found])
     if number:
         threading.Thread(target=replicas.end_with_front, args=(models,), daemon=True).start()
@@ -57,6 +60,8 @@ def here(config: Config, names: Sequence[str]) -> tuple[Any, Any, Callable[[], N
 
 def in_replicas(config: Config, names: Sequence[str], n: int) -> tuple[Any, Any, Callable[[], None]]:
     """The same of n servers in processes of their own, which are told what this one was told."""
+    if config.devices:
+        raise ValueError("--replicas gives each server a device of its own: leave --devices out")
     read_api_keys(config.api_keys)  # a mistake is told once, not by each of them
     n_models = len({named_model.find(name, config.step).name for name in names})
     command = [sys.executable, "-m", "scripts.chat_web", *sys.argv[1:], "--host", "127.0.0.1", "--port", "0"]

@@ -17,14 +17,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser = cli.Parser(prog="python -m scripts.models", description=__doc__.splitlines()[0], allow_abbrev=False)
     verbs = parser.add_subparsers(dest="verb", required=True)
 
-    def verb(
-        name: str, help: str, positional: str = "", metavar: str = "NAME", **options: Any
-    ) -> argparse.ArgumentParser:
+    def verb(name: str, help: str, first: str = "", metavar: str = "NAME", **options: Any) -> argparse.ArgumentParser:
         command = verbs.add_parser(name, help=help, description=help, **options)
-        if positional:
-            command.add_argument(
-                positional.strip("?"), nargs="?" if positional.endswith("?") else None, metavar=metavar
-            )
+        if first:
+            command.add_argument(first.strip("?"), nargs="?" if first.endswith("?") else None, metavar=metavar)
         return command
 
     download = verb("download", "fetch a model from the hub, or what is missing of it", "name", metavar="ORG/NAME")
@@ -38,9 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     verb("remove", "delete a model", "name", metavar="ORG/NAME")
     flags = {"parents": [cli.build_parser(terminal.Config)], "conflict_handler": "resolve"}
     verb("play", "chat with a model; without a name, list what there is", "name?", **flags)
-    bring = verb(
-        "import", "a nanochat checkpoint, or a transformers NanoChat folder, into a stage", "dir", metavar="DIR"
-    )
+    bring = verb("import", "a nanochat checkpoint, or a transformers NanoChat, into a stage", "dir", metavar="DIR")
     bring.add_argument("--stage", choices=named_model.STAGES, required=True, help="stage of training")
     bring.add_argument("--tag", required=True, help="name of the model there")
     bring.add_argument("--tokenizer", metavar="DIR", help="folder of tokenizer.pkl (default: beside the checkpoint)")
@@ -67,7 +61,7 @@ def main() -> None:
     """Do what the verb says."""
     args = build_parser().parse_args()
     if args.verb == "download":
-        folder = model_store.download(args.name, args.revision, args.include, args.offline, args.workers)
+        folder = model_store.download(args.name, args.revision, args.include, args.offline, workers=args.workers)
         print(f"{args.name} is in {folder}")
     elif args.verb == "list" or (args.verb == "play" and args.name is None):
         show_list()
