@@ -19,7 +19,7 @@ import torch
 
 from dev import bench
 from nanochat import cli, world
-from nanochat.common import atomic_write_json, get_base_dir
+from nanochat.common import atomic_write_json, get_base_dir, sha256_file
 from nanochat.compute import usable_cores
 from nanochat.dataloader import RowLoader
 from nanochat.token_shards import TokenShard
@@ -57,7 +57,8 @@ def make_shard(folder: Path, tokens: int, mean: float, seed: int) -> TokenShard:
     rng.integers(0, BOS, lengths.sum(), dtype=np.uint16).tofile(folder / "ids.bin")
     np.concatenate([[0], np.cumsum(lengths)]).tofile(folder / "offsets.bin")
     meta = {"conversations": False, "documents": len(lengths), "tokens": int(lengths.sum()), "dtype": "uint16"}
-    atomic_write_json(folder / "meta.json", {**meta, "bos": BOS})
+    sha256 = {path.stem: sha256_file(path) for path in sorted(folder.iterdir())}
+    atomic_write_json(folder / "meta.json", {**meta, "bos": BOS, "sha256": sha256})
     return TokenShard(folder)
 
 
