@@ -288,4 +288,7 @@ def test_auto_in_a_file(tiny_world, tmp_path, fp32):
     (tmp_path / "flags.yaml").write_text("device-batch-size: auto\n")
     run("scripts.base_train", *FLAGS, "--config", str(tmp_path / "flags.yaml"))
     (tmp_path / "flags.yaml").write_text("device-batch-size: some\n")
-    assert "must be int" in script("scripts.base_train", *FLAGS, "--config", str(tmp_path / "flags.yaml")).error_line
+    assert (
+        "'device-batch-size' is 'some'"
+        in script("scripts.base_train", *FLAGS, "--config", str(tmp_path / "flags.yaml")).error_line
+    )

@@ -143,8 +143,8 @@ def test_the_gradient_is_that_of_the_objective(base, monkeypatch):
     trainers, got = [], {}
 
     class Spied(Trainer):
-        def __init__(self, **arguments):
-            super().__init__(**arguments)
+        def __init__(self, *args, **arguments):
+            super().__init__(*args, **arguments)
             trainers.append(self)
             step = self.optimizer.step
 
