@@ -45,9 +45,9 @@ class PrefixCache:
         self._use(chain)
         for layer, known in enumerate(self._memory if chain else ()):
             first = max(0, len(chain) - (self.cache.ring(layer) or len(tokens)) // BLOCK)  # a ring holds the end alone
-            to, of = self._where(layer, range(BLOCK * first, BLOCK * len(chain), BLOCK), places[first:])
+            slots, blocks = self._where(layer, range(BLOCK * first, BLOCK * len(chain)), places[first:])
             for each_RSKD, known_PSKD in zip(self.cache.memory(layer, known[0]), known, strict=True):
-                each_RSKD[row].unflatten(0, (-1, BLOCK))[to] = known_PSKD[of]
+                each_RSKD[row, slots] = known_PSKD[blocks].flatten(0, 1)
         return chain
 
     def save(self, row: int, tokens: Sequence[int], chain: list[Key]) -> None:
@@ -74,16 +74,15 @@ class PrefixCache:
             if key in self._blocks:
                 self._blocks.move_to_end(key)
 
-    def _where(self, layer: int, starts: Sequence[int], places: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Blocks from these positions on among those of a layer's rows, and places, both as indices."""
-        blocks = self.cache.slots(layer, torch.tensor(starts)) // BLOCK
-        return blocks.to(self.cache.device), torch.tensor(places, device=self.cache.device)
+    def _where(self, layer: int, positions: Sequence[int], places: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        slots = self.cache.slots(layer, torch.tensor(positions))
+        return slots.to(self.cache.device), torch.tensor(places, device=self.cache.device)
 
     def _copy(self, row: int, fresh: dict[int, int]) -> None:
-        starts = [end - BLOCK for end in fresh.values()]
+        positions = [position for end in fresh.values() for position in range(end - BLOCK, end)]
         for layer, memory in enumerate(self.cache.layers):
             if layer == len(self._memory):
                 self._memory.append(allocate(memory[0], self.n_blocks, BLOCK, *memory[0].shape[2:]))
-            of, to = self._where(layer, starts, list(fresh))
+            slots, blocks = self._where(layer, positions, list(fresh))
             for each_RSKD, known_PSKD in zip(memory, self._memory[layer], strict=True):
-                known_PSKD[to] = each_RSKD[row].unflatten(0, (-1, BLOCK))[of]
+                known_PSKD[blocks] = each_RSKD[row, slots].unflatten(0, (-1, BLOCK))
