@@ -203,6 +203,7 @@ def bits_per_byte(model: GPT, meta: dict[str, Any], config: Config, compute: Com
     def losses(idx_BT: torch.Tensor, targets_BT: torch.Tensor, loss_reduction: str) -> torch.Tensor:
         idx_T, positions_T = idx_BT[0], torch.arange(T, device=compute.device)
         cache = KVCache(compute.device, packed.cache_needs, T, T)
+        cache.reserve(1, T)
         batch = CacheBatch(cache, [Part(0, 1, T, T)], torch.zeros_like(idx_T), positions_T)
         logits_TV = packed(idx_T, F.pad(idx_T[:-1], (1, 0), value=-1), positions_T, batch)
         return F.cross_entropy(logits_TV, targets_BT[0], ignore_index=-1, reduction=loss_reduction)

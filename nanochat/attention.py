@@ -39,12 +39,7 @@ def cached_attention(
     distance_BTS = positions_BT.clamp(min=0)[:, :, None] - torch.arange(k_BSKD.size(1), device=q_BTHD.device)
     hidden_BTS = (distance_BTS < 0) | (distance_BTS >= window)
     mask_B1MS = mask(hidden_BTS, q_BTHD.size(2) // k_BSKD.size(2), q_BTHD.dtype).float()
-    return attend_to_slots(q_BTHD, *as_matrices(k_BSKD, v_BSKD), mask_B1MS, q_BTHD.size(3) ** -0.5, sinks_H)
-
-
-def as_matrices(k_BSKD: torch.Tensor, v_BSKD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys (B·K, D, S) and values (B·K, S, D) as the products of `attend_to_slots` take them."""
-    return k_BSKD.permute(0, 2, 3, 1).flatten(0, 1), v_BSKD.transpose(1, 2).flatten(0, 1)
+    return attend_to_slots(q_BTHD, k_BSKD, v_BSKD, mask_B1MS, q_BTHD.size(3) ** -0.5, sinks_H)
 
 
 def _exact(device: torch.device, dtype: torch.dtype, invariant: bool) -> bool:
@@ -55,18 +50,17 @@ def _exact(device: torch.device, dtype: torch.dtype, invariant: bool) -> bool:
 def mask(hidden_BTS: torch.Tensor, group: int, dtype: torch.dtype, invariant: bool = True) -> torch.Tensor:
     """What `attend_to_slots` adds to scores: -inf where `hidden`, else 0; (B, 1, M, S) with a row for each of the
     M = T·group queries that share a kv head, and further ones where products want them."""
-    B, T, S = hidden_BTS.shape
-    mask_BTS = torch.zeros(B, T, S, dtype=dtype, device=hidden_BTS.device).masked_fill_(hidden_BTS, float("-inf"))
-    mask_BMS = mask_BTS[:, :, None].expand(B, T, group, S).reshape(B, T * group, S)
+    mask_BTS = torch.zeros_like(hidden_BTS, dtype=dtype).masked_fill_(hidden_BTS, float("-inf"))
+    mask_BMS = mask_BTS[:, :, None].expand(-1, -1, group, -1).flatten(1, 2)
     if _exact(hidden_BTS.device, dtype, invariant):
-        mask_BMS = F.pad(mask_BMS, (0, 0, 0, -T * group % 8))
+        mask_BMS = F.pad(mask_BMS, (0, 0, 0, -mask_BMS.size(1) % 8))
     return mask_BMS[:, None]
 
 
 def attend_to_slots(
     q_BTHD: torch.Tensor,
-    keys_NDS: torch.Tensor,
-    values_NSD: torch.Tensor,
+    k_BSKD: torch.Tensor,
+    v_BSKD: torch.Tensor,
     mask_B1MS: torch.Tensor,
     scale: float,
     sinks_H: torch.Tensor | None = None,
@@ -75,21 +69,21 @@ def attend_to_slots(
     """softmax(scale · q·keys + mask) · values, as two matrix products around a softmax, N = B·K of them at once.
 
     Returns (B, T, H, D). Keys that lie with their slots innermost make it 5 times as fast on CPU in bf16 (dev/LOG.md).
-    The softmax is taken in the mask's dtype, or q's where that is longer.
+    The softmax is taken in the mask's dtype, or q's where that is longer. A trace, but for fp32, leaves B and S open.
 
     invariant: a query's result has the same bits whatever other queries, rows and hidden slots there are (on CPU, for
     slots in multiples of 128). In bf16 it always has; in fp32 the order of a sum changes with the shape of a product,
     unless its rows are a multiple of 8, and sums over slots go in parts of 128.
     """
-    (B, T, H, D), (N, _, S), rows = q_BTHD.shape, keys_NDS.shape, mask_B1MS.size(2)
-    K = N // B
+    (T, H, D), K, rows = map(int, q_BTHD.shape[1:]), int(k_BSKD.size(2)), int(mask_B1MS.size(2))
     G, M = H // K, T * H // K
-    q_NMD = (q_BTHD if T == 1 else q_BTHD.view(B, T, K, G, D).transpose(1, 2)).reshape(N, M, D)
+    keys_NDS, values_NSD = k_BSKD.permute(0, 2, 3, 1).flatten(0, 1), v_BSKD.transpose(1, 2).flatten(0, 1)
+    q_NMD = (q_BTHD if T == 1 else q_BTHD.unflatten(2, (K, G)).transpose(1, 2)).reshape(-1, M, D)
     if rows > M:
         q_NMD = F.pad(q_NMD, (0, 0, 0, rows - M))
-    scores_BKMS = torch.add(mask_B1MS, torch.bmm(q_NMD, keys_NDS).view(B, K, rows, S), alpha=scale)
+    scores_BKMS = torch.add(mask_B1MS, torch.bmm(q_NMD, keys_NDS).unflatten(0, (-1, K)), alpha=scale)
     if sinks_H is not None:
-        sinks = sinks_H.to(scores_BKMS.dtype).view(1, K, 1, G).expand(B, K, T, G).reshape(B, K, M, 1)
+        sinks = sinks_H.to(scores_BKMS.dtype).view(1, K, 1, G).expand(len(q_BTHD), K, T, G).reshape(-1, K, M, 1)
         scores_BKMS = torch.cat((F.pad(sinks, (0, 0, 0, rows - M)), scores_BKMS), dim=-1)
     weights_NMS = scores_BKMS.softmax(-1).flatten(0, 1)
     if sinks_H is not None:
@@ -105,7 +99,7 @@ def attend_to_slots(
         y_NMD = torch.bmm(weights_NMS, values_NSD)
     if rows > M:
         y_NMD = y_NMD[:, :M]
-    return y_NMD.reshape(B, T, H, D) if T == 1 else y_NMD.reshape(B, K, T, G, D).transpose(1, 2).reshape(B, T, H, D)
+    return (y_NMD if T == 1 else y_NMD.reshape(-1, K, T, G, D).transpose(1, 2)).reshape(-1, T, H, D)
 
 
 def _heads_first(x_BTHD: torch.Tensor, heads: int) -> torch.Tensor:

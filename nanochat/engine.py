@@ -82,7 +82,7 @@ class CacheSlots:
 class Engine:
     """Runs requests in batches of at most `max_batch`; the others wait, first come first served. Not thread-safe.
 
-    step_tokens: at most so many tokens are read in a step, those that are continued included.
+    step_tokens: at most so many tokens are read in a step, those that are continued included; see scheduler.py.
     cache_tokens, prefix_tokens: memory for running requests (None = for `max_batch` contexts) and for known beginnings,
     in tokens; one takes `bytes_per_token`. deterministic: see above. int8: weights of a GPT in 8 bits, on CPU.
     """
@@ -113,22 +113,13 @@ class Engine:
         self.cache = KVCache(model.device, self.needs, self.context, chunk, cache_tokens, deterministic)
         self.slots = CacheSlots(self.cache, PrefixCache(self.cache, prefix_tokens))
         self.scheduler = Scheduler(self.slots, max_batch, step_tokens)
+        self.waiting, self.running = self.scheduler.waiting, self.scheduler.running
         self.forward = Forward(self.model, self.cache)
         self.n_prompt_tokens = self.n_output_tokens = 0
         # a foreign tokenizer lacks some of them
         self._special = {name: tokenizer.special_tokens.get(name) for name in SPECIAL_TOKENS}
         self._stop_tokens = {self._special["<|assistant_end|>"], self._special["<|bos|>"]}
         self._stop_tokens |= getattr(tokenizer, "stop_tokens", frozenset())
-
-    @property
-    def waiting(self) -> list[Request]:
-        """Requests without a slot, in the order of service."""
-        return self.scheduler.waiting
-
-    @property
-    def running(self) -> list[Request]:
-        """Requests with a slot."""
-        return self.scheduler.running
 
     @property
     def busy(self) -> bool:
@@ -188,11 +179,12 @@ class Engine:
         """Forget what is known of beginnings of prompts."""
         self.slots.prefixes.clear()
 
+    @torch.inference_mode()
     def abort(self, request: Request) -> None:
         """Forget a request, wherever it is; one that has finished stays as it is."""
         if request.finish_reason is None:
             request.finish_reason = "abort"
-            self._retire(request)
+            self.scheduler.remove(request)
 
     @torch.inference_mode()
     def step(self) -> list[Update]:
@@ -212,7 +204,7 @@ class Engine:
         for request, _ in work:
             self._remember(request)
             if request.finish_reason is not None:
-                self._retire(request)
+                self.scheduler.remove(request)
         return updates
 
     def run(self, requests: Iterable[Request]) -> None:
@@ -226,7 +218,8 @@ class Engine:
             while any(request.finish_reason is None for request in requests):
                 self.step()
         finally:
-            self._abort_all(requests)
+            for request in requests:
+                self.abort(request)
 
     def stream(self, request: Request) -> Iterator[int]:
         """Add a request and yield its tokens as they come; closing the iterator aborts it."""
@@ -257,27 +250,26 @@ class Engine:
         """
         first = tokens, max_tokens, temperature, top_k, seed
         requests = [Request(*first, sample, **settings) for sample in range(num_samples)]
-        padding = self._special["<|assistant_end|>"] or 0
+        padding = self._special["<|assistant_end|>"] or 0, 0
         try:
             for request in requests:
                 self.add(request)
-            for column in itertools.count():
-                while any(len(r.output) <= column and r.finish_reason is None for r in requests):
-                    self.step()
-                ends = [len(r.output) + (r.stop_token is not None) for r in requests]
-                if column >= max(ends):
-                    return
-                cells = []
-                for request in requests:
-                    if column < len(request.output):
-                        cells.append((request.output[column], request.mask[column]))
-                    elif column == len(request.output) and request.stop_token is not None:
-                        cells.append((request.stop_token, 1))
-                    else:
-                        cells.append((padding, 0))
+            for cells in itertools.zip_longest(*map(self._follow, requests), fillvalue=padding):
                 yield [token for token, _ in cells], [mask for _, mask in cells]
         finally:
-            self._abort_all(requests)
+            for request in requests:
+                self.abort(request)
+
+    def _follow(self, request: Request) -> Iterator[tuple[int, int]]:
+        """Tokens of a request as they come, each with its mask, and the one that ends it."""
+        for column in itertools.count():
+            while len(request.output) <= column and request.finish_reason is None:
+                self.step()
+            if column == len(request.output):
+                break
+            yield request.output[column], request.mask[column]
+        if request.stop_token is not None:
+            yield request.stop_token, 1
 
     def generate_batch(
         self, tokens: Sequence[int], num_samples: int = 1, **settings: Any
@@ -287,16 +279,9 @@ class Engine:
         self.run(requests)
         return [[*tokens, *r.output] for r in requests], [[0] * len(tokens) + r.mask for r in requests]
 
-    def complete(
-        self,
-        prompts: Iterable[Sequence[int]],
-        max_tokens: int | None = None,
-        temperature: float = 0.0,
-        top_k: int | None = None,
-        seed: int = 42,
-    ) -> list[list[int]]:
-        """Continue many prompts, `max_batch` at a time, each place refilled as it falls free; returns new tokens."""
-        requests = [Request(tokens, max_tokens, temperature, top_k, seed, i) for i, tokens in enumerate(prompts)]
+    def complete(self, prompts: Iterable[Sequence[int]], max_tokens: int | None = None) -> list[list[int]]:
+        """The likeliest tokens after each prompt, `max_batch` at a time, each place refilled as it falls free."""
+        requests = [Request(tokens, max_tokens, 0.0) for tokens in prompts]
         self.run(requests)
         return [request.output for request in requests]
 
@@ -352,11 +337,3 @@ class Engine:
         if request.n_read - known >= SAVE_EVERY or request.state == "prefill" or request.finish_reason is not None:
             read = [*request.tokens, *request.output][: request.n_read]
             self.slots.prefixes.save(request.slot, read, request.chain)
-
-    @torch.inference_mode()
-    def _retire(self, request: Request) -> None:
-        self.scheduler.remove(request)
-
-    def _abort_all(self, requests: Iterable[Request]) -> None:
-        for request in requests:
-            self.abort(request)

@@ -4,7 +4,6 @@ Shapes: R rows, B of them in a rectangle of T new positions each, N = all new po
 heads, K kv heads, D head dim.
 """
 
-import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -12,7 +11,6 @@ import torch
 
 from nanochat import attention
 
-VIEWS = 1024  # of memory, kept for the next step
 ROUND = 128  # slots are read in multiples of it, for the order of attention's sums
 
 
@@ -56,7 +54,7 @@ class KVCache:
         self.device, self.context, self.max_tokens, self.invariant = device, context, max_tokens, invariant
         self.last_token = torch.full((1,), -1, dtype=torch.int64, device=device)  # of each row; -1 = none yet
         self.layers: list[tuple[torch.Tensor, ...]] = []  # keys and values, (R, S, K, D)
-        self._matrices: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._seen: tuple[tuple[int, ...], list[torch.Tensor]] = (), []
         self.n_rows, self.n_slots, self.version = 1, ROUND, 0  # version: how often memory has moved
         self.windows = [need.window for need in needs]
         rings = [_up(window + chunk) for window in self.windows]
@@ -110,17 +108,12 @@ class KVCache:
         values_RSKD.index_put_(places, v)
         return keys_RSKD, values_RSKD
 
-    def matrices(self, layer: int, first_row: int, n_rows: int, n_slots: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The first slots of neighbouring rows as attention's products take them; steps that follow share the views."""
-        key = layer, first_row, n_rows, n_slots
-        if key not in self._matrices:
-            if len(self._matrices) == VIEWS:
-                self._matrices.clear()
-            rows = slice(first_row, first_row + n_rows)
-            self._matrices[key] = attention.as_matrices(
-                *(each_RSKD[rows, :n_slots] for each_RSKD in self.layers[layer])
-            )
-        return self._matrices[key]
+    def views(self, n_rows: int, length: int) -> list[torch.Tensor]:
+        """The first rows, as far as `length` tokens reach: keys and values of each layer in turn, all in one list."""
+        key = n_rows, _up(length), self.version
+        if key != self._seen[0]:  # steps that follow share them
+            self._seen = key, [each_RSKD[:n_rows, : key[1]] for memory in self.layers for each_RSKD in memory]
+        return self._seen[1]
 
     def _length(self, size: int) -> int:
         """Slots of rows that hold `size` tokens: a power of two, at most the context, with one that nobody reads, as
@@ -141,7 +134,6 @@ class KVCache:
             slots = slots if n_rows * slots <= self.max_tokens else self._length(size)
             rows = max(n_rows, self.max_tokens // slots)
         kept = min(rows, self.n_rows)
-        self._matrices.clear()
         for layer, old in enumerate(self.layers):
             self.layers[layer] = allocate(old[0], rows, min(slots, self.ring(layer) or slots), *old[0].shape[2:])
             for each_RSKD, old_RSKD in zip(self.layers[layer], old, strict=True):
@@ -158,11 +150,7 @@ class CacheRows:
     def __init__(self, cache: KVCache, rows: slice, length: int) -> None:
         self._cache, self._rows, self._length = cache, rows, length
         self._row_B1 = torch.arange(rows.start, rows.stop, device=cache.device)[:, None]
-
-    @property
-    def last_token_B(self) -> torch.Tensor:
-        """The token each row read last, (B,) int64; -1 before the first."""
-        return self._cache.last_token[self._rows]
+        self.last_token_B = cache.last_token[rows]  # that each row read, int64; -1 before the first
 
     def update(
         self, layer: int, k_BTKD: torch.Tensor, v_BTKD: torch.Tensor, positions_BT: torch.Tensor
@@ -183,62 +171,60 @@ class CacheRows:
 
 
 class Part(NamedTuple):
-    """`n_rows` neighbouring rows that read `n_tokens` each, none past position `length` - 1."""
+    """`n_rows` neighbouring rows that read `n_tokens` each, none past position `length` - 1. Where n_rows is -1 it
+    is all rows and slots that there are: a trace leaves open how many."""
 
     first_row: int
     n_rows: int
     n_tokens: int
     length: int
 
+    def of(self, each_RSKD: torch.Tensor) -> torch.Tensor:
+        """What a layer keeps of these rows, as far as they reach."""
+        return each_RSKD if self.n_rows < 0 else each_RSKD[self.first_row :][: self.n_rows, : _up(self.length)]
+
 
 class CacheBatch:
     """Rows of a KVCache that read unequally many tokens in one forward, flat: part after part, row after row in it.
 
-    rows_N, positions_N: where each token goes; along a row positions count up.
+    rows_N, positions_N: where each token goes, with room made by `KVCache.reserve`; along a row positions count up.
     """
 
     def __init__(self, cache: KVCache, parts: Sequence[Part], rows_N: torch.Tensor, positions_N: torch.Tensor) -> None:
-        self._cache, self._rows_N, self._positions_N = cache, rows_N, positions_N
-        self.parts, self.sizes = parts, [part.n_rows * part.n_tokens for part in parts]
-        cache.reserve(max(part.first_row + part.n_rows for part in parts), max(part.length for part in parts))
+        self._cache, self.parts, self._rows_N, self._positions_N = cache, parts, rows_N, positions_N
         # slots of the new tokens, and of each part what its queries see, for layers that look the same way back
         self._seen: dict[tuple[int | None, int], tuple[torch.Tensor, list[torch.Tensor]]] = {}
 
-    @property
-    def last(self) -> torch.Tensor:
-        """Where the last token of each row is among the N, (R,)."""
-        lengths = [part.n_tokens for part in self.parts for _ in range(part.n_rows)]
-        return torch.tensor(list(itertools.accumulate(lengths)), device=self._cache.device) - 1
-
-    def attend(
-        self, layer: int, q_NHD: torch.Tensor, k_NKD: torch.Tensor, v_NKD: torch.Tensor, scale: float = 1.0
-    ) -> torch.Tensor:
+    def attend(self, layer: int, q_NHD: torch.Tensor, k_NKD: torch.Tensor, v_NKD: torch.Tensor) -> torch.Tensor:
         """Write new keys and values, and have the queries attend to all that their layer's window shows of their rows.
 
-        Returns (N, H·D).
+        Queries and keys come with attention's scale in them. Returns (N, H·D).
         """
-        cache, (_, H, D) = self._cache, q_NHD.shape
+        cache, (H, D) = self._cache, map(int, q_NHD.shape[1:])
         looks = cache.ring(layer), cache.windows[layer]
+        memory = cache.memory(layer, k_NKD)
         if looks not in self._seen:
-            self._seen[looks] = self._look(*looks, H // k_NKD.size(1), k_NKD.dtype)
+            self._seen[looks] = self._look(*looks, memory[0], H // int(k_NKD.size(1)))
         slots_N, masks = self._seen[looks]
         cache.write(layer, (self._rows_N, slots_N), k_NKD, v_NKD)
         outputs = []
-        for part, q, mask_B1MS in zip(self.parts, q_NHD.split(self.sizes), masks, strict=True):
-            matrices = cache.matrices(layer, part.first_row, part.n_rows, mask_B1MS.size(-1))
+        for part, q, mask_B1MS in zip(self.parts, self._split(q_NHD), masks, strict=True):
             q_BTHD = q.view(part.n_rows, part.n_tokens, H, D)
-            y_BTHD = attention.attend_to_slots(q_BTHD, *matrices, mask_B1MS, scale, None, cache.invariant)
+            y_BTHD = attention.attend_to_slots(q_BTHD, *map(part.of, memory), mask_B1MS, 1.0, None, cache.invariant)
             outputs.append(y_BTHD.reshape(-1, H * D))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
+    def _split(self, each_N: torch.Tensor) -> Sequence[torch.Tensor]:
+        return each_N.split([part.n_rows * part.n_tokens for part in self.parts]) if len(self.parts) > 1 else [each_N]
+
     def _look(
-        self, ring: int | None, window: int, group: int, dtype: torch.dtype
+        self, ring: int | None, window: int, keys_RSKD: torch.Tensor, group: int
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Where layers with this ring write the new positions, and the mask of what each part's queries see."""
         masks = []
-        for part, positions in zip(self.parts, self._positions_N.split(self.sizes), strict=True):
+        for part, positions in zip(self.parts, self._split(self._positions_N), strict=True):
             positions_BT1 = positions.view(part.n_rows, part.n_tokens, 1)
-            S = min(_up(part.length), ring or self._cache.n_slots)
+            S = part.of(keys_RSKD).size(1)
             held_BTS = torch.arange(S, device=positions.device)  # the position that each slot holds
             if ring is not None and part.length > ring:
                 newest_B11 = positions_BT1[:, -1:]
@@ -248,5 +234,5 @@ class CacheBatch:
                 hidden_BTS = hidden_BTS | (held_BTS <= positions_BT1 - window)
             if ring is not None:
                 hidden_BTS = hidden_BTS | (held_BTS < 0)
-            masks.append(attention.mask(hidden_BTS, group, dtype, self._cache.invariant))
+            masks.append(attention.mask(hidden_BTS, group, keys_RSKD.dtype, self._cache.invariant))
         return self._positions_N if ring is None else self._positions_N % ring, masks

@@ -8,62 +8,67 @@ Shapes: N tokens of any rows, C width, H query heads, K kv heads, D head dim, P 
 """
 
 import functools
-import warnings
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from nanochat.gpt import GPT, norm
 from nanochat.kv_cache import CacheBatch, LayerNeed
 
-NARROW = 384  # up to this width a product's fixed cost counts for more than its rate (dev/LOG.md)
-Form = Literal["plain", "onednn", "fp16", "int8"]
+Form = Literal["plain", "onednn", "int8"]
 
 
-class PackedLinear:
+class PackedLinear(nn.Module):
     """x·Wᵀ for rows x_NC, with or without a ReLU after it, in one of several forms.
 
-    plain: PyTorch's product. onednn: oneDNN's, packed for it: the best rate. fp16: FBGEMM's, of weights in fp16 (which
-    hold what bf16 does, but for values below 6e-5) and activations in fp32: half of oneDNN's rate, but twice as fast
-    at a single row. int8: weights in 8 bits with a scale for each output, activations in bf16.
-    invariant: on CPU a row's result has the same bits whatever rows stand beside it. The last two are so by nature, as
-    is oneDNN in bf16, and in fp32 from two rows on; PyTorch where the rows are a multiple of eight.
+    plain: PyTorch's product. onednn: oneDNN's, packed for it: the best rate. int8: weights in 8 bits with a scale for
+    each output, activations in bf16.
+    invariant: on CPU a row's result has the same bits whatever rows stand beside it. int8 is so by nature, as is oneDNN
+    in bf16, and in fp32 from two rows on; PyTorch where the rows are a multiple of eight.
     """
 
-    def __init__(
-        self, weight_OC: torch.Tensor, form: Form = "plain", relu: bool = False, invariant: bool = True
-    ) -> None:
-        self.inputs, self.relu, self.rows = weight_OC.dtype, relu, 1  # rows: how many the product wants a multiple of
-        self.weights, self.bytes = weight_OC.numel(), weight_OC.nbytes
+    def __init__(self, weight_OC: torch.Tensor, form: Form, relu: bool = False, invariant: bool = True) -> None:
+        super().__init__()
+        self.form, self.relu, self.rows = form, relu, 1  # rows: how many the product wants a multiple of
+        self.weights, self.bytes, dtype = weight_OC.numel(), weight_OC.nbytes, weight_OC.dtype
         if form == "int8":
-            if self.inputs != torch.bfloat16 or weight_OC.size(1) % 16 or weight_OC.device.type != "cpu":
+            if dtype != torch.bfloat16 or weight_OC.size(1) % 16 or weight_OC.device.type != "cpu":
                 raise ValueError("int8 weights need a CPU, NANOCHAT_DTYPE=bfloat16, and a width of whole sixteens")
             self.bytes //= 2
-            scale_O = (weight_OC.float().abs().amax(dim=1).clamp(min=1e-12) / 127).to(self.inputs)
-            weight = (weight_OC.float() / scale_O.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
-            self.product = lambda x_NC: torch._weight_int8pack_mm(x_NC, weight, scale_O)
-        elif form == "fp16":
-            self.inputs, packed = torch.float32, torch.ops.quantized.linear_prepack_fp16(weight_OC.float(), None)
-            ops, self.relu = torch.ops.quantized, False
-            product = (ops.linear_relu_dynamic_fp16 if relu else ops.linear_dynamic_fp16).op  # without Python's checks
-            self.product = lambda x_NC: product(x_NC, packed)
+            self.register_buffer("scale_O", (weight_OC.float().abs().amax(dim=1).clamp(min=1e-12) / 127).to(dtype))
+            packed = (weight_OC.float() / self.scale_O.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
         elif form == "onednn":
-            packed, self.relu = torch.ops.mkldnn._reorder_linear_weight(weight_OC.contiguous(), 16), False
-            settings: tuple[object, ...] = packed, None, "relu" if relu else "none", [], ""
-            self.product = lambda x_NC: torch.ops.mkldnn._linear_pointwise(x_NC, *settings)
-            self.rows = 2 if invariant and self.inputs == torch.float32 else 1
+            packed = torch.ops.mkldnn._reorder_linear_weight(weight_OC.contiguous(), 16)
+            self.rows = 2 if invariant and dtype == torch.float32 else 1
         else:
-            self.product = lambda x_NC: F.linear(x_NC, weight_OC)
+            packed = weight_OC.detach()
             self.rows = 8 if invariant and weight_OC.device.type == "cpu" else 1
+        self.register_buffer("packed", packed)
 
-    def __call__(self, x_NC: torch.Tensor) -> torch.Tensor:
+    def forward(self, x_NC: torch.Tensor) -> torch.Tensor:
         N = x_NC.size(0)
-        if padding := -N % self.rows:
-            x_NC = F.pad(x_NC, (0, 0, 0, padding))
-        y_NO = self.product(x_NC)
-        y_NO = y_NO.relu_() if self.relu else y_NO
-        return y_NO[:N] if padding else y_NO
+        if self.rows > 1 and N % self.rows:
+            return self._product(F.pad(x_NC, (0, 0, 0, -N % self.rows)))[:N]
+        return self._product(x_NC)
+
+    def _product(self, x_NC: torch.Tensor) -> torch.Tensor:
+        if self.form == "onednn":
+            return (_onednn_relu if self.relu else _onednn)(x_NC, self.packed)
+        int8 = self.form == "int8"
+        y_NO = torch._weight_int8pack_mm(x_NC, self.packed, self.scale_O) if int8 else F.linear(x_NC, self.packed)
+        return y_NO.relu_() if self.relu else y_NO
+
+
+@torch.jit.script_if_tracing  # the tracer alone cannot write down a list of optional numbers
+def _onednn(x_NC: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x_NC, packed, None, "none", [], "")
+
+
+@torch.jit.script_if_tracing
+def _onednn_relu(x_NC: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x_NC, packed, None, "relu", [], "")
 
 
 @functools.cache
@@ -71,18 +76,14 @@ def _works(form: Form, dtype: torch.dtype) -> bool:
     """Whether a form runs here and gives what the plain one gives."""
     w_OC, x_NC = (torch.randn(n, 64, generator=torch.Generator().manual_seed(n)).to(dtype) for n in (96, 3))
     try:
-        with warnings.catch_warnings(action="ignore"):
-            packed = PackedLinear(w_OC, form, relu=True)
-            y_NO = packed(x_NC.to(packed.inputs))
+        y_NO = PackedLinear(w_OC, form, relu=True)(x_NC)
     except (RuntimeError, AttributeError):
         return False
     return torch.allclose(y_NO.float(), F.linear(x_NC.float(), w_OC.float()).relu(), atol=0.1, rtol=0.02)
 
 
-def choose_form(width: int, dtype: torch.dtype, device: torch.device) -> Form:
+def choose_form(dtype: torch.dtype, device: torch.device) -> Form:
     """The fastest form of a model's products that is exact in its dtype."""
-    if device.type == "cpu" and dtype == torch.bfloat16 and width <= NARROW and _works("fp16", dtype):
-        return "fp16"
     return "onednn" if device.type == "cpu" and dtype != torch.float16 and _works("onednn", dtype) else "plain"
 
 
@@ -103,10 +104,11 @@ def _paired(weight_OC: torch.Tensor, head_dim: int) -> torch.Tensor:
     return weight_OC.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
 
 
-class _Block:
+class _Block(nn.Module):
     """One layer's matrices and tables."""
 
     def __init__(self, model: GPT, layer: int, form: Form, invariant: bool) -> None:
+        super().__init__()
         config, attn, mlp = model.config, model.blocks[layer].attn, model.blocks[layer].mlp
         rows = [matrix.weight.to(model.dtype) for matrix in (attn.q, attn.k, attn.v)]
         rows[:2] = (_paired(weight_OC, config.head_dim) for weight_OC in rows[:2])
@@ -119,10 +121,9 @@ class _Block:
         self.out = PackedLinear(attn.out.weight.to(model.dtype), form, False, invariant)
         self.up = PackedLinear(mlp.up.weight.to(model.dtype), form, True, invariant)
         self.down = PackedLinear(mlp.down.weight.to(model.dtype), form, False, invariant)
-        self.scale = model.resid_scale[layer].item()
 
 
-class PackedGPT:
+class PackedGPT(nn.Module):
     """A GPT's weights as they are now, packed. See the model protocol in engine.py.
 
     invariant: see PackedLinear and `attention.attend_to_slots`.
@@ -130,33 +131,33 @@ class PackedGPT:
 
     @torch.inference_mode()
     def __init__(self, model: GPT, invariant: bool = True, int8: bool = False) -> None:
+        super().__init__()
         config, dtype = model.config, model.dtype
         self.config, self.device, self.dtype = config, model.device, dtype
         self.cache_needs = [LayerNeed(config.n_kv_head, config.head_dim, window) for window in config.windows]
         embed_VC = norm(model.embed.weight[: config.vocab_size].to(dtype))
-        self.embed_VC = F.pad(embed_VC, (0, 0, 0, 1))  # the last row is what stands before the first token: nothing
-        self.smear_V1 = None
+        # the last row is what stands before the first token: nothing
+        self.register_buffer("embed_VC", F.pad(embed_VC, (0, 0, 0, 1)))
         if config.smear_channels:
             gate_V1 = torch.sigmoid(model.smear_gate(embed_VC[:, : config.smear_channels]))
-            self.smear_V1 = (model.smear_scale * gate_V1).float()
+            self.register_buffer("smear_V1", (model.smear_scale * gate_V1).float())
         tables = [table[: config.vocab_size].to(dtype) for table in model.value_embeds.parameters()]
         shape = -1, len(tables), config.n_kv_head, config.head_dim
-        self.value_VLKD = 3 * torch.stack(tables, dim=1).view(shape) if tables else None
+        self.register_buffer("value_VLKD", 3 * torch.stack(tables, dim=1).view(shape) if tables else None)
         cos_1S1P, sin_1S1P = model._rotation(torch.arange(config.sequence_len, device=model.device)[None])
-        self.turn_S1P = torch.complex(cos_1S1P.float(), sin_1S1P.float())[0]
-        form = "int8" if int8 else choose_form(config.n_embd, dtype, model.device)
-        self.blocks = [_Block(model, layer, form, invariant) for layer in range(config.n_layer)]
-        self.skips_L11 = model.embed_skip.detach().float()[:, None, None]
-        self.backout = model.backout.item() if config.backout else 0.0
+        self.register_buffer("turn_S1P", torch.complex(cos_1S1P.float(), sin_1S1P.float())[0])
+        form = "int8" if int8 else choose_form(dtype, model.device)
+        self.blocks = nn.ModuleList(_Block(model, layer, form, invariant) for layer in range(config.n_layer))
+        self.register_buffer("skips_L11", model.embed_skip.detach().float()[:, None, None])
+        self.register_buffer("scales_L", model.resid_scale.detach().float())
+        self.register_buffer("minus_backout", -model.backout.detach().float() if config.backout else None)
         self.head = PackedLinear(model.head.weight[: config.vocab_size].to(dtype), form, False, invariant)
-        self.inputs = self.head.inputs  # the dtype that products read
         self.products = [each for b in self.blocks for each in (b.qkvg, b.out, b.up, b.down)] + [self.head]
         self.norm = _Norm(config.n_embd, dtype, model.device)
         # half of attention's scale goes to the queries, and half to the keys
         self.norm_heads = _Norm(config.head_dim, dtype, model.device, config.qk_scale / config.head_dim**0.25)
-        self.norm_last = _Norm(config.n_embd, dtype, model.device, 1 / (config.softcap or 1))
 
-    def __call__(
+    def forward(
         self,
         idx_N: torch.Tensor,
         previous_N: torch.Tensor,
@@ -169,30 +170,28 @@ class PackedGPT:
         previous_N: the token before each, -1 before the first. positions_N: where they stand in their rows.
         """
         config, values = self.config, []
-        x_NC = self.embed_VC[idx_N].float()
-        if self.smear_V1 is not None:
-            x_NC = torch.addcmul(x_NC, self.smear_V1[idx_N], self.embed_VC[previous_N])
+        x_NC = self.embed_VC.index_select(0, idx_N).float()
+        if config.smear_channels:
+            x_NC = torch.addcmul(x_NC, self.smear_V1.index_select(0, idx_N), self.embed_VC[previous_N])
         if self.value_VLKD is not None:
-            values = list(self.value_VLKD[idx_N].to(self.inputs).unbind(1))
-        turn_N1P, skipped_LNC = self.turn_S1P[positions_N], self.skips_L11 * x_NC
-        for layer, (block, skipped_NC) in enumerate(zip(self.blocks, skipped_LNC.unbind(), strict=True)):
-            x_NC = torch.add(skipped_NC, x_NC, alpha=block.scale)
+            values = list(self.value_VLKD.index_select(0, idx_N).unbind(1))
+        turn_N1P, skipped_LNC = self.turn_S1P.index_select(0, positions_N), self.skips_L11 * x_NC
+        for layer, block in enumerate(self.blocks):
+            x_NC = torch.addcmul(skipped_LNC[layer], x_NC, self.scales_L[layer])
             q_NHD, k_NKD, v_NKD = self._project(block, x_NC, turn_N1P, values)
-            x_NC += block.out(cache.attend(layer, q_NHD, k_NKD, v_NKD).to(self.inputs))
-            hidden_NH = block.up(self._cast(self.norm(x_NC)))
+            x_NC += block.out(cache.attend(layer, q_NHD, k_NKD, v_NKD))
+            hidden_NH = block.up(self.norm(x_NC).to(self.dtype))
             x_NC += block.down(hidden_NH * hidden_NH)
             if layer == config.n_layer // 2:
                 middle_NC = x_NC
-        if self.backout:
-            x_NC = torch.add(x_NC, middle_NC, alpha=-self.backout)
+        if config.backout:
+            x_NC = torch.addcmul(x_NC, middle_NC, self.minus_backout)
         if wanted_R is not None:
             x_NC = x_NC[wanted_R]
-        logits_NV = self.head(self._cast(self.norm_last(x_NC))).float()
-        return logits_NV.tanh_().mul_(config.softcap) if config.softcap else logits_NV
-
-    def _cast(self, x: torch.Tensor) -> torch.Tensor:
-        """`x`, in fp32, as products read it."""
-        return x if self.inputs == torch.float32 else x.to(self.inputs)
+        logits_NV = self.head(self.norm(x_NC).to(self.dtype)).float()
+        if cap := config.softcap:  # cap·tanh(z/cap), which takes twice as long
+            return cap - 2 * cap / logits_NV.mul_(2 / cap).exp_().add_(1)
+        return logits_NV
 
     def _project(
         self, block: _Block, x_NC: torch.Tensor, turn_N1P: torch.Tensor, values: list[torch.Tensor]
@@ -203,10 +202,10 @@ class PackedGPT:
         Rotation is a product of complex numbers, of which each pair of channels is one.
         """
         H, K, D = self.config.n_head, self.config.n_kv_head, self.config.head_dim
-        qk, v, *gate = block.qkvg(self._cast(self.norm(x_NC))).split(block.sizes, dim=1)
-        qk_NHP = qk.float().view(torch.complex64).view(-1, H + K, D // 2) * turn_N1P
-        q_NHD, k_NKD = self.norm_heads(qk_NHP.view(torch.float32)).to(self.dtype).split((H, K), dim=1)
+        qk, v, *gate = block.qkvg(self.norm(x_NC).to(self.dtype)).split(block.sizes, dim=1)
+        qk_NHP = torch.view_as_complex(qk.float().view(-1, H + K, D // 2, 2)) * turn_N1P
+        q_NHD, k_NKD = self.norm_heads(torch.view_as_real(qk_NHP).flatten(2)).to(self.dtype).split((H, K), dim=1)
         v_NKD = v.view(-1, K, D)
         if gate:
             v_NKD = torch.addcmul(v_NKD, gate[0].sigmoid()[:, :K, None], values.pop(0))
-        return q_NHD, k_NKD, v_NKD.to(self.dtype)
+        return q_NHD, k_NKD, v_NKD

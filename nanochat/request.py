@@ -32,9 +32,7 @@ class Request:
     logprobs: int | None = None  # say each token's log-probability, and those of so many likeliest
     stop: Sequence[str] = ()  # texts that end the answer, and are no part of it
     priority: int = 0  # higher goes first (see scheduler.py)
-    decoder: Any = (
-        None  # turns its tokens into what is shown (detokenizer.py); made by the engine where `stop` needs it
-    )
+    decoder: Any = None  # of its tokens into what is shown (detokenizer.py); the engine's own where `stop` needs one
 
     output: list[int] = field(default_factory=list)  # without the token that ended it
     mask: list[int] = field(default_factory=list)  # 1 = sampled by the model, 0 = forced by a tool

@@ -31,8 +31,9 @@ class Slots(Protocol):
 
 class Scheduler:
     """First come first served, but for priorities; every step continues all that decode and gives what is left of
-    its token budget to those that are still read, the first first. Nothing starves: a later request overtakes an
-    earlier one by HEAD_START places at most, and the first of all never gives up its slot.
+    its token budget to those that are still read, the first first. Where none decodes and would wait for it, a step may
+    take twice the budget, but for a single request. Nothing starves: a later request overtakes an earlier one by
+    HEAD_START places at most, and the first of all never gives up its slot.
     """
 
     def __init__(self, slots: Slots, max_running: int, step_tokens: int) -> None:
@@ -56,17 +57,17 @@ class Scheduler:
             self._preempt(max(self.running, key=lambda request: request.order))
             full = True
         decode = [request for request in self.running if request.n_pending == 1]
-        budget = self.step_tokens - len(decode)
+        budget = self.step_tokens - len(decode) if decode else 2 * self.step_tokens
         prefill = []
         for request in sorted(self.running, key=lambda request: request.order):
             if request.n_pending > 1 and budget:
-                prefill.append((request, min(request.n_pending, budget)))
+                prefill.append((request, min(request.n_pending, self.step_tokens, budget)))
                 budget -= prefill[-1][1]
         for request, twin in () if full else self._admissible():
             if not budget or not self.slots.fits([r.size for r in (*self.running, request)]):
                 break  # those behind it wait with it: small ones that slip past would starve a large one
             self._admit(request, twin)
-            n = min(request.n_pending, budget)
+            n = min(request.n_pending, self.step_tokens, budget)
             budget -= n
             if request.n_pending == 1:
                 decode.append(request)

@@ -46,6 +46,7 @@ def read_packed(packed, cache, idx_BT, at, counts):
     places = [(row, at[row] + t) for row, n in enumerate(counts) for t in range(n)]
     rows_N, positions_N = torch.tensor(places).unbind(1)
     previous_N = torch.where(positions_N > 0, idx_BT[rows_N, positions_N - 1], -1)
+    cache.reserve(len(counts), max(part.length for part in parts))
     batch = CacheBatch(cache, parts, rows_N, positions_N)
     return places, packed(idx_BT[rows_N, positions_N], previous_N, positions_N, batch)
 
