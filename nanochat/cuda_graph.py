@@ -36,9 +36,10 @@ class Forward:
         self.flat = bool(cache.windows)  # whether it reads unequally many tokens of rows at once (see engine.py)
         self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]] = {}
         self._captured = -1  # the cache's version in the graphs
-        self.traces = not self.graphs and isinstance(model, PackedGPT) and all(p.rows == 1 for p in model.products)
+        on_cpu = cache.device.type == "cpu" and isinstance(model, PackedGPT)
+        self.traces = on_cpu and all(each.rows == 1 for each in model.products)
         if self.traces:
-            shape = model.config, model.dtype, model.products[0].form, cache.invariant, *cache.rings
+            shape = model.config, model.dtype, model.products[0].form, cache.invariant, cache.context, *cache.rings
             self._traces, self._weights = _traces_of(*shape), dict(model.named_buffers())
 
     def __call__(self, running: Sequence[Request], work: Sequence[tuple[Request, int]]) -> torch.Tensor:
@@ -101,13 +102,13 @@ class Forward:
         with torch.jit.optimized_execution(False):
             return self._traces[0](*inputs)
 
-    def _decode(self, inputs_4N: torch.Tensor, memory: tuple[torch.Tensor, ...], weights: tuple[torch.Tensor, ...]):
+    def _decode(self, inputs_4N: torch.Tensor, memory: Sequence[torch.Tensor], weights: Iterable[torch.Tensor]) -> Any:
         """What is traced: a function of tensors alone."""
         self._have_model_read(weights)
         idx_N, previous_N, positions_N, rows_N = inputs_4N.unbind()
         cache = copy.copy(self.cache)
         cache.layers = list(zip(memory[::2], memory[1::2], strict=True))
-        batch = CacheBatch(cache, [Part(0, -1, 1, cache.context)], rows_N, positions_N)
+        batch = CacheBatch(cache, [Part(0, -1, 1, cache.context or 1 << 30)], rows_N, positions_N)
         return self.model(idx_N, previous_N, positions_N, batch)
 
     def _have_model_read(self, weights: Iterable[torch.Tensor]) -> None:

@@ -135,8 +135,8 @@ def attend(
 
 
 def bring(norm: Any, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """What a layer is given, where the layer lies, seen by its first norm: moved once, where one device's layers end
-    (hf_parallel.py)."""
+    """What a layer is given, `tensors` of any shape, where the layer lies, seen by its first norm: moved once, where
+    one device's layers end (hf_parallel.py)."""
     home = norm.weight.device
     return tensors if tensors[0].device == home else tuple(each.to(home) for each in tensors)
 

@@ -210,7 +210,8 @@ class CacheBatch:
         outputs = []
         for part, q, mask_B1MS in zip(self.parts, self._split(q_NHD), masks, strict=True):
             q_BTHD = q.view(part.n_rows, part.n_tokens, H, D)
-            y_BTHD = attention.attend_to_slots(q_BTHD, *map(part.of, memory), mask_B1MS, 1.0, None, cache.invariant)
+            k, v = map(part.of, memory)
+            y_BTHD = attention.attend_to_slots(q_BTHD, k, v, mask_B1MS, 1.0, None, cache.invariant)
             outputs.append(y_BTHD.reshape(-1, H * D))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 

@@ -8,7 +8,7 @@ Shapes: N tokens of any rows, C width, H query heads, K kv heads, D head dim, P 
 """
 
 import functools
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,9 @@ class PackedLinear(nn.Module):
     invariant: on CPU a row's result has the same bits whatever rows stand beside it. int8 is so by nature, as is oneDNN
     in bf16, and in fp32 from two rows on; PyTorch where the rows are a multiple of eight.
     """
+
+    packed: torch.Tensor
+    scale_O: torch.Tensor
 
     def __init__(self, weight_OC: torch.Tensor, form: Form, relu: bool = False, invariant: bool = True) -> None:
         super().__init__()
@@ -128,6 +131,15 @@ class PackedGPT(nn.Module):
 
     invariant: see PackedLinear and `attention.attend_to_slots`.
     """
+
+    embed_VC: torch.Tensor
+    smear_V1: torch.Tensor
+    value_VLKD: torch.Tensor | None
+    turn_S1P: torch.Tensor
+    skips_L11: torch.Tensor
+    scales_L: torch.Tensor
+    minus_backout: torch.Tensor
+    blocks: Any  # of _Block, in an nn.ModuleList
 
     @torch.inference_mode()
     def __init__(self, model: GPT, invariant: bool = True, int8: bool = False) -> None:
