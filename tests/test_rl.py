@@ -335,7 +335,7 @@ def test_answers_do_not_depend_on_their_neighbours(base):
 
 def test_killed_and_resumed_to_the_bit(base):
     flags = {"num_iterations": 12, "save_every": 3, "eval_every": 6}
-    # all in processes of their own: what other tests had compiled in this one changes the last bit
+    # all in processes of their own: after the benchmarks' tests this one rounds a last bit differently (dev/LOG.md)
     assert start_learning(model_tag="whole", **flags).wait().code == 0
     running = start_learning(model_tag="killed", **flags)
     wait_for(lambda: max(losses("rl", "killed"), default=0) >= 5, running)
