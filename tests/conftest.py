@@ -26,7 +26,6 @@ def ctrl_c_arrives():
 def session_world(tmp_path_factory):
     """A base directory with a dataset "corpus" of two training shards and one of validation, and a tokenizer."""
     torch.set_num_threads(1)
-    tiny_run.start_server()
     folder = tmp_path_factory.mktemp("world")
     (folder / "corpus").mkdir()
     for i in range(3):

@@ -250,7 +250,6 @@ def test_prompts_one_after_another_leave_memory_flat(server):
 
 def test_command_line(server):
     """Each verb, as a user types it."""
-    tiny_run.start_server()
     run, script = (functools.partial(f, "scripts.models") for f in (tiny_run.run, tiny_run.script))
     assert "nothing yet" in run("list").out
     assert NAME in run("download", NAME).out

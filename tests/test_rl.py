@@ -335,8 +335,7 @@ def test_answers_do_not_depend_on_their_neighbours(base):
 
 def test_killed_and_resumed_to_the_bit(base):
     flags = {"num_iterations": 12, "save_every": 3, "eval_every": 6}
-    # all in processes of their own: after the benchmarks' tests this one rounds a last bit differently (dev/LOG.md)
-    assert start_learning(model_tag="whole", **flags).wait().code == 0
+    learn(model_tag="whole", **flags)
     running = start_learning(model_tag="killed", **flags)
     wait_for(lambda: max(losses("rl", "killed"), default=0) >= 5, running)
     os.kill(running.pid, signal.SIGKILL)
@@ -346,7 +345,7 @@ def test_killed_and_resumed_to_the_bit(base):
     wait_for(lambda: max(losses("rl", "killed"), default=0) >= 8, running)
     os.kill(running.pid, signal.SIGTERM)
     assert running.wait().code in (0, 130)
-    assert start_learning(model_tag="killed", resume="newest", **flags).wait().code == 0
+    learn(model_tag="killed", resume="newest", **flags)
     assert steps("killed") == steps("whole")
     evaluated = [[line for line in metrics("rl", tag) if "tasks" in line] for tag in ("whole", "killed")]
     assert evaluated[0] == evaluated[1] and [line["step"] for line in evaluated[0]] == [0, 6, 12]

@@ -72,8 +72,8 @@ class Running:
         return Result(self.process.exitcode, self.out.read_text(), self.err.read_text())
 
 
-def start_server() -> None:
-    """Start the process that the others are forked from: one thread each, whatever this machine has."""
+def _start_server() -> None:
+    """Start the process that the others are forked from, once: one thread each, whatever this machine has."""
     before = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"
     _FORK.set_forkserver_preload(list(_PRELOAD))
@@ -102,6 +102,7 @@ def _run_module(module: str, argv: list[str]) -> None:
 
 def start(target: Callable[..., None], *args: Any, **environment: str) -> Running:
     """Start `target(*args)`, a function of a module, in a process of its own, with more variables if given."""
+    _start_server()
     folder = Path(os.environ["NANOCHAT_BASE_DIR"]).parent / "output"
     folder.mkdir(exist_ok=True)
     number = next(_NUMBERS)
