@@ -67,7 +67,7 @@ class LlamaConfig:
 
 
 def shape(settings: Settings, context: int, layers: int, theta: float) -> dict[str, Any]:
-    """The fields of LlamaConfig that every family states in the same words. theta: its default base of rotation."""
+    """What every family states of a LlamaConfig in the same words; ValueError for misfits. theta: its default base."""
     width, heads = settings.integer("hidden_size"), settings.integer("num_attention_heads", high=1 << 16)
     kv_heads = settings.integer("num_key_value_heads", heads)
     if heads % kv_heads:
