@@ -30,7 +30,8 @@ def public_names(module):
         if inspect.isclass(value):
             yield name, value
             for inner, member in vars(value).items():
-                foreign = getattr(member, "__module__", module.__name__) != module.__name__  # as a Protocol's __init__
+                made_of = getattr(member, "func", member)  # of a cached property
+                foreign = getattr(made_of, "__module__", module.__name__) != module.__name__  # as a Protocol's __init__
                 if not foreign and (inner == "__init__" or not inner.startswith("_")) and isinstance(member, KINDS):
                     yield f"{name}.{inner}", getattr(value, inner)
         elif callable(value):
