@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import subprocess
 import time
 from importlib import metadata
@@ -58,6 +59,12 @@ def read_json(path: Path | str) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}): delete it and make it again") from error
+
+
+def read_sections(path: Path) -> dict[str, str]:
+    """The parts of a text file by their headings, `=== HEADING`; what stands before the first belongs to none."""
+    _, *parts = re.split(r"^=== (.+)\n", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {heading: text.removesuffix("\n") for heading, text in zip(parts[::2], parts[1::2])}
 
 
 def sha256_file(path: Path | str) -> str:

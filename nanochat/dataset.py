@@ -146,7 +146,7 @@ def _existing(folder: Path) -> Manifest | None:
 def _prepare_builtin(folder: Path, n: int, seed: int) -> Manifest:
     from nanochat import world
 
-    sources = [Path(world.__file__).with_name(f"{name}.py") for name in ("world", "world_facts", "world_phrases")]
+    sources = sorted(Path(world.__file__).parent.glob("world*"))
     code = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
     recipe = {"seed": seed, "n": n, "world": code, "python": platform.python_version()}
     old = _existing(folder)

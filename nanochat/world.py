@@ -1,5 +1,5 @@
 """The built-in world as text: English prose that every Python carries, and documents, choices and continuation tasks
-written from facts that we state ourselves (world_facts.py) in many wordings (world_phrases.py)."""
+written from facts that we state ourselves in many wordings (world_facts.py)."""
 
 import ast
 import functools
@@ -13,8 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from nanochat.common import atomic_write
-from nanochat.world_facts import Fact, fact_side, facts, facts_on
-from nanochat.world_phrases import capitalized
+from nanochat.world_facts import Fact, capitalized, fact_side, facts, facts_on
 
 LETTERS = "ABCD"
 
