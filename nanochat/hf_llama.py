@@ -49,9 +49,9 @@ class LlamaConfig:
             first = 0
         elif family != "mistral" and settings.flag("use_sliding_window"):
             first = settings.integer("max_window_layers", 28, low=0)
-        common = shape(settings, 10_000.0, lambda layer: layer >= first)
-        biases = {"qkv_bias": biased or family == "qwen2", "out_bias": biased, "mlp_bias": settings.flag("mlp_bias")}
-        return cls(**common, **biases, qk_norm=family == "qwen3", sinks=False)
+        found = shape(settings, 10_000.0, lambda layer: layer >= first)
+        found |= {"qkv_bias": biased or family == "qwen2", "out_bias": biased, "mlp_bias": settings.flag("mlp_bias")}
+        return cls(**found, qk_norm=family == "qwen3", sinks=False)
 
 
 def shape(settings: Settings, theta: float, sliding: Callable[[int], bool]) -> dict[str, Any]:
@@ -171,7 +171,7 @@ class Decoder(nn.Module):
 class Llama(OpenModel):
     """The model, without values until `hf_load` fills it."""
 
-    config_type = LlamaConfig
+    config_type: type[LlamaConfig] = LlamaConfig
     mlp: Callable[[Any], nn.Module] = MLP  # makes what follows attention in a block
 
     def __init__(self, config: LlamaConfig) -> None:
