@@ -85,15 +85,18 @@ def git_commit() -> str:
         return "unknown"
 
 
+def read_if_there(path: Path | str) -> str:
+    """The text of a file; nothing where there is none or it may not be read, as in /proc on another system."""
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
+
+
 def processor_name() -> str:
     """The processor as the operating system names it."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+    found = re.search(r"^model name.*?:(.*)", read_if_there("/proc/cpuinfo"), re.MULTILINE)
+    return found[1].strip() if found else platform.processor() or platform.machine()
 
 
 def provenance() -> dict[str, Any]:

@@ -14,8 +14,8 @@ from nanochat.common import get_base_dir
 from nanochat.compute import pick_dtype
 from nanochat.engine import Engine
 from nanochat.preflight import free_memory
+from nanochat.records import STAGES
 
-STAGES = ("base", "mid", "sft", "rl")
 DEVICES = "lay an open-weights model over these, such as cuda:0,cuda:1; unset: over all GPUs if one is too small"
 
 

@@ -224,50 +224,6 @@ def _model_section(records: Records, tag: str, out_dir: Path) -> str:
     return "\n\n".join([f"## Model {tag}", *(f"### {title}\n\n{body}" for title, body in sections.items())])
 
 
-_CARD = """\
----
-license: other
-library_name: nanochat
-pipeline_tag: text-generation
-tags: [nanochat]
----
-
-# {name}
-
-A decoder-only transformer of {parameters} parameters with a context of {context} tokens, trained from random weights
-by nanochat{source}. The code's licence is MIT; the weights follow from the texts listed under "Data and licences".
-
-## Intended use and limits
-
-To learn from, to experiment with and to compare against. It is small: it states wrong things in a sure voice, has been
-taught no values and no refusals, and knows no language but that of its training text. Do not rely on it.
-
-## Evaluation
-
-Accuracies in percent, ± one standard error; in brackets, the gain over the stage before.
-
-{chat}
-
-{base}
-
-## Training
-
-{runs}
-
-{settings}
-
-## Data and licences
-
-{data}
-
-Conversations for the chat stages come from the repository's own tasks, and from data sets given to them.
-
-## Provenance
-
-{head}
-"""
-
-
 def model_card(records: Records, tag: str, stage: str) -> str:
     """The model card of one checkpoint, Markdown with the header that model hubs read.
 
@@ -279,7 +235,8 @@ def model_card(records: Records, tag: str, stage: str) -> str:
     if stage not in runs:
         raise ValueError(f"no run {stage}/{tag} under the base directory: a model card needs its run.json")
     source = runs[stage].get("source")
-    return _CARD.format(
+    card = Path(__file__).with_name("model_card.txt").read_text(encoding="utf-8")
+    return card.format(
         name=f"nanochat {tag} ({stage})",
         parameters=_text(runs[stage].get("parameters")),
         context=_text(runs[stage]["model_config"].get("sequence_len")),

@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import functools
 import hashlib
+import io
 import itertools
 import os
 import shutil
@@ -21,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from nanochat.common import atomic_write_json, fsync_dir, read_json, sha256_file
+from nanochat.common import atomic_write, atomic_write_json, fsync_dir, read_json, sha256_file
 from nanochat.conversation import Rendered
 from nanochat.dataset import dataset_dir, shard_records
 from nanochat.documents import iterate_documents
@@ -99,11 +100,9 @@ class TokenShard:
                         supervised = np.concatenate([[0], np.cumsum(self.mask, dtype=np.int64)])
                         targets = np.concatenate([[0], np.cumsum(supervised[start + plan.length] - supervised[start])])
                         rows = rows[targets[rows[:, 1]] > targets[rows[:, 0]]]
-                    temporary = path.with_suffix(".tmp")
-                    with open(temporary, "wb") as f:
-                        np.savez(f, rows=rows, start=start, length=plan.length)
-                        os.fsync(f.fileno())
-                    os.replace(temporary, path)
+                    content = io.BytesIO()
+                    np.savez(content, rows=rows, start=start, length=plan.length)
+                    atomic_write(path, content.getvalue())
         try:
             with np.load(path) as plan:
                 return tuple(plan[name] for name in names)
