@@ -1,5 +1,6 @@
 """Small things every stage needs: where files go, how they are written, and how runs are recorded."""
 
+import functools
 import hashlib
 import json
 import os
@@ -65,6 +66,12 @@ def read_sections(path: Path) -> dict[str, str]:
     """The parts of a text file by their headings, `=== HEADING`; what stands before the first belongs to none."""
     _, *parts = re.split(r"^=== (.+)\n", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
     return {heading: text.removesuffix("\n") for heading, text in zip(parts[::2], parts[1::2])}
+
+
+@functools.cache
+def read_lists(path: Path) -> dict[str, list[str]]:
+    """`read_sections` as lists of lines, without empty ones at their ends."""
+    return {heading: text.strip().split("\n") for heading, text in read_sections(path).items()}
 
 
 def sha256_file(path: Path | str) -> str:

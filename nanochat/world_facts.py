@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanochat.common import read_sections
+from nanochat.common import read_lists, read_sections
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,8 @@ class Relation:
 def relations() -> dict[str, Relation]:
     """Every kind of fact by its name, in the order of world_phrases.txt, which says how it is written."""
     found = {}
-    for heading, text in read_sections(Path(__file__).with_name("world_phrases.txt")).items():
+    for heading, lines in read_lists(Path(__file__).with_name("world_phrases.txt")).items():
         name, category = heading.split(": ")
-        lines = text.strip().split("\n")
         stated = dict(line.split(": ") for line in lines if line.startswith(("noun: ", "clause: ")))
         noun, clause = stated.get("noun"), stated.get("clause")
         questions = [line.removesuffix("?") for line in lines if line.endswith("?")]

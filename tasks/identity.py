@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from nanochat.common import read_sections
+from nanochat.common import read_lists
 from tasks.common import Conversation, MadeTask, single_turn
 
 
@@ -23,9 +23,8 @@ class Intent(NamedTuple):
 
 def intents() -> list[Intent]:
     """All that is asked, as identity.txt has it."""
-    sections = read_sections(Path(__file__).with_suffix(".txt"))
-    parts = {answer: text.strip().split("\n") for answer, text in sections.items()}
-    return [Intent(answer, pattern, wordings) for answer, (pattern, *wordings) in parts.items()]
+    parts = read_lists(Path(__file__).with_suffix(".txt")).items()
+    return [Intent(answer, pattern, wordings) for answer, (pattern, *wordings) in parts]
 
 
 def _styled(wording: str, rng: random.Random) -> str:
