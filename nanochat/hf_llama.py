@@ -84,17 +84,6 @@ def shape(settings: Settings, theta: float, sliding: Callable[[int], bool]) -> d
     }
 
 
-class RMSNorm(nn.Module):
-    """RMSNorm with a weight a channel (arXiv 1910.07467)."""
-
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.empty(width)), eps
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-
-
 class Attention(nn.Module):
     """Causal grouped-query attention; norms of queries and keys, biases, windows and sinks as the config has them."""
 
@@ -106,7 +95,7 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.n_embd, n_kv, bias=config.qkv_bias)
         self.v_proj = nn.Linear(config.n_embd, n_kv, bias=config.qkv_bias)
         self.o_proj = nn.Linear(n_q, config.n_embd, bias=config.out_bias)
-        self.q_norm, self.k_norm = (RMSNorm(D, config.eps) if config.qk_norm else nn.Identity() for _ in range(2))
+        self.q_norm, self.k_norm = (nn.RMSNorm(D, config.eps) if config.qk_norm else nn.Identity() for _ in range(2))
         self.sinks = nn.Parameter(torch.empty(config.n_head)) if config.sinks else None
 
     def forward(self, x_BTC, cos_BT1D, sin_BT1D, positions_BT, cache: Any) -> torch.Tensor:
@@ -139,7 +128,7 @@ class Block(nn.Module):
     def __init__(self, config: LlamaConfig, layer: int, mlp: nn.Module) -> None:
         super().__init__()
         self.self_attn, self.mlp = Attention(config, layer), mlp
-        self.input_layernorm, self.post_attention_layernorm = (RMSNorm(config.n_embd, config.eps) for _ in range(2))
+        self.input_layernorm, self.post_attention_layernorm = (nn.RMSNorm(config.n_embd, config.eps) for _ in range(2))
 
     def forward(self, x_BTC, cos_BT1D, sin_BT1D, positions_BT, cache: Any) -> torch.Tensor:
         x_BTC = x_BTC + self.self_attn(self.input_layernorm(x_BTC), cos_BT1D, sin_BT1D, positions_BT, cache)
@@ -153,7 +142,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.embed_tokens: Any = nn.Embedding(config.vocab_size, config.n_embd)
         self.layers = nn.ModuleList(Block(config, layer, mlp(config)) for layer in range(config.n_layer))
-        self.norm, self.scale = RMSNorm(config.n_embd, config.eps), config.rotary_scale
+        self.norm, self.scale = nn.RMSNorm(config.n_embd, config.eps), config.rotary_scale
         rotary_D = torch.tensor(config.rotary, device="cpu")
         self.embed_tokens.register_buffer("rotary_D", rotary_D, persistent=False)  # where positions come in
 

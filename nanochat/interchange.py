@@ -29,15 +29,9 @@ PLAIN: dict[str, Any] = {"rope_base": 10_000.0, "qk_scale": 1.0, "value_embed_ev
 PLAIN |= dict.fromkeys(("resid_scale_first", "resid_scale_last"), 1.0)
 PLAIN |= dict.fromkeys(("backout", "embed_skip_first", "embed_skip_last"), 0.0)
 
-_ORIGINAL = {
-    "transformer.wte.weight": "embed.weight",
-    "lm_head.weight": "head.weight",
-    "resid_lambdas": "resid_scale",
-    "x0_lambdas": "embed_skip",
-    "smear_gate.weight": "smear_gate.weight",
-    "smear_lambda": "smear_scale",
-    "backout_lambda": "backout",
-}
+_ORIGINAL = {"transformer.wte.weight": "embed.weight", "lm_head.weight": "head.weight", "backout_lambda": "backout"}
+_ORIGINAL |= {"resid_lambdas": "resid_scale", "x0_lambdas": "embed_skip"}
+_ORIGINAL |= {"smear_gate.weight": "smear_gate.weight", "smear_lambda": "smear_scale"}
 _ORIGINAL_BLOCK = {"attn.c_q": "attn.q", "attn.c_k": "attn.k", "attn.c_v": "attn.v", "attn.c_proj": "attn.out"}
 _ORIGINAL_BLOCK |= {"attn.ve_gate": "attn.gate", "mlp.c_fc": "mlp.up", "mlp.c_proj": "mlp.down"}
 _NANOCHAT = {"model.embed_tokens.weight": "embed.weight", "lm_head.weight": "head.weight"}
