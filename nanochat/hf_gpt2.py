@@ -103,6 +103,7 @@ class GPT2(OpenModel):
         self.wpe = nn.Embedding(config.sequence_len, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, config.eps)
+        self.stack = [self.wte, self.wpe], self.h, self.ln_f
         self.lm_head = None if config.tied else nn.Linear(config.n_embd, config.vocab_size, bias=False)
 
     @staticmethod
@@ -110,11 +111,6 @@ class GPT2(OpenModel):
         """See OpenModel."""
         name = name.removeprefix("transformer.")
         return None if _MASKS.fullmatch(name) else name
-
-    @property
-    def stack(self) -> tuple[list[Any], nn.ModuleList, nn.Module]:
-        """See OpenModel."""
-        return [self.wte, self.wpe], self.h, self.ln_f
 
     def hidden(self, idx_BT: torch.Tensor, cache: Any = None, positions_BT: torch.Tensor | None = None) -> torch.Tensor:
         """The normed residual that the head reads, (B, T, C)."""

@@ -145,16 +145,12 @@ class OpenModel(LanguageModel):
     """A model of any family, over its `stack`, made of its config; its parameters bear the names they have in files."""
 
     config_type: Any  # its `from_json` reads config.json
+    stack: tuple[list[Any], nn.ModuleList, nn.Module]  # what reads the tokens, embedding first; layers; the last norm
     lm_head: nn.Linear | None  # None: the embedding is the head, too
 
     @staticmethod
     def rename(name: str) -> str | None:
         """A tensor's name in a file -> in the model; None = not needed."""
-        raise NotImplementedError
-
-    @property
-    def stack(self) -> tuple[list[Any], nn.ModuleList, nn.Module]:
-        """What reads the tokens, their embedding first; the layers; the last norm."""
         raise NotImplementedError
 
     @property

@@ -166,17 +166,13 @@ class Llama(OpenModel):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.config, self.model = config, Decoder(config, self.mlp)
+        self.stack = [self.model.embed_tokens], self.model.layers, self.model.norm
         self.lm_head = None if config.tied else nn.Linear(config.n_embd, config.vocab_size, bias=False)
 
     @staticmethod
     def rename(name: str) -> str | None:
         """See OpenModel."""
         return None if name.endswith("rotary_emb.inv_freq") else name
-
-    @property
-    def stack(self) -> tuple[list[Any], nn.ModuleList, nn.Module]:
-        """See OpenModel."""
-        return [self.model.embed_tokens], self.model.layers, self.model.norm
 
     def hidden(self, idx_BT: torch.Tensor, cache: Any = None, positions_BT: torch.Tensor | None = None) -> torch.Tensor:
         """The normed residual that the head reads, (B, T, C)."""

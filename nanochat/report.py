@@ -100,19 +100,13 @@ def _runs_table(runs: ByStage) -> str:
         losses, bits = _series(run, "loss")[1], _series(run, "val_bpb")[1]
         rates, shares, peaks = (_series(run, key)[1] for key in ("tok_per_sec", "mfu", "peak_mem_bytes"))
         steps, tokens = _series(run, "tokens")
-        return (
-            stage,
-            run.get("dataset"),
-            run.get("parameters"),
-            steps[-1] if steps else None,
-            tokens[-1] if tokens else None,
-            f"{losses[-1]:.4f}" if losses else None,
-            f"{min(bits):.4f}" if bits else None,
-            round(statistics.median(rates)) if rates else None,
-            f"{100 * statistics.median(shares):.1f} %" if shares else "n/a",
-            f"{max(peaks) / 2**30:.1f} GiB" if peaks else None,
-            _duration(run["wall_seconds"]) if run.get("wall_seconds") is not None else None,
-        )
+        seen = (steps[-1], tokens[-1]) if steps else (None, None)
+        scores = (f"{losses[-1]:.4f}" if losses else None, f"{min(bits):.4f}" if bits else None)
+        rate = round(statistics.median(rates)) if rates else None
+        share = f"{100 * statistics.median(shares):.1f} %" if shares else "n/a"
+        peak, seconds = f"{max(peaks) / 2**30:.1f} GiB" if peaks else None, run.get("wall_seconds")
+        took = None if seconds is None else _duration(seconds)
+        return (stage, run.get("dataset"), run.get("parameters"), *seen, *scores, rate, share, peak, took)
 
     counts = ("data", "parameters", "last step", "tokens", "last loss", "best val bpb")
     header = ("stage", *counts, "tokens/s", "MFU", "peak memory", "training time")

@@ -3,28 +3,9 @@
 import random
 import re
 from pathlib import Path
-from typing import NamedTuple
 
 from nanochat.common import read_lists
 from tasks.common import Conversation, MadeTask, single_turn
-
-
-class Intent(NamedTuple):
-    """One thing people say: its answer, a pattern that a right answer matches, and its wordings."""
-
-    answer: str
-    pattern: str
-    wordings: list[str]
-
-    def asked(self, split: str) -> list[str]:
-        """The wordings of a split: every fourth one is kept for the test."""
-        return [text for i, text in enumerate(self.wordings) if (i % 4 == 3) == (split == "test")]
-
-
-def intents() -> list[Intent]:
-    """All that is asked, as identity.txt has it."""
-    parts = read_lists(Path(__file__).with_suffix(".txt")).items()
-    return [Intent(answer, pattern, wordings) for answer, (pattern, *wordings) in parts]
 
 
 def _styled(wording: str, rng: random.Random) -> str:
@@ -44,12 +25,17 @@ class Identity(MadeTask):
     name = "identity"
     train_size, test_size = 20, 4
 
-    def items(self, split: str) -> list[tuple[Intent, str]]:
-        return [(intent, wording) for intent in intents() for wording in intent.asked(split)]
+    def items(self, split: str) -> list[tuple[str, str, str]]:
+        """An answer, the pattern that a right one matches, and a wording, of which every fourth is for the test."""
+        found = []
+        for answer, (pattern, *wordings) in read_lists(Path(__file__).with_suffix(".txt")).items():
+            kept = [text for i, text in enumerate(wordings) if (i % 4 == 3) == (split == "test")]
+            found += [(answer, pattern, text) for text in kept]
+        return found
 
-    def make(self, rng: random.Random, item: tuple[Intent, str]) -> Conversation:
-        intent, wording = item
-        return single_turn(_styled(wording, rng), intent.answer, pattern=intent.pattern)
+    def make(self, rng: random.Random, item: tuple[str, str, str]) -> Conversation:
+        answer, pattern, wording = item
+        return single_turn(_styled(wording, rng), answer, pattern=pattern)
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
         """Whether the completion says what an answer to this intent must say."""
