@@ -77,19 +77,16 @@ class TokenShard:
 
     def row_count(self, row_tokens: int, seed: int, epoch: int) -> int:
         """How many rows this shard has in an epoch."""
-        (rows,) = self._plan(row_tokens, seed, epoch, "rows")
-        return len(rows)
+        return len(self.plan(row_tokens, seed, epoch, ["rows"])[0])
 
-    def plan(self, row_tokens: int, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def plan(
+        self, row_tokens: int, seed: int, epoch: int, names: Sequence[str] = ("rows", "start", "length")
+    ) -> tuple[np.ndarray, ...]:
         """The rows of an epoch: rows_R2 (first piece, one past the last), and each piece's start and length in `ids`.
 
-        A row without a supervised target is left out.
+        A row without a supervised target is left out. names: what to read; a resumed run walks many shards for their
+        rows alone.
         """
-        rows_R2, start, length = self._plan(row_tokens, seed, epoch, "rows", "start", "length")
-        return rows_R2, start, length
-
-    def _plan(self, row_tokens: int, seed: int, epoch: int, *names: str) -> tuple[np.ndarray, ...]:
-        """The arrays of a plan that are asked for: a resumed run walks many shards for their rows alone."""
         whole, path = self.meta["conversations"], self.folder / f"plan_{row_tokens}_{seed}_{epoch}.npz"
         if not path.exists():
             with _lock(self.folder):
