@@ -32,12 +32,18 @@ class Relation:
     noun: str | None = None
 
 
+def _phrases() -> dict[str, list[str]]:
+    return read_lists(Path(__file__).with_name("world_phrases.txt"))
+
+
 @functools.cache
 def relations() -> dict[str, Relation]:
     """Every kind of fact by its name, in the order of world_phrases.txt, which says how it is written."""
     found = {}
-    for heading, lines in read_lists(Path(__file__).with_name("world_phrases.txt")).items():
-        name, category = heading.split(": ")
+    for heading, lines in _phrases().items():
+        name, _, category = heading.partition(": ")
+        if not category:  # a section of frames
+            continue
         stated = dict(line.split(": ") for line in lines if line.startswith(("noun: ", "clause: ")))
         noun, clause = stated.get("noun"), stated.get("clause")
         questions = [line.removesuffix("?") for line in lines if line.endswith("?")]
@@ -48,18 +54,6 @@ def relations() -> dict[str, Relation]:
     return found
 
 
-_OPENERS = ("Please tell me: ", "Quick question: ", "Hi! ", "I have a question. ")
-_CLAUSE_FRAMES = (
-    "Do you know {}?", "do you know {}", "Can you tell me {}?", "can you tell me {}", "Tell me {}.",
-    "Please tell me {}.", "I want to know {}.", "I would like to know {}.", "Could you tell me {}, please?",
-    "I forgot {}. Can you help me?",
-)  # fmt: skip
-_NOUN_FRAMES = (
-    "Tell me {}.", "tell me {}", "Give me {}.", "Name {}.", "Do you know {}?", "{}?", "{}", "Please name {}.",
-    "I forgot {}. What is it?",
-)  # fmt: skip
-
-
 def capitalized(text: str) -> str:
     """`text` with its first letter, and only that, in upper case."""
     return text[:1].upper() + text[1:]
@@ -68,15 +62,15 @@ def capitalized(text: str) -> str:
 @functools.cache
 def questions(relation: Relation) -> tuple[str, ...]:
     """Templates of every way to ask for a fact of `relation`: direct, casual, indirect, or by the bare noun."""
-    result = []
+    result, phrases = list[str](), _phrases()
     for direct in relation.direct:
         casual = direct[0].lower() + direct[1:]
         result += [direct + "?", direct + "?", casual + "?", casual, direct + ", please?"]
-        result += [opener + direct + "?" for opener in _OPENERS]
-    result += [frame.replace("{}", relation.clause) for frame in _CLAUSE_FRAMES]
+        result += [f"{opener} {direct}?" for opener in phrases["openers"]]
+    result += [frame.replace("{}", relation.clause) for frame in phrases["clause frames"]]
     if relation.noun:
         short = relation.noun.removeprefix("the ")
-        result += [frame.replace("{}", relation.noun) for frame in _NOUN_FRAMES]
+        result += [frame.replace("{}", relation.noun) for frame in phrases["noun frames"]]
         result += [short, short + "?", capitalized(short) + "?", relation.noun + "?"]
     return tuple(dict.fromkeys(result))
 
