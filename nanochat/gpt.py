@@ -235,13 +235,9 @@ class GPT(LanguageModel):
         embed_dtype = embed_dtype or dtype
         kv_channels = config.n_kv_head * config.head_dim
         self.embed = nn.Embedding(config.padded_vocab_size, config.n_embd, dtype=embed_dtype)
-        self.value_embeds = nn.ModuleDict(
-            {
-                str(layer): nn.Embedding(config.padded_vocab_size, kv_channels, dtype=embed_dtype)
-                for layer in range(config.n_layer)
-                if config.has_value_embed(layer)
-            }
-        )
+        layers = [layer for layer in range(config.n_layer) if config.has_value_embed(layer)]
+        tables = {str(n): nn.Embedding(config.padded_vocab_size, kv_channels, dtype=embed_dtype) for n in layers}
+        self.value_embeds = nn.ModuleDict(tables)
         self.blocks: Any = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.head = Linear(config.n_embd, config.padded_vocab_size)
         self.resid_scale = nn.Parameter(torch.empty(config.n_layer))
