@@ -20,7 +20,7 @@ from nanochat.common import atomic_write, atomic_write_json, get_base_dir, read_
 from nanochat.compute import Compute
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.hf_layers import Settings
-from nanochat.tokenizer import load_tokenizer
+from nanochat.tokenizer import FILE_NAME, kept_name
 from nanochat.tokenizer_convert import find_tokenizer, to_tokenizer_json
 
 State = dict[str, torch.Tensor]
@@ -183,9 +183,7 @@ def import_checkpoint(folder: Path, stage: str, tag: str, tokenizer_dir: str | N
     if tokenizer.get_vocab_size() != config.vocab_size:
         raise ValueError(f"{folder}: model of {config.vocab_size} tokens, tokenizer of {tokenizer.get_vocab_size()}")
     home = get_base_dir() / "tokenizer"
-    if (home / "tokenizer.json").is_file() and load_tokenizer().hash != tokenizer.hash:
-        raise ValueError(f"{home} holds another tokenizer: set NANOCHAT_BASE_DIR to another folder for this model")
-    tokenizer.save(home)
+    tokenizer.save(home, kept_name(tokenizer.hash) if (home / FILE_NAME).is_file() else FILE_NAME)
     meta: dict[str, Any] = {"model_config": dataclasses.asdict(config), "tokenizer_hash": tokenizer.hash}
     meta |= {"dataset": "builtin", "depth": config.n_layer, "total_batch_size": 1 << 19, "val_bpb": None, **facts}
     compute = Compute(torch.device("cpu"), torch.float32)

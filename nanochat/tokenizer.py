@@ -8,6 +8,7 @@ Any text, and any bytes, become ids and come back unchanged. Special tokens are 
 """
 
 import base64
+import contextlib
 import functools
 import hashlib
 import json
@@ -111,9 +112,9 @@ class Tokenizer(Codec):
         return tokenizer
 
     @classmethod
-    def from_directory(cls, directory: Path | str) -> "Tokenizer":
+    def from_directory(cls, directory: Path | str, name: str = FILE_NAME) -> "Tokenizer":
         """The tokenizer that `save` wrote to `directory`; a missing or altered file raises ValueError."""
-        path = Path(directory) / FILE_NAME
+        path = Path(directory) / name
         if not path.is_file():
             raise ValueError(f"no tokenizer at {path}: run python -m scripts.tok_train")
         data = read_json(path)
@@ -148,9 +149,14 @@ class Tokenizer(Codec):
                 "with a network and copy tiktoken's cache, the folder named by TIKTOKEN_CACHE_DIR, to this one"
             ) from error
 
-    def save(self, directory: Path | str) -> None:
-        """Write `tokenizer.json` to `directory`, atomically."""
-        atomic_write_json(Path(directory) / FILE_NAME, self._to_dict())
+    def save(self, directory: Path | str, name: str = FILE_NAME) -> None:
+        """Write `tokenizer.json` to `directory`, atomically. One that was there stays beside it, named by its hash."""
+        path = Path(directory) / name
+        with contextlib.suppress(ValueError):  # none there, or a damaged one
+            before = Tokenizer.from_directory(directory, name).hash
+            if before != self.hash:
+                path.replace(path.with_name(kept_name(before)))
+        atomic_write_json(path, self._to_dict())
 
     def _to_dict(self) -> dict[str, Any]:
         ranks = sorted(self.encoding._mergeable_ranks.items(), key=lambda item: item[1])
@@ -210,9 +216,16 @@ class Tokenizer(Codec):
             raise ValueError(f"token id {wrong} is not in the vocabulary of {len(known)} ids") from error
 
 
-def load_tokenizer() -> Tokenizer:
-    """The tokenizer that `scripts.tok_train` made; ValueError with the command when there is none."""
-    return Tokenizer.from_directory(get_base_dir() / "tokenizer")
+def kept_name(content_hash: str) -> str:
+    """The file of a tokenizer that is no longer the newest."""
+    return f"{content_hash[:12]}.json"
+
+
+def load_tokenizer(content_hash: str | None = None) -> Tokenizer:
+    """The tokenizer that `scripts.tok_train` made last, or the one of this hash where it was kept; ValueError with the
+    command when there is none."""
+    folder, name = get_base_dir() / "tokenizer", kept_name(content_hash or "")
+    return Tokenizer.from_directory(folder, name if (folder / name).is_file() else FILE_NAME)
 
 
 def _encoding(name: str, pattern: str, ranks: dict[bytes, int], specials: dict[str, int]) -> tiktoken.Encoding:
