@@ -41,7 +41,7 @@ def usable_cores() -> int:
 
 
 def pick_dtype(device: torch.device) -> torch.dtype:
-    """The compute dtype: `$NANOCHAT_DTYPE`, else bf16 where the hardware multiplies it, else fp32."""
+    """The dtype of `$NANOCHAT_DTYPE` (ValueError for others), else bf16 where the hardware multiplies it, else fp32."""
     asked = os.environ.get("NANOCHAT_DTYPE")
     if asked:
         if asked not in _DTYPES:

@@ -23,7 +23,7 @@ class RowLoader:
     """Steps of `rows_per_step` rows over all ranks, each row `sequence_len` inputs and their targets.
 
     A step is given as micro-batches of `device_batch_rows` rows for this rank. Epoch 0 takes the shards in their
-    order, later epochs in others; each epoch packs and orders the rows of a shard anew. The rows never end.
+    order, later ones in others; each packs and orders a shard's rows anew. They never end; ValueError for misfits.
     """
 
     def __init__(

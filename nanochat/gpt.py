@@ -186,7 +186,7 @@ class LanguageModel(nn.Module):
     compiled = False
 
     def positions(self, idx_BT: torch.Tensor, cache: Any | None, positions_BT: torch.Tensor | None) -> torch.Tensor:
-        """Where tokens stand: what is said of it beside a cache, else from 0 on."""
+        """Where tokens stand: what is said of it beside a cache, else from 0 on. ValueError beyond the context."""
         if cache is None:
             if idx_BT.size(1) > self.config.sequence_len:
                 raise ValueError(f"{idx_BT.size(1)} tokens exceed the model's context of {self.config.sequence_len}")

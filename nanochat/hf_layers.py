@@ -74,7 +74,7 @@ def rotary_frequencies(settings: Settings, head_dim: int, theta: float) -> tuple
 
     Both spellings are read: `rope_parameters`, and `rope_theta` beside `rope_scaling`. theta: the family's default.
     Kinds: default; linear (positions / factor); llama3 (long waves only, meta-llama/llama-models); yarn
-    (arXiv 2309.00071).
+    (arXiv 2309.00071); others raise ValueError.
     """
     values = settings.values.get("rope_parameters") or settings.values.get("rope_scaling") or {}
     rope = Settings(values, f"{settings.where}: rope_parameters")

@@ -55,8 +55,8 @@ class LlamaConfig:
 
 
 def shape(settings: Settings, theta: float, sliding: Callable[[int], bool]) -> dict[str, Any]:
-    """The fields of LlamaConfig that every family states in the same words. theta: its default base of rotation;
-    sliding: which layers have a window where config.json does not name them."""
+    """The fields of LlamaConfig that every family states in the same words; ValueError for misfits. theta: its default
+    base of rotation; sliding: which layers have a window where config.json does not name them."""
     settings.expect("hidden_act", "silu")
     layers, context = settings.integer("num_hidden_layers", high=1000), settings.integer("max_position_embeddings")
     width, heads = settings.integer("hidden_size"), settings.integer("num_attention_heads", high=1 << 16)

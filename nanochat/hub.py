@@ -62,7 +62,7 @@ def list_dataset_files(
 def list_model_files(
     repo: str, revision: str = "main", *, timeout: float = 30.0, retries: int = 6, backoff: float = 1.0
 ) -> tuple[str, list[RemoteFile]]:
-    """(commit, files) of a model repository, as it stands at a branch, tag or commit; as `list_dataset_files`.
+    """(commit, files) of a model repository, as it stands at a branch, tag or commit; raises as `list_dataset_files`.
 
     `$HF_TOKEN` opens private and gated ones; it is sent to the hub alone, never along with a redirection elsewhere.
     """

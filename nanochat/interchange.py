@@ -225,7 +225,7 @@ def export_checkpoint(folder: Path, stage: str, tag: str | None, step: int | Non
     """Write a checkpoint to `folder` as a bundle: safetensors, config, tokenizer, chat template, hashes, model card.
 
     format: "nanochat" = transformers' own class, where it can express the model; "code" = with a modeling file that
-    transformers loads by trust_remote_code; "auto" = the first where possible. Returns what to tell the user.
+    transformers loads by trust_remote_code; "auto" = what goes. Returns what to say; ValueError for what cannot be.
     """
     if format == "gguf":
         raise ValueError("llama.cpp's converter has no nanochat architecture, so there is no GGUF: use --format auto")

@@ -52,7 +52,7 @@ def find(name: str) -> Path:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """What was downloaded into a folder; empty for one that was not, or not wholly."""
+    """What was downloaded into a folder; empty for one that was not, or not wholly. ValueError if damaged."""
     path = folder / _MANIFEST
     manifest = read_json(path) if path.is_file() else {}
     if manifest and not (isinstance(manifest, dict) and isinstance(manifest.get("files"), dict)):
@@ -128,7 +128,7 @@ def verify(name: str) -> int:
 
 
 def remove(name: str) -> int:
-    """Delete a model, or what is left of one; the number of bytes set free."""
+    """Delete a model, or what is left of one; the number of bytes set free. ValueError if it is not here."""
     folder = model_dir(name)
     if not folder.is_dir():
         raise ValueError(f"{name} is not here: {', '.join(list_models()) or 'no model'} is")

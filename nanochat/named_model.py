@@ -36,7 +36,7 @@ class NamedModel:
         return sum(size // (ranks if ".layers." in name else 1) for name, size in sizes.items())
 
     def load(self, device: torch.device, max_batch: int, int8: bool = False, ranks: int = 1) -> tuple[Engine, Format]:
-        """An engine that runs it, and the format in which it chats. ranks: how many share its matrices."""
+        """An engine that runs it, and its chat format. ranks: how many share its matrices; ValueError if none can."""
         places, device = self.places, self.places[0] if self.places else device
         if not self.own:
             place = "cpu" if ranks > 1 else places if len(places) > 1 else device

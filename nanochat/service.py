@@ -105,12 +105,12 @@ class Service:
         return Completion(self, Answer(form, head, len(requests), with_logprobs), requests, key)
 
     def complete(self, body: CompletionRequest, owner: int) -> Completion:
-        """Begin the answer to /v1/completions."""
+        """Begin the answer to /v1/completions; raises ApiError."""
         requests = make_requests(body, self.engine, self.form, None, *self.limits)
         return self._start(TextForm(self.engine.tokenizer), body, requests, owner)
 
     def chat(self, body: ChatRequest, owner: int) -> Completion:
-        """Begin the answer to /v1/chat/completions, in its session if it names one."""
+        """Begin the answer to /v1/chat/completions, in its session if it names one; raises ApiError."""
         messages, dropped = [message.as_turn() for message in body.messages], 0
         name = body.session_id
         if name is not None:
