@@ -75,9 +75,7 @@ class TextForm(ChatForm):
         return None
 
     def piece(self, event: Event | None) -> dict[str, Any]:
-        return {"text": ""} | (
-            {"tool_trace": event._asdict()} if isinstance(event, ToolCall) else {"text": event or ""}
-        )
+        return {"text": "", "tool_trace": event._asdict()} if isinstance(event, ToolCall) else {"text": event or ""}
 
     def whole(self, events: Sequence[Event]) -> dict[str, Any]:
         text, trace = _text_and_trace(events)
@@ -150,7 +148,7 @@ class Answer:
             logprobs = None
             if scores[index]:
                 logprobs = self.form.logprobs(scores[index], offsets[index])
-                offsets[index] = (logprobs.get("text_offset") or [0])[-1] + len((logprobs.get("tokens") or [""])[-1])
+                offsets[index] += sum(map(len, logprobs.get("tokens", ())))
                 scores[index] = []
             choice = {"index": index, **choice, "logprobs": logprobs, "finish_reason": reason}
             return self._event(choices=[choice], **({"usage": None} if include_usage else {}), **extra)

@@ -10,10 +10,6 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from nanochat.chat_format import Format
-from nanochat.detokenizer import AnswerDecoder
-from nanochat.engine import Engine, Request
-
 
 class ApiError(Exception):
     """An answer in OpenAI's error shape: `{"error": {"message", "type", "param", "code"}}`."""
@@ -75,7 +71,8 @@ class ResponseFormat(Strict):
 
 Bias = Annotated[float, Field(ge=-100, le=100)]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
-Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+SOME = Field(min_length=1, fail_fast=True)  # the first mistake in a list is enough: it may have half a million
+Tokens = Annotated[list[Annotated[int, Field(ge=0)]], SOME]
 
 
 class Parameters(Strict):
@@ -132,7 +129,7 @@ class Parameters(Strict):
 class ChatRequest(Parameters):
     """The body of /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], SOME]
     max_completion_tokens: int | None = Field(None, ge=1, le=2**31, description="The newer name of max_tokens.")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
@@ -162,24 +159,22 @@ class ChatRequest(Parameters):
 class CompletionRequest(Parameters):
     """The body of /v1/completions. Text is never read as special tokens; ids are taken as they are."""
 
-    prompt: str | Annotated[list[str], Field(min_length=1)] | Tokens | Annotated[list[Tokens], Field(min_length=1)]
+    prompt: str | Annotated[list[str], SOME] | Tokens | Annotated[list[Tokens], SOME]
     logprobs: int | None = Field(None, ge=0, le=20)
 
     def top_logprobs_wanted(self) -> int | None:
         return self.logprobs
 
-    def prompts(self, engine: Engine) -> list[list[int]]:
-        """Token ids of each prompt."""
+    def prompts(self) -> list[Any]:
+        """Text or token ids of each prompt."""
         several = isinstance(self.prompt, list) and not isinstance(self.prompt[0], int)
-        bos, encode = engine.tokenizer.get_bos_token_id(), engine.tokenizer.encode
-        prompts, first = list[Any](self.prompt if several else [self.prompt]), [] if bos is None else [bos]
-        return [first + encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+        return list(self.prompt) if several else [self.prompt]
 
 
 def read_body(data: bytes, kind: type[Parameters]) -> Any:
     """A request's JSON body as `kind`; raises ApiError for all that is not right in it."""
     try:
-        body = json.loads(data)
+        body = json.loads(data.decode("utf-8-sig"))
         if b"\\u" in data:  # half a surrogate pair is valid JSON, but no text
             body = json.loads(json.dumps(body, ensure_ascii=False).encode(errors="replace"))
     except (ValueError, RecursionError) as error:
@@ -210,24 +205,3 @@ def _refusal(error: ValidationError, kind: type[Parameters]) -> ApiError:
     same = [problem for problem in problems if problem["loc"][0] == name][:4]
     said = dict.fromkeys(f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in same)
     return ApiError(400, f"'{name}' is not right: {'; or '.join(said)}", name)
-
-
-def make_requests(
-    body: Any, engine: Engine, form: Format, messages: list[dict] | None, temperature: float, most: int | None
-) -> list[Request]:
-    """The engine's requests for `n` answers to `messages`, or for `n` continuations of each prompt of the body.
-
-    temperature: where none is given. most: tokens of an answer, None = any number. ApiError 400 for what does not fit.
-    """
-    settings = body.settings(engine.vocab_size, temperature)
-    most = min((limit for limit in (body.tokens_wanted(), most) if limit is not None), default=None)
-    try:
-        prompts = body.prompts(engine) if messages is None else [form.prompt(messages, engine.context, most)]
-        requests = [Request(each, most, sample=i, **settings) for each in prompts for i in range(body.n or 1)]
-        for request in requests:
-            engine.check(request)
-            plain = AnswerDecoder(engine.tokenizer, request.stop)  # what continues a text has no reasoning in it
-            request.decoder = plain if messages is None else form.decoder(request.tokens, request.stop)
-    except ValueError as error:
-        raise ApiError(400, str(error), "prompt" if messages is None else "messages") from error
-    return requests

@@ -136,7 +136,7 @@ class RowLoader:
             place = np.random.default_rng((self.seed, epoch)).permutation(len(self.shards))[place]
         return self.shards[place], (self.sequence_len + 1, self.seed, epoch)
 
-    def _load_plan(self, visit: int) -> tuple[TokenShard, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    def _load_plan(self, visit: int) -> tuple[TokenShard, tuple[np.ndarray, ...]]:
         shard, key = self._visit(visit)
         return shard, shard.plan(*key)
 

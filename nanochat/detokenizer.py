@@ -59,9 +59,8 @@ class StopFilter:
             self.stopped, self._held = True, ""
             return text[: min(found)[1]]
         longest = max((len(stop) for stop in self._stops), default=1) - 1
-        held = next(
-            (n for n in range(min(longest, len(text)), 0, -1) if any(s.startswith(text[-n:]) for s in self._stops)), 0
-        )
+        ends = (n for n in range(min(longest, len(text)), 0, -1) if any(s.startswith(text[-n:]) for s in self._stops))
+        held = next(ends, 0)
         self._held = text[len(text) - held :]
         return text[: len(text) - held]
 

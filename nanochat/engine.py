@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nanochat.conversation import drop_oldest_turns, render_for_completion, validate
 from nanochat.cuda_graph import Forward
 from nanochat.detokenizer import AnswerDecoder, ToolCall
 from nanochat.gpt import GPT
@@ -157,15 +156,6 @@ class Engine:
         for token in (min(request.tokens), max(request.tokens), *request.logit_bias):
             if not 0 <= token < self.vocab_size:
                 raise ValueError(f"token {token} is not in the vocabulary of {self.vocab_size}")
-
-    def chat_request(self, conversation: dict[str, Any], max_tokens: int | None = None, **settings: Any) -> Request:
-        """The request for a chat's next answer. The oldest turns are left out where the context is too short for
-        them and the answer, for which up to a quarter of it is kept free.
-        """
-        validate(conversation, allow_empty_reply=True)
-        room = self.context - min(max_tokens or self.context, self.context // 4)
-        messages = drop_oldest_turns(conversation["messages"], self.tokenizer, room)
-        return Request(render_for_completion({"messages": messages}, self.tokenizer), max_tokens, **settings)
 
     def add(self, request: Request) -> None:
         """Queue a request; raises ValueError when it can never run."""

@@ -45,14 +45,18 @@ class EngineLoop:
     def __init__(self, engine: Engine, metrics: ModelMetrics, most_open: int) -> None:
         self.engine, self.metrics, self.most_open = engine, metrics, most_open
         self.error: BaseException | None = None  # what killed the engine, if it is dead
-        self.draining = False
+        self.draining = self._closed = False
         self._wake = threading.Condition()
         self._commands: list[tuple[Callable[..., None], tuple]] = []
         self._tickets: dict[Request, _Ticket] = {}
         self._seconds_each = 1.0  # running mean of how long a request takes
-        self._closed = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
+
+    @property
+    def closed(self) -> bool:
+        """Whether the engine is dead, or the server ends."""
+        return self._closed or self.draining
 
     @property
     def n_open(self) -> int:
@@ -60,12 +64,10 @@ class EngineLoop:
         return len(self._tickets)
 
     def submit(self, requests: Sequence[Request]) -> "queue.SimpleQueue[Delivery]":
-        """Queue requests; the result brings their deliveries. Raises ApiError 400 when they are more than may ever be
-        open, 429 when too many are so now, 503 when the engine is dead or the server ends."""
-        if len(requests) > self.most_open:
-            raise ApiError(400, f"{len(requests)} answers at once: this server makes at most {self.most_open}", "n")
+        """Queue at most `most_open` requests; the result brings their deliveries. Raises ApiError 429 when too many are
+        open now, 503 when the engine is dead or the server ends."""
         with self._wake:
-            if self._closed or self.draining:
+            if self.closed:
                 why = "the server is shutting down" if self.error is None else "the engine has stopped: see the log"
                 raise ApiError(503, f"{why}; try again later", headers={"Retry-After": "5"})
             if self.n_open + len(requests) > self.most_open:

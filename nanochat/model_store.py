@@ -143,7 +143,7 @@ def remove(name: str) -> int:
 def info(folder: Path) -> dict[str, Any]:
     """What a model's folder holds, from its config and the headers of its files alone."""
     config, tensors = hf_load.read_config(folder), hf_load.stored_tensors(folder).values()
-    shape = hf_load.FAMILIES[config["model_type"]].CONFIG.from_json(config)
+    shape = hf_load.FAMILIES[config["model_type"]].config_type.from_json(config)
     sizes = {"F32": 4, "BF16": 2, "F16": 2, "U8": 1}
     packed = sum(torch.Size(t.shape).numel() for t in tensors if t.name.endswith("_blocks"))
     plain = sum(torch.Size(t.shape).numel() for t in tensors if t.dtype != "U8")

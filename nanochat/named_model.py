@@ -14,8 +14,8 @@ from nanochat.common import get_base_dir
 from nanochat.compute import pick_dtype
 from nanochat.engine import Engine
 from nanochat.preflight import free_memory
+from nanochat.records import STAGES
 
-STAGES = ("base", "mid", "sft", "rl")
 DEVICES = "lay an open-weights model over these, such as cuda:0,cuda:1; unset: over all GPUs if one is too small"
 
 
@@ -117,7 +117,7 @@ def find_all(
         raise ValueError(f"{need} and {there}: take smaller or fewer ones, or other --devices")
     for model, size in zip(models, sizes, strict=True):
         whole = model.own or len(here) == 1 or (not devices and size <= max(room))
-        pieces = [size] if whole else hf_parallel.layer_bytes(hf_load.skeleton(model.folder)[0], dtype)
+        pieces = [size] if whole else hf_parallel.layer_bytes(hf_load.skeleton(model.folder), dtype)
         places = hf_parallel.split_layers(pieces, room)
         for place, n in zip(places, pieces, strict=True):
             room[place] -= n

@@ -33,9 +33,11 @@ if TYPE_CHECKING:
     import flask
 
 log = logging.getLogger(__name__)
+Gone = Callable[[], bool]  # whether the client has left
 VARIABLE = "NANOCHAT_REPLICA"  # a replica's number, in its environment
 TRUST = {"trusted_proxy": "127.0.0.1", "trusted_proxy_headers": {"x-forwarded-for"}}  # a replica's server its front
 ENDED = 502, "the replica that was to answer has ended: ask again"
+PATIENCE = 3.0  # seconds that a replica has to answer what is asked of all: one that is frozen never does
 LONGEST_PAUSE = 60.0  # seconds before a replica that ends time and again is started once more
 TOGETHER = (("GET", "/metrics"), ("GET", "/stats"), ("POST", "/cache/invalidate"))  # asked of all
 
@@ -63,14 +65,14 @@ def end_with_front(models: Models) -> None:
 class Exchange(http.client.HTTPConnection):
     """A request at a replica and what comes back: one of those that are `open` until its `end`."""
 
-    def __init__(self, replica: int, port: int, gone: Callable[[], bool], open_: set["Exchange"]) -> None:
-        super().__init__("127.0.0.1", port)
+    def __init__(self, replica: int, port: int, gone: Gone, open_: set["Exchange"], patience: float | None) -> None:
+        super().__init__("127.0.0.1", port, timeout=patience)
         self.replica, self.gone, self.open, self.streams = replica, gone, open_, False
         open_.add(self)
 
     def ask(self, method: str, uri: str, body: bytes, headers: dict[str, str]) -> bool:
         """Have the request answered: `response` has status and header, `body` the rest unless it `streams`. False when
-        the replica is not there, and has begun nothing; ApiError 502 when it ends in the middle."""
+        the replica has begun nothing or takes longer than `patience`; ApiError 502 when it ends in the middle."""
         begun = False
         try:
             self.connect()
@@ -82,8 +84,9 @@ class Exchange(http.client.HTTPConnection):
         except (ValueError, http.client.InvalidURL) as error:
             raise ApiError(400, f"this cannot be passed on: {error}") from error
         except (OSError, http.client.HTTPException) as error:
-            if begun:
+            if begun and self.timeout is None:
                 raise ApiError(*ENDED) from error
+            begun = False
         finally:
             if not self.streams:
                 self.end()
@@ -184,9 +187,9 @@ class Replicas:
         for process in self.processes.values():
             process.wait()
 
-    def ask(self, session: str | None, gone: Callable[[], bool], *message: Any) -> Iterator[Exchange]:
+    def ask(self, session: str | None, gone: Gone, patience: float | None, *message: Any) -> Iterator[Exchange]:
         """The answers of one replica after the other, as long as the caller wants more: first of who has the fewest
-        open requests, or in an order of the session's own (rendezvous hashing)."""
+        open requests, or in an order of the session's own (rendezvous hashing). patience: seconds for each of them."""
 
         def rank(replica: int) -> Any:
             key = json.dumps([session, replica]).encode()
@@ -197,7 +200,7 @@ class Replicas:
             with self._lock:
                 busy = Counter(each.replica for each in list(self.open))
                 replica = min(left, key=rank)
-                exchange = Exchange(replica, left.pop(replica), gone, self.open)
+                exchange = Exchange(replica, left.pop(replica), gone, self.open, patience)
             if exchange.ask(*message):
                 yield exchange
 
@@ -212,13 +215,17 @@ def session_of(path: str, body: bytes) -> str | None:
         return None
 
 
-def together(path: str, bodies: dict[int, bytes]) -> Any:
-    """The answers of all replicas to one of TOGETHER as one: figures labelled by replica, or added up."""
+def together(path: str, bodies: dict[int, bytes], n: int) -> Any:
+    """The answers that came of n replicas to one of TOGETHER as one: figures labelled by replica, or added up."""
     if path == "/metrics":
         from prometheus_client import Metric, generate_latest
+        from prometheus_client.core import GaugeMetricFamily
         from prometheus_client.parser import text_string_to_metric_families
 
-        families: dict[str, Metric] = {}
+        up = GaugeMetricFamily("nanochat_replica_up", "Whether the replica has told its figures", labels=["replica"])
+        for index in range(n):
+            up.add_metric([str(index)], index in bodies)
+        families: dict[str, Metric] = {up.name: up}
         for index, body in bodies.items():
             for family in text_string_to_metric_families(body.decode()):
                 whole = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
@@ -229,7 +236,7 @@ def together(path: str, bodies: dict[int, bytes]) -> Any:
     if path == "/cache/invalidate":
         return {"responses": sum(part["responses"] for part in parts.values())}
     names = [*next(iter(parts.values()))["models"]]
-    models = {name: {str(index): part["models"].get(name) for index, part in parts.items()} for name in names}
+    models = {name: {str(i): parts[i]["models"].get(name) if i in parts else None for i in range(n)} for name in names}
     return {"uptime_seconds": max(part["uptime_seconds"] for part in parts.values()), "models": models}
 
 
@@ -257,13 +264,15 @@ def create_front(replicas: Replicas, max_body: int) -> "flask.Flask":
         message = request.method, request.environ["REQUEST_URI"], request.get_data(cache=False), headers
         gone = request.environ.get("waitress.client_disconnected", lambda: False)
         session, bodies, exchange = session_of(request.path, message[2]), {}, None
-        for exchange in replicas.ask(session, gone, *message):
+        for exchange in replicas.ask(session, gone, PATIENCE if what in TOGETHER else None, *message):
             if what in TOGETHER and exchange.response.status == 200:
                 bodies[exchange.replica] = exchange.body
             elif exchange.response.status not in ((503,) if session else (429, 503)):
                 break  # but one that ends, or is full and holds no session, has begun nothing: the next may have it
+        if bodies and request.method == "POST" and (missing := set(replicas.ports) - set(bodies)):
+            raise ApiError(503, f"replica {min(missing)} does not answer: ask again")  # it still knows what it knew
         if bodies:
-            return together(request.path, bodies)
+            return together(request.path, bodies, len(replicas.environments))
         if exchange is None:
             raise ApiError(503, f"{replicas.trouble or 'all ended'}: try again later", headers={"Retry-After": "5"})
         body = exchange.events() if exchange.streams else [exchange.body]

@@ -23,19 +23,17 @@ if TYPE_CHECKING:
 
 access_log = logging.getLogger("nanochat.access")
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-OPEN_TO_ALL = ("/health",)
 
 
 def read_api_keys(path: str | None) -> list[str]:
     """Keys of a file and of the environment. Raises ValueError for a file without any, and for keys that are guessed
     too soon."""
-    keys = [key.strip() for key in os.environ.get(KEYS_VARIABLE, "").split(",")]
+    keys = [key for each in os.environ.get(KEYS_VARIABLE, "").split(",") if (key := each.strip())]
     if path is not None:
         lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
         if not (listed := [line for line in lines if line and not line.startswith("#")]):
             raise ValueError(f"--api-keys {path}: there is no key in it; leave the flag out to serve without keys")
         keys += listed
-    keys = [key for key in keys if key]
     if any(len(key) < 8 for key in keys):
         raise ValueError("an API key has less than 8 characters: make longer ones")
     return keys
@@ -65,9 +63,8 @@ def bare_app(max_body: int) -> "flask.Flask":
 
     @app.errorhandler(HTTPException)
     def http_error(error: HTTPException) -> tuple[dict, int, dict]:
-        allow = error.get_response().headers.get("Allow")
-        body = ApiError(error.code or 500, error.description or error.name).body
-        return body, error.code or 500, {"Allow": allow} if allow else {}
+        allow = {name: value for name, value in error.get_response().headers.items() if name == "Allow"}
+        return api_error(ApiError(error.code or 500, error.description or error.name, headers=allow))
 
     return app
 
@@ -94,7 +91,7 @@ def _add_policy(app: "flask.Flask", models: Models, keys: list[str]) -> None:
     """What holds for all routes: keys, origins, request ids, the access log."""
     import flask
 
-    origins = {origin.strip() for origin in (models.config.cors_origin or "").split(",")} - {""}
+    origins = {origin.strip().rstrip("/") for origin in (models.config.cors_origin or "").split(",")} - {""}
 
     @app.before_request
     def begin() -> Any:
@@ -102,7 +99,7 @@ def _add_policy(app: "flask.Flask", models: Models, keys: list[str]) -> None:
         flask.g.started, flask.g.facts, flask.g.owner = time.monotonic(), {}, 0
         if request.method == "OPTIONS" and allowed_origin() and "Access-Control-Request-Method" in request.headers:
             return "", 204
-        if not keys or request.path in OPEN_TO_ALL:
+        if not keys or request.path == "/health":
             return None
         given = (request.authorization.token or request.authorization.password or "") if request.authorization else ""
         # all are compared, whichever fits: the time tells nothing
@@ -110,9 +107,8 @@ def _add_policy(app: "flask.Flask", models: Models, keys: list[str]) -> None:
         if not any(fits):
             # a browser asks its user for a name, which does not matter, and a password: the page works with keys, too
             ask = {"WWW-Authenticate": 'Basic realm="nanochat: the password is an API key"'}
-            raise ApiError(
-                401, "no valid API key: send 'Authorization: Bearer KEY'", code="invalid_api_key", headers=ask
-            )
+            message = "no valid API key: send 'Authorization: Bearer KEY'"
+            raise ApiError(401, message, code="invalid_api_key", headers=ask)
         flask.g.owner = fits.index(True)
         return None
 
@@ -128,7 +124,9 @@ def _add_policy(app: "flask.Flask", models: Models, keys: list[str]) -> None:
         if origin := allowed_origin():
             response.headers["Access-Control-Allow-Origin"] = origin
             response.headers["Access-Control-Allow-Methods"] = "GET, POST, DELETE"
-            response.headers["Access-Control-Allow-Headers"] = "Authorization, Content-Type, X-Request-Id"
+            # any, as OpenAI's own client in a page sends a dozen about itself
+            asked = flask.request.headers.get("Access-Control-Request-Headers", "Authorization, Content-Type")
+            response.headers["Access-Control-Allow-Headers"] = asked
             response.headers["Access-Control-Expose-Headers"] = "X-Request-Id, X-Cache, Retry-After"
         if response.status_code >= 400:
             models.metrics.refused.labels(str(response.status_code)).inc()
@@ -203,9 +201,8 @@ def _add_completions(app: "flask.Flask", models: Models) -> None:
         return flask.request.get_data(cache=False)
 
     def respond(completion: Completion, body: Any) -> flask.Response:
-        flask.g.facts |= {"stream": bool(body.stream), **({"user": body.user} if body.user else {})}
-        completion.facts = facts = flask.g.facts | completion.facts
-        flask.g.facts = facts
+        about = {"stream": bool(body.stream), **({"user": body.user} if body.user else {})}
+        flask.g.facts = completion.facts = about | completion.facts
         gone = flask.request.environ.get("waitress.client_disconnected", lambda: False)
         headers = {"X-Cache": "hit" if completion.cached else "miss"}
         deliveries = completion.deliveries(gone)

@@ -7,14 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from nanochat.answers import Answer, ChatForm, TextForm, usage_of
-from nanochat.api import ApiError, ChatRequest, CompletionRequest, make_requests
+from nanochat.api import ApiError, ChatRequest, CompletionRequest
 from nanochat.chat_format import Format
-from nanochat.cli import option
-from nanochat.detokenizer import content_of
+from nanochat.cli import option, require_positive
+from nanochat.conversation import Message
+from nanochat.detokenizer import AnswerDecoder, content_of
 from nanochat.engine import Engine, Request
 from nanochat.engine_loop import Delivery, EngineLoop, read_deliveries
 from nanochat.metrics import Metrics, ModelMetrics
-from nanochat.sessions import ResponseCache, Sessions
+from nanochat.sessions import Key, ResponseCache, Sessions
 
 KEYS_VARIABLE = "NANOCHAT_API_KEYS"
 
@@ -35,14 +36,22 @@ class ServerConfig:
     cache_mb: float = option(16.0, "memory of a model for answers that would come out the same again; 0: none kept")
     cache_seconds: float = option(600.0, "how long such an answer is kept")
 
+    def __post_init__(self) -> None:
+        """Raise ValueError for a flag with which no request could be answered."""
+        require_positive(
+            self, "max_batch", "max_tokens", "max_body", "max_sessions", "session_seconds", "cache_seconds"
+        )
+        require_positive(self, "temperature", "max_waiting", "cache_mb", zero=True)
+
 
 class Completion:
     """One HTTP request's answer on its way, from the engine or from the cache, and what is to be done at its end."""
 
     def __init__(self, service: "Service", answer: Answer, requests: Sequence[Request], key: str | None) -> None:
         self.service, self.answer, self.requests, self.key = service, answer, requests, key
-        self.cached = service.cache.get(key) if key else None
+        self.cached = service.cache.get(key) if key and not service.loop.closed else None
         self.on_end: Callable[[], None] = lambda: None
+        self.on_close: Callable[[], None] = lambda: None
         self.facts: dict[str, Any] = {"cached": self.cached is not None}  # for the access log
         self._deliveries: Any = None if self.cached else service.loop.submit(requests)
 
@@ -72,6 +81,7 @@ class Completion:
     def close(self) -> None:
         """Free the places of an answer that nobody waits for any more."""
         self.service.loop.cancel(self.requests)
+        self.on_close()
 
 
 class Service:
@@ -82,17 +92,15 @@ class Service:
         self.created = int(time.time())
         self.metrics = ModelMetrics(metrics, name, engine)
         self.loop = EngineLoop(engine, self.metrics, engine.max_batch + config.max_waiting)
-        self.context = engine.context
         # as much as Format.prompt leaves to a conversation, however long the answer may get
-        budget = self.context - self.context // 4
+        budget = engine.context - engine.context // 4
         self.sessions = Sessions(form, budget, config.max_sessions, config.session_seconds)
         self.cache = ResponseCache(int(config.cache_mb * 2**20), config.cache_seconds)
-        self.limits = config.temperature, config.max_tokens
 
     def describe(self) -> dict[str, Any]:
         """The model as /v1/models lists it."""
         own = {"id": self.name, "object": "model", "created": self.created, "owned_by": "nanochat"}
-        return {**own, "context_length": self.context}
+        return {**own, "context_length": self.engine.context}
 
     def _start(self, form: ChatForm, body: Any, requests: Sequence[Request], *known: Any) -> Completion:
         """known: what decides the answer besides the body, and whose it is."""
@@ -100,62 +108,73 @@ class Service:
         key = None
         if self.config.cache_mb and (body.seed is not None or requests[0].temperature == 0):
             asked = body.model_dump(exclude={"stream", "stream_options", "user", "session_id", "model"})
-            key = ResponseCache.key([form.prefix, asked, *known])
+            key = self.cache.key([form.prefix, asked, *known])
         with_logprobs = body.top_logprobs_wanted() is not None
         return Completion(self, Answer(form, head, len(requests), with_logprobs), requests, key)
 
+    def _requests(self, body: Any, messages: list[Message] | None = None) -> list[Request]:
+        """The engine's, for `n` answers to `messages`, or for `n` continuations of each prompt of the body."""
+        given: list[Any] = body.prompts() if messages is None else [messages]
+        if (count := len(given) * (body.n or 1)) > self.loop.most_open:  # said before much is made of them
+            raise ApiError(400, f"{count} answers at once: this server makes at most {self.loop.most_open}", "n")
+        engine, form, tokenizer = self.engine, self.form, self.engine.tokenizer
+        settings = body.settings(engine.vocab_size, self.config.temperature)
+        limits = body.tokens_wanted(), self.config.max_tokens
+        most = min((limit for limit in limits if limit is not None), default=None)
+        try:
+            if messages is not None:
+                prompts = [form.prompt(messages, engine.context, most)]
+            else:
+                first = [] if (bos := tokenizer.get_bos_token_id()) is None else [bos]
+                prompts = [first + tokenizer.encode(each) if isinstance(each, str) else each for each in given]
+            requests = [Request(each, most, sample=i, **settings) for each in prompts for i in range(body.n or 1)]
+            for request in requests:
+                engine.check(request)
+                plain = AnswerDecoder(tokenizer, request.stop)  # what continues a text has no reasoning in it
+                request.decoder = plain if messages is None else form.decoder(request.tokens, request.stop)
+        except ValueError as error:
+            raise ApiError(400, str(error), "prompt" if messages is None else "messages") from error
+        return requests
+
     def complete(self, body: CompletionRequest, owner: int) -> Completion:
         """Begin the answer to /v1/completions; raises ApiError."""
-        requests = make_requests(body, self.engine, self.form, None, *self.limits)
-        return self._start(TextForm(self.engine.tokenizer), body, requests, owner)
+        return self._start(TextForm(self.engine.tokenizer), body, self._requests(body), owner)
 
     def chat(self, body: ChatRequest, owner: int) -> Completion:
         """Begin the answer to /v1/chat/completions, in its session if it names one; raises ApiError."""
-        messages, dropped = [message.as_turn() for message in body.messages], 0
-        name = body.session_id
-        if name is not None:
-            try:
-                messages, dropped = self.sessions.begin(owner, name, messages)
-            except ValueError as error:
-                raise ApiError(400, str(error), "messages") from error
+        form, messages = ChatForm(self.engine.tokenizer), [message.as_turn() for message in body.messages]
+        if body.session_id is None:
+            return self._start(form, body, self._requests(body, messages), owner, messages)
+        key = owner, body.session_id
+        messages, dropped = self.sessions.begin(key, messages)
         try:
-            requests = make_requests(body, self.engine, self.form, messages, *self.limits)
-            completion = self._start(ChatForm(self.engine.tokenizer), body, requests, owner, messages)
+            completion = self._start(form, body, self._requests(body, messages), owner, messages)
         except BaseException:
-            if name is not None:
-                self.sessions.end(owner, name)
+            self.sessions.end(key)
             raise
-        if name is not None:
-            self._in_session(completion, owner, name, messages, dropped)
+        self._in_session(completion, key, messages, dropped)
         return completion
 
-    def _in_session(self, completion: Completion, owner: int, name: str, messages: list, dropped: int) -> None:
+    def _in_session(self, completion: Completion, key: Key, messages: list[Message], dropped: int) -> None:
         """Let the end of the answer write it into its session, and its failure leave the session as it was."""
-        answer, close, busy = completion.answer, completion.close, [True]
+        answer = completion.answer
 
         def end() -> None:
-            busy.clear()
-            reply = {"role": "assistant", "content": content_of(answer.events(0))}
-            whole = [*messages, reply]
+            completion.on_close = lambda: None  # the next answer may have begun by then
+            whole = [*messages, {"role": "assistant", "content": content_of(answer.events(0))}]
             turns = sum(message["role"] == "user" for message in whole)
-            account = {"id": name, "model": self.name, "turns": turns, "dropped_turns": dropped}
-            account |= {"tokens": answer.usage["total_tokens"], "context": self.context}
+            account = {"id": key[1], "model": self.name, "turns": turns, "dropped_turns": dropped}
+            account |= {"tokens": answer.usage["total_tokens"], "context": self.engine.context}
             account |= {"expires_in": self.config.session_seconds, **answer.usage["prompt_tokens_details"]}
-            self.sessions.end(owner, name, {**account, "messages": whole})
+            self.sessions.end(key, {**account, "messages": whole})
             answer.extra["session"] = account
 
-        def close_session() -> None:
-            close()
-            if busy:
-                self.sessions.end(owner, name)
-
-        completion.on_end = end
-        completion.close = close_session  # type: ignore[method-assign]  # as before, and the session is free again
+        completion.on_end, completion.on_close = end, lambda: self.sessions.end(key)
 
     def stats(self) -> dict[str, Any]:
         """The state of the model."""
         now = {"open_requests": self.loop.n_open, "sessions": len(self.sessions), "cached_responses": len(self.cache)}
-        return {"context": self.context, "max_batch": self.engine.max_batch, **now, **self.engine.stats()}
+        return {"context": self.engine.context, "max_batch": self.engine.max_batch, **now, **self.engine.stats()}
 
 
 class Models:
@@ -163,8 +182,7 @@ class Models:
     known before they are there: until `add` brings them, requests for them are told to come back."""
 
     def __init__(self, config: ServerConfig, names: Iterable[str] = ()) -> None:
-        self.config, self.metrics, self.started = config, Metrics(), time.time()
-        self.draining = False
+        self.config, self.metrics, self.started, self.draining = config, Metrics(), time.time(), False
         self._services: dict[str, Service | None] = dict.fromkeys(names)
 
     def add(self, name: str, engine: Engine, form: Format | None = None) -> None:
@@ -224,12 +242,14 @@ class Models:
             service.loop.close()
 
     def session(self, owner: int, name: str, forget: bool = False) -> dict[str, Any]:
-        """What a session holds, with whichever model it is, or its end; ApiError 404 when there is none (any more)."""
-        for service in self.ready:
-            if forget and service.sessions.forget(owner, name):
+        """What a session holds, the newest where several models have one of that name, or the end of them all;
+        ApiError 404 when there is none (any more)."""
+        key = owner, name
+        if forget:
+            if sum(service.sessions.forget(key) for service in self.ready):
                 return {"id": name, "deleted": True}
-            if not forget and (turn := service.sessions.get(owner, name)) is not None:
-                return turn
+        elif turns := [turn for service in self.ready if (turn := service.sessions.get(key))]:
+            return max(turns, key=lambda turn: turn["expires_in"])
         raise ApiError(404, f"there is no session {name!r} (any more)", "session_id", "session_not_found")
 
     def invalidate(self) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """A chat in the terminal, of several turns, with any model: what is typed, what is shown, commands."""
 
 import contextlib
+import os
 import signal
 import sys
 import time
@@ -65,10 +66,11 @@ class Chat:
         request = self.config.request(self.form, messages, self.engine.context)
         events: list[Event] = []
         first = None
-        for event in self._events(request):
-            first = first or time.monotonic()
-            self._show(event, events[-1] if events else "")
-            events.append(event)
+        for new in self._steps(request):
+            first = first or (time.monotonic() if request.output else None)
+            for event in new:
+                self._show(event, events[-1] if events else "")
+                events.append(event)
         if request.finish_reason == "abort":
             self.write(" [stopped]", True)
         self.write("\n", False)
@@ -77,8 +79,8 @@ class Chat:
         self.write(f"[{len(request.output)} tokens{speed}]\n", True)
         self.messages = [*messages, {"role": "assistant", "content": content_of(events)}]
 
-    def _events(self, request: Request) -> Iterator[Event]:
-        """The answer as it comes; a long prompt that is read in several steps shows how far that is.
+    def _steps(self, request: Request) -> Iterator[list[Event]]:
+        """The answer as each step brings it; a long prompt that is read in several shows how far that is.
 
         Ctrl-C is heard between two steps: one that is torn in the middle would spoil the engine for the next answer.
         """
@@ -95,10 +97,9 @@ class Chat:
                 elif reading:
                     reading = False
                     self.write("\r\x1b[K", False)
-                for update in updates:
-                    yield from update.events
+                yield [event for update in updates for event in update.events]
             if request.finish_reason is None:
-                yield from request.decoder.finish()
+                yield request.decoder.finish()
         finally:
             self.engine.abort(request)
             signal.signal(signal.SIGINT, before)
@@ -113,6 +114,7 @@ class Chat:
 
     def command(self, name: str, argument: str) -> None:
         """Do what `/name argument` says. Raises ValueError or OSError when that cannot be."""
+        path = Path(os.path.expanduser(argument))  # where there is no such user it stays as it is
         if name in ("reset", "clear"):
             self.messages = []
         elif name == "system":
@@ -127,10 +129,10 @@ class Chat:
             system = [{"role": "system", "content": self.config.system}] if self.config.system else []
             if not self.messages:
                 raise ValueError("nothing has been said yet")
-            atomic_write_json(Path(argument).expanduser(), {"messages": system + self.messages})
+            atomic_write_json(path, {"messages": system + self.messages})
             self._say(f"{len(self.messages)} messages saved to {argument}")
         elif name == "load" and argument:
-            conversation = read_json(Path(argument).expanduser())
+            conversation = read_json(path)
             validate(conversation, allow_empty_reply=True)
             first, *rest = conversation["messages"]
             has_system = first["role"] == "system" and isinstance(first["content"], str)
@@ -142,9 +144,8 @@ class Chat:
         elif name == "help":
             self._say(HELP)
         else:
-            raise ValueError(
-                f"/{name} needs a file" if name in ("save", "load") else f"unknown command /{name}. {HELP}"
-            )
+            what = f"/{name} needs a file" if name in ("save", "load") else f"unknown command /{name}. {HELP}"
+            raise ValueError(what)
 
     def _say(self, line: str) -> None:
         self.write(f"{line}\n", False)
@@ -188,6 +189,8 @@ def hold(name: str, config: Config, step: int | None = None, prompt: str | None 
     """Load a model by name (or ValueError); answer `prompt`, or hold a session on stdin. What is no answer is dim on a
     terminal, and on stderr where answers go elsewhere. With --tensor-parallel rank 0 talks, and the others follow."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # also where a shell started us with SIGINT ignored
+    for stream in (sys.stdin, sys.stdout):  # a character that cannot be read or shown does not end the conversation
+        stream.reconfigure(errors="replace")  # type: ignore[union-attr]
     compute = Compute.create(config.device_type)
     ranks, live = compute.world_size, compute.rank == 0 and sys.stdout.isatty()
     if config.tensor_parallel != (ranks > 1) or (config.devices and ranks > 1):

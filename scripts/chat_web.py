@@ -30,9 +30,7 @@ class Config(ServerConfig):
     stage: str = option("sft", "without --model: training stage of a model of your own", choices=named_model.STAGES)
     model_tag: str | None = option(None, "which model of that stage; unset: the newest")
     step: int | None = option(None, "which step; unset: the last")
-    replicas: int | None = option(
-        None, "so many servers, each with a GPU or its share of the cores, behind this address"
-    )
+    replicas: int | None = option(None, "servers, each with a GPU or its share of the cores, behind this address")
     int8: bool = option(False, "weights of a model of this project in 8 bits, on CPU")
     drain_seconds: float = option(30.0, "at SIGTERM, how long answers that were begun may take to end")
     access_log: bool = option(True, "a line of JSON on stderr for each request, without what was said")
@@ -74,6 +72,9 @@ def main() -> None:
     """Serve models until Ctrl-C, or until SIGTERM and the end of what was begun. The port is open while they load."""
     config = cli.parse(Config, description=__doc__)
     cli.require_positive(config, "replicas")
+    cli.require_positive(config, "port", "drain_seconds", zero=True)
+    if config.port > 65535:  # the system would take what is left of it
+        raise ValueError(f"--port {config.port}: must be 65535 at most")
     names = config.model or ("/".join(filter(None, (config.stage, config.model_tag))),)
     is_replica = replicas.VARIABLE in os.environ
     n, patience = 1 if is_replica else config.replicas or 1, config.drain_seconds
@@ -104,13 +105,16 @@ def main() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN if is_replica else signal.default_int_handler)
         threading.Thread(target=wait_and_end, daemon=True).start()
 
+    loader = threading.Thread(target=load, daemon=True)
     signal.signal(signal.SIGTERM, begin_to_end)
     # KeyboardInterrupt ends run(); also where it was ignored
     signal.signal(signal.SIGINT, signal.default_int_handler if n == 1 else begin_to_end)
     with contextlib.suppress(KeyboardInterrupt):  # before run() hears of it
-        threading.Thread(target=load, daemon=True).start()
+        loader.start()
         server.run()
     models.close()
+    if loader.is_alive():  # it may be deep inside torch, which a thread that is ended there takes the process with
+        os._exit(0)
     if failures:
         raise failures[0]
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import http.client
+import itertools
 import json
 import os
 import pty
@@ -22,6 +23,7 @@ from nanochat.chat_format import Format
 from nanochat.compute import Compute
 from nanochat.engine import Engine
 from nanochat.terminal import HELP, Chat, Config
+from scripts import chat_web
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -163,6 +165,33 @@ def new_chat(**options):
     ), written
 
 
+def test_bytes_that_are_no_text_do_not_end_a_session(base_dir):
+    argv, environment = command(base_dir, "chat_cli", "--max-tokens", "3")
+    environment["PYTHONIOENCODING"] = "utf-8:strict"  # as in most locales
+    result = subprocess.run(
+        argv, cwd=ROOT, env=environment, input=b"\xff\n/what\n", stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    assert result.returncode == 0 and b"unknown command /what" in result.stdout
+
+
+def test_the_speed_is_that_of_tokens(monkeypatch):
+    """From the first token on, however late its text can be shown: here, at the end."""
+    chat, asides = new_chat(max_tokens=9)
+    chat.write = lambda text, aside: asides.append(text)
+    chat.form.decoder = lambda tokens: types.SimpleNamespace(feed=lambda token: [], finish=lambda: ["all of it"])
+    clock, step = itertools.count(1), chat.engine.step
+    monkeypatch.setattr("nanochat.terminal.time.monotonic", lambda: steps[0])
+    steps = [0]
+
+    def tick():
+        steps[0] = next(clock)
+        return step()
+
+    chat.engine.step = tick
+    chat.ask("Hello")
+    assert "".join(asides) == "all of it\n[9 tokens, 1.0 tokens/s]\n"
+
+
 def test_history_is_kept_cleared_and_dropped():
     chat, written = new_chat(max_tokens=40)
     for _ in range(40):  # far past the context of 768 tokens
@@ -213,6 +242,9 @@ def test_wrong_commands_are_answered_and_change_nothing(tmp_path):
         chat.talk(iter([line, "/quit"]).__next__)
         assert words in "".join(written), line
     assert (chat.messages, chat.config) == ([], Config())
+    chat.ask("Hello")
+    chat.talk(iter(["/load ~nobody-of-that-name/x", "/quit"]).__next__)
+    assert "No such file" in written[-1] and len(chat.messages) == 2
     chat.talk(iter(["/system Be brief.", "/temp 1.5", "/system", "/quit"]).__next__)
     assert chat.config == Config(temperature=1.5)
 
@@ -233,6 +265,29 @@ def test_the_server_script_serves_and_ends_cleanly(base_dir, how):
     finally:
         process.kill()
         process.communicate()
+
+
+def test_the_server_ends_while_it_loads(base_dir):
+    """However deep inside torch that is: a thread that is ended there took the process with it, by SIGABRT."""
+    slow = "lambda *_: [torch.mm(a, a) for a in [torch.ones(700, 700)] for _ in range(10**6)]"
+    code = f"import torch; from nanochat import named_model as n; n.NamedModel.load = {slow}\n"
+    argv, environment = command(base_dir, "chat_web", "--port", "0")
+    argv[1:3] = ["-c", f"{code}from scripts.chat_web import main; main()"]
+    process = subprocess.Popen(argv, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    try:
+        process.stderr.readline()
+        time.sleep(2)
+        process.send_signal(signal.SIGTERM)
+        assert (process.wait(60), process.stderr.read()) == (0, "")
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_port_is_a_port(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["chat_web", "--port", "99999"])
+    with pytest.raises(ValueError, match="--port 99999"):  # the system would listen on 34463
+        chat_web.main()
 
 
 def post(address, body, timeout=60):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from random_model import random_model
 
+from nanochat.chat_format import Format
 from nanochat.engine import AnswerDecoder, Engine, Request, ToolCall
 from nanochat.kv_cache import Part
 from nanochat.tokenizer import Tokenizer
@@ -254,15 +255,17 @@ def test_a_chat_far_past_the_context_is_answered(tokenizer):
     for i in range(60):
         messages += [{"role": "user", "content": f"How many r are in {i}?"}, {"role": "assistant", "content": "Three."}]
     messages.append({"role": "user", "content": "And in this? 🎉"})
-    request = engine.chat_request({"messages": messages}, temperature=0.0)
+    form = Format(tokenizer)
+    request = Request(form.prompt(messages, engine.context), temperature=0.0)
     assert request.tokens[0] == tokenizer.get_bos_token_id() and len(request.tokens) <= 96
     assert tokenizer.decode(request.tokens).endswith("And in this? 🎉<|user_end|><|assistant_start|>")
     list(engine.stream(request))
     assert request.finish_reason in ("stop", "length")
-    long = engine.chat_request({"messages": [{"role": "user", "content": "strawberry " * 2000}]}, max_tokens=4)
+    question = [{"role": "user", "content": "strawberry " * 2000}]
+    long = Request(form.prompt(question, engine.context, 4), max_tokens=4)
     assert len(list(engine.stream(long))) <= 4
     with pytest.raises(ValueError):
-        engine.chat_request({"messages": [{"role": "system", "content": "only this"}]})
+        form.prompt([{"role": "system", "content": "only this"}], engine.context)
 
 
 # --- what a step brings ---

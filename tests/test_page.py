@@ -403,6 +403,59 @@ def test_a_server_that_has_gone(browser):
     context.close()
 
 
+def test_a_server_that_comes_back(browser):
+    """At the same address, with another model: what failed is asked again, of a model that is there."""
+    context = browser.new_context()
+    page = context.new_page()
+    with running_server() as (_, port):
+        page.goto(f"http://127.0.0.1:{port}/")
+        ask(page, "Hello", 1)
+    ask(page, "What is 37*48?", 2)
+    with running_server(model_name="other", port=port):
+        page.get_by_role("button", name="Regenerate").click()
+        page.get_by_text("there is no model 'tiny'").wait_for()
+        page.get_by_label("Model").get_by_text("other").wait_for(state="attached")
+        page.get_by_role("button", name="Regenerate").click()
+        assert finished(page, 2).locator(".text").inner_text().endswith("1776.")
+    context.close()
+
+
+def test_two_tabs_keep_each_others_chats(open_page, server):
+    first = open_page()
+    second = first.context.new_page()
+    second.goto(server[1])
+    for page, question in ((first, "Hello"), (second, "Who are you?"), (first, "What is 37*48?")):
+        page.get_by_role("button", name="New chat").click()
+        ask(page, question, 1)
+    kept = "JSON.parse(localStorage['nanochat.chats']).map(chat => chat.title)"
+    assert first.evaluate(kept) == ["What is 37*48?", "Who are you?", "Hello"]
+    second.get_by_role("button", name="Chats", exact=True).click()
+    second.get_by_role("button", name="What is 37*48?", exact=True).wait_for()
+
+
+def test_what_the_browser_kept_may_be_damaged(open_page):
+    """Chats that are whole are shown, whatever else is there."""
+    page = open_page()
+    for kept in (
+        "5",
+        "{",
+        '"x"',
+        "null",
+        '[null, 3, {"messages": 5}, {"messages": [null]}, {"messages": [{}]}, WHOLE]',
+    ):
+        whole = '{"title": "Whole", "messages": [{"role": "user", "parts": [{"type": "text", "text": "Hello"}]}, '
+        whole += '{"role": "assistant", "parts": [{"type": "text", "text": "Hi."}]}]}'
+        broken = '{"title": "Broken", "messages": [{"role": "user", "parts": [{"type": "text"}]}]}'
+        page.evaluate(
+            "([chats, settings]) => { localStorage['nanochat.chats'] = chats; localStorage['nanochat.open'] = 'true'; "
+            "localStorage['nanochat.settings'] = settings; }",
+            [kept.replace("WHOLE", f"{broken}, {whole}"), kept],
+        )
+        page.reload()
+        page.get_by_label("Model").get_by_text("tiny").wait_for(state="attached")
+        assert page.locator(".message").all_inner_texts()[:1] == (["Hello"] if "WHOLE" in kept else [])
+
+
 def test_the_page_works_with_keys(browser, monkeypatch):
     """The browser asks for a password, which is a key, and sends it along from then on."""
     monkeypatch.setenv("NANOCHAT_API_KEYS", "a-long-key")

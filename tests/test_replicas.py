@@ -438,6 +438,26 @@ def gone(pid):
     return True
 
 
+def test_a_replica_is_frozen(real):
+    """What is asked of all takes no longer than their patience, and says who is missing; then all is as before."""
+    _, port, lines = real
+    victim = pids(lines)[0]
+    number = lines[0].split()[1]
+    up = [f'nanochat_replica_up{{replica="{i}"}}' for i in "01"]
+    os.kill(victim, signal.SIGSTOP)
+    try:
+        seen = figures(port)
+        assert [seen[name] for name in up] == [float(i != number) for i in "01"]
+        assert stats(port)[number] is None
+        assert not any(f'replica="{number}"' in name for name in set(seen) - set(up))
+        status, _, body = ask(port, "POST", "/cache/invalidate", headers=KEY)
+        assert status == 503 and f"replica {number} does not answer" in json.loads(body)["error"]["message"]
+    finally:
+        os.kill(victim, signal.SIGCONT)
+    assert wait_for(lambda: all(figures(port)[name] == 1 for name in up)) and stats(port)[number]["context"] == 768
+    assert ask(port, "POST", "/cache/invalidate", headers=KEY)[0] == 200
+
+
 def test_a_replica_is_killed(real):
     """What it made is told so, the other answers, /health is ok, and another takes its place."""
     process, port, lines = real

@@ -10,10 +10,13 @@ import threading
 import time
 
 import pytest
-from tiny_chat import ANSWERS, running_server, text_of
+from tiny_chat import ANSWERS, running_server, text_of, tiny_chat
 
+from nanochat.api import ApiError, ChatRequest, CompletionRequest, read_body
 from nanochat.conversation import render_for_completion
+from nanochat.engine import Engine
 from nanochat.server import read_api_keys
+from nanochat.service import ServerConfig
 
 
 @pytest.fixture(scope="module")
@@ -235,6 +238,8 @@ def test_other_refusals_have_the_same_shape(server):
         (400, request(port, "POST", path, b"{not json")),
         (400, request(port, "POST", path, b"\xff\xfe")),
         (400, request(port, "POST", path, b"[" * 500_000)),
+        (400, request(port, "POST", path, b'{"\xed\xa0\x80": 1}')),  # half a surrogate pair, not UTF-8
+        (400, request(port, "POST", path, json.dumps(body).encode("utf-16"))),
         (400, request(port, "POST", path, b'{"seed": ' + b"9" * 10_000 + b"}")),
         (415, request(port, "POST", path, b"a=b", {"Content-Type": "text/plain"})),
         (413, request(port, "POST", path, {"messages": [{"role": "user", "content": "x" * (2 << 20)}]})),
@@ -244,6 +249,18 @@ def test_other_refusals_have_the_same_shape(server):
         assert set(error) == {"message", "type", "param", "code"} and error["message"]
         assert status != 405 or "Allow" in answer[1]
     assert chat(port, "Hello")[0] == 200
+
+
+def test_a_body_of_mistakes_costs_little(server, monkeypatch):
+    """Half a million of them, or of prompts, come in one body: the first is told, and nothing is made of the others."""
+    engine, port = server
+    for kind, body in [(ChatRequest, {"messages": [1] * 9999}), (CompletionRequest, {"prompt": [True] * 9999})]:
+        with pytest.raises(ApiError) as caught:
+            read_body(json.dumps(body).encode(), kind)
+        assert caught.value.__cause__.error_count() < 5
+    monkeypatch.setattr(engine.tokenizer, "encode", lambda text: pytest.fail("a prompt was read"))
+    status, _, data = request(port, "POST", "/v1/completions", {"prompt": ["x"] * 9999})
+    assert status == 400 and "9999 answers at once" in json.loads(data)["error"]["message"]
 
 
 def test_strange_text_is_answered(server):
@@ -427,6 +444,49 @@ def test_a_session_survives_what_goes_wrong(server):
     assert chat(port, "Hello", session_id="s3")[1]["session"]["turns"] == 2
 
 
+@contextlib.contextmanager
+def answering(engine, port, **options):
+    """While a question is answered, from its first step on; the list has the status and the reply afterwards."""
+    reply, lines = [], {"max_tokens": 4, **options}
+    with held(engine):
+        thread = threading.Thread(target=lambda: reply.extend(chat(port, "Hello", **lines)))
+        thread.start()
+        while not engine.busy:
+            time.sleep(0.01)
+        yield reply
+        engine.release.set()
+        thread.join()
+
+
+def test_what_is_deleted_while_it_answers_stays_deleted(server):
+    """A session with its answer on the way, its first as well as a later one; and kept answers."""
+    engine, port = server
+    for turns in range(2):
+        for _ in range(turns):
+            chat(port, "Hello", session_id="d")
+        with answering(engine, port, session_id="d") as reply:
+            assert request(port, "DELETE", "/v1/sessions/d")[0] == 200
+        assert reply[0] == 200 and reply[1]["session"]["turns"] == turns + 1
+        assert request(port, "GET", "/v1/sessions/d")[0] == 404
+    assert chat(port, "Hello", session_id="d")[1]["session"]["turns"] == 1
+    body = {"messages": HELLO, "seed": 77, "max_tokens": 4}
+    with answering(engine, port, seed=77):
+        request(port, "POST", "/cache/invalidate")
+    caches = [request(port, "POST", "/v1/chat/completions", body)[1]["X-Cache"] for _ in range(2)]
+    assert caches == ["miss", "hit"]
+
+
+def test_a_session_of_two_models():
+    """Each has its own; the newest is shown, and all are deleted together."""
+    other = Engine(*tiny_chat(), max_batch=1), None
+    with running_server(more={"other": other}) as (_, port):
+        for model in ("tiny", "other", "other"):
+            assert chat(port, "Hello", model=model, session_id="s", max_tokens=2)[0] == 200
+            time.sleep(0.15)  # times are told in tenths of a second
+        assert json.loads(request(port, "GET", "/v1/sessions/s")[2])["model"] == "other"
+        assert [request(port, "DELETE", "/v1/sessions/s")[0] for _ in range(2)] == [200, 404]
+
+
 def test_sessions_end_by_time_and_number():
     def kept(port):
         return [request(port, "GET", f"/v1/sessions/{name}")[0] == 200 for name in "abc"]
@@ -476,6 +536,14 @@ def test_answers_are_kept_while_they_are_the_same():
         assert [cached("Tell me a story")[0] for _ in range(2)] == [False, False]  # larger than all of the cache
     with running_server(cache_mb=0) as (_, port):
         assert [cached("Hello", max_tokens=4)[0] for _ in range(2)] == [False, False]
+
+
+def test_who_ends_answers_nothing_not_even_from_memory():
+    with running_server() as (engine, port):
+        assert [chat(port, "Hello", max_tokens=2)[0] for _ in range(2)] == [200, 200]
+        with answering(engine, port):
+            engine.step = lambda: 1 / 0
+        assert [chat(port, "Hello", max_tokens=2)[0] for _ in range(2)] == [503, 503]
 
 
 def test_a_full_queue_says_when_to_come_back():
@@ -554,10 +622,13 @@ def test_other_origins_are_let_in_only_when_asked(server):
     for method in ("GET", "OPTIONS"):
         headers = request(port, method, "/v1/models", headers=here)[1]
         assert not any(name.startswith("Access-Control") for name in headers)
-    with running_server(cors_origin="https://a.example, https://b.example") as (_, port):
-        status, headers, _ = request(port, "OPTIONS", "/v1/chat/completions", headers=here)
+    with running_server(cors_origin="https://a.example, https://b.example/") as (_, port):
+        asked = {"Access-Control-Request-Headers": "authorization,content-type,x-stainless-lang"}  # as openai-node does
+        status, headers, _ = request(port, "OPTIONS", "/v1/chat/completions", headers={**here, **asked})
         assert status == 204 and headers["Access-Control-Allow-Origin"] == "https://a.example"
-        assert "Authorization" in headers["Access-Control-Allow-Headers"]
+        assert headers["Access-Control-Allow-Headers"] == asked["Access-Control-Request-Headers"]
+        status, headers, _ = request(port, "OPTIONS", "/", headers={**here, "Origin": "https://b.example"})
+        assert status == 204 and "Authorization" in headers["Access-Control-Allow-Headers"]
         assert request(port, "GET", "/v1/models", headers=here)[1]["Access-Control-Allow-Origin"] == "https://a.example"
         other = request(port, "GET", "/v1/models", headers={"Origin": "https://c.example"})[1]
         assert "Access-Control-Allow-Origin" not in other and "Origin" in other["Vary"]
@@ -619,6 +690,19 @@ def test_a_limit_on_every_answer():
         for options in ({}, {"max_tokens": 100}):
             assert chat(port, "Hello", **options)[1]["usage"]["completion_tokens"] == 4
         assert chat(port, "Hello", max_tokens=2)[1]["usage"]["completion_tokens"] == 2
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        *[(name, 0) for name in ("max_batch", "max_tokens", "max_body", "max_sessions", "session_seconds")],
+        *[(name, -1) for name in ("cache_seconds", "max_waiting", "cache_mb")],
+        ("temperature", float("nan")),
+    ],
+)
+def test_flags_with_which_nothing_could_be_answered(flag, value):
+    with pytest.raises(ValueError, match=f"--{flag.replace('_', '-')} {value}"):
+        ServerConfig(**{flag: value})
 
 
 GARBAGE = [

@@ -73,16 +73,17 @@ def tiny_chat() -> tuple[GPT, Tokenizer]:
 
 @contextlib.contextmanager
 def running_server(
-    max_batch: int = 8, model_name: str = "tiny", more: dict[str, Any] | None = None, **options: Any
+    max_batch: int = 8, model_name: str = "tiny", more: dict[str, Any] | None = None, port: int = 0, **options: Any
 ) -> Iterator[tuple[Engine, int]]:
-    """(engine, port) of a real server of the tiny model on a free port, stopped at the end; options of ServerConfig.
+    """(engine, port) of a real server of the tiny model, on a free port unless one is given, stopped at the end;
+    options of ServerConfig.
 
     more: engines and formats of other models, by name.
     """
     app = create_app(Engine(*tiny_chat(), max_batch=max_batch), model_name, ServerConfig(**options))
     for name, (engine, form) in (more or {}).items():
         app.extensions["models"].add(name, engine, form)
-    server = make_server(app, "127.0.0.1", 0)
+    server = make_server(app, "127.0.0.1", port)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     try:
