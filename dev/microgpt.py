@@ -15,6 +15,7 @@ import random
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from operator import mul
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +77,10 @@ class Value:
         return Value(max(self.data, 0.0), (self,), (float(self.data > 0),))
 
     def backward(self) -> None:
-        """Add d(self)/d(x) to `x.grad` for every x this number was made from: the chain rule, from the end backwards.
+        """The chain rule, from the end backwards: d(self)/d(x) as `x.grad` of every x that this number was made from.
 
-        A number passes its gradient on when all that was made from it has added its part: in reverse order of making.
+        Inputs that were made from nothing, such as weights, add up what several calls bring. A number passes its
+        gradient on when all that was made from it has added its part: in reverse order of making.
         """
         order, seen, stack = [], set(), [(self, False)]
         while stack:
@@ -87,6 +89,8 @@ class Value:
                 order.append(node)
             elif node not in seen:
                 seen.add(node)
+                if node.inputs:
+                    node.grad = 0.0
                 stack.append((node, True))
                 stack.extend((x, False) for x in node.inputs if x.inputs and x not in seen)
         self.grad += 1.0
@@ -101,9 +105,9 @@ Matrix = list[Vector]
 
 
 def dot(a: Sequence[Value], b: Sequence[Value]) -> Value:
-    """The sum of products, as one number of many inputs: a hundred times fewer objects than sums of pairs."""
+    """The sum of products, as one number of many inputs instead of two numbers for each pair."""
     xs, ys = tuple(x.data for x in a), tuple(y.data for y in b)
-    return Value(sum(map(float.__mul__, xs, ys)), (*a, *b), (*ys, *xs))
+    return Value(sum(map(mul, xs, ys)), (*a, *b), (*ys, *xs))
 
 
 # --- the model -------------------------------------------------------------------------------------------------------
@@ -155,11 +159,18 @@ def rotate(x: Vector, position: int, base: float = 100_000.0) -> Vector:
 
 
 def softmax(scores: Vector) -> Vector:
-    """Positive shares that add up to 1."""
-    greatest = max(score.data for score in scores)
+    """Positive shares that add up to 1, in proportion to e^score."""
+    greatest = max(score.data for score in scores)  # taken off all, it changes no share and keeps e^score finite
     powers = [(score - greatest).exp() for score in scores]
     inverse = sum(powers[1:], powers[0]) ** -1
     return [power * inverse for power in powers]
+
+
+def cross_entropy(logits: Vector, target: int) -> Value:
+    """-ln softmax(logits)[target] = ln Σ e^z - z_target, in nats, and finite where the share itself rounds to 0."""
+    greatest = max(z.data for z in logits)
+    powers = [(z - greatest).exp() for z in logits]
+    return sum(powers[1:], powers[0]).log() + greatest - logits[target]
 
 
 class ScalarGPT:
@@ -208,10 +219,8 @@ class ScalarGPT:
 
     def loss(self, windows: Sequence[Sequence[int]]) -> Value:
         """Mean negative log-likelihood in nats of each token after the first of its window."""
-        losses = []
-        for window in windows:
-            for logits, target in zip(self(window[:-1]), window[1:]):
-                losses.append(-softmax(logits)[target].log())
+        pairs = [pair for window in windows for pair in zip(self(window[:-1]), window[1:])]
+        losses = [cross_entropy(logits, target) for logits, target in pairs]
         return sum(losses[1:], losses[0]) * (1 / len(losses))
 
 
@@ -234,15 +243,11 @@ class SGD:
 class AdamW:
     """Steps of about `lr` whatever the gradient's size, and weights that shrink by themselves (arXiv 1711.05101)."""
 
-    def __init__(
-        self,
-        parameters: list[Value],
-        betas: tuple[float, float] = (0.9, 0.95),
-        eps: float = 1e-8,
-        weight_decay: float = 0.01,
-    ) -> None:
-        self.parameters, self.betas, self.eps, self.weight_decay = parameters, betas, eps, weight_decay
-        self.means, self.squares, self.steps = [0.0] * len(parameters), [0.0] * len(parameters), 0
+    betas, eps, weight_decay = (0.9, 0.95), 1e-8, 0.01
+
+    def __init__(self, parameters: list[Value]) -> None:
+        self.parameters, self.steps = parameters, 0
+        self.means, self.squares = [0.0] * len(parameters), [0.0] * len(parameters)
 
     def step(self, lr: float) -> None:
         """Update every parameter and forget its gradient."""
@@ -266,7 +271,7 @@ def schedule(step: int, steps: int, warmup: int, warmdown: float) -> float:
 class Train:
     """Flags of training."""
 
-    text: str | None = cli.option(None, "file to learn from; unset: sentences of the built-in world")
+    text: str | None = cli.option(None, "file to learn from, in UTF-8; unset: sentences of the built-in world")
     characters: int = cli.option(3000, "characters of it; the last tenth is held out")
     steps: int = cli.option(200, "training steps")
     batch: int = cli.option(4, "windows a step")
@@ -284,9 +289,9 @@ class Train:
     out: str | None = cli.option(None, "folder for the results; unset: microgpt in the base directory")
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "context", "layers", "heads", "width", "eval_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
+        sizes = ("characters", "steps", "batch", "context", "layers", "heads", "width", "eval_every")
+        cli.require_positive(self, *sizes, "lr")
+        cli.require_positive(self, "warmup", "warmdown", zero=True)
         if self.width % (2 * self.heads):
             raise ValueError(f"--width {self.width}: must be a multiple of {2 * self.heads}, twice --heads")
 
@@ -294,7 +299,7 @@ class Train:
 def read_text(config: Train) -> str:
     """The characters to learn from: of a file, or facts of the built-in world."""
     if config.text is not None:
-        text = Path(config.text).read_text(encoding="utf-8")
+        text = Path(config.text).read_text(encoding="utf-8", errors="replace")
     else:
         sentences = [fact.sentence for fact in facts_on("chat")]
         random.Random(config.seed).shuffle(sentences)
@@ -316,17 +321,13 @@ def train(config: Train, show: bool = True) -> tuple[list[dict[str, float]], Any
     shape = Shape(len(alphabet), T, config.layers, config.heads, config.width)
     weights = starting_weights(shape, config.seed)
     if config.tensor:
-        import torch
-
         from dev.microgpt_tensor import TensorAdamW, TensorGPT, TensorSGD
 
-        torch.set_num_threads(1)  # on tensors as small as these, threads wait longer than they work
         model = TensorGPT(shape, weights)
         optimizer = {"adamw": TensorAdamW, "sgd": TensorSGD}[config.optimizer](model.parameters())
     else:
         model = ScalarGPT(shape, weights)
         optimizer = {"adamw": AdamW, "sgd": SGD}[config.optimizer](model.parameters())
-    gc.disable()  # a step's numbers form no cycles, and looking for cycles among them takes half the time
     lr = config.lr or {"adamw": 0.02, "sgd": 0.5}[config.optimizer]
     rng, rows = random.Random(config.seed), []
     for step in range(config.steps):
@@ -367,8 +368,9 @@ class Sample:
     out: str | None = cli.option(None, "folder of the results; unset: microgpt in the base directory")
 
     def __post_init__(self) -> None:
-        if not self.prompt or self.length < 0 or self.temperature < 0:
-            raise ValueError("--prompt must have a character; --length and --temperature must be at least 0")
+        cli.require_positive(self, "length", "temperature", zero=True)
+        if not self.prompt:
+            raise ValueError("--prompt: give it a character to go on from")
 
 
 def save_figure(rows: Sequence[dict[str, float]], path: Path) -> None:
@@ -388,6 +390,11 @@ def save_figure(rows: Sequence[dict[str, float]], path: Path) -> None:
 
 def train_command(config: Train) -> None:
     """Train, and write weights, losses and figure."""
+    gc.disable()  # a step's numbers form no cycles, and looking for cycles among them takes half the time
+    if config.tensor:
+        import torch
+
+        torch.set_num_threads(1)  # on tensors as small as these, threads wait longer than they work
     rows, model, alphabet = train(config)
     folder = Path(config.out) if config.out else get_base_dir() / "microgpt"
     saved = {"shape": asdict(model.shape), "alphabet": alphabet, "weights": model.plain_weights()}

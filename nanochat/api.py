@@ -99,7 +99,7 @@ class Parameters(Strict):
     user: Annotated[str, Field(max_length=256)] | None = Field(None, description="Noted in the access log.")
 
     def check(self) -> None:
-        """What types cannot say."""
+        """What types cannot say: raises ApiError 400, which names the parameter."""
         if self.stream_options is not None and not self.stream:
             raise ApiError(400, "'stream_options' needs 'stream': true", "stream_options")
 
@@ -112,7 +112,7 @@ class Parameters(Strict):
         raise NotImplementedError
 
     def settings(self, vocab_size: int, temperature: float) -> dict[str, Any]:
-        """Arguments of an engine's Request. temperature: where the request gives none."""
+        """Arguments of an engine's Request. temperature: where it gives none. ApiError 400 for unknown tokens."""
         bias = {int(token): value for token, value in (self.logit_bias or {}).items()}
         if wrong := [token for token in bias if token >= vocab_size]:
             raise ApiError(400, f"'logit_bias': there is no token {wrong[0]}, only {vocab_size}", "logit_bias")

@@ -102,7 +102,7 @@ def evaluate_task(
     compute: Compute | None = None,
     progress: Callable[[Sequence[Any]], Iterable[Any]] = iter,
 ) -> dict[str, Any]:
-    """Ask the model every problem of a task (the first `max_problems`) and count the right answers.
+    """Ask the model every problem of a task (the first `max_problems`), count the right; ValueError for none.
 
     task: a `tasks.common.Task`; a categorical one needs no engine, and ignores the settings of sampling. A prompt too
     long for the context loses its beginning. Ranks share batches that do not depend on their number, and return the

@@ -121,7 +121,7 @@ class Harmony(Format):
 
     def render(self, messages: Sequence[Message], reasoning: str = "medium", date: str | None = None) -> list[int]:
         """Ids of the conversation, up to the assistant's next turn. What an API calls the system message goes to the
-        developer; earlier reasoning is left out. reasoning: low | medium | high. date: YYYY-MM-DD, unset: today."""
+        developer; old reasoning is left out. reasoning: low, medium, high, or ValueError. date: YYYY-MM-DD or today."""
         validate({"messages": messages}, allow_empty_reply=True)
         if reasoning not in ("low", "medium", "high"):
             raise ValueError(f"reasoning {reasoning!r}: choose low, medium or high")

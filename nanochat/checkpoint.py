@@ -22,7 +22,7 @@ from nanochat.common import atomic_write_json, fsync_dir, get_base_dir, print0, 
 from nanochat.compute import Compute, pick_dtype
 from nanochat.gpt import GPT, GPTConfig, Linear
 from nanochat.optim import MuonAdamW
-from nanochat.tokenizer import Tokenizer, load_tokenizer
+from nanochat.tokenizer import FILE_NAME, Tokenizer, kept_name, load_tokenizer
 
 _STEP = re.compile(r"step_(\d{6,})")
 
@@ -202,8 +202,9 @@ def check_tokenizer(meta: dict[str, Any], tokenizer: Tokenizer) -> None:
     """Raise ValueError unless the model was trained with this very tokenizer."""
     if meta["tokenizer_hash"] != tokenizer.hash:
         raise ValueError(
-            f"checkpoint {meta['stage']}/{meta['tag']} was trained with tokenizer {meta['tokenizer_hash'][:12]}, but "
-            f"{get_base_dir() / 'tokenizer'} holds {tokenizer.hash[:12]}: put the old one back, or train again"
+            f"checkpoint {meta['stage']}/{meta['tag']} was trained with tokenizer {meta['tokenizer_hash'][:12]}, not "
+            f"{tokenizer.hash[:12]}: put {get_base_dir() / 'tokenizer' / kept_name(meta['tokenizer_hash'])} back as "
+            f"{FILE_NAME}, or train again"
         )
 
 
@@ -220,13 +221,13 @@ def load_model(
     train: keep embeddings in the training precision, cut as `build` does; otherwise the model is in eval mode. Raises
     ValueError, with the remedy, when something is missing, damaged, or belongs to another tokenizer.
     """
-    tokenizer = load_tokenizer()
     tag = tag or find_tag(stage)
     if step is None:
         if not list_steps(stage, tag):
             raise ValueError(f"no checkpoint in {checkpoint_dir(stage, tag)}: check --model-tag, or train it first")
         step = newest_whole(stage, tag)
     meta = read_meta(stage, tag, step)
+    tokenizer = load_tokenizer(meta["tokenizer_hash"])
     check_tokenizer(meta, tokenizer)
     model = build(GPTConfig.from_dict(meta["model_config"]), torch.device(device), train, shard)
     load_state(stage, tag, step, model)

@@ -35,11 +35,6 @@ def _value_type(annotation: Any) -> type:
     return typing.get_origin(annotation) or annotation
 
 
-def _words(annotation: Any) -> tuple[str, ...]:
-    """`int | Literal["auto"] | None` -> ("auto",): values that are taken as they are."""
-    return tuple(word for part in typing.get_args(annotation) for word in typing.get_args(part))
-
-
 class Parser(argparse.ArgumentParser):
     """An argument parser that ends with status 2 and one line on stderr."""
 
@@ -61,7 +56,8 @@ def build_parser(config: type, description: str | None = None) -> argparse.Argum
         elif kind is tuple:
             parser.add_argument(*names, dest=field.name, help=text, action="append")
         else:
-            words = _words(hints[field.name])
+            # values that are taken as they are: ("auto",) of `int | Literal["auto"] | None`
+            words = tuple(word for part in typing.get_args(hints[field.name]) for word in typing.get_args(part))
 
             def read(text: str, kind: type = kind, words: tuple[str, ...] = words) -> Any:
                 return text if text in words else kind(text)

@@ -1,9 +1,11 @@
 """Small things every stage needs: where files go, how they are written, and how runs are recorded."""
 
+import functools
 import hashlib
 import json
 import os
 import platform
+import re
 import subprocess
 import time
 from importlib import metadata
@@ -60,6 +62,18 @@ def read_json(path: Path | str) -> Any:
         raise ValueError(f"{path} is not valid JSON ({error}): delete it and make it again") from error
 
 
+def read_sections(path: Path) -> dict[str, str]:
+    """The parts of a text file by their headings, `=== HEADING`; what stands before the first belongs to none."""
+    _, *parts = re.split(r"^=== (.+)\n", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {heading: text.removesuffix("\n") for heading, text in zip(parts[::2], parts[1::2])}
+
+
+@functools.cache
+def read_lists(path: Path) -> dict[str, list[str]]:
+    """`read_sections` as lists of lines, without empty ones at their ends."""
+    return {heading: text.strip().split("\n") for heading, text in read_sections(path).items()}
+
+
 def sha256_file(path: Path | str) -> str:
     """Hex SHA-256 of a file's bytes."""
     with open(path, "rb") as f:
@@ -78,15 +92,18 @@ def git_commit() -> str:
         return "unknown"
 
 
+def read_if_there(path: Path | str) -> str:
+    """The text of a file; nothing where there is none or it may not be read, as in /proc on another system."""
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
+
+
 def processor_name() -> str:
     """The processor as the operating system names it."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+    found = re.search(r"^model name.*?:(.*)", read_if_there("/proc/cpuinfo"), re.MULTILINE)
+    return found[1].strip() if found else platform.processor() or platform.machine()
 
 
 def provenance() -> dict[str, Any]:

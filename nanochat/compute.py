@@ -6,11 +6,12 @@ import platform
 import re
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from nanochat.common import read_if_there
 
 # Dense bf16 tensor-core peaks in FLOP/s, from the vendors' data sheets.
 # The first name found as whole words in the device's own name wins, so longer names stand before their prefixes.
@@ -30,10 +31,7 @@ def peak_flops(device_name: str) -> float | None:
 
 def cpu_has_bf16() -> bool:
     """Whether this processor multiplies bf16 matrices in hardware (AVX512-BF16, AMX, or Arm BF16)."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
+    flags = read_if_there("/proc/cpuinfo")
     return any(f" {name}" in flags for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
@@ -43,7 +41,7 @@ def usable_cores() -> int:
 
 
 def pick_dtype(device: torch.device) -> torch.dtype:
-    """The compute dtype: `$NANOCHAT_DTYPE`, else bf16 where the hardware multiplies it, else fp32."""
+    """The dtype of `$NANOCHAT_DTYPE` (ValueError for others), else bf16 where the hardware multiplies it, else fp32."""
     asked = os.environ.get("NANOCHAT_DTYPE")
     if asked:
         if asked not in _DTYPES:

@@ -113,7 +113,7 @@ def evaluate_core(
 ) -> dict[str, Any]:
     """The CORE metric of any `model(idx_BT) -> logits_BTV` on the tasks of a bundle.
 
-    max_per_task: rows kept of each task; None keeps all, which a number to publish needs.
+    max_per_task: rows kept of each task, ValueError below 1; None keeps all, as a number to publish needs.
     log: called with one line a task, and one for its bad rows. progress: wraps a task's batches, as tqdm does.
     Returns core_metric (None when no task ran) and core_stderr, results and centered_results (accuracy by task),
     details (`evaluate_core_task` by task, with `bad_rows`, the number left out) and skipped (why, by task).

@@ -23,7 +23,7 @@ class RowLoader:
     """Steps of `rows_per_step` rows over all ranks, each row `sequence_len` inputs and their targets.
 
     A step is given as micro-batches of `device_batch_rows` rows for this rank. Epoch 0 takes the shards in their
-    order, later epochs in others; each epoch packs and orders the rows of a shard anew. The rows never end.
+    order, later ones in others; each packs and orders a shard's rows anew. They never end; ValueError for misfits.
     """
 
     def __init__(
@@ -136,7 +136,7 @@ class RowLoader:
             place = np.random.default_rng((self.seed, epoch)).permutation(len(self.shards))[place]
         return self.shards[place], (self.sequence_len + 1, self.seed, epoch)
 
-    def _load_plan(self, visit: int) -> tuple[TokenShard, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    def _load_plan(self, visit: int) -> tuple[TokenShard, tuple[np.ndarray, ...]]:
         shard, key = self._visit(visit)
         return shard, shard.plan(*key)
 

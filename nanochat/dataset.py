@@ -146,7 +146,7 @@ def _existing(folder: Path) -> Manifest | None:
 def _prepare_builtin(folder: Path, n: int, seed: int) -> Manifest:
     from nanochat import world
 
-    sources = [Path(world.__file__).with_name(f"{name}.py") for name in ("world", "world_facts", "world_phrases")]
+    sources = sorted(Path(world.__file__).parent.glob("world*"))
     code = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
     recipe = {"seed": seed, "n": n, "world": code, "python": platform.python_version()}
     old = _existing(folder)
@@ -185,7 +185,8 @@ def _prepare_remote(name: str, folder: Path, n: int, mirror: str | None, workers
         known = {entry["file"]: entry for entry in read_json(folder / "manifest.json")["shards"]}
     n = max(n, len(known) - 1)  # a dataset only grows: a run may be reading it
     names = [f"shard_{number:05d}.parquet" for number in (*range(n), remote.shards - 1)]
-    files = [listing.get(file) or hub.dataset_file(remote.repo, file, mirror) for file in names]
+    source = f"{hub.base_url(mirror)}/datasets/{remote.repo}"
+    files = [listing.get(name) or hub.RemoteFile(name, f"{source}/resolve/main/{name}") for name in names]
     for file in files:
         before = known.get(file.path, {}).get("sha256")
         if before and file.sha256 and before != file.sha256:
@@ -205,7 +206,7 @@ def _prepare_remote(name: str, folder: Path, n: int, mirror: str | None, workers
             result.append(entry)
         return result
 
-    facts = {"source": f"{hub.base_url(mirror)}/datasets/{remote.repo}", "licence": remote.licence}
+    facts = {"source": source, "licence": remote.licence}
     hub.download_many(files[-1:], folder, label="validation")
     _save(folder, **facts, complete=False, shards=entries(files[-1:]))  # from here on, training may start
     hub.download_many(files[:-1], folder, workers=workers, label=name)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from nanochat.common import fsync_dir, sha256_file
+from nanochat.common import atomic_write, sha256_file
 
 
 def iterate_documents(paths: Iterable[Path | str], counts: Counter[str] | None = None) -> Iterator[str]:
@@ -110,13 +110,11 @@ class ShardWriter:
 
         if not self.texts:
             return
-        name = "shard_val.parquet" if self.split == "val" else f"shard_{len(self.entries):05d}.parquet"
-        path = self.folder / name
-        temporary = path.with_name(name + ".tmp")
-        table = pa.table({"text": pa.array(self.texts, pa.large_string())})
-        parquet.write_table(table, temporary, compression="zstd", row_group_size=1024)
-        temporary.replace(path)
-        fsync_dir(self.folder)
+        number = "val" if self.split == "val" else f"{len(self.entries):05d}"
+        path = self.folder / f"shard_{number}.parquet"
+        table, content = pa.table({"text": pa.array(self.texts, pa.large_string())}), pa.BufferOutputStream()
+        parquet.write_table(table, content, compression="zstd", row_group_size=1024)
+        atomic_write(path, content.getvalue().to_pybytes())
         self.entries.append(describe(path, self.split, len(self.texts)))
         self.texts, self.bytes = [], 0
 

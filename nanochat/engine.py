@@ -83,7 +83,7 @@ class Engine:
 
     step_tokens: at most so many tokens are read in a step, those that are continued included; see scheduler.py.
     cache_tokens, prefix_tokens: memory for running requests (None = for `max_batch` contexts) and for known beginnings,
-    in tokens; one takes `bytes_per_token`. deterministic: see above. int8: weights of a GPT in 8 bits, on CPU.
+    in tokens of `bytes_per_token`. deterministic: see above. int8: 8-bit weights of a GPT, on CPU, else ValueError.
     """
 
     def __init__(

@@ -61,20 +61,18 @@ def bars(scores: Mapping[str, Mapping[str, Mapping[str, float]]]) -> bytes:
     tasks = list(dict.fromkeys(task for found in scores.values() for task in found))
     figure, (axis,) = _figure(max(5.0, 1.2 + 1.5 * len(tasks)), 3.6, 1)
     width = 0.8 / len(scores)
+    style: dict[str, Any] = {"ecolor": "#333333", "capsize": 2.5, "error_kw": {"elinewidth": 1}}
     for i, (stage, found) in enumerate(scores.items()):
-        for x, task in enumerate(tasks):
-            if task not in found:
-                continue
-            score, at = found[task], x + (i - (len(scores) - 1) / 2) * width
-            value, error = 100 * score["accuracy"], 100 * score["stderr"]
-            style = {"ecolor": "#333333", "capsize": 2.5, "error_kw": {"elinewidth": 1}}
-            axis.bar(at, value, 0.92 * width, color=COLOURS[stage], yerr=error, label=stage, **style)
-            axis.annotate(f"{value:.0f}", (at, value + error), (0, 3), textcoords="offset points", ha="center", size=8)
-            axis.hlines(100 * score["baseline"], x - 0.42, x + 0.42, colors="#333333", linestyles="dotted", linewidth=1)
+        at = [tasks.index(task) + (i - (len(scores) - 1) / 2) * width for task in found]
+        values, errors = ([100 * score[key] for score in found.values()] for key in ("accuracy", "stderr"))
+        shown = axis.bar(at, values, 0.92 * width, color=COLOURS[stage], yerr=errors, label=stage, **style)
+        axis.bar_label(shown, fmt="%.0f", padding=3, size=8)
+        for task, score in found.items():
+            x, chance = tasks.index(task), 100 * score["baseline"]
+            axis.hlines(chance, x - 0.42, x + 0.42, colors="#333333", linestyles="dotted", linewidth=1)
     axis.set_xticks(range(len(tasks)), tasks)
     axis.set_ylim(0, 112)
     axis.set_yticks(range(0, 101, 20))
     axis.set_ylabel("accuracy, % (dotted: guessing)")
-    handles = dict(zip(*reversed(axis.get_legend_handles_labels())))
-    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=len(handles), frameon=False)
+    figure.legend(loc="outside upper center", ncols=len(scores), frameon=False)
     return _png(figure)

@@ -186,7 +186,7 @@ class LanguageModel(nn.Module):
     compiled = False
 
     def positions(self, idx_BT: torch.Tensor, cache: Any | None, positions_BT: torch.Tensor | None) -> torch.Tensor:
-        """Where tokens stand: what is said of it beside a cache, else from 0 on."""
+        """Where tokens stand: what is said of it beside a cache, else from 0 on. ValueError beyond the context."""
         if cache is None:
             if idx_BT.size(1) > self.config.sequence_len:
                 raise ValueError(f"{idx_BT.size(1)} tokens exceed the model's context of {self.config.sequence_len}")
@@ -235,13 +235,9 @@ class GPT(LanguageModel):
         embed_dtype = embed_dtype or dtype
         kv_channels = config.n_kv_head * config.head_dim
         self.embed = nn.Embedding(config.padded_vocab_size, config.n_embd, dtype=embed_dtype)
-        self.value_embeds = nn.ModuleDict(
-            {
-                str(layer): nn.Embedding(config.padded_vocab_size, kv_channels, dtype=embed_dtype)
-                for layer in range(config.n_layer)
-                if config.has_value_embed(layer)
-            }
-        )
+        layers = [layer for layer in range(config.n_layer) if config.has_value_embed(layer)]
+        tables = {str(n): nn.Embedding(config.padded_vocab_size, kv_channels, dtype=embed_dtype) for n in layers}
+        self.value_embeds = nn.ModuleDict(tables)
         self.blocks: Any = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.head = Linear(config.n_embd, config.padded_vocab_size)
         self.resid_scale = nn.Parameter(torch.empty(config.n_layer))
@@ -281,17 +277,15 @@ class GPT(LanguageModel):
             if block.attn.gate is not None:
                 nn.init.uniform_(block.attn.gate.weight, 0, 0.02, generator=generator)
         steps = torch.linspace(0, 1, config.n_layer, device=self.device)
-        self.resid_scale.copy_(torch.lerp(*self._ends("resid_scale"), steps))
-        self.embed_skip.copy_(torch.lerp(*self._ends("embed_skip"), steps))
+        for name in ("resid_scale", "embed_skip"):
+            ends = [getattr(config, f"{name}_first"), getattr(config, f"{name}_last")]
+            first, last = torch.tensor(ends, device=self.device)
+            getattr(self, name).copy_(torch.lerp(first, last, steps))
         if config.smear_channels:
             nn.init.uniform_(self.smear_gate.weight, 0, 0.02, generator=generator)
             self.smear_scale.fill_(1.0)
         if config.backout:
             self.backout.fill_(config.backout)
-
-    def _ends(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        first, last = getattr(self.config, f"{name}_first"), getattr(self.config, f"{name}_last")
-        return torch.tensor(first, device=self.device), torch.tensor(last, device=self.device)
 
     def compile_blocks(self) -> None:
         """Fuse with torch.compile: one graph for each kind of block, shared by all layers, and one for the loss."""

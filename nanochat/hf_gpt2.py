@@ -10,7 +10,6 @@ import torch.nn.functional as F
 
 from nanochat.hf_layers import OpenModel, Settings, attend, bring
 
-MODEL_TYPES = ("gpt2",)
 _MASKS = re.compile(r"h\.\d+\.attn\.(masked_)?bias")  # the hub's file carries the causal mask
 
 
@@ -95,6 +94,8 @@ class Block(nn.Module):
 class GPT2(OpenModel):
     """The model, without values until `hf_load` fills it."""
 
+    config_type = GPT2Config
+
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
         self.config = config
@@ -102,12 +103,14 @@ class GPT2(OpenModel):
         self.wpe = nn.Embedding(config.sequence_len, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, config.eps)
+        self.stack = [self.wte, self.wpe], self.h, self.ln_f
         self.lm_head = None if config.tied else nn.Linear(config.n_embd, config.vocab_size, bias=False)
 
-    @property
-    def stack(self) -> tuple[list[Any], nn.ModuleList, nn.Module]:
+    @staticmethod
+    def rename(name: str) -> str | None:
         """See OpenModel."""
-        return [self.wte, self.wpe], self.h, self.ln_f
+        name = name.removeprefix("transformer.")
+        return None if _MASKS.fullmatch(name) else name
 
     def hidden(self, idx_BT: torch.Tensor, cache: Any = None, positions_BT: torch.Tensor | None = None) -> torch.Tensor:
         """The normed residual that the head reads, (B, T, C)."""
@@ -117,12 +120,3 @@ class GPT2(OpenModel):
             x_BTC, positions_BT = bring(block.ln_1, x_BTC, positions_BT)
             x_BTC = block(x_BTC, positions_BT, self.config.sequence_len, cache, layer)
         return self.ln_f(*bring(self.ln_f, x_BTC))
-
-
-def rename(name: str) -> str | None:
-    """A tensor's name in a file -> in the model; None = not needed."""
-    name = name.removeprefix("transformer.")
-    return None if _MASKS.fullmatch(name) else name
-
-
-CONFIG, build = GPT2Config, GPT2

@@ -11,10 +11,8 @@ import torch.nn as nn
 
 from nanochat import mxfp4
 from nanochat.hf_layers import Settings
-from nanochat.hf_llama import Llama, LlamaConfig, rename, shape
+from nanochat.hf_llama import Llama, LlamaConfig, shape
 
-__all__ = ["CONFIG", "MODEL_TYPES", "build", "rename"]
-MODEL_TYPES = ("gpt_oss",)
 _FEW_PAIRS = 128  # of a token and an expert: as many as the kernel for packed matrices takes at once
 
 
@@ -32,18 +30,14 @@ class GptOssConfig(LlamaConfig):
     def from_json(cls, values: dict[str, Any]) -> "GptOssConfig":
         """Raises ValueError that names what is missing, wrong or not supported."""
         settings = Settings(values)
-        settings.expect("hidden_act", "silu")
-        layers, context = settings.integer("num_hidden_layers", high=1000), settings.integer("max_position_embeddings")
         biased, experts = settings.flag("attention_bias", True), settings.integer("num_local_experts", high=1 << 16)
         config = cls(
-            **shape(settings, context, layers, 150_000.0),
-            tied=settings.flag("tie_word_embeddings"),
+            **shape(settings, 150_000.0, lambda layer: layer % 2 == 0),
             qkv_bias=biased,
             out_bias=biased,
             mlp_bias=True,
             qk_norm=False,
             sinks=True,
-            windows=settings.windows(layers, context, [layer % 2 == 0 for layer in range(layers)]),
             n_expert=experts,
             n_expert_per_token=settings.integer("num_experts_per_tok", high=experts),
             packed="quantization_config" in settings.values,
@@ -126,13 +120,10 @@ class MoE(nn.Module):
 class GptOss(Llama):
     """The model, without values until `hf_load` fills it."""
 
-    mlp = MoE
+    config_type, mlp = GptOssConfig, MoE
 
     @property
     def graphs(self) -> bool:
         """As in `OpenModel`; without the kernel for packed experts the CPU asks which experts there are."""
         head = self.head_weight
         return super().graphs and self.config.packed and mxfp4.kernel_works(head.device, head.dtype)
-
-
-CONFIG, build = GptOssConfig, GptOss

@@ -4,7 +4,7 @@ Shapes as in gpt.py: B sequences, T positions, C channels, H query heads, K kv h
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -56,11 +56,11 @@ class Settings:
         if value not in known:
             raise ValueError(f"{self.where}: '{name}' {value!r:.40} is not supported, only {known[0]!r}")
 
-    def windows(self, layers: int, context: int, fallback: Sequence[bool]) -> tuple[int, ...]:
-        """Positions each layer attends to, its own included, from `layer_types`, else where `fallback` is true."""
+    def windows(self, layers: int, context: int, fallback: Callable[[int], bool]) -> tuple[int, ...]:
+        """Positions each layer attends to, its own included, from `layer_types`, else sliding where `fallback` says."""
         kinds = self.values.get("layer_types")
         if kinds is None:
-            kinds = ["sliding_attention" if sliding else "full_attention" for sliding in fallback]
+            kinds = ["sliding_attention" if fallback(layer) else "full_attention" for layer in range(layers)]
         if not isinstance(kinds, list) or len(kinds) != layers:
             raise ValueError(f"{self.where}: 'layer_types' must name the kind of each of the {layers} layers")
         if wrong := next((kind for kind in kinds if kind not in ("sliding_attention", "full_attention")), None):
@@ -74,7 +74,7 @@ def rotary_frequencies(settings: Settings, head_dim: int, theta: float) -> tuple
 
     Both spellings are read: `rope_parameters`, and `rope_theta` beside `rope_scaling`. theta: the family's default.
     Kinds: default; linear (positions / factor); llama3 (long waves only, meta-llama/llama-models); yarn
-    (arXiv 2309.00071).
+    (arXiv 2309.00071); others raise ValueError.
     """
     values = settings.values.get("rope_parameters") or settings.values.get("rope_scaling") or {}
     rope = Settings(values, f"{settings.where}: rope_parameters")
@@ -142,13 +142,15 @@ def bring(norm: Any, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 class OpenModel(LanguageModel):
-    """A model of any family, over its `stack`; its parameters bear the names they have in the files."""
+    """A model of any family, over its `stack`, made of its config; its parameters bear the names they have in files."""
 
+    config_type: Any  # its `from_json` reads config.json
+    stack: tuple[list[Any], nn.ModuleList, nn.Module]  # what reads the tokens, embedding first; layers; the last norm
     lm_head: nn.Linear | None  # None: the embedding is the head, too
 
-    @property
-    def stack(self) -> tuple[list[Any], nn.ModuleList, nn.Module]:
-        """What reads the tokens, their embedding first; the layers; the last norm."""
+    @staticmethod
+    def rename(name: str) -> str | None:
+        """A tensor's name in a file -> in the model; None = not needed."""
         raise NotImplementedError
 
     @property

@@ -3,6 +3,7 @@
 The families differ in biases, in norms of queries and keys, in windows and in how far rotary positions are stretched.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +14,6 @@ import torch.nn.functional as F
 
 from nanochat.gpt import rotate
 from nanochat.hf_layers import OpenModel, Settings, attend, bring, rotary_frequencies
-
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
 
 @dataclass(frozen=True)
@@ -43,31 +42,23 @@ class LlamaConfig:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "LlamaConfig":
         """Raises ValueError that names what is missing, wrong or not supported."""
-        settings = Settings(values)
-        settings.expect("hidden_act", "silu")
-        family = values.get("model_type")
-        layers = settings.integer("num_hidden_layers", high=1000)
-        context = settings.integer("max_position_embeddings")
+        settings, family = Settings(values), values.get("model_type")
         biased = settings.flag("attention_bias")
-        if family == "mistral":
-            sliding = ["sliding_window" in settings.values] * layers
-        else:
-            first = settings.integer("max_window_layers", 28, low=0) if settings.flag("use_sliding_window") else layers
-            sliding = [layer >= first for layer in range(layers)]
-        return cls(
-            **shape(settings, context, layers, 10_000.0),
-            tied=settings.flag("tie_word_embeddings"),
-            qkv_bias=biased or family == "qwen2",
-            out_bias=biased,
-            mlp_bias=settings.flag("mlp_bias"),
-            qk_norm=family == "qwen3",
-            sinks=False,
-            windows=settings.windows(layers, context, sliding),
-        )
+        first: float = math.inf  # layer with a window
+        if family == "mistral" and "sliding_window" in settings.values:
+            first = 0
+        elif family != "mistral" and settings.flag("use_sliding_window"):
+            first = settings.integer("max_window_layers", 28, low=0)
+        found = shape(settings, 10_000.0, lambda layer: layer >= first)
+        found |= {"qkv_bias": biased or family == "qwen2", "out_bias": biased, "mlp_bias": settings.flag("mlp_bias")}
+        return cls(**found, qk_norm=family == "qwen3", sinks=False)
 
 
-def shape(settings: Settings, context: int, layers: int, theta: float) -> dict[str, Any]:
-    """The fields of LlamaConfig that every family states in the same words. theta: its default base of rotation."""
+def shape(settings: Settings, theta: float, sliding: Callable[[int], bool]) -> dict[str, Any]:
+    """The fields of LlamaConfig that every family states in the same words; ValueError for misfits. theta: its default
+    base of rotation; sliding: which layers have a window where config.json does not name them."""
+    settings.expect("hidden_act", "silu")
+    layers, context = settings.integer("num_hidden_layers", high=1000), settings.integer("max_position_embeddings")
     width, heads = settings.integer("hidden_size"), settings.integer("num_attention_heads", high=1 << 16)
     kv_heads = settings.integer("num_key_value_heads", heads)
     if heads % kv_heads:
@@ -88,18 +79,9 @@ def shape(settings: Settings, context: int, layers: int, theta: float) -> dict[s
         "eps": settings.number("rms_norm_eps", 1e-6),
         "rotary": rotary,
         "rotary_scale": scale,
+        "tied": settings.flag("tie_word_embeddings"),
+        "windows": settings.windows(layers, context, sliding),
     }
-
-
-class RMSNorm(nn.Module):
-    """RMSNorm with a weight a channel (arXiv 1910.07467)."""
-
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.empty(width)), eps
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -113,7 +95,7 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.n_embd, n_kv, bias=config.qkv_bias)
         self.v_proj = nn.Linear(config.n_embd, n_kv, bias=config.qkv_bias)
         self.o_proj = nn.Linear(n_q, config.n_embd, bias=config.out_bias)
-        self.q_norm, self.k_norm = (RMSNorm(D, config.eps) if config.qk_norm else nn.Identity() for _ in range(2))
+        self.q_norm, self.k_norm = (nn.RMSNorm(D, config.eps) if config.qk_norm else nn.Identity() for _ in range(2))
         self.sinks = nn.Parameter(torch.empty(config.n_head)) if config.sinks else None
 
     def forward(self, x_BTC, cos_BT1D, sin_BT1D, positions_BT, cache: Any) -> torch.Tensor:
@@ -146,7 +128,7 @@ class Block(nn.Module):
     def __init__(self, config: LlamaConfig, layer: int, mlp: nn.Module) -> None:
         super().__init__()
         self.self_attn, self.mlp = Attention(config, layer), mlp
-        self.input_layernorm, self.post_attention_layernorm = (RMSNorm(config.n_embd, config.eps) for _ in range(2))
+        self.input_layernorm, self.post_attention_layernorm = (nn.RMSNorm(config.n_embd, config.eps) for _ in range(2))
 
     def forward(self, x_BTC, cos_BT1D, sin_BT1D, positions_BT, cache: Any) -> torch.Tensor:
         x_BTC = x_BTC + self.self_attn(self.input_layernorm(x_BTC), cos_BT1D, sin_BT1D, positions_BT, cache)
@@ -160,7 +142,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.embed_tokens: Any = nn.Embedding(config.vocab_size, config.n_embd)
         self.layers = nn.ModuleList(Block(config, layer, mlp(config)) for layer in range(config.n_layer))
-        self.norm, self.scale = RMSNorm(config.n_embd, config.eps), config.rotary_scale
+        self.norm, self.scale = nn.RMSNorm(config.n_embd, config.eps), config.rotary_scale
         rotary_D = torch.tensor(config.rotary, device="cpu")
         self.embed_tokens.register_buffer("rotary_D", rotary_D, persistent=False)  # where positions come in
 
@@ -178,26 +160,20 @@ class Decoder(nn.Module):
 class Llama(OpenModel):
     """The model, without values until `hf_load` fills it."""
 
+    config_type: type[LlamaConfig] = LlamaConfig
     mlp: Callable[[Any], nn.Module] = MLP  # makes what follows attention in a block
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.config, self.model = config, Decoder(config, self.mlp)
+        self.stack = [self.model.embed_tokens], self.model.layers, self.model.norm
         self.lm_head = None if config.tied else nn.Linear(config.n_embd, config.vocab_size, bias=False)
 
-    @property
-    def stack(self) -> tuple[list[Any], nn.ModuleList, nn.Module]:
+    @staticmethod
+    def rename(name: str) -> str | None:
         """See OpenModel."""
-        return [self.model.embed_tokens], self.model.layers, self.model.norm
+        return None if name.endswith("rotary_emb.inv_freq") else name
 
     def hidden(self, idx_BT: torch.Tensor, cache: Any = None, positions_BT: torch.Tensor | None = None) -> torch.Tensor:
         """The normed residual that the head reads, (B, T, C)."""
         return self.model(idx_BT, self.positions(idx_BT, cache, positions_BT), cache)
-
-
-def rename(name: str) -> str | None:
-    """A tensor's name in a file -> in the model; None = not needed."""
-    return None if name.endswith("rotary_emb.inv_freq") else name
-
-
-CONFIG, build = LlamaConfig, Llama

@@ -10,19 +10,21 @@ Nothing in the folder is run, and nothing is allocated before every name, type a
 
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from nanochat import hf_gpt2, hf_gpt_oss, hf_llama
 from nanochat.common import read_json
 from nanochat.compute import pick_dtype
+from nanochat.hf_gpt2 import GPT2
+from nanochat.hf_gpt_oss import GptOss
 from nanochat.hf_layers import OpenModel
+from nanochat.hf_llama import Llama
 from nanochat.hf_tokenizer import HFTokenizer
 
-FAMILIES = {kind: family for family in (hf_gpt2, hf_llama, hf_gpt_oss) for kind in family.MODEL_TYPES}
+FAMILIES: dict[str, type[OpenModel]] = {"gpt2": GPT2, "llama": Llama, "mistral": Llama, "qwen2": Llama, "qwen3": Llama}
+FAMILIES["gpt_oss"] = GptOss
 Place = torch.device | str | Sequence[torch.device]
 _INDEX = "model.safetensors.index.json"
 _LARGEST_HEADER = 16 << 20  # bytes; models of 100,000 tensors stay below
@@ -107,34 +109,28 @@ def _listed(names: list[str]) -> str:
     return f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''} ({len(names)} tensors)"
 
 
-def skeleton(folder: Path | str) -> tuple[OpenModel, ModuleType]:
-    """The model that config.json describes, without values (on PyTorch's device "meta"), and its family."""
+def skeleton(folder: Path | str) -> OpenModel:
+    """The model that config.json describes, without values (on PyTorch's device "meta")."""
     values = read_config(folder)
-    family = FAMILIES[values["model_type"]]
+    family: Any = FAMILIES[values["model_type"]]
     with torch.device("meta"):
-        return family.build(family.CONFIG.from_json(values)), family
+        return family(family.config_type.from_json(values))
 
 
-def _fit(model: Any, family: ModuleType, stored: dict[str, Stored], folder: Path | str) -> dict[str, Stored]:
+def _fit(model: OpenModel, stored: dict[str, Stored], folder: Path | str) -> dict[str, Stored]:
     """The stored tensors by the model's names; ValueError names what is missing, extra, mis-shaped or mistyped."""
     wanted, placed = model.state_dict(), {}
     for name, tensor in stored.items():
-        target = family.rename(name)
+        target = model.rename(name)
         if target is not None and not (target == "lm_head.weight" and model.config.tied):
             placed[target] = tensor
+    both = [(name, found, wanted[name]) for name, found in placed.items() if name in wanted]
+    kinds = {name: _FLOATS if value.is_floating_point() else ("U8",) for name, value in wanted.items()}
     problems = {
         "missing": sorted(wanted.keys() - placed.keys()),
         "not the model's": sorted(placed.keys() - wanted.keys()),
-        "of another shape": [
-            f"{name} {list(tensor.shape)} for {list(wanted[name].shape)}"
-            for name, tensor in placed.items()
-            if name in wanted and tensor.shape != wanted[name].shape
-        ],
-        "of another type": [
-            f"{name} {tensor.dtype}"
-            for name, tensor in placed.items()
-            if name in wanted and tensor.dtype not in (_FLOATS if wanted[name].is_floating_point() else ("U8",))
-        ],
+        "of another shape": [f"{n} {list(f.shape)} for {list(w.shape)}" for n, f, w in both if f.shape != w.shape],
+        "of another type": [f"{name} {found.dtype}" for name, found, _ in both if found.dtype not in kinds[name]],
     }
     words = [f"{_listed(names)} {what}" for what, names in problems.items() if names]
     if words:
@@ -149,7 +145,7 @@ def load_model(folder: Path | str, device: Place, dtype: torch.dtype | None = No
     their pages; to another device each tensor goes straight from the file. device: for all, or one for each layer (see
     `OpenModel.parts`). Raises ValueError that names what is wrong.
     """
-    (model, family), stored = skeleton(folder), stored_tensors(folder)
+    model, stored = skeleton(folder), stored_tensors(folder)
     if isinstance(device, torch.device | str):
         device = [torch.device(device)] * model.config.n_layer
     dtype = dtype or pick_dtype(device[0])
@@ -157,7 +153,7 @@ def load_model(folder: Path | str, device: Place, dtype: torch.dtype | None = No
     homes = {id(tensor): place for part, place in parts for tensor in part.state_dict(keep_vars=True).values()}
     home = {name: homes[id(tensor)] for name, tensor in model.state_dict(keep_vars=True).items()}
     by_file: dict[Path, list[tuple[str, Stored]]] = {}
-    for target, tensor in _fit(model, family, stored, folder).items():
+    for target, tensor in _fit(model, stored, folder).items():
         by_file.setdefault(tensor.path, []).append((target, tensor))
     state = {}
     for path, tensors in by_file.items():

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanochat.common import read_json
+from nanochat.tokenizer import Codec, replace_surrogates
 
 if TYPE_CHECKING:
     import tokenizers
@@ -20,11 +21,13 @@ _LARGEST_ID = 1 << 22
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
-class HFTokenizer:
+class HFTokenizer(Codec):
     """Text to ids and back as the model was trained: what is asked of a `Tokenizer`, over a `tokenizers.Tokenizer`.
 
     `settings` is the folder's tokenizer_config.json; `stop_tokens` are the ids that end an answer.
     """
+
+    title = "this model's tokenizer"
 
     def __init__(
         self,
@@ -113,39 +116,20 @@ class HFTokenizer:
         """The id that begins a document: the one so named, else <|endoftext|>, else None."""
         return self._bos
 
-    def encode_special(self, name: str) -> int:
-        """The id of a special token; ValueError when this tokenizer has none of that name."""
-        if name not in self.special_tokens:
-            raise ValueError(f"this model's tokenizer has no special token {name}")
-        return self.special_tokens[name]
-
-    def encode(
-        self, text: str | Sequence[str], prepend: int | str | None = None, append: int | str | None = None
-    ) -> list[int] | list[list[int]]:
-        """Ids of a text, or of each text of a list, between special tokens given by name or id."""
-        first, last = (
-            [] if mark is None else [self.encode_special(mark) if isinstance(mark, str) else mark]
-            for mark in (prepend, append)
-        )
-        rows = self.backend.encode_batch(
-            [_clean(t) for t in ([text] if isinstance(text, str) else text)], add_special_tokens=False
-        )
-        ids = [first + row.ids + last for row in rows]
-        return ids[0] if isinstance(text, str) else ids
+    def encode_rows(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text."""
+        rows = self.backend.encode_batch([replace_surrogates(text) for text in texts], add_special_tokens=False)
+        return [row.ids for row in rows]
 
     def encode_marked(self, text: str) -> list[int]:
         """Ids of a text in which special tokens are meant, such as a rendered template; never of what a user typed."""
-        return self._marked.encode(_clean(text), add_special_tokens=False).ids
+        return self._marked.encode(replace_surrogates(text), add_special_tokens=False).ids
 
     @functools.cached_property
     def _marked(self) -> "tokenizers.Tokenizer":
         backend = copy.deepcopy(self.backend)
         backend.encode_special_tokens = False
         return backend
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`, special tokens by name; bytes that are not UTF-8 become U+FFFD."""
-        return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
         """The exact bytes of `ids`; nothing for ids that the model has and the tokenizer has not."""
@@ -160,11 +144,6 @@ def _id_of(backend: "tokenizers.Tokenizer", token: Any) -> int | None:
     if isinstance(token, str):
         return backend.token_to_id(token)
     return token if isinstance(token, int) and not isinstance(token, bool) and token >= 0 else None
-
-
-def _clean(text: str) -> str:
-    """Lone surrogates become U+FFFD."""
-    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def byte_alphabet() -> dict[str, int]:

@@ -47,11 +47,6 @@ def base_url(mirror: str | None = None) -> str:
     return (mirror or os.environ.get("NANOCHAT_HUB") or "https://huggingface.co").rstrip("/")
 
 
-def dataset_file(repo: str, path: str, mirror: str | None = None) -> RemoteFile:
-    """A dataset's file by name alone, for mirrors that cannot list."""
-    return RemoteFile(path, f"{base_url(mirror)}/datasets/{repo}/resolve/main/{quote(path)}")
-
-
 def list_dataset_files(
     repo: str, mirror: str | None = None, *, timeout: float = 30.0, retries: int = 6, backoff: float = 1.0
 ) -> list[RemoteFile]:
@@ -67,7 +62,7 @@ def list_dataset_files(
 def list_model_files(
     repo: str, revision: str = "main", *, timeout: float = 30.0, retries: int = 6, backoff: float = 1.0
 ) -> tuple[str, list[RemoteFile]]:
-    """(commit, files) of a model repository, as it stands at a branch, tag or commit; as `list_dataset_files`.
+    """(commit, files) of a model repository, as it stands at a branch, tag or commit; raises as `list_dataset_files`.
 
     `$HF_TOKEN` opens private and gated ones; it is sent to the hub alone, never along with a redirection elsewhere.
     """

@@ -20,7 +20,7 @@ from nanochat.common import atomic_write, atomic_write_json, get_base_dir, read_
 from nanochat.compute import Compute
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.hf_layers import Settings
-from nanochat.tokenizer import load_tokenizer
+from nanochat.tokenizer import FILE_NAME, kept_name
 from nanochat.tokenizer_convert import find_tokenizer, to_tokenizer_json
 
 State = dict[str, torch.Tensor]
@@ -29,35 +29,15 @@ PLAIN: dict[str, Any] = {"rope_base": 10_000.0, "qk_scale": 1.0, "value_embed_ev
 PLAIN |= dict.fromkeys(("resid_scale_first", "resid_scale_last"), 1.0)
 PLAIN |= dict.fromkeys(("backout", "embed_skip_first", "embed_skip_last"), 0.0)
 
-_ORIGINAL = {
-    "transformer.wte.weight": "embed.weight",
-    "lm_head.weight": "head.weight",
-    "resid_lambdas": "resid_scale",
-    "x0_lambdas": "embed_skip",
-    "smear_gate.weight": "smear_gate.weight",
-    "smear_lambda": "smear_scale",
-    "backout_lambda": "backout",
-}
+_ORIGINAL = {"transformer.wte.weight": "embed.weight", "lm_head.weight": "head.weight", "backout_lambda": "backout"}
+_ORIGINAL |= {"resid_lambdas": "resid_scale", "x0_lambdas": "embed_skip"}
+_ORIGINAL |= {"smear_gate.weight": "smear_gate.weight", "smear_lambda": "smear_scale"}
 _ORIGINAL_BLOCK = {"attn.c_q": "attn.q", "attn.c_k": "attn.k", "attn.c_v": "attn.v", "attn.c_proj": "attn.out"}
 _ORIGINAL_BLOCK |= {"attn.ve_gate": "attn.gate", "mlp.c_fc": "mlp.up", "mlp.c_proj": "mlp.down"}
 _NANOCHAT = {"model.embed_tokens.weight": "embed.weight", "lm_head.weight": "head.weight"}
 _NANOCHAT_BLOCK = {"self_attn.q_proj": "attn.q", "self_attn.k_proj": "attn.k", "self_attn.v_proj": "attn.v"}
 _NANOCHAT_BLOCK |= {"self_attn.o_proj": "attn.out", "mlp.fc1": "mlp.up", "mlp.fc2": "mlp.down"}
 BUNDLE = "nanochat_gpt"  # model_type of a bundle with its own code
-
-CHAT_TEMPLATE = """{{- '<|bos|>' }}
-{%- macro text(content) %}{% if content is string %}{{ content }}{% else %}
-{%- for part in content %}{% if part.type == 'text' %}{{ part.text }}
-{%- elif part.type == 'python' %}{{ '<|python_start|>' + part.text + '<|python_end|>' }}
-{%- else %}{{ '<|output_start|>' + part.text + '<|output_end|>' }}{% endif %}{% endfor %}{% endif %}{% endmacro %}
-{%- set ns = namespace(system='') %}
-{%- for message in messages %}
-    {%- if message.role == 'system' %}{% set ns.system = text(message.content) + '\\n\\n' %}
-    {%- elif message.role == 'user' %}
-        {{- '<|user_start|>' + ns.system + text(message.content) + '<|user_end|>' }}{% set ns.system = '' %}
-    {%- else %}{{ '<|assistant_start|>' + text(message.content) + '<|assistant_end|>' }}{% endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}{{ '<|assistant_start|>' }}{% endif %}"""
 
 
 def _rename(state: State, names: dict[str, str], block_names: dict[str, str], layers: str) -> State:
@@ -203,9 +183,7 @@ def import_checkpoint(folder: Path, stage: str, tag: str, tokenizer_dir: str | N
     if tokenizer.get_vocab_size() != config.vocab_size:
         raise ValueError(f"{folder}: model of {config.vocab_size} tokens, tokenizer of {tokenizer.get_vocab_size()}")
     home = get_base_dir() / "tokenizer"
-    if (home / "tokenizer.json").is_file() and load_tokenizer().hash != tokenizer.hash:
-        raise ValueError(f"{home} holds another tokenizer: set NANOCHAT_BASE_DIR to another folder for this model")
-    tokenizer.save(home)
+    tokenizer.save(home, kept_name(tokenizer.hash) if (home / FILE_NAME).is_file() else FILE_NAME)
     meta: dict[str, Any] = {"model_config": dataclasses.asdict(config), "tokenizer_hash": tokenizer.hash}
     meta |= {"dataset": "builtin", "depth": config.n_layer, "total_batch_size": 1 << 19, "val_bpb": None, **facts}
     compute = Compute(torch.device("cpu"), torch.float32)
@@ -247,7 +225,7 @@ def export_checkpoint(folder: Path, stage: str, tag: str | None, step: int | Non
     """Write a checkpoint to `folder` as a bundle: safetensors, config, tokenizer, chat template, hashes, model card.
 
     format: "nanochat" = transformers' own class, where it can express the model; "code" = with a modeling file that
-    transformers loads by trust_remote_code; "auto" = the first where possible. Returns what to tell the user.
+    transformers loads by trust_remote_code; "auto" = what goes. Returns what to say; ValueError for what cannot be.
     """
     if format == "gguf":
         raise ValueError("llama.cpp's converter has no nanochat architecture, so there is no GGUF: use --format auto")
@@ -275,40 +253,25 @@ def export_checkpoint(folder: Path, stage: str, tag: str | None, step: int | Non
     names = {"bos_token": "<|bos|>", "eos_token": "<|assistant_end|>", "tokenizer_class": "PreTrainedTokenizerFast"}
     limits = {"model_max_length": config.sequence_len, "clean_up_tokenization_spaces": False}
     atomic_write_json(folder / "tokenizer_config.json", {**names, **limits})
-    atomic_write(folder / "chat_template.jinja", CHAT_TEMPLATE)
+    here = Path(__file__).parent
+    shutil.copy(here / "chat_template.jinja", folder)
     if coded:
-        shutil.copy(Path(__file__).with_name("modeling_nanochat_gpt.txt"), folder / "modeling_nanochat_gpt.py")
+        shutil.copy(here / "modeling_nanochat_gpt.txt", folder / "modeling_nanochat_gpt.py")
     facts = {name: meta.get(name) for name in ("stage", "tag", "step", "val_bpb", "dataset", "source")}
     trust = ", trust_remote_code=True" if coded else ""
-    atomic_write(folder / "README.md", _card(model, facts, trust))
+    card = (
+        (here / "bundle_card.txt")
+        .read_text(encoding="utf-8")
+        .format(
+            name=f"{facts['stage']}/{facts['tag']}",
+            size=sum(p.numel() for p in model.parameters()) / 1e6,
+            facts="\n".join(f"* {name}: {value}" for name, value in facts.items() if value is not None),
+            trust=trust,
+            config=json.dumps(dataclasses.asdict(config), indent=1),
+        )
+    )
+    atomic_write(folder / "README.md", card)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     hashes = {path.relative_to(folder).as_posix(): sha256_file(path) for path in files}
     atomic_write_json(folder / "hashes.json", {"sha256": hashes, "tokenizer_hash": tokenizer.hash, **facts})
     return f"{folder}: AutoModelForCausalLM.from_pretrained({str(folder)!r}{trust})"
-
-
-def _card(model: GPT, facts: dict[str, Any], trust: str) -> str:
-    """The bundle's README.md. trust: a further argument of `from_pretrained`."""
-    size = sum(p.numel() for p in model.parameters())
-    known = "\n".join(f"* {name}: {value}" for name, value in facts.items() if value is not None)
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
----
-# nanochat {facts["stage"]}/{facts["tag"]}
-
-{size / 1e6:.1f} M parameters, trained with nanochat.
-
-{known}
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("."{trust})
-tokenizer = AutoTokenizer.from_pretrained("."{trust})
-```
-
-```json
-{json.dumps(dataclasses.asdict(model.config), indent=1)}
-```
-"""

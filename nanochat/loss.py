@@ -111,8 +111,8 @@ def softcap_cross_entropy(
     """Cross-entropy in nats of softcapped logits x·Wᵀ against targets_N, in chunks of `chunk` tokens.
 
     Negative targets are ignored. reduction: "sum" | "mean" (over the targets that count; 0 when there are none) |
-    "none" (per token, fp32). Equal in value and gradient to the dense form. compiled: fuse each chunk's elementwise
-    work with torch.compile where no kernel does (`choose`). The default chunk suits a CPU's cache, or keeps a GPU busy.
+    "none" (per token, fp32), else ValueError. Value and gradient are the dense form's. compiled: torch.compile fuses
+    a chunk's elementwise work where no kernel does (`choose`). The default chunk suits a CPU's cache, or a GPU.
     """
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"loss_reduction={reduction!r}: choose mean, sum or none")

@@ -52,7 +52,7 @@ def find(name: str) -> Path:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """What was downloaded into a folder; empty for one that was not, or not wholly."""
+    """What was downloaded into a folder; empty for one that was not, or not wholly. ValueError if damaged."""
     path = folder / _MANIFEST
     manifest = read_json(path) if path.is_file() else {}
     if manifest and not (isinstance(manifest, dict) and isinstance(manifest.get("files"), dict)):
@@ -128,7 +128,7 @@ def verify(name: str) -> int:
 
 
 def remove(name: str) -> int:
-    """Delete a model, or what is left of one; the number of bytes set free."""
+    """Delete a model, or what is left of one; the number of bytes set free. ValueError if it is not here."""
     folder = model_dir(name)
     if not folder.is_dir():
         raise ValueError(f"{name} is not here: {', '.join(list_models()) or 'no model'} is")
@@ -143,7 +143,7 @@ def remove(name: str) -> int:
 def info(folder: Path) -> dict[str, Any]:
     """What a model's folder holds, from its config and the headers of its files alone."""
     config, tensors = hf_load.read_config(folder), hf_load.stored_tensors(folder).values()
-    shape = hf_load.FAMILIES[config["model_type"]].CONFIG.from_json(config)
+    shape = hf_load.FAMILIES[config["model_type"]].config_type.from_json(config)
     sizes = {"F32": 4, "BF16": 2, "F16": 2, "U8": 1}
     packed = sum(torch.Size(t.shape).numel() for t in tensors if t.name.endswith("_blocks"))
     plain = sum(torch.Size(t.shape).numel() for t in tensors if t.dtype != "U8")

@@ -14,8 +14,8 @@ from nanochat.common import get_base_dir
 from nanochat.compute import pick_dtype
 from nanochat.engine import Engine
 from nanochat.preflight import free_memory
+from nanochat.records import STAGES
 
-STAGES = ("base", "mid", "sft", "rl")
 DEVICES = "lay an open-weights model over these, such as cuda:0,cuda:1; unset: over all GPUs if one is too small"
 
 
@@ -36,7 +36,7 @@ class NamedModel:
         return sum(size // (ranks if ".layers." in name else 1) for name, size in sizes.items())
 
     def load(self, device: torch.device, max_batch: int, int8: bool = False, ranks: int = 1) -> tuple[Engine, Format]:
-        """An engine that runs it, and the format in which it chats. ranks: how many share its matrices."""
+        """An engine that runs it, and its chat format. ranks: how many share its matrices; ValueError if none can."""
         places, device = self.places, self.places[0] if self.places else device
         if not self.own:
             place = "cpu" if ranks > 1 else places if len(places) > 1 else device
@@ -117,7 +117,7 @@ def find_all(
         raise ValueError(f"{need} and {there}: take smaller or fewer ones, or other --devices")
     for model, size in zip(models, sizes, strict=True):
         whole = model.own or len(here) == 1 or (not devices and size <= max(room))
-        pieces = [size] if whole else hf_parallel.layer_bytes(hf_load.skeleton(model.folder)[0], dtype)
+        pieces = [size] if whole else hf_parallel.layer_bytes(hf_load.skeleton(model.folder), dtype)
         places = hf_parallel.split_layers(pieces, room)
         for place, n in zip(places, pieces, strict=True):
             room[place] -= n

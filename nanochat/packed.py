@@ -24,7 +24,7 @@ class PackedLinear(nn.Module):
     """x·Wᵀ for rows x_NC, with or without a ReLU after it, in one of several forms.
 
     plain: PyTorch's product. onednn: oneDNN's, packed for it: the best rate. int8: weights in 8 bits with a scale for
-    each output, activations in bf16.
+    each output, activations in bf16; ValueError where they cannot be.
     invariant: on CPU a row's result has the same bits whatever rows stand beside it. int8 is so by nature, as is oneDNN
     in bf16, and in fp32 from two rows on; PyTorch where the rows are a multiple of eight.
     """

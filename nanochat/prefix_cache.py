@@ -7,7 +7,7 @@ with a window have theirs before their ring is overwritten, so a chain can be ta
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -46,28 +46,31 @@ class PrefixCache:
         for layer, known in enumerate(self._memory if chain else ()):
             first = max(0, len(chain) - (self.cache.ring(layer) or len(tokens)) // BLOCK)  # a ring holds the end alone
             memory = self.cache.memory(layer, known[0])
-            slots, blocks = self._where(layer, range(BLOCK * first, BLOCK * len(chain)), places[first:])
-            for each_RSKD, known_PSKD in zip(memory, known, strict=True):
-                each_RSKD[row, slots] = known_PSKD[blocks].flatten(0, 1)
+            for slots, blocks in self._runs(layer, first, places[first:]):
+                for each_RSKD, known_PSKD in zip(memory, known, strict=True):
+                    each_RSKD[row, slots].unflatten(0, (-1, BLOCK)).copy_(known_PSKD[blocks])
         return chain
 
     def save(self, row: int, tokens: Sequence[int], chain: list[Key]) -> None:
         """Keep the whole blocks of `tokens`, all of which `row` has read; `chain`, of those known before, grows."""
-        fresh: dict[int, int] = {}  # place -> end of the block; a later block may take an earlier one's
-        for end in range(BLOCK * (len(chain) + 1), len(tokens) + 1, BLOCK):
-            name, _ = self._blocks.get(chain[-1], (None, 0)) if chain else (0, 0)
-            if name is None or not self.n_blocks:  # what it would follow is gone
+        name = self._blocks.get(chain[-1], (None, 0))[0] if chain else 0
+        fresh: dict[Key, int] = {}  # names of blocks that are not known yet; what follows one is not known either
+        for end in range(BLOCK * (len(chain) + 1), BLOCK * min(len(tokens) // BLOCK, self.n_blocks) + 1, BLOCK):
+            if name is None:  # what it would follow is gone
                 break
             key = (name, tuple(tokens[end - BLOCK : end]))
             if key not in self._blocks:
-                full = len(self._blocks) == self.n_blocks
-                place = self._blocks.popitem(last=False)[1][1] if full else len(self._blocks)
-                self._blocks[key] = (next(self._names), place)
-                fresh[place] = end
+                fresh[key] = next(self._names)
+            name = fresh[key] if key in fresh else self._blocks[key][0]
             chain.append(key)
         self._use(chain)
+        places = list(range(len(self._blocks), min(self.n_blocks, len(self._blocks) + len(fresh))))
+        places += [self._blocks.popitem(last=False)[1][1] for _ in range(len(fresh) - len(places))]
+        for key, place in zip(fresh, sorted(places)):  # neighbours are copied together
+            self._blocks[key] = fresh[key], place
+        self._use(chain)
         if fresh:
-            self._copy(row, fresh)
+            self._copy(row, len(chain) - len(fresh), sorted(places))
 
     def _use(self, chain: Sequence[Key]) -> None:
         """Make a chain the newest, its first block newest of all: without it the others cannot be found."""
@@ -75,15 +78,19 @@ class PrefixCache:
             if key in self._blocks:
                 self._blocks.move_to_end(key)
 
-    def _where(self, layer: int, positions: Sequence[int], places: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        device = self.cache.layers[layer][0].device
-        return self.cache.slots(layer, torch.tensor(positions)).to(device), torch.tensor(places, device=device)
+    def _runs(self, layer: int, first: int, places: Sequence[int]) -> Iterator[tuple[slice, slice]]:
+        """Slots in a row, and places here, of a row's blocks from its `first` on: neighbours in both together."""
+        ring = (self.cache.ring(layer) or 0) // BLOCK
+        pairs = [((first + i) % ring if ring else first + i, place) for i, place in enumerate(places)]
+        starts = [i for i, (slot, place) in enumerate(pairs) if not i or pairs[i - 1] != (slot - 1, place - 1)]
+        for start, end in itertools.pairwise([*starts, len(pairs)]):
+            slot, place = pairs[start]
+            yield slice(BLOCK * slot, BLOCK * (slot + end - start)), slice(place, place + end - start)
 
-    def _copy(self, row: int, fresh: dict[int, int]) -> None:
-        positions = [position for end in fresh.values() for position in range(end - BLOCK, end)]
+    def _copy(self, row: int, first: int, places: Sequence[int]) -> None:
         for layer, memory in enumerate(self.cache.layers):
             if layer == len(self._memory):
                 self._memory.append(allocate(memory[0], self.n_blocks, BLOCK, *memory[0].shape[2:]))
-            slots, blocks = self._where(layer, positions, list(fresh))
-            for each_RSKD, known_PSKD in zip(memory, self._memory[layer], strict=True):
-                known_PSKD[blocks] = each_RSKD[row, slots].unflatten(0, (-1, BLOCK))
+            for slots, blocks in self._runs(layer, first, places):
+                for each_RSKD, known_PSKD in zip(memory, self._memory[layer], strict=True):
+                    known_PSKD[blocks].copy_(each_RSKD[row, slots].unflatten(0, (-1, BLOCK)))

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from nanochat import attention, loss, sharding
-from nanochat.common import print0
+from nanochat.common import print0, read_if_there
 from nanochat.compute import Compute
 from nanochat.gpt import GPT
 
@@ -91,28 +91,21 @@ def free_memory(device: torch.device) -> int:
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
     room = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *_group_memory()]
-    if available := re.search(r"MemAvailable:\s+(\d+) kB", _read(Path("/proc/meminfo"))):
+    if available := re.search(r"MemAvailable:\s+(\d+) kB", read_if_there("/proc/meminfo")):
         room.append(int(available[1]) * 1024)
     return min(room) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def _group_memory() -> Iterator[int]:
     """Bytes left in this process's control groups with a limit, where pages of files make room when it is needed."""
-    for line in _read(Path("/proc/self/cgroup")).splitlines():
+    for line in read_if_there("/proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         group = Path("/sys/fs/cgroup", controllers, path.strip("/"))
         for folder in (group, *group.parents) if controllers in ("", "memory") else ():
-            limit = _read(folder / ("memory.limit_in_bytes" if controllers else "memory.max")).strip()
-            used = re.search(r"^(?:anon|total_rss) (\d+)", _read(folder / "memory.stat"), re.MULTILINE)
+            limit = read_if_there(folder / ("memory.limit_in_bytes" if controllers else "memory.max")).strip()
+            used = re.search(r"^(?:anon|total_rss) (\d+)", read_if_there(folder / "memory.stat"), re.MULTILINE)
             if limit.isdigit() and used:
                 yield max(0, int(limit) - int(used[1]))
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text()
-    except OSError:
-        return ""
 
 
 @dataclass(frozen=True)

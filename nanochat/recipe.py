@@ -49,7 +49,7 @@ def reference_tokens(config: GPTConfig) -> int:
 
 
 def batch_tokens(tokens: int, reference: int) -> int:
-    """Tokens a step: the reference batch scaled by tokens^0.383 (arXiv 2505.23971), to the nearest power of two."""
+    """Tokens a step: the reference batch scaled by tokens^0.383 (arXiv 2505.13738), to the nearest power of two."""
     return 2 ** round(math.log2(REFERENCE_BATCH * (tokens / reference) ** 0.383))
 
 
@@ -79,7 +79,7 @@ def learning_rate_multiplier(
     """The factor on every learning rate at `step` of `steps`, in [0, 1].
 
     Linear warmup over `warmup` steps (at most a tenth of the run); then "linear": flat, falling over the last
-    `warmdown` of the run to `final`; "cosine": half a cosine from 1 to `final`.
+    `warmdown` of the run to `final`; "cosine": half a cosine from 1 to `final`; else ValueError.
     """
     warmup = min(warmup, steps // 10)
     if step < warmup:

@@ -100,19 +100,13 @@ def _runs_table(runs: ByStage) -> str:
         losses, bits = _series(run, "loss")[1], _series(run, "val_bpb")[1]
         rates, shares, peaks = (_series(run, key)[1] for key in ("tok_per_sec", "mfu", "peak_mem_bytes"))
         steps, tokens = _series(run, "tokens")
-        return (
-            stage,
-            run.get("dataset"),
-            run.get("parameters"),
-            steps[-1] if steps else None,
-            tokens[-1] if tokens else None,
-            f"{losses[-1]:.4f}" if losses else None,
-            f"{min(bits):.4f}" if bits else None,
-            round(statistics.median(rates)) if rates else None,
-            f"{100 * statistics.median(shares):.1f} %" if shares else "n/a",
-            f"{max(peaks) / 2**30:.1f} GiB" if peaks else None,
-            _duration(run["wall_seconds"]) if run.get("wall_seconds") is not None else None,
-        )
+        seen = (steps[-1], tokens[-1]) if steps else (None, None)
+        scores = (f"{losses[-1]:.4f}" if losses else None, f"{min(bits):.4f}" if bits else None)
+        rate = round(statistics.median(rates)) if rates else None
+        share = f"{100 * statistics.median(shares):.1f} %" if shares else "n/a"
+        peak, seconds = f"{max(peaks) / 2**30:.1f} GiB" if peaks else None, run.get("wall_seconds")
+        took = None if seconds is None else _duration(seconds)
+        return (stage, run.get("dataset"), run.get("parameters"), *seen, *scores, rate, share, peak, took)
 
     counts = ("data", "parameters", "last step", "tokens", "last loss", "best val bpb")
     header = ("stage", *counts, "tokens/s", "MFU", "peak memory", "training time")
@@ -224,50 +218,6 @@ def _model_section(records: Records, tag: str, out_dir: Path) -> str:
     return "\n\n".join([f"## Model {tag}", *(f"### {title}\n\n{body}" for title, body in sections.items())])
 
 
-_CARD = """\
----
-license: other
-library_name: nanochat
-pipeline_tag: text-generation
-tags: [nanochat]
----
-
-# {name}
-
-A decoder-only transformer of {parameters} parameters with a context of {context} tokens, trained from random weights
-by nanochat{source}. The code's licence is MIT; the weights follow from the texts listed under "Data and licences".
-
-## Intended use and limits
-
-To learn from, to experiment with and to compare against. It is small: it states wrong things in a sure voice, has been
-taught no values and no refusals, and knows no language but that of its training text. Do not rely on it.
-
-## Evaluation
-
-Accuracies in percent, ± one standard error; in brackets, the gain over the stage before.
-
-{chat}
-
-{base}
-
-## Training
-
-{runs}
-
-{settings}
-
-## Data and licences
-
-{data}
-
-Conversations for the chat stages come from the repository's own tasks, and from data sets given to them.
-
-## Provenance
-
-{head}
-"""
-
-
 def model_card(records: Records, tag: str, stage: str) -> str:
     """The model card of one checkpoint, Markdown with the header that model hubs read.
 
@@ -279,7 +229,8 @@ def model_card(records: Records, tag: str, stage: str) -> str:
     if stage not in runs:
         raise ValueError(f"no run {stage}/{tag} under the base directory: a model card needs its run.json")
     source = runs[stage].get("source")
-    return _CARD.format(
+    card = Path(__file__).with_name("model_card.txt").read_text(encoding="utf-8")
+    return card.format(
         name=f"nanochat {tag} ({stage})",
         parameters=_text(runs[stage].get("parameters")),
         context=_text(runs[stage]["model_config"].get("sequence_len")),

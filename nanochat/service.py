@@ -137,11 +137,11 @@ class Service:
         return requests
 
     def complete(self, body: CompletionRequest, owner: int) -> Completion:
-        """Begin the answer to /v1/completions."""
+        """Begin the answer to /v1/completions; raises ApiError."""
         return self._start(TextForm(self.engine.tokenizer), body, self._requests(body), owner)
 
     def chat(self, body: ChatRequest, owner: int) -> Completion:
-        """Begin the answer to /v1/chat/completions, in its session if it names one."""
+        """Begin the answer to /v1/chat/completions, in its session if it names one; raises ApiError."""
         form, messages = ChatForm(self.engine.tokenizer), [message.as_turn() for message in body.messages]
         if body.session_id is None:
             return self._start(form, body, self._requests(body, messages), owner, messages)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from nanochat.kv_cache import KVCache
 
@@ -59,10 +60,7 @@ def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
 
 def pad_right(sequences: Sequence[Sequence[int]]) -> torch.Tensor:
     """Token ids of any lengths as one (B, T) batch. Causal attention never looks ahead, so any padding will do."""
-    idx_BT = torch.zeros(len(sequences), max(map(len, sequences)), dtype=torch.long)
-    for row, ids in zip(idx_BT, sequences):
-        row[: len(ids)] = torch.tensor(ids)
-    return idx_BT
+    return pad_sequence([torch.tensor(ids, dtype=torch.long) for ids in sequences], batch_first=True)
 
 
 def _group(spans: Sequence[Span], share: bool) -> list[_Group]:

@@ -186,7 +186,7 @@ def line_editing() -> Iterator[None]:
 
 
 def hold(name: str, config: Config, step: int | None = None, prompt: str | None = None) -> None:
-    """Load a model by its name; answer `prompt`, or hold a session on standard input. What is no answer is dim on a
+    """Load a model by name (or ValueError); answer `prompt`, or hold a session on stdin. What is no answer is dim on a
     terminal, and on stderr where answers go elsewhere. With --tensor-parallel rank 0 talks, and the others follow."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # also where a shell started us with SIGINT ignored
     for stream in (sys.stdin, sys.stdout):  # a character that cannot be read or shown does not end the conversation

@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import functools
 import hashlib
+import io
 import itertools
 import os
 import shutil
@@ -21,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from nanochat.common import atomic_write_json, fsync_dir, read_json, sha256_file
+from nanochat.common import atomic_write, atomic_write_json, fsync_dir, read_json, sha256_file
 from nanochat.conversation import Rendered
 from nanochat.dataset import dataset_dir, shard_records
 from nanochat.documents import iterate_documents
@@ -76,19 +77,16 @@ class TokenShard:
 
     def row_count(self, row_tokens: int, seed: int, epoch: int) -> int:
         """How many rows this shard has in an epoch."""
-        (rows,) = self._plan(row_tokens, seed, epoch, "rows")
-        return len(rows)
+        return len(self.plan(row_tokens, seed, epoch, ["rows"])[0])
 
-    def plan(self, row_tokens: int, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def plan(
+        self, row_tokens: int, seed: int, epoch: int, names: Sequence[str] = ("rows", "start", "length")
+    ) -> tuple[np.ndarray, ...]:
         """The rows of an epoch: rows_R2 (first piece, one past the last), and each piece's start and length in `ids`.
 
-        A row without a supervised target is left out.
+        A row without a supervised target is left out. names: what to read; a resumed run walks many shards for their
+        rows alone.
         """
-        rows_R2, start, length = self._plan(row_tokens, seed, epoch, "rows", "start", "length")
-        return rows_R2, start, length
-
-    def _plan(self, row_tokens: int, seed: int, epoch: int, *names: str) -> tuple[np.ndarray, ...]:
-        """The arrays of a plan that are asked for: a resumed run walks many shards for their rows alone."""
         whole, path = self.meta["conversations"], self.folder / f"plan_{row_tokens}_{seed}_{epoch}.npz"
         if not path.exists():
             with _lock(self.folder):
@@ -99,11 +97,9 @@ class TokenShard:
                         supervised = np.concatenate([[0], np.cumsum(self.mask, dtype=np.int64)])
                         targets = np.concatenate([[0], np.cumsum(supervised[start + plan.length] - supervised[start])])
                         rows = rows[targets[rows[:, 1]] > targets[rows[:, 0]]]
-                    temporary = path.with_suffix(".tmp")
-                    with open(temporary, "wb") as f:
-                        np.savez(f, rows=rows, start=start, length=plan.length)
-                        os.fsync(f.fileno())
-                    os.replace(temporary, path)
+                    content = io.BytesIO()
+                    np.savez(content, rows=rows, start=start, length=plan.length)
+                    atomic_write(path, content.getvalue())
         try:
             with np.load(path) as plan:
                 return tuple(plan[name] for name in names)

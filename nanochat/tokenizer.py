@@ -8,12 +8,14 @@ Any text, and any bytes, become ids and come back unchanged. Special tokens are 
 """
 
 import base64
+import contextlib
 import functools
 import hashlib
 import json
 import os
 import re
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,11 +41,46 @@ FORMAT, VERSION = "nanochat-bpe", 1
 FILE_NAME = "tokenizer.json"
 
 
-class Tokenizer:
-    """Text to ids and back, over a `tiktoken.Encoding`."""
+class Codec(ABC):
+    """Text to ids and back, whatever does the work."""
+
+    title: str  # what users know it by
+    special_tokens: dict[str, int]
+
+    @abstractmethod
+    def encode_rows(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text."""
+
+    @abstractmethod
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        """The exact bytes of `ids`."""
+
+    def encode_special(self, name: str) -> int:
+        """The id of a special token; ValueError when this tokenizer has none of that name."""
+        if name not in self.special_tokens:
+            raise ValueError(f"{self.title} has no special token {name}")
+        return self.special_tokens[name]
+
+    def encode(self, text: str | Sequence[str], prepend: Mark | None = None, append: Mark | None = None) -> list[Any]:
+        """Ids of a text, or a list of ids for each text of a list (in threads), between special tokens by name or id.
+
+        Special tokens spelled out in the text are plain characters; lone surrogates become U+FFFD.
+        """
+        ids = (self.encode_special(mark) if isinstance(mark, str) else mark for mark in (prepend, append))
+        first, last = ([] if i is None else [i] for i in ids)
+        rows = [first + row + last for row in self.encode_rows([text] if isinstance(text, str) else text)]
+        return rows[0] if isinstance(text, str) else rows
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`, special tokens by name; bytes that are not UTF-8 become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+
+class Tokenizer(Codec):
+    """The project's own, over a `tiktoken.Encoding`."""
 
     def __init__(self, encoding: tiktoken.Encoding) -> None:
-        self.encoding = encoding
+        self.encoding, self.title = encoding, f"tokenizer '{encoding.name}'"
         self.special_tokens: dict[str, int] = dict(encoding._special_tokens)
         if "<|bos|>" not in self.special_tokens and "<|endoftext|>" in self.special_tokens:
             self.special_tokens["<|bos|>"] = self.special_tokens["<|endoftext|>"]
@@ -63,7 +100,7 @@ class Tokenizer:
                 f"use at least {smallest}"
             )
         trainer = rustbpe.Tokenizer()
-        clean = (_replace_surrogates(text) for text in texts)
+        clean = (replace_surrogates(text) for text in texts)
         trainer.train_from_iterator(clean, vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN)
         ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
         if len(ranks) == 256 and vocab_size > smallest:
@@ -75,9 +112,9 @@ class Tokenizer:
         return tokenizer
 
     @classmethod
-    def from_directory(cls, directory: Path | str) -> "Tokenizer":
+    def from_directory(cls, directory: Path | str, name: str = FILE_NAME) -> "Tokenizer":
         """The tokenizer that `save` wrote to `directory`; a missing or altered file raises ValueError."""
-        path = Path(directory) / FILE_NAME
+        path = Path(directory) / name
         if not path.is_file():
             raise ValueError(f"no tokenizer at {path}: run python -m scripts.tok_train")
         data = read_json(path)
@@ -112,9 +149,14 @@ class Tokenizer:
                 "with a network and copy tiktoken's cache, the folder named by TIKTOKEN_CACHE_DIR, to this one"
             ) from error
 
-    def save(self, directory: Path | str) -> None:
-        """Write `tokenizer.json` to `directory`, atomically."""
-        atomic_write_json(Path(directory) / FILE_NAME, self._to_dict())
+    def save(self, directory: Path | str, name: str = FILE_NAME) -> None:
+        """Write `tokenizer.json` to `directory`, atomically. One that was there stays beside it, named by its hash."""
+        path = Path(directory) / name
+        with contextlib.suppress(ValueError):  # none there, or a damaged one
+            before = Tokenizer.from_directory(directory, name).hash
+            if before != self.hash:
+                path.replace(path.with_name(kept_name(before)))
+        atomic_write_json(path, self._to_dict())
 
     def _to_dict(self) -> dict[str, Any]:
         ranks = sorted(self.encoding._mergeable_ranks.items(), key=lambda item: item[1])
@@ -147,23 +189,11 @@ class Tokenizer:
         """The id that begins every document and conversation."""
         return self.encode_special("<|bos|>")
 
-    def encode_special(self, name: str) -> int:
-        """The id of a special token; ValueError when this tokenizer has none of that name."""
-        if name not in self.special_tokens:
-            raise ValueError(f"tokenizer '{self.encoding.name}' has no special token {name}")
-        return self.special_tokens[name]
-
-    def encode(self, text: str | Sequence[str], prepend: Mark | None = None, append: Mark | None = None) -> list[Any]:
-        """Ids of a text, or a list of ids for each text of a list (in threads), between special tokens by name or id.
-
-        Special tokens spelled out in the text are plain characters; lone surrogates become U+FFFD.
-        """
-        ids = (self.encode_special(mark) if isinstance(mark, str) else mark for mark in (prepend, append))
-        first, last = ([] if i is None else [i] for i in ids)
-        if isinstance(text, str):
-            return first + self.encoding.encode_ordinary(text) + last
-        rows = self.encoding.encode_ordinary_batch(list(text), num_threads=os.cpu_count() or 1)
-        return [first + row + last for row in rows]
+    def encode_rows(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text, in threads where there are several."""
+        if len(texts) == 1:
+            return [self.encoding.encode_ordinary(texts[0])]
+        return self.encoding.encode_ordinary_batch(list(texts), num_threads=os.cpu_count() or 1)
 
     def encode_bytes(self, data: bytes) -> list[int]:
         """Ids of any bytes: of text where they are UTF-8, byte by byte where not. `decode_bytes` restores them."""
@@ -176,10 +206,6 @@ class Tokenizer:
                 ids += self.encoding.encode_ordinary(piece)
         return ids
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`, special tokens by name; bytes that are not UTF-8 become U+FFFD."""
-        return self.decode_bytes(ids).decode("utf-8", errors="replace")
-
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
         """The exact bytes of `ids`; ValueError for an id outside the vocabulary."""
         try:
@@ -190,9 +216,16 @@ class Tokenizer:
             raise ValueError(f"token id {wrong} is not in the vocabulary of {len(known)} ids") from error
 
 
-def load_tokenizer() -> Tokenizer:
-    """The tokenizer that `scripts.tok_train` made; ValueError with the command when there is none."""
-    return Tokenizer.from_directory(get_base_dir() / "tokenizer")
+def kept_name(content_hash: str) -> str:
+    """The file of a tokenizer that is no longer the newest."""
+    return f"{content_hash[:12]}.json"
+
+
+def load_tokenizer(content_hash: str | None = None) -> Tokenizer:
+    """The tokenizer that `scripts.tok_train` made last, or the one of this hash where it was kept; ValueError with the
+    command when there is none."""
+    folder, name = get_base_dir() / "tokenizer", kept_name(content_hash or "")
+    return Tokenizer.from_directory(folder, name if (folder / name).is_file() else FILE_NAME)
 
 
 def _encoding(name: str, pattern: str, ranks: dict[bytes, int], specials: dict[str, int]) -> tiktoken.Encoding:
@@ -204,13 +237,9 @@ def _content_hash(pattern: str, ranks: dict[bytes, int], specials: dict[str, int
     return hashlib.sha256(json.dumps([pattern, tokens, sorted(specials.items())]).encode()).hexdigest()
 
 
-def _replace_surrogates(text: str) -> str:
+def replace_surrogates(text: str) -> str:
     """As tiktoken does: surrogate pairs become their character, lone surrogates U+FFFD."""
-    try:
-        text.encode()
-        return text
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _read_bytes(path: str) -> bytes:

@@ -138,7 +138,7 @@ class Trainer:
         """`meta` goes into every checkpoint; `evaluate(step)` adds metrics to an evaluation; `sample()` prints some.
 
         batches(step, rows): the steps from `step` on, in micro-batches of at most `rows` rows; None = the rows of
-        `train_shards`. Where it is given there is an evaluation before the first step, too.
+        `train_shards`. Where it is given there is an evaluation before the first step, too. Raises ValueError.
         """
         self.stage, self.tag, self.config, self.model, self.compute = stage, tag, config, model, compute
         self.tokenizer, self.steps, self.evaluate, self.sample = tokenizer, num_iterations, evaluate, sample

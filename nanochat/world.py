@@ -1,5 +1,5 @@
 """The built-in world as text: English prose that every Python carries, and documents, choices and continuation tasks
-written from facts that we state ourselves (world_facts.py) in many wordings (world_phrases.py)."""
+written from facts that we state ourselves in many wordings (world_facts.py)."""
 
 import ast
 import functools
@@ -13,8 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from nanochat.common import atomic_write
-from nanochat.world_facts import Fact, fact_side, facts, facts_on
-from nanochat.world_phrases import capitalized
+from nanochat.world_facts import Fact, capitalized, fact_side, facts, facts_on
 
 LETTERS = "ABCD"
 
@@ -56,9 +55,6 @@ def render_choices(question: str, letters: Sequence[str], choices: Sequence[str]
     return f"Answer with a letter.\n{lines}\n{question}"
 
 
-# --- words -----------------------------------------------------------------------------------------------------------
-
-
 @functools.cache
 def words() -> tuple[str, ...]:
     """Lower-case words of 3 to 12 letters from the world's tables and from Python's topic pages, sorted."""
@@ -77,8 +73,6 @@ def pseudo_word(rng: random.Random) -> str:
     syllables = (rng.choice(onsets) + rng.choice("aeiou") + rng.choice(codas) for _ in range(rng.choice((2, 2, 3))))
     return "".join(syllables)
 
-
-# --- prose -----------------------------------------------------------------------------------------------------------
 
 _SKIPPED_FOLDERS = {"test", "tests", "idlelib", "idle_test", "lib2to3", "site-packages", "dist-packages", "turtledemo"}
 
@@ -130,9 +124,6 @@ def prose_documents() -> list[str]:
         seen.update(new)
         documents += _joined(paragraph for text in new for paragraph in _cleaned(text).split("\n\n"))
     return [document for document in dict.fromkeys(documents) if document]
-
-
-# --- text of the world -----------------------------------------------------------------------------------------------
 
 
 def _deck(rng: random.Random, items: Sequence) -> Iterator:
@@ -305,9 +296,6 @@ def documents(seed: int, target_bytes: int) -> Iterator[str]:
         text = rng.choices(list(kinds), list(kinds.values()))[0]()
         written += len(text.encode())
         yield text
-
-
-# --- continuation tasks ----------------------------------------------------------------------------------------------
 
 
 def _continuation_tasks(rng: random.Random, max_items: int) -> dict[str, tuple[str, int, list[dict]]]:

@@ -106,10 +106,10 @@ def main() -> None:
         print0(f"bits per byte of {dataset}, {split}: {bits[split]:.4f}")
 
     bar = partial(tqdm, leave=False, disable=None if compute.rank == 0 else True)
-    bundle = find_bundle(config.bundle, compute)
+    bundle, what = find_bundle(config.bundle, compute), "built-in world" if config.bundle == "world" else "CORE"
     core = evaluate_core(model, tokenizer, bundle, config.max_per_task, compute, print0, bar)
     if core["core_metric"] is not None:
-        print0(f"CORE: {core['core_metric']:.4f} ± {core['core_stderr']:.4f} ({len(core['results'])} tasks)")
+        print0(f"{what}: {core['core_metric']:.4f} ± {core['core_stderr']:.4f} ({len(core['results'])} tasks)")
 
     if compute.rank == 0:
         samples = [] if config.hf else complete(model, tokenizer)

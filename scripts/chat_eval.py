@@ -50,7 +50,7 @@ class Config:
 
     @property
     def task_names(self) -> list[str]:
-        """The tasks asked for, or all that this machine has."""
+        """The tasks asked for, or all that this machine has; ValueError for a wrong folder."""
         if self.tasks is not None:
             return list(dict.fromkeys(self.tasks.split(",")))
         if self.tasks_dir is not None and not Path(self.tasks_dir).is_dir():

@@ -57,7 +57,7 @@ def here(config: Config, names: Sequence[str]) -> tuple[Any, Any, Callable[[], N
 
 
 def in_replicas(config: Config, names: Sequence[str], n: int) -> tuple[Any, Any, Callable[[], None]]:
-    """The same of n servers in processes of their own, which are told what this one was told."""
+    """The same of n servers in processes of their own, which are told what this one was; else ValueError."""
     if config.devices:
         raise ValueError("--replicas gives each server a device of its own: leave --devices out")
     read_api_keys(config.api_keys)  # a mistake is told once, not by each of them

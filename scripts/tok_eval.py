@@ -1,7 +1,6 @@
 """Bytes per token by kind of text, beside GPT-2's and GPT-4's encodings: python -m scripts.tok_eval"""
 
 import os
-import re
 import tempfile
 from dataclasses import dataclass
 from itertools import islice
@@ -9,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nanochat import cli
-from nanochat.common import get_base_dir, print0, write_record
+from nanochat.common import get_base_dir, print0, read_sections, write_record
 from nanochat.dataset import dataset_dir, iterate_documents, list_shards
 from nanochat.tokenizer import Tokenizer, load_tokenizer
 
@@ -48,8 +47,7 @@ def load_tokenizers() -> dict[str, Tokenizer]:
 
 def load_samples() -> dict[str, str]:
     """Text by kind, from tok_eval.txt: languages, code, mathematics and emoji."""
-    _, *parts = re.split(r"^=== (.+)\n", Path(__file__).with_suffix(".txt").read_text("utf-8"), flags=re.MULTILINE)
-    return {name: text.removesuffix("\n") for name, text in zip(parts[::2], parts[1::2])}
+    return read_sections(Path(__file__).with_suffix(".txt"))
 
 
 def load_texts(config: Config) -> dict[str, list[str]]:

@@ -18,25 +18,26 @@ class Config:
     dataset: str = cli.option("builtin", "dataset to learn from: its name, or the folder it was made from")
     vocab_size: int = cli.option(32768, "ids, the nine special tokens included")
     max_chars: int = cli.option(2_000_000_000, "stop after this many characters")
-    doc_cap: int = cli.option(10_000, "characters taken of each document, so that long ones do not dominate")
+    doc_cap: int = cli.option(10_000, "characters taken of each document before any gives more")
 
     def __post_init__(self) -> None:
         cli.require_positive(self, "max_chars", "doc_cap")
 
 
 def training_texts(config: Config, seen: dict[str, int]) -> Iterator[str]:
-    """Document starts up to `max_chars` in all, counted into `seen`."""
+    """Up to `max_chars` of the documents' beginnings, then of the rest of the long ones; counted into `seen`."""
     from tqdm import tqdm
 
     with tqdm(desc="reading", unit=" chars", unit_scale=True, disable=None) as bar:
-        for text in iterate_documents(list_shards(config.dataset, "train")):
-            text = text[: min(config.doc_cap, config.max_chars - seen["chars"])]
-            seen["documents"] += 1
-            seen["chars"] += len(text)
-            bar.update(len(text))
-            yield text
-            if seen["chars"] >= config.max_chars:
-                return
+        for part in (slice(config.doc_cap), slice(config.doc_cap, None)):
+            for text in iterate_documents(list_shards(config.dataset, "train")):
+                text = text[part][: config.max_chars - seen["chars"]]
+                seen["documents"] += part.start is None
+                seen["chars"] += len(text)
+                bar.update(len(text))
+                yield text
+                if seen["chars"] >= config.max_chars:
+                    return
 
 
 def main() -> None:

@@ -3,47 +3,12 @@
 import random
 import re
 from fractions import Fraction
+from pathlib import Path
 
+from nanochat.common import read_lists
 from nanochat.tools import calculate
 from nanochat.world_facts import side_of
 from tasks.common import Conversation, MadeTask, after_tools, single_turn
-
-_BARE = (
-    "{a}{o}{b}", "{a} {o} {b}", "{a}{o}{b}=", "{a} {o} {b} =", "{a}{o}{b}?", "{a} {o} {b} = ?", "{a}{o}{b}=?",
-    "{a} {o} {b}?",
-)  # fmt: skip
-_ASKED = (
-    "What is {}?", "what is {}", "What's {}?", "what's {}", "Calculate {}.", "calculate {}", "Compute {}.",
-    "How much is {}?", "how much is {}", "Tell me {}.", "Can you work out {}?", "Please calculate {}.",
-    "What does {} make?", "Work out {}.", "{} is what?", "What is the result of {}?", "Solve {}.",
-    "What do you get for {}?", "Use the calculator: {}", "{}", "Can you compute {}, please?", "I need to know {}.",
-    "Evaluate {}.", "what does {} equal?", "Give me the value of {}.",
-)  # fmt: skip
-_WORDS = {
-    "+": ("{a} plus {b}", "{a} and {b} together", "the sum of {a} and {b}", "{a} added to {b}"),
-    "-": ("{a} minus {b}", "{a} take away {b}", "the difference of {a} and {b}", "{a} less {b}"),
-    "*": ("{a} times {b}", "{a} multiplied by {b}", "the product of {a} and {b}", "{a} x {b}", "{a}x{b}"),
-    "/": ("{a} divided by {b}", "{a} over {b}", "the quotient of {a} and {b}"),
-}
-_ORDERS = {
-    "+": ("Add {a} and {b}.", "add {a} to {b}", "Add {a} to {b}.", "Sum {a} and {b}."),
-    "-": ("Subtract {b} from {a}.", "subtract {b} from {a}", "Take {b} away from {a}.", "take {b} from {a}"),
-    "*": ("Multiply {a} by {b}.", "multiply {a} by {b}", "Multiply {a} and {b}.", "multiply {a} with {b}"),
-    "/": ("Divide {a} by {b}.", "divide {a} by {b}", "Split {a} into {b} equal parts. How big is each?"),
-}
-_STORIES = {
-    "+": ("{who} has {a} {things} and gets {b} more. How many {things} does {who} have now?",
-    "There are {a} {things} in one box and {b} in another. How many {things} are there in all?"),
-    "-": ("{who} has {a} {things} and gives away {b}. How many {things} are left?",
-    "There were {a} {things} and {b} were sold. How many {things} remain?"),
-    "*": ("{who} buys {a} boxes with {b} {things} each. How many {things} is that?",
-    "There are {a} bags and {b} {things} in every bag. How many {things} are there?"),
-    "/": ("{who} shares {a} {things} among {b} friends. How many {things} does each friend get?",
-    "{a} {things} are put into {b} equal boxes. How many {things} are in each box?"),
-}  # fmt: skip
-_PEOPLE = ("Anna", "Ben", "Carla", "David", "Eva", "Frank", "Grace", "Henry", "Ida", "Jack", "Tom", "Mia")
-_THINGS = ("apples", "books", "coins", "stones", "cards", "eggs", "pencils", "shells", "stamps", "marbles")
-_LONG = ("{a} {o} {b} {p} {c}", "{a}{o}{b}{p}{c}", "({a}{o}{b}){p}{c}", "({a} {o} {b}) {p} {c}", "{a}{o}({b}{p}{c})")
 
 
 def _number(rng: random.Random) -> int:
@@ -67,22 +32,22 @@ def _problem(rng: random.Random) -> tuple[str, str, str]:
     """A question, its expression in plain signs, and the operands that it is split by."""
     sign = rng.choice("+-*/")
     a, b = _operands(rng, sign)
-    kind, form = rng.random(), ""
+    kind, form, said = rng.random(), "", read_lists(Path(__file__).with_suffix(".txt"))
     if kind < 0.07:
-        form = rng.choice(_LONG)
-        template = rng.choice(_ASKED).format(form)
+        form = rng.choice(said["long"])
+        template = rng.choice(said["asked"]).format(form)
     elif kind < 0.42:
-        template = rng.choice(_ASKED).format(rng.choice(_BARE[:2]))
+        template = rng.choice(said["asked"]).format(rng.choice(said["bare"][:2]))
     elif kind < 0.52:
-        template = rng.choice(_BARE)
+        template = rng.choice(said["bare"])
     elif kind < 0.79:
-        template = rng.choice(_ASKED).format(rng.choice(_WORDS[sign]))
+        template = rng.choice(said["asked"]).format(rng.choice(said[f"words {sign}"]))
     elif kind < 0.90:
-        template = rng.choice(_ORDERS[sign])
+        template = rng.choice(said[f"orders {sign}"])
     else:
-        template = rng.choice(_STORIES[sign])
+        template = rng.choice(said[f"stories {sign}"])
     values = {"a": a, "b": b, "o": sign, "c": rng.randint(1, 99), "p": rng.choice("+-*")}
-    question = template.format(who=rng.choice(_PEOPLE), things=rng.choice(_THINGS), **values)
+    question = template.format(who=rng.choice(said["people"]), things=rng.choice(said["things"]), **values)
     return question, (form or "{a}{o}{b}").format(**values).replace(" ", ""), f"{a} {b}"
 
 

@@ -13,7 +13,7 @@ SCORED |= {"choice": WorldChoice, "identity": Identity}
 
 
 def mixture(split: str, scale: float, seed: int, identity: bool) -> TaskMixture:
-    """Conversations of all skills, shuffled; `scale` 1 is 1,000 of each of the larger ones.
+    """Conversations of all skills, shuffled; `scale` 1 is 1,000 of each larger one, 0 a ValueError.
 
     identity: also who the model is, and small talk.
     """

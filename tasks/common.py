@@ -120,7 +120,7 @@ class Multiturn(Task):
 
 
 def require_split(split: str, known: Sequence[str] = ("train", "test")) -> str:
-    """`split`, if it is a known one."""
+    """`split`, if it is a known one; else ValueError."""
     if split not in known:
         raise ValueError(f"unknown split '{split}'; known: {', '.join(known)}")
     return split

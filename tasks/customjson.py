@@ -23,7 +23,11 @@ class CustomJSON(Task):
                 if not line.strip():
                     continue
                 try:
-                    self._conversations.append(_parsed(line))
+                    value = json.loads(line.decode("utf-8-sig"))
+                    conversation = {"messages": value.get("messages") if isinstance(value, dict) else value}
+                    validate(conversation)
+                    json.dumps(conversation, ensure_ascii=False).encode()  # half of a surrogate pair is no text
+                    self._conversations.append(conversation)
                 except (ValueError, RecursionError) as error:
                     problems.append(f"{path}:{number}: {error}")
         total = len(self._conversations) + len(problems)
@@ -34,11 +38,3 @@ class CustomJSON(Task):
 
     def example(self, index: int) -> Conversation:
         return self._conversations[index]
-
-
-def _parsed(line: bytes) -> Conversation:
-    value = json.loads(line.decode("utf-8-sig"))
-    conversation = {"messages": value.get("messages") if isinstance(value, dict) else value}
-    validate(conversation)
-    json.dumps(conversation, ensure_ascii=False).encode()  # half of a surrogate pair is no text
-    return conversation

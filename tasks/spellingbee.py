@@ -7,30 +7,15 @@ A word's tokens depend on what stands before it, so the call copies the word as 
 import random
 import re
 import string
+from pathlib import Path
 
+from nanochat.common import read_lists
 from nanochat.tools import calculate
 from nanochat.world import pseudo_word, words
 from nanochat.world_facts import side_of
 from tasks.common import Conversation, MadeTask, after_tools, single_turn
 
-_COUNTING = (
-    "How many {l} are in {w}?", "How many {l} are there in {w}?", "how many {l} in {w}",
-    "How many {l} are in the word {w}?", "how many {l} are in {w}", "How many {l} does {w} have?",
-    "How many {l} does the word {w} contain?", "How many times does {l} occur in {w}?",
-    "How often does {l} appear in {w}?", "how many times does {l} appear in {w}", "How often is {l} in {w}?",
-    "Count the {l} in {w}.", "count {l} in {w}", "Count how often {l} occurs in the word {w}.",
-    "Tell me how many {l} are in {w}.", "Can you count the {l} in {w}?", "In {w}, how many {l} are there?",
-    "Look at the word {w}. How many {l} does it have?", "What is the number of {l} in {w}?", "number of {l} in {w}",
-    "Please count the {l} in the word {w}.", "Do you know how many {l} there are in {w}?", "{w}: how many {l}?",
-    "The word is {w}. How many {l} are in it?", "Find how many {l} there are in {w}, please.", "{l} in {w}?",
-    "How many {l} can you find in {w}?", "how many {l} are there in the word {w}?", "How many {l} do you see in {w}?",
-)  # fmt: skip
-_LETTERS = ("{l}", "{l}", "{l}", "letter {l}", "{l}'s", "{l}'s", "'{l}'", '"{l}"', "letters {l}", "letter '{l}'")
-_SPELLING = (
-    "Spell {w}.", "spell {w}", "How do you spell {w}?", "how do you spell {w}", "Spell the word {w}.",
-    "Please spell {w}.", "Can you spell {w}?", "What letters make the word {w}?", "Spell out {w}.",
-    "How is {w} spelled?", "Tell me how to spell {w}.", "What is the spelling of {w}?",
-)  # fmt: skip
+WORDINGS = Path(__file__).with_suffix(".txt")
 
 
 def _word(rng: random.Random, split: str) -> str:
@@ -52,9 +37,9 @@ class SpellingBee(MadeTask):
         letter = rng.choice(word) if rng.random() < 0.8 else rng.choice(string.ascii_lowercase)
         if rng.random() < 0.1 and letter != word[0]:  # the tool minds upper case, so the first letter is not asked
             word = word.capitalize()
-        template = rng.choice(_COUNTING)
+        template = rng.choice(read_lists(WORDINGS)["counting"])
         quote = rng.choice(("", "", "", '"', "'")) if " {w}" in template else ""
-        shown = rng.choice(_LETTERS).format(l=letter.upper() if rng.random() < 0.1 else letter)
+        shown = rng.choice(read_lists(WORDINGS)["letters"]).format(l=letter.upper() if rng.random() < 0.1 else letter)
         bare = quote or not template.partition("{w}")[0]
         expression = f' "{word}".count("{letter}")' if bare else f'" {word}".count("{letter}")'
         count, said = calculate(expression), f'"{word}"' if bare else word
@@ -79,7 +64,7 @@ class Spelling(MadeTask):
 
     def make(self, rng: random.Random, item: None) -> Conversation:
         word = _word(rng, self.split)
-        return single_turn(rng.choice(_SPELLING).format(w=word), "-".join(word), word=word)
+        return single_turn(rng.choice(read_lists(WORDINGS)["spelling"]).format(w=word), "-".join(word), word=word)
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
         """Whether the completion is the word's letters joined by hyphens."""

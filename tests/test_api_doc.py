@@ -16,7 +16,7 @@ from nanochat.api import ChatRequest, CompletionRequest
 from nanochat.openapi import OPERATIONS
 
 DOCUMENT = (Path(__file__).resolve().parent.parent / "dev" / "api.md").read_text(encoding="utf-8")
-MODEL = "sft/d6"
+MODEL = "sft/d6-cpu"
 
 
 class Exchange(NamedTuple):

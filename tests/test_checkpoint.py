@@ -210,8 +210,12 @@ def test_a_damaged_meta_json_is_named_and_the_step_skipped(tiny_world, content):
 def test_another_tokenizer(tiny_world):
     save(1)
     old = load_tokenizer().hash
-    Tokenizer.train_from_iterator(["other text"] * 9, 270).save(tiny_world / "tokenizer")
-    with pytest.raises(ValueError, match=f"base/t was trained with tokenizer {old[:12]}.*put the old one back"):
+    new = Tokenizer.train_from_iterator(["other text"] * 9, 270)
+    new.save(tiny_world / "tokenizer")
+    assert load_tokenizer().hash == new.hash
+    assert checkpoint.load_model("base", "cpu")[1].hash == old, "what a model was trained with is kept"
+    (tiny_world / "tokenizer" / f"{old[:12]}.json").rename(tiny_world / "elsewhere.json")
+    with pytest.raises(ValueError, match=f"base/t was trained with tokenizer {old[:12]}.*back as tokenizer.json"):
         checkpoint.load_model("base", "cpu")
 
 

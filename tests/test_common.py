@@ -113,3 +113,17 @@ def test_a_record_says_where_it_comes_from(tmp_path):
     assert record["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
     assert {"torch", "numpy", "tiktoken", "safetensors"} <= set(record["versions"])
     assert record["commit"] and record["date"].endswith("Z")
+
+
+def test_a_text_file_in_sections_and_lists(tmp_path):
+    path = tmp_path / "table.txt"
+    path.write_text("What this is.\n\n=== one: a\nfirst\n\nsecond \n\n=== two\n=== three\n=> x ===\n")
+    assert common.read_sections(path) == {"one: a": "first\n\nsecond \n", "two": "", "three": "=> x ==="}
+    path.write_text("=== names\n\nAnna\nBen\n\n=== things\napples\n")
+    assert common.read_lists(path) == {"names": ["Anna", "Ben"], "things": ["apples"]}
+
+
+def test_a_file_that_cannot_be_read_is_nothing(tmp_path):
+    (tmp_path / "there").write_text("text\n")
+    assert [common.read_if_there(tmp_path / name) for name in ("there", "gone")] == ["text\n", ""]
+    assert common.read_if_there(tmp_path) == ""  # a folder

@@ -119,9 +119,9 @@ def proxied(tmp_path, monkeypatch):
     with tiny_chat.running_server(model_name="one") as (one, a), tiny_chat.running_server(model_name="two") as (two, b):
         port = free_port()
         text = block("nginx").replace(":8001", f":{a}").replace(":8002", f":{b}").replace("443", f"127.0.0.1:{port}")
-        text = text.replace("/etc/nginx/chat.example.org.key", pem[0]).replace(
-            "/etc/nginx/chat.example.org.pem", pem[1]
-        )
+        places = {"/var/log/nginx": str(tmp_path), "/etc/nginx/chat.example.org.key": pem[0]}
+        for shown, here in (places | {"/etc/nginx/chat.example.org.pem": pem[1]}).items():
+            text = text.replace(shown, here)
         temporary = "".join(
             f"{kind}_temp_path {tmp_path}/{kind};\n" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
         )
@@ -156,7 +156,7 @@ def proxied(tmp_path, monkeypatch):
             nginx.wait(60)
 
 
-def test_two_replicas_behind_nginx(proxied):
+def test_two_replicas_behind_nginx(proxied, tmp_path):
     """Streams pass piece by piece, a client keeps its replica, and a replica that ends is passed over."""
     ask, engines, apps = proxied
 
@@ -168,6 +168,11 @@ def test_two_replicas_behind_nginx(proxied):
     assert all(replica(key) == name for key, name in of.items())
     for path in ("/metrics", "/stats", "/cache/invalidate"):
         assert ask("GET", path).status == 404
+
+    answer = ask("GET", "/v1/models", key="key-0")
+    line, deadline = f" 200 .* {answer.getheader('X-Request-Id')}$", time.monotonic() + 60
+    while not re.search(line, (tmp_path / "nanochat.log").read_text(), re.MULTILINE):
+        assert time.monotonic() < deadline, line
 
     key, name = next(iter(of.items()))
     engine, release = engines[name], threading.Event()

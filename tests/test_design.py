@@ -17,8 +17,8 @@ def module_name(path):
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
-def imported_by(path):
-    """The project's modules that a file imports, anywhere in it."""
+def imported_names(path):
+    """All modules, and names of modules, that a file imports, anywhere in it."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     names = set()
     for node in ast.walk(tree):
@@ -27,7 +27,14 @@ def imported_by(path):
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path.name} imports relatively"
             names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return names & set(MODULES)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            names |= {each.value for each in node.args if isinstance(each, ast.Constant)}
+    return names
+
+
+def imported_by(path):
+    """The project's modules among them."""
+    return imported_names(path) & set(MODULES)
 
 
 MODULES = {module_name(path): path for path in FILES}
@@ -85,6 +92,8 @@ def test_layers(path):
     if name in PACKAGES:
         return
     mine = LAYER_OF[name]
+    outside = {other for other in imported_names(path) if other.split(".")[0] in ("dev", "tests")}
+    assert not outside or name == "scripts.infer_bench", f"an installation has no {outside}"
     for other in imported_by(path) - {"nanochat"}:
         assert LAYER_OF[other] in LAYERS[mine][1] | ({mine} - {"scripts"}), f"{mine} may not import {other}"
 

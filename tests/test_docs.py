@@ -1,6 +1,10 @@
 """The documents: every file, function and figure that they name is there, and every link leads somewhere."""
 
 import ast
+import dataclasses
+import functools
+import importlib
+import inspect
 import re
 from pathlib import Path
 
@@ -58,6 +62,30 @@ def test_modules_that_commands_run_exist():
     for document in DOCUMENTS:
         for module in re.findall(r"python -m ((?:nanochat|scripts|dev)[.\w]*)", document.read_text()):
             assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), f"{document.name} runs {module}"
+
+
+@functools.cache
+def flags_of(module):
+    """What a module's command line takes: the fields of its dataclasses, and flags that its source spells out."""
+    found, imported = {"config", "help"}, importlib.import_module(module)
+    for value in vars(imported).values():
+        if inspect.isclass(value) and dataclasses.is_dataclass(value):
+            found |= {field.name.replace("_", "-") for field in dataclasses.fields(value)}
+    return found | set(re.findall(r'"--([a-z][a-z0-9-]*)"', inspect.getsource(imported)))
+
+
+def test_flags_of_commands_exist():
+    """Of every command shown; after a bare -- they are those of the script that is started for it, base_train."""
+    seen = 0
+    for document in [*DOCUMENTS, ROOT / "dev" / "microgpt.py"]:
+        command = r"-m ((?:nanochat|scripts|tasks|dev)\.\w+)((?: (?![`#|<&])[^\s`|]+)*)"
+        for module, rest in re.findall(command, document.read_text()):
+            own, _, passed_on = rest.partition(" -- ")
+            for name, words in ((module, own), ("scripts.base_train", passed_on)):
+                for flag in re.findall(r" --([a-z][a-z0-9-]*)", f" {words}"):
+                    seen += 1
+                    assert flag in flags_of(name), f"{document.name}: {name} has no --{flag}"
+    assert seen > 50
 
 
 def source_of(file, name):

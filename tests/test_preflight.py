@@ -230,7 +230,7 @@ def test_the_free_memory_of_this_machine(monkeypatch):
         "/sys/fs/cgroup/c/memory.stat": "anon 30000\nfile 7\n",
         "/sys/fs/cgroup/memory.max": "max\n",
     }
-    monkeypatch.setattr(preflight, "_read", lambda path: files.get(str(path), ""))
+    monkeypatch.setattr(preflight, "read_if_there", lambda path: files.get(str(path), ""))
     assert preflight.free_memory(torch.device("cpu")) == 50000
     del files["/sys/fs/cgroup/c/memory.max"]
     assert preflight.free_memory(torch.device("cpu")) == 70000

@@ -1,9 +1,16 @@
 """Public names are documented and typed; and the check of what tests have run tells what they have not."""
 
+import ast
 import dataclasses
+import functools
 import importlib
 import inspect
+import json
+import os
 import re
+import subprocess
+import sys
+import textwrap
 import types
 
 import pytest
@@ -11,7 +18,7 @@ from test_design import MODULES
 
 from dev import coverage_check
 
-KINDS = (classmethod, staticmethod, property, types.FunctionType)
+KINDS = (classmethod, staticmethod, property, functools.cached_property, types.FunctionType)
 NAMES = sorted(set(MODULES) - {"nanochat", "scripts", "tasks"})
 
 
@@ -33,20 +40,22 @@ def public_names(module):
 def functions(module):
     """The functions among them, unwrapped."""
     for name, value in public_names(module):
-        value = value.fget if isinstance(value, property) else inspect.unwrap(value)
+        value = getattr(value, "fget", None) or getattr(value, "func", None) or inspect.unwrap(value)
         if (inspect.isfunction(value) or inspect.ismethod(value)) and value.__name__ != "<lambda>":
             yield name, value
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_public_names_say_what_they_are(name):
-    """A docstring each, of their own or of what they override; an __init__ may leave it to its class."""
+    """A docstring each, a method's may be that of what it overrides; an __init__ may leave it to its class."""
     module = importlib.import_module(name)
     assert module.__doc__, "the file says what it holds"
     for place, value in public_names(module):
         if place.endswith("__init__") or place == "main" or getattr(value, "__name__", "") == "<lambda>":
             continue
         text = inspect.getdoc(value)
+        if inspect.isclass(value):  # neither a base class's, nor the signature that dataclass and NamedTuple write
+            text = re.sub(rf"^{value.__name__}\(.*\)$", "", vars(value).get("__doc__") or "")
         assert text and len(text.split()) > 1, f"{place} has no docstring"
 
 
@@ -63,6 +72,32 @@ def test_public_functions_are_typed(name):
         assert not untyped, f"{place}: {', '.join(untyped)}"
         made = function.__qualname__.endswith(".__init__") and not signature.parameters.keys() - {"self"}
         assert made or signature.return_annotation is not signature.empty, f"{place} does not say what it returns"
+
+
+def raised(node):
+    """Names of the exceptions that a function raises itself, without those of functions inside of it."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Raise) and child.exc is not None:
+            yield ast.unparse(getattr(child.exc, "func", child.exc))
+        if not isinstance(child, ast.FunctionDef | ast.Lambda | ast.ClassDef):
+            yield from raised(child)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_users_mistakes_raise_is_said(name):
+    """ValueError and ApiError, in the docstring of the function or of its class."""
+    module = importlib.import_module(name)
+    for place, function in functions(module):
+        code = function.__code__.co_filename
+        if place == "main" or code != module.__file__:  # a main ends with status 2; dataclass and NamedTuple write some
+            continue
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+        owner = vars(module).get(place.split(".")[0])
+        text = f"{inspect.getdoc(function) or ''} {owner.__doc__ or ''}"
+        if {"ValueError", "ApiError"} & set(raised(tree.body[0])):
+            assert re.search(r"ValueError|ApiError|[Rr]aise|[Rr]efuse|\berror", text), (
+                f"{place} does not say what it raises"
+            )
 
 
 SHAPED = re.compile(r"_[A-Z0-9]+$|^x$|^[a-z]$")
@@ -105,6 +140,24 @@ def test_what_no_test_ran_is_found():
     assert coverage_check.never_run({"nanochat/kernels.py": {"functions": on_gpu}}) == []
     known = {f"{name.split('.')[1]}.{place}" for name in NAMES for place, _ in functions_of(name)}
     assert known >= coverage_check.ON_GPU
+
+
+def test_what_no_test_ran_is_found_in_what_coverage_writes(tmp_path):
+    """Of a package of its own: a real report, of lines that ran and lines that did not."""
+    package = tmp_path / "own"
+    package.mkdir()
+    functions = "def run():\n    return 1\n\n\ndef idle():\n    'No line that runs.'\n    return 2\n"
+    methods = "class Shape:\n    def area(self):\n        return 3\n\n    def _own(self):\n        return 4\n"
+    (package / "__init__.py").write_text(f"{functions}\n\n{methods}\n\nrun()\n")
+    (tmp_path / "use.py").write_text("import own\n")
+    outer = ("COVERAGE_PROCESS_START", "COVERAGE_PROCESS_CONFIG")  # of the run that this test may be a part of
+    environment = {name: value for name, value in os.environ.items() if name not in outer}
+    environment |= {"COVERAGE_FILE": str(tmp_path / "data"), "PYTHONPATH": str(tmp_path)}
+    for command in (["run", "--source=own", "use.py"], ["json", "-o", "lines.json"]):
+        command = [sys.executable, "-m", "coverage", *command]
+        subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True, timeout=120)
+    files = json.loads((tmp_path / "lines.json").read_text())["files"]
+    assert coverage_check.never_run(files) == ["__init__.Shape.area", "__init__.idle"]
 
 
 def functions_of(name):

@@ -335,7 +335,8 @@ def test_answers_do_not_depend_on_their_neighbours(base):
 
 def test_killed_and_resumed_to_the_bit(base):
     flags = {"num_iterations": 12, "save_every": 3, "eval_every": 6}
-    learn(model_tag="whole", **flags)
+    # all in processes of their own, of one thread each: two add up in another order
+    assert start_learning(model_tag="whole", **flags).wait().code == 0
     running = start_learning(model_tag="killed", **flags)
     wait_for(lambda: max(losses("rl", "killed"), default=0) >= 5, running)
     os.kill(running.pid, signal.SIGKILL)
@@ -345,7 +346,7 @@ def test_killed_and_resumed_to_the_bit(base):
     wait_for(lambda: max(losses("rl", "killed"), default=0) >= 8, running)
     os.kill(running.pid, signal.SIGTERM)
     assert running.wait().code in (0, 130)
-    learn(model_tag="killed", resume="newest", **flags)
+    assert start_learning(model_tag="killed", resume="newest", **flags).wait().code == 0
     assert steps("killed") == steps("whole")
     evaluated = [[line for line in metrics("rl", tag) if "tasks" in line] for tag in ("whole", "killed")]
     assert evaluated[0] == evaluated[1] and [line["step"] for line in evaluated[0]] == [0, 6, 12]

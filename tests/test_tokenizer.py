@@ -19,7 +19,9 @@ import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nanochat import dataset
 from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer, load_tokenizer
+from scripts import tok_train
 from scripts.tok_eval import CACHED_FILES, is_cached, load_samples, measure
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -326,3 +328,24 @@ def test_scripts_train_and_measure_on_a_dataset(tmp_path):
     for name, text in SAMPLES.items():
         assert texts[name]["ours"]["tokens"] == len(saved.encode(text))
         assert texts[name]["bytes"] == len(text.encode())
+
+
+def test_long_documents_give_more_where_others_have_no_more(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    documents = ["a" * 900, "b" * 50, "c" * 120]
+    (folder / "0.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    (folder / "1.jsonl").write_text('{"text": "validation"}\n')
+    dataset.prepare(str(folder))
+
+    def given(max_chars):
+        seen = {"documents": 0, "chars": 0}
+        config = tok_train.Config(dataset=str(folder), max_chars=max_chars, doc_cap=100)
+        text = "".join(tok_train.training_texts(config, seen))
+        assert seen["chars"] == len(text)
+        return text, seen["documents"]
+
+    assert given(120) == ("a" * 100 + "b" * 20, 2)
+    assert given(300) == ("a" * 100 + "b" * 50 + "c" * 100 + "a" * 50, 3)
+    assert given(5000) == ("a" * 100 + "b" * 50 + "c" * 100 + "a" * 800 + "c" * 20, 3)

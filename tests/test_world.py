@@ -14,8 +14,7 @@ import pytest
 import yaml
 
 from nanochat import world
-from nanochat.world_facts import fact_side, facts, facts_on, side_of, with_article
-from nanochat.world_phrases import RELATIONS, questions
+from nanochat.world_facts import fact_side, facts, facts_on, questions, relations, side_of, with_article
 
 ROOT = Path(__file__).resolve().parent.parent
 BY_KEY = {(fact.relation.name, fact.subject): fact for fact in facts()}
@@ -116,7 +115,7 @@ def test_side_of_is_a_fraction_of_the_hash_in_any_process():
     assert runs[0].stdout == runs[1].stdout != b""
 
 
-@pytest.mark.parametrize("relation", RELATIONS, ids=lambda relation: relation.name)
+@pytest.mark.parametrize("relation", relations().values(), ids=lambda relation: relation.name)
 def test_relations_are_said_and_asked_in_many_ways(relation):
     reverse = relation.name.endswith(("_of", "_at"))
     assert len(set(relation.statements)) >= (1 if reverse else 6)
