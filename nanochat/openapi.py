@@ -38,7 +38,7 @@ OPERATIONS: tuple[tuple[str, str, str, tuple[str, ...] | str, tuple[int, ...], A
     ("post", "/v1/completions", "Text continued", COMPLETION, MAKING, CompletionRequest),
     ("get", "/v1/sessions/{name}", "What a session holds", SESSION, (404,), None),
     ("delete", "/v1/sessions/{name}", "End a session", ("id", "deleted"), (404,), None),
-    ("post", "/cache/invalidate", "Forget kept answers and known beginnings of prompts", ("responses",), (), None),
+    ("post", "/cache/invalidate", "Forget kept answers and known beginnings of prompts", ("responses",), (503,), None),
 )
 
 

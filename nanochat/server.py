@@ -30,7 +30,7 @@ def read_api_keys(path: str | None) -> list[str]:
     too soon."""
     keys = [key for each in os.environ.get(KEYS_VARIABLE, "").split(",") if (key := each.strip())]
     if path is not None:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
         if not (listed := [line for line in lines if line and not line.startswith("#")]):
             raise ValueError(f"--api-keys {path}: there is no key in it; leave the flag out to serve without keys")
         keys += listed

@@ -15,7 +15,7 @@ from nanochat.chat_format import Format
 from nanochat.cli import option
 from nanochat.common import atomic_write_json, get_base_dir, print0, read_json
 from nanochat.compute import Compute
-from nanochat.conversation import Message, validate
+from nanochat.conversation import Message, plain_text, validate
 from nanochat.detokenizer import Event, Reasoning, ToolCall, content_of
 from nanochat.engine import Engine, Request
 
@@ -24,6 +24,7 @@ HELP = (
     "/temp NUMBER sets the temperature, /save FILE and /load FILE keep a conversation, /quit or Ctrl-D ends, "
     "/help says this."
 )
+STEERING = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])  # what a terminal takes for commands
 
 
 @dataclass(frozen=True)
@@ -105,12 +106,11 @@ class Chat:
             signal.signal(signal.SIGINT, before)
 
     def _show(self, event: Event, previous: Event) -> None:
-        if isinstance(event, ToolCall):
-            self.write(f"[{event.expression} = {event.result or 'not valid'}] ", True)
-            return
         if isinstance(previous, Reasoning) and not isinstance(event, Reasoning):
             self.write("\n", True)
-        self.write(event, isinstance(event, Reasoning))
+        called = f"[{event.expression} = {event.result or 'not valid'}] " if isinstance(event, ToolCall) else None
+        text = called or str(event)
+        self.write(text.translate(STEERING) if self.live else text, type(event) is not str)
 
     def command(self, name: str, argument: str) -> None:
         """Do what `/name argument` says. Raises ValueError or OSError when that cannot be."""
@@ -134,10 +134,10 @@ class Chat:
         elif name == "load" and argument:
             conversation = read_json(path)
             validate(conversation, allow_empty_reply=True)
-            first, *rest = conversation["messages"]
-            has_system = first["role"] == "system" and isinstance(first["content"], str)
-            self.config = replace(self.config, system=first["content"] if has_system else None)
-            self.messages = rest if has_system else [first, *rest]
+            messages = conversation["messages"]
+            told = plain_text(messages[0]) if messages[0]["role"] == "system" else None
+            self.config = replace(self.config, system=told)
+            self.messages = messages[told is not None :]
             if self.messages[-1]["role"] == "user":
                 self.messages.pop()
             self._say(f"{len(self.messages)} messages loaded from {argument}")

@@ -21,6 +21,7 @@ from tiny_chat import INJECTION, STORY, tiny_chat
 from nanochat import checkpoint
 from nanochat.chat_format import Format
 from nanochat.compute import Compute
+from nanochat.detokenizer import Reasoning, ToolCall
 from nanochat.engine import Engine
 from nanochat.terminal import HELP, Chat, Config
 from scripts import chat_web
@@ -192,6 +193,19 @@ def test_the_speed_is_that_of_tokens(monkeypatch):
     assert "".join(asides) == "all of it\n[9 tokens, 1.0 tokens/s]\n"
 
 
+@pytest.mark.parametrize("live", [True, False])
+def test_an_answer_does_not_steer_the_terminal(live):
+    """Its escape sequences would set titles and colours, move the cursor or write to the clipboard."""
+    chat, written = new_chat(max_tokens=2)
+    text = "a\x1b]52;c;aGk=\x07\tb\x9b31mc\r\nd\x7f 🎉"
+    events = [Reasoning(text), ToolCall(text, None), text]
+    chat.live, chat.write = live, lambda text, aside: written.append(text)
+    chat.form.decoder = lambda tokens: types.SimpleNamespace(feed=lambda token: [], finish=lambda: events)
+    chat.ask("Hello")
+    shown = "a]52;c;aGk=\tb31mc\nd 🎉" if live else text
+    assert "".join(written).startswith(f"{shown}\n[{shown} = not valid] {shown}\n[2 tokens")
+
+
 def test_history_is_kept_cleared_and_dropped():
     chat, written = new_chat(max_tokens=40)
     for _ in range(40):  # far past the context of 768 tokens
@@ -219,6 +233,10 @@ def test_a_conversation_is_saved_and_loaded(tmp_path):
     assert "2 messages" in written[-1] and "2 messages" in said[-1]
     chat.ask("Hello"), other.ask("Hello")
     assert chat.messages == other.messages
+    parts = [{"type": "text", "text": "Be "}, {"type": "text", "text": "kind."}]
+    file.write_text(json.dumps({"messages": [{"role": "system", "content": parts}, *chat.messages]}))
+    other.talk(iter([f"/load {file}", "/quit"]).__next__)
+    assert other.messages == chat.messages and other.config.system == "Be kind."
 
 
 def test_wrong_commands_are_answered_and_change_nothing(tmp_path):

@@ -582,7 +582,7 @@ def held(engine):
 
 def test_keys(tmp_path, monkeypatch):
     """Everything but /health wants one, as bearer token or as a password; sessions belong to their key."""
-    (tmp_path / "keys").write_text("# ours\nfirst-key-0\n\n second-key \n")
+    (tmp_path / "keys").write_text("\ufefffirst-key-0\n# ours\n\n second-key \n")
     monkeypatch.setenv("NANOCHAT_API_KEYS", "third-key-x,")
     basic = "Basic " + base64.b64encode(b"anyone:second-key").decode()
     with running_server(api_keys=str(tmp_path / "keys")) as (_, port):
