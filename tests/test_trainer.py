@@ -18,7 +18,7 @@ from nanochat.compute import Compute
 from nanochat.dataloader import RowLoader
 from nanochat.token_shards import build_token_shards
 from nanochat.tokenizer import load_tokenizer
-from nanochat.trainer import TrainConfig, Trainer
+from nanochat.trainer import TrainConfig, Trainer, can_compile
 
 FP32 = {"NANOCHAT_DTYPE": "float32"}
 STAGES = {
@@ -391,3 +391,17 @@ def test_wandb_offline(tiny_world):
     [file] = (tiny_world / "runs" / "base" / "d2").rglob("offline-run-*/*.wandb")
     assert file.stat().st_size > 100
     assert list(losses("base", "d2")) == [1, 2, 3]
+
+
+def test_kernels_are_compiled_where_there_is_a_compiler(tmp_path, monkeypatch):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    cpu = torch.device("cpu")
+    assert not can_compile(cpu)
+    compiler = tmp_path / "my-c++"
+    compiler.write_text("#!/bin/sh\n")
+    compiler.chmod(0o755)
+    assert not can_compile(cpu)
+    monkeypatch.setenv("CXX", "my-c++")
+    assert can_compile(cpu)
+    assert can_compile(torch.device("cuda")) and not can_compile(torch.device("mps"))
