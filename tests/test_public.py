@@ -139,8 +139,7 @@ def test_what_no_test_ran_is_found():
     assert coverage_check.never_run({"nanochat/sandbox.py": {"functions": functions}}) == []
     for module, name in (each.split(".") for each in coverage_check.ON_GPU):
         assert coverage_check.never_run({f"nanochat/{module}.py": {"functions": {name: function(1, [])}}}) == []
-    known = {f"{name.split('.')[1]}.{place}" for name in NAMES for place, _ in functions_of(name)}
-    assert known >= coverage_check.ON_GPU
+        assert callable(getattr(importlib.import_module(f"nanochat.{module}"), name))
 
 
 def test_what_no_test_ran_is_found_in_what_coverage_writes(tmp_path):
@@ -159,7 +158,3 @@ def test_what_no_test_ran_is_found_in_what_coverage_writes(tmp_path):
         subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True, timeout=120)
     files = json.loads((tmp_path / "lines.json").read_text())["files"]
     assert coverage_check.never_run(files) == ["__init__.Shape.area", "__init__.idle"]
-
-
-def functions_of(name):
-    return functions(importlib.import_module(name)) if name == "nanochat.kernels" else ()
