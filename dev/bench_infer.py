@@ -196,7 +196,8 @@ def ceilings(compute: Compute, model: GPT, batch: int) -> tuple[float, float]:
 
 def bits_per_byte(model: GPT, meta: dict[str, Any], config: Config, compute: Compute, int8: bool) -> float:
     """Of the packed model on the validation text that it was trained against."""
-    tokenizer, packed, T = checkpoint.load_tokenizer(), PackedGPT(model, int8=int8), model.config.sequence_len
+    tokenizer = checkpoint.load_tokenizer(meta["tokenizer_hash"])
+    packed, T = PackedGPT(model, int8=int8), model.config.sequence_len
     loader = RowLoader(build_token_shards(meta["dataset"], "val", tokenizer), T, 1, 1, 0, device=compute.device)
 
     @torch.inference_mode()

@@ -259,18 +259,10 @@ def export_checkpoint(folder: Path, stage: str, tag: str | None, step: int | Non
         shutil.copy(here / "modeling_nanochat_gpt.txt", folder / "modeling_nanochat_gpt.py")
     facts = {name: meta.get(name) for name in ("stage", "tag", "step", "val_bpb", "dataset", "source")}
     trust = ", trust_remote_code=True" if coded else ""
-    card = (
-        (here / "bundle_card.txt")
-        .read_text(encoding="utf-8")
-        .format(
-            name=f"{facts['stage']}/{facts['tag']}",
-            size=sum(p.numel() for p in model.parameters()) / 1e6,
-            facts="\n".join(f"* {name}: {value}" for name, value in facts.items() if value is not None),
-            trust=trust,
-            config=json.dumps(dataclasses.asdict(config), indent=1),
-        )
-    )
-    atomic_write(folder / "README.md", card)
+    name, size = f"{facts['stage']}/{facts['tag']}", sum(p.numel() for p in model.parameters()) / 1e6
+    told = "\n".join(f"* {name}: {value}" for name, value in facts.items() if value is not None)
+    shape, card = json.dumps(dataclasses.asdict(config), indent=1), (here / "bundle_card.txt").read_text("utf-8")
+    atomic_write(folder / "README.md", card.format(name=name, size=size, facts=told, trust=trust, config=shape))
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     hashes = {path.relative_to(folder).as_posix(): sha256_file(path) for path in files}
     atomic_write_json(folder / "hashes.json", {"sha256": hashes, "tokenizer_hash": tokenizer.hash, **facts})

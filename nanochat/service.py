@@ -38,9 +38,8 @@ class ServerConfig:
 
     def __post_init__(self) -> None:
         """Raise ValueError for a flag with which no request could be answered."""
-        require_positive(
-            self, "max_batch", "max_tokens", "max_body", "max_sessions", "session_seconds", "cache_seconds"
-        )
+        require_positive(self, "max_batch", "max_tokens", "max_body", "max_sessions")
+        require_positive(self, "session_seconds", "cache_seconds")
         require_positive(self, "temperature", "max_waiting", "cache_mb", zero=True)
 
 

@@ -153,8 +153,7 @@ class Tokenizer(Codec):
         """Write `tokenizer.json` to `directory`, atomically. One that was there stays beside it, named by its hash."""
         path = Path(directory) / name
         with contextlib.suppress(ValueError):  # none there, or a damaged one
-            before = Tokenizer.from_directory(directory, name).hash
-            if before != self.hash:
+            if (before := Tokenizer.from_directory(directory, name).hash) != self.hash:
                 path.replace(path.with_name(kept_name(before)))
         atomic_write_json(path, self._to_dict())
 
@@ -222,8 +221,7 @@ def kept_name(content_hash: str) -> str:
 
 
 def load_tokenizer(content_hash: str | None = None) -> Tokenizer:
-    """The tokenizer that `scripts.tok_train` made last, or the one of this hash where it was kept; ValueError with the
-    command when there is none."""
+    """The tokenizer that `scripts.tok_train` made last, or the kept one of this hash; ValueError if there is none."""
     folder, name = get_base_dir() / "tokenizer", kept_name(content_hash or "")
     return Tokenizer.from_directory(folder, name if (folder / name).is_file() else FILE_NAME)
 

@@ -65,12 +65,23 @@ def main() -> None:
                     print0("  " + repr(tokenizer.decode(prompt[1:] + ids)))
             model.train()
 
-    tag, meta = config.model_tag or f"d{config.depth}", {"dataset": dataset_name(config.dataset), "depth": config.depth}
-    shards = {f"{split}_shards": build_token_shards(config.dataset, split, tokenizer) for split in ("train", "val")}
-    sizes = {"total_batch_size": batch, "num_iterations": steps, "lr_scales": recipe.learning_rate_scales(batch)}
-    sizes["weight_decay"] = rule if config.weight_decay is None else config.weight_decay
-    options = {"compute": compute, "meta": meta, "sample": sample, **shards, **sizes}
-    Trainer("base", tag, config, model, tokenizer, **options).run()
+    trainer = Trainer(
+        stage="base",
+        tag=config.model_tag or f"d{config.depth}",
+        config=config,
+        model=model,
+        tokenizer=tokenizer,
+        train_shards=build_token_shards(config.dataset, "train", tokenizer),
+        val_shards=build_token_shards(config.dataset, "val", tokenizer),
+        compute=compute,
+        total_batch_size=batch,
+        num_iterations=steps,
+        weight_decay=rule if config.weight_decay is None else config.weight_decay,
+        lr_scales=recipe.learning_rate_scales(batch),
+        meta={"dataset": dataset_name(config.dataset), "depth": config.depth},
+        sample=sample,
+    )
+    trainer.run()
     compute.close()
 
 
