@@ -5,8 +5,12 @@ import json
 
 import pytest
 import tiny_run
+import torch
 
 from dev import bench_infer
+from nanochat import checkpoint
+from nanochat.compute import Compute
+from nanochat.tokenizer import Tokenizer
 
 SMALL = ["--depth", "1", "--vocab-size", "64", "--sequence-len", "128", "--head-dim", "32", "--batches", "1,3"]
 SMALL += ["--prompt-tokens", "5", "--new-tokens", "6", "--prefix-tokens", "40", "--clients", "3", "--rounds", "2"]
@@ -81,3 +85,10 @@ def test_what_cannot_be_measured_is_refused():
     for flag, value in (("--batches", "1,x"), ("--rounds", "1"), ("--prefix-tokens", "120")):
         line = tiny_run.script("scripts.infer_bench", *SMALL, flag, value).error_line
         assert ("--sequence-len" if flag == "--prefix-tokens" else flag) in line
+
+
+def test_bits_per_byte_are_those_of_training_whatever_tokenizer_is_the_newest(trained_world):
+    model, _, meta = checkpoint.load_model("base", "cpu")
+    Tokenizer.train_from_iterator(["other text"] * 9, 280).save(trained_world / "tokenizer")
+    compute, config = Compute(torch.device("cpu"), model.dtype), bench_infer.Config(quality_tokens=1024)
+    assert bench_infer.bits_per_byte(model, meta, config, compute, False) == pytest.approx(meta["val_bpb"], rel=0.01)
