@@ -10,14 +10,15 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from nanochat import hf_parallel, named_model
-from nanochat.chat_format import Format
 from nanochat.cli import option
 from nanochat.common import atomic_write_json, get_base_dir, print0, read_json
 from nanochat.compute import Compute
 from nanochat.conversation import Message, plain_text, validate
 from nanochat.detokenizer import Event, Reasoning, ToolCall, content_of
 from nanochat.engine import Engine, Request
+from nanochat.hf import named_model
+from nanochat.hf import parallel as hf_parallel
+from nanochat.hf.chat import Format
 
 HELP = (
     "Type a message; Ctrl-C stops an answer. /reset forgets the conversation, /system TEXT instructs the model, "

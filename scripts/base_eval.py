@@ -76,7 +76,7 @@ def find_bundle(name: str, compute: Compute) -> Path:
 def load(config: Config, compute: Compute) -> tuple[Any, Any, dict[str, Any], str | None]:
     """Model, tokenizer, what the record calls them, and the dataset for bits per byte."""
     if config.hf:
-        from nanochat import hf_load
+        from nanochat.hf import load as hf_load
 
         model, tokenizer = hf_load.load(config.hf, compute.device, compute.dtype)
         return model, tokenizer, {"stage": "hf", "tag": Path(config.hf).resolve().name, "step": None}, config.dataset

@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
-from nanochat import cli, named_model, terminal
+from nanochat import cli, terminal
 from nanochat.cli import option
+from nanochat.hf import named_model
 
 
 @dataclass(frozen=True)

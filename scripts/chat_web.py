@@ -13,11 +13,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nanochat import cli, named_model, replicas
+from nanochat import cli
 from nanochat.cli import option
 from nanochat.compute import Compute
-from nanochat.server import create_app, drain, make_server, read_api_keys
-from nanochat.service import Models, ServerConfig
+from nanochat.hf import named_model
+from nanochat.serve import replicas
+from nanochat.serve.app import create_app, drain, make_server, read_api_keys
+from nanochat.serve.service import Models, ServerConfig
 
 
 @dataclass(frozen=True)

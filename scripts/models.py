@@ -8,8 +8,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from nanochat import cli, interchange, model_store, named_model, terminal
-from nanochat.model_store import info
+from nanochat import cli, terminal
+from nanochat.hf import convert as interchange
+from nanochat.hf import named_model
+from nanochat.hf import store as model_store
+from nanochat.hf.store import info
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import pytest
 import tiny_chat
 
-from nanochat.api import ChatRequest, CompletionRequest
-from nanochat.openapi import OPERATIONS
+from nanochat.serve.openapi import OPERATIONS
+from nanochat.serve.schema import ChatRequest, CompletionRequest
 
 DOCUMENT = (Path(__file__).resolve().parent.parent / "dev" / "api.md").read_text(encoding="utf-8")
 MODEL = "sft/d6-cpu"

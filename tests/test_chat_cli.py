@@ -19,10 +19,10 @@ import pytest
 from tiny_chat import INJECTION, STORY, tiny_chat
 
 from nanochat import checkpoint
-from nanochat.chat_format import Format
 from nanochat.compute import Compute
 from nanochat.detokenizer import Reasoning, ToolCall
 from nanochat.engine import Engine
+from nanochat.hf.chat import Format
 from nanochat.terminal import HELP, Chat, Config
 from scripts import chat_web
 

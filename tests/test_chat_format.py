@@ -12,9 +12,9 @@ import tiny_hf
 import tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from nanochat.chat_format import Harmony, Reasoning, Template, chat_format
 from nanochat.detokenizer import content_of
-from nanochat.hf_tokenizer import HFTokenizer
+from nanochat.hf.chat import Harmony, Reasoning, Template, chat_format
+from nanochat.hf.tokenizer import HFTokenizer
 
 CHATML = """{%- if messages[0]['role'] == 'system' -%}
 {{- '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}{% set messages = messages[1:] %}
@@ -156,7 +156,7 @@ def resident():
 
 @pytest.mark.parametrize("template", ESCAPES)
 def test_a_template_cannot_get_out_or_take_much(tokenizer, tmp_path, template, monkeypatch):
-    monkeypatch.setattr("nanochat.template._SECONDS", 0.5)
+    monkeypatch.setattr("nanochat.hf.template._SECONDS", 0.5)
     began, before, memory = time.process_time(), [dict(message) for message in TALK], resident()
     with pytest.raises(ValueError, match="chat template"):
         Template(template.replace("PATH", str(tmp_path / "out")), tokenizer).render(TALK)
@@ -166,7 +166,7 @@ def test_a_template_cannot_get_out_or_take_much(tokenizer, tmp_path, template, m
 
 def test_a_template_that_was_stopped_renders_again(tokenizer, monkeypatch):
     """Endless in Python, endless in C, out of memory: whatever it was, the next conversation finds it ready."""
-    monkeypatch.setattr("nanochat.template._SECONDS", 0.3)
+    monkeypatch.setattr("nanochat.hf.template._SECONDS", 0.3)
     python = "{% for i in range(99999) %}{% for i in range(99999) %}{% endfor %}{% endfor %}"
     lists = "{% set ns = namespace(x=1, y=1) %}{% for i in range(60) %}{% set ns.x = [ns.x, ns.x] %}"
     lists += "{% set ns.y = [ns.y, ns.y] %}{% endfor %}{{ ns.x == ns.y }}"

@@ -8,8 +8,8 @@ import pytest
 import torch
 from random_model import random_model
 
-from nanochat.chat_format import Format
 from nanochat.engine import AnswerDecoder, Engine, Request, ToolCall
+from nanochat.hf.chat import Format
 from nanochat.kv_cache import Part
 from nanochat.tokenizer import Tokenizer
 

@@ -19,8 +19,9 @@ import tokenizers
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
-from nanochat import hf_gpt2, hf_load
-from nanochat.hf_tokenizer import HFTokenizer
+from nanochat.hf import gpt2 as hf_gpt2
+from nanochat.hf import load as hf_load
+from nanochat.hf.tokenizer import HFTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT.parent / "shared" / "data" / "base_data"

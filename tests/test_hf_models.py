@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from nanochat import hf_gpt_oss, hf_load
 from nanochat.attention import cached_attention
 from nanochat.engine import Engine
+from nanochat.hf import gpt_oss as hf_gpt_oss
+from nanochat.hf import load as hf_load
 
 LLAMA3 = {
     "rope_type": "llama3",

@@ -17,9 +17,11 @@ import tiny_hf
 import tiny_run
 from far_devices import KIND, FarDevices
 
-from nanochat import hf_llama, hf_load, named_model
 from nanochat.engine import Engine, Request
-from nanochat.hf_parallel import split_layers, tensor_parallel
+from nanochat.hf import llama as hf_llama
+from nanochat.hf import load as hf_load
+from nanochat.hf import named_model
+from nanochat.hf.parallel import split_layers, tensor_parallel
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")

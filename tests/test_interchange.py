@@ -13,12 +13,13 @@ pytest.importorskip("transformers", reason="the oracle, transformers, is not ins
 import transformers
 from safetensors.torch import load_file
 
-from nanochat import checkpoint, interchange
+from nanochat import checkpoint
 from nanochat.conversation import render_for_completion
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.hf import convert as interchange
+from nanochat.hf.tokenizer_convert import find_tokenizer, from_tokenizer_json, read_pickled, to_tokenizer_json
 from nanochat.tokenizer import Tokenizer, load_tokenizer
-from nanochat.tokenizer_convert import find_tokenizer, from_tokenizer_json, read_pickled, to_tokenizer_json
 
 TEXTS = ["The quick brown fox, it's 12345!\n\n", "Grüße aus 東京 👩‍👩‍👧 — naïve", "def f(x):\n    return x**2\n"] * 30
 SHAPE = {"sequence_len": 256, "n_layer": 4, "n_head": 4, "n_kv_head": 2, "n_embd": 64}

@@ -16,10 +16,11 @@ pytest.importorskip("transformers", reason="the oracle, transformers, is not ins
 import tiny_hf
 from hub_server import HubServer
 
-from nanochat import hf_load, model_store
-from nanochat.chat_format import Template
 from nanochat.engine import Engine
-from nanochat.hf_tokenizer import HFTokenizer
+from nanochat.hf import load as hf_load
+from nanochat.hf import store as model_store
+from nanochat.hf.chat import Template
+from nanochat.hf.tokenizer import HFTokenizer
 from nanochat.terminal import Chat, Config
 
 ROOT = Path(__file__).resolve().parent.parent

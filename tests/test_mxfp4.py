@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanochat import kernels, mxfp4
+from nanochat import kernels
+from nanochat.hf import mxfp4
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CUDA = torch.cuda.is_available() and not INTERPRETED

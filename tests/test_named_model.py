@@ -7,8 +7,8 @@ pytest.importorskip("transformers", reason="the oracle, transformers, is not ins
 import tiny_hf
 import tiny_run
 
-from nanochat import named_model
-from nanochat.chat_format import Format, Template
+from nanochat.hf import named_model
+from nanochat.hf.chat import Format, Template
 
 CPU = torch.device("cpu")
 

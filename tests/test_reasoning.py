@@ -9,8 +9,8 @@ pytest.importorskip("transformers", reason="the oracle, transformers, is not ins
 import tiny_hf
 from tiny_chat import running_server, text_of
 
-from nanochat.server import create_app
-from nanochat.service import Models, ServerConfig
+from nanochat.serve.app import create_app
+from nanochat.serve.service import Models, ServerConfig
 from nanochat.terminal import Chat, Config
 
 HELLO = [{"role": "user", "content": "Hello"}]

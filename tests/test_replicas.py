@@ -19,11 +19,11 @@ from test_chat_cli import base_dir, command  # noqa: F401  (a fixture: the tiny 
 from test_server import GARBAGE
 from tiny_chat import running_server, text_of, tiny_chat
 
-from nanochat import replicas
 from nanochat.engine import Engine
-from nanochat.replicas import Replicas, create_front, environments, session_of
-from nanochat.server import make_server
-from nanochat.service import Models, ServerConfig
+from nanochat.serve import replicas
+from nanochat.serve.app import make_server
+from nanochat.serve.replicas import Replicas, create_front, environments, session_of
+from nanochat.serve.service import Models, ServerConfig
 from scripts import chat_web
 
 ROOT = Path(__file__).resolve().parent.parent

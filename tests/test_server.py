@@ -12,11 +12,11 @@ import time
 import pytest
 from tiny_chat import ANSWERS, running_server, text_of, tiny_chat
 
-from nanochat.api import ApiError, ChatRequest, CompletionRequest, read_body
 from nanochat.conversation import render_for_completion
 from nanochat.engine import Engine
-from nanochat.server import read_api_keys
-from nanochat.service import ServerConfig
+from nanochat.serve.app import read_api_keys
+from nanochat.serve.schema import ApiError, ChatRequest, CompletionRequest, read_body
+from nanochat.serve.service import ServerConfig
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ import torch
 from nanochat.conversation import render
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.server import create_app, make_server
-from nanochat.service import ServerConfig
+from nanochat.serve.app import create_app, make_server
+from nanochat.serve.service import ServerConfig
 from nanochat.tokenizer import Tokenizer
 
 CODE = "Like this:\n```python\nfor i in range(3):\n    print(i < 2)\n```\nIt prints `True` twice."

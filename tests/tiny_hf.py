@@ -9,10 +9,10 @@ import tokenizers
 import torch
 import transformers
 
-from nanochat import hf_load
-from nanochat.chat_format import Format, chat_format
 from nanochat.engine import Engine
-from nanochat.hf_tokenizer import HFTokenizer
+from nanochat.hf import load as hf_load
+from nanochat.hf.chat import Format, chat_format
+from nanochat.hf.tokenizer import HFTokenizer
 
 VOCAB = 320
 TEXT = [

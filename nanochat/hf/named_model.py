@@ -8,11 +8,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from nanochat import checkpoint, hf_load, hf_parallel, model_store
-from nanochat.chat_format import Format, chat_format
+from nanochat import checkpoint
 from nanochat.common import get_base_dir
 from nanochat.compute import pick_dtype
 from nanochat.engine import Engine
+from nanochat.hf import load as hf_load
+from nanochat.hf import parallel as hf_parallel
+from nanochat.hf import store as model_store
+from nanochat.hf.chat import Format, chat_format
 from nanochat.preflight import free_memory
 from nanochat.records import STAGES
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from nanochat import mxfp4
-from nanochat.hf_layers import Settings
-from nanochat.hf_llama import Llama, LlamaConfig, shape
+from nanochat.hf import mxfp4
+from nanochat.hf.layers import Settings
+from nanochat.hf.llama import Llama, LlamaConfig, shape
 
 _FEW_PAIRS = 128  # of a token and an expert: as many as the kernel for packed matrices takes at once
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from nanochat.hf_layers import OpenModel, Settings, attend, bring
+from nanochat.hf.layers import OpenModel, Settings, attend, bring
 
 _MASKS = re.compile(r"h\.\d+\.attn\.(masked_)?bias")  # the hub's file carries the causal mask
 

@@ -7,9 +7,9 @@ import threading
 import time
 from typing import Any
 
-from nanochat.api import ApiError
-from nanochat.chat_format import Format
 from nanochat.conversation import Message
+from nanochat.hf.chat import Format
+from nanochat.serve.schema import ApiError
 
 Key = tuple[int, str]  # who owns a session (the number of an API key), and its name
 

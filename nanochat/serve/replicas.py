@@ -24,10 +24,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nanochat.api import ApiError
 from nanochat.compute import usable_cores
-from nanochat.server import bare_app
-from nanochat.service import Models
+from nanochat.serve.app import bare_app
+from nanochat.serve.schema import ApiError
+from nanochat.serve.service import Models
 
 if TYPE_CHECKING:
     import flask

@@ -13,10 +13,10 @@ import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nanochat.api import ApiError, ChatRequest, CompletionRequest, read_body
 from nanochat.engine import Engine
-from nanochat.openapi import describe
-from nanochat.service import KEYS_VARIABLE, Completion, Models, ServerConfig
+from nanochat.serve.openapi import describe
+from nanochat.serve.schema import ApiError, ChatRequest, CompletionRequest, read_body
+from nanochat.serve.service import KEYS_VARIABLE, Completion, Models, ServerConfig
 
 if TYPE_CHECKING:
     import flask

@@ -13,7 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from nanochat.gpt import rotate
-from nanochat.hf_layers import OpenModel, Settings, attend, bring, rotary_frequencies
+from nanochat.hf.layers import OpenModel, Settings, attend, bring, rotary_frequencies
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from nanochat.hf_layers import OpenModel
-from nanochat.hf_llama import Llama
+from nanochat.hf.layers import OpenModel
+from nanochat.hf.llama import Llama
 
 
 def layer_bytes(model: OpenModel, dtype: torch.dtype) -> list[int]:

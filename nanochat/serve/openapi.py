@@ -4,7 +4,7 @@ from typing import Any
 
 from pydantic.json_schema import models_json_schema
 
-from nanochat.api import ChatRequest, CompletionRequest
+from nanochat.serve.schema import ChatRequest, CompletionRequest
 
 REFUSALS = {
     400: "a parameter is wrong or not supported; the error names it",

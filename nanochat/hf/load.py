@@ -17,11 +17,11 @@ from safetensors import SafetensorError, safe_open
 
 from nanochat.common import read_json
 from nanochat.compute import pick_dtype
-from nanochat.hf_gpt2 import GPT2
-from nanochat.hf_gpt_oss import GptOss
-from nanochat.hf_layers import OpenModel
-from nanochat.hf_llama import Llama
-from nanochat.hf_tokenizer import HFTokenizer
+from nanochat.hf.gpt2 import GPT2
+from nanochat.hf.gpt_oss import GptOss
+from nanochat.hf.layers import OpenModel
+from nanochat.hf.llama import Llama
+from nanochat.hf.tokenizer import HFTokenizer
 
 FAMILIES: dict[str, type[OpenModel]] = {"gpt2": GPT2, "llama": Llama, "mistral": Llama, "qwen2": Llama, "qwen3": Llama}
 FAMILIES["gpt_oss"] = GptOss

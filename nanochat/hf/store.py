@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-from nanochat import hf_load, hub
+from nanochat import hub
 from nanochat.common import atomic_write_json, get_base_dir, read_json, sha256_file
+from nanochat.hf import load as hf_load
 
 NEEDED = ("config.json", "tokenizer.json")
 FILES: tuple[str, ...] = (*NEEDED, "model*.safetensors", "model.safetensors.index.json", "generation_config.json")

@@ -18,7 +18,9 @@ from typing import Any
 
 _SECONDS = 2.0  # of processor time
 _LONGEST, _MEMORY = 1 << 22, 1 << 29  # characters of the result; bytes of the process
-_START = "import sys; sys.path.insert(0, sys.argv[1]); from nanochat.template import serve; serve(float(sys.argv[2]))"
+_START = (
+    "import sys; sys.path.insert(0, sys.argv[1]); from nanochat.hf.template import serve; serve(float(sys.argv[2]))"
+)
 
 
 class Template:
@@ -29,7 +31,7 @@ class Template:
         self._start()
 
     def _start(self) -> None:
-        root = Path(__file__).resolve().parent.parent
+        root = Path(__file__).resolve().parents[2]
         command = [sys.executable, "-c", _START, str(root), str(_SECONDS)]
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         self._process: Any = subprocess.Popen(command, **pipes, text=True, encoding="ascii", start_new_session=True)

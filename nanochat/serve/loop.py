@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from nanochat.api import ApiError
 from nanochat.detokenizer import Event
 from nanochat.engine import Engine, Request, Update
-from nanochat.metrics import ModelMetrics
+from nanochat.serve.metrics import ModelMetrics
+from nanochat.serve.schema import ApiError
 
 log = logging.getLogger(__name__)
 

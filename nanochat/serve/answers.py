@@ -11,10 +11,10 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from nanochat.api import ApiError
 from nanochat.detokenizer import Event, Reasoning, ToolCall
 from nanochat.engine import Request
-from nanochat.engine_loop import Delivery
+from nanochat.serve.loop import Delivery
+from nanochat.serve.schema import ApiError
 from nanochat.tokenizer import Tokenizer
 
 

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nanochat import template
 from nanochat.common import read_json
 from nanochat.conversation import Message, drop_oldest_turns, plain_text, render_for_completion, validate
 from nanochat.detokenizer import AnswerDecoder, Event, Reasoning
-from nanochat.hf_tokenizer import HFTokenizer
+from nanochat.hf import template
+from nanochat.hf.tokenizer import HFTokenizer
 
 _CONTINUE = "{{ bos_token }}{{ messages[-1].content }}"
 _BROKEN = "\ufdd0"  # a noncharacter: stands inside what looks like a special token in somebody's message

@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from nanochat import checkpoint, hf_load
+from nanochat import checkpoint
 from nanochat.common import atomic_write, atomic_write_json, get_base_dir, read_json, sha256_file
 from nanochat.compute import Compute
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.hf_layers import Settings
+from nanochat.hf import load as hf_load
+from nanochat.hf.layers import Settings
+from nanochat.hf.tokenizer_convert import find_tokenizer, to_tokenizer_json
 from nanochat.tokenizer import FILE_NAME, kept_name
-from nanochat.tokenizer_convert import find_tokenizer, to_tokenizer_json
 
 State = dict[str, torch.Tensor]
 # 2025's model: every switch at its neutral value

@@ -6,16 +6,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nanochat.answers import Answer, ChatForm, TextForm, usage_of
-from nanochat.api import ApiError, ChatRequest, CompletionRequest
-from nanochat.chat_format import Format
 from nanochat.cli import option, require_positive
 from nanochat.conversation import Message
 from nanochat.detokenizer import AnswerDecoder, content_of
 from nanochat.engine import Engine, Request
-from nanochat.engine_loop import Delivery, EngineLoop, read_deliveries
-from nanochat.metrics import Metrics, ModelMetrics
-from nanochat.sessions import Key, ResponseCache, Sessions
+from nanochat.hf.chat import Format
+from nanochat.serve.answers import Answer, ChatForm, TextForm, usage_of
+from nanochat.serve.loop import Delivery, EngineLoop, read_deliveries
+from nanochat.serve.metrics import Metrics, ModelMetrics
+from nanochat.serve.schema import ApiError, ChatRequest, CompletionRequest
+from nanochat.serve.sessions import Key, ResponseCache, Sessions
 
 KEYS_VARIABLE = "NANOCHAT_API_KEYS"
 

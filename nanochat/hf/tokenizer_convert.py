@@ -10,7 +10,7 @@ from typing import Any
 import tiktoken
 
 from nanochat.common import read_json
-from nanochat.hf_tokenizer import byte_alphabet
+from nanochat.hf.tokenizer import byte_alphabet
 from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 # a conversion that does not say the same of these is not made
