@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from nanochat.chat_format import ChatFormat
 from nanochat.cli import option
 from nanochat.common import atomic_write_json, get_base_dir, print0, read_json
 from nanochat.compute import Compute
@@ -18,7 +19,6 @@ from nanochat.detokenizer import Event, Reasoning, ToolCall, content_of
 from nanochat.engine import Engine, Request
 from nanochat.hf import named_model
 from nanochat.hf import parallel as hf_parallel
-from nanochat.hf.chat import Format
 
 HELP = (
     "Type a message; Ctrl-C stops an answer. /reset forgets the conversation, /system TEXT instructs the model, "
@@ -43,7 +43,7 @@ class Config:
     devices: str | None = option(None, named_model.DEVICES)
     tensor_parallel: bool = option(False, "cut a Llama-like model over the processes that torchrun has started")
 
-    def request(self, form: Format, messages: list[Message], context: int) -> Request:
+    def request(self, form: ChatFormat, messages: list[Message], context: int) -> Request:
         """For the answer to a conversation, in a model's context of so many tokens."""
         system = [{"role": "system", "content": self.system}] if self.system else []
         tokens = form.prompt(system + messages, context, self.max_tokens)
@@ -56,7 +56,7 @@ class Chat:
     it is an aside: reasoning, tool calls, the speed. live: a person sees how far a long prompt is read, too."""
 
     def __init__(
-        self, engine: Engine, form: Format, config: Config, write: Callable[[str, bool], None], live: bool = False
+        self, engine: Engine, form: ChatFormat, config: Config, write: Callable[[str, bool], None], live: bool = False
     ) -> None:
         self.engine, self.form, self.config, self.write, self.live = engine, form, config, write, live
         self.stops: Callable[[bool], bool] = bool  # asked before each step, with whether Ctrl-C was heard

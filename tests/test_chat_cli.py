@@ -19,10 +19,10 @@ import pytest
 from tiny_chat import INJECTION, STORY, tiny_chat
 
 from nanochat import checkpoint
+from nanochat.chat_format import ChatFormat
 from nanochat.compute import Compute
 from nanochat.detokenizer import Reasoning, ToolCall
 from nanochat.engine import Engine
-from nanochat.hf.chat import Format
 from nanochat.terminal import HELP, Chat, Config
 from scripts import chat_web
 
@@ -162,7 +162,7 @@ def new_chat(**options):
     written, (model, tokenizer) = [], tiny_chat()
     engine = Engine(model, tokenizer, max_batch=1)
     return Chat(
-        engine, Format(tokenizer), Config(**options), lambda text, aside: aside or written.append(text)
+        engine, ChatFormat(tokenizer), Config(**options), lambda text, aside: aside or written.append(text)
     ), written
 
 

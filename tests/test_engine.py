@@ -8,8 +8,8 @@ import pytest
 import torch
 from random_model import random_model
 
+from nanochat.chat_format import ChatFormat
 from nanochat.engine import AnswerDecoder, Engine, Request, ToolCall
-from nanochat.hf.chat import Format
 from nanochat.kv_cache import Part
 from nanochat.tokenizer import Tokenizer
 
@@ -255,7 +255,7 @@ def test_a_chat_far_past_the_context_is_answered(tokenizer):
     for i in range(60):
         messages += [{"role": "user", "content": f"How many r are in {i}?"}, {"role": "assistant", "content": "Three."}]
     messages.append({"role": "user", "content": "And in this? 🎉"})
-    form = Format(tokenizer)
+    form = ChatFormat(tokenizer)
     request = Request(form.prompt(messages, engine.context), temperature=0.0)
     assert request.tokens[0] == tokenizer.get_bos_token_id() and len(request.tokens) <= 96
     assert tokenizer.decode(request.tokens).endswith("And in this? 🎉<|user_end|><|assistant_start|>")

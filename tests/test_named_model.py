@@ -7,8 +7,9 @@ pytest.importorskip("transformers", reason="the oracle, transformers, is not ins
 import tiny_hf
 import tiny_run
 
+from nanochat.chat_format import ChatFormat
 from nanochat.hf import named_model
-from nanochat.hf.chat import Format, Template
+from nanochat.hf.chat import Template
 
 CPU = torch.device("cpu")
 
@@ -26,7 +27,7 @@ def test_own_checkpoints_and_folders(module_trained, folder, capsys):
     assert len(lines) == 3 and "step 000008" in lines[0] and "GB are free" in lines[2]
     for model in models:
         engine, form = model.load(CPU, 2)
-        assert type(form) is (Format if model.own else Template) and engine.max_batch == 2
+        assert type(form) is (ChatFormat if model.own else Template) and engine.max_batch == 2
         assert model.own or model.n_bytes(torch.bfloat16) == 2 * sum(p.numel() for p in engine.model.parameters())
     assert named_model.find("base/d2", 4).folder.name == "step_000004"
 

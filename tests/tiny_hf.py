@@ -9,9 +9,10 @@ import tokenizers
 import torch
 import transformers
 
+from nanochat.chat_format import ChatFormat
 from nanochat.engine import Engine
 from nanochat.hf import load as hf_load
-from nanochat.hf.chat import Format, chat_format
+from nanochat.hf.chat import chat_format
 from nanochat.hf.tokenizer import HFTokenizer
 
 VOCAB = 320
@@ -117,7 +118,7 @@ HARMONY_ANSWER += "<|channel|>final<|message|>Four, **东京**.<|return|>"
 REASONING, ANSWER = "2 and 2 🎉 <b>is</b>\nFour?", "Four, **东京**."
 
 
-def scripted_gpt_oss(folder: Path, answer: str = HARMONY_ANSWER) -> tuple[Engine, Format]:
+def scripted_gpt_oss(folder: Path, answer: str = HARMONY_ANSWER) -> tuple[Engine, ChatFormat]:
     """A random gpt-oss that always thinks REASONING and says ANSWER, and its format."""
     folder.mkdir(exist_ok=True)
     make("gpt_oss", vocab_size=328, max_position_embeddings=1024).save_pretrained(folder)

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from nanochat.chat_format import ChatFormat
 from nanochat.common import read_json
-from nanochat.conversation import Message, drop_oldest_turns, plain_text, render_for_completion, validate
+from nanochat.conversation import Message, plain_text, validate
 from nanochat.detokenizer import AnswerDecoder, Event, Reasoning
 from nanochat.hf import template
 from nanochat.hf.tokenizer import HFTokenizer
@@ -18,29 +19,6 @@ from nanochat.hf.tokenizer import HFTokenizer
 _CONTINUE = "{{ bos_token }}{{ messages[-1].content }}"
 _BROKEN = "\ufdd0"  # a noncharacter: stands inside what looks like a special token in somebody's message
 HARMONY_CHANNELS = "# Valid channels: analysis, commentary, final. Channel must be included for every message."
-
-
-class Format:
-    """The project's own format, and what every format gives."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
-
-    def render(self, messages: Sequence[Message]) -> list[int]:
-        """Ids of the conversation, to be continued by the assistant."""
-        return render_for_completion({"messages": messages}, self.tokenizer)
-
-    def fit(self, messages: list[Message], budget: int) -> list[Message]:
-        """The newest of the messages, as many as make at most so many tokens: see `drop_oldest_turns`."""
-        return drop_oldest_turns(messages, self.tokenizer, budget, self.render)
-
-    def prompt(self, messages: list[Message], context: int, max_tokens: int | None = None) -> list[int]:
-        """Ids of the next answer's prompt. Up to a quarter of the context is kept free for it; the oldest turns go."""
-        return self.render(self.fit(messages, context - min(max_tokens or context, context // 4)))
-
-    def decoder(self, prompt: Sequence[int] = (), stop: Sequence[str] = ()) -> AnswerDecoder:
-        """For the answer to `prompt`, which one of the texts `stop` ends."""
-        return AnswerDecoder(self.tokenizer, stop)
 
 
 def chat_format(folder: Path | str, tokenizer: HFTokenizer) -> "Template | Harmony":
@@ -57,7 +35,7 @@ def chat_format(folder: Path | str, tokenizer: HFTokenizer) -> "Template | Harmo
     return Template(source if isinstance(source, str) else _CONTINUE, tokenizer)
 
 
-class Template(Format):
+class Template(ChatFormat):
     """A Jinja template, run where it can reach nothing but the messages and a few filters, as transformers runs it."""
 
     def __init__(self, source: str, tokenizer: HFTokenizer) -> None:
@@ -116,7 +94,7 @@ class ThinkDecoder(AnswerDecoder):
         self._kind = Reasoning if name == "<think>" else str if name == "</think>" else self._kind
 
 
-class Harmony(Format):
+class Harmony(ChatFormat):
     """gpt-oss's format (OpenAI, "harmony response format"): messages in channels, of which `final` is the answer."""
 
     def render(self, messages: Sequence[Message], reasoning: str = "medium", date: str | None = None) -> list[int]:

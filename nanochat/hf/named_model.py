@@ -9,13 +9,14 @@ import torch
 import torch.distributed as dist
 
 from nanochat import checkpoint
+from nanochat.chat_format import ChatFormat
 from nanochat.common import get_base_dir
 from nanochat.compute import pick_dtype
 from nanochat.engine import Engine
 from nanochat.hf import load as hf_load
 from nanochat.hf import parallel as hf_parallel
 from nanochat.hf import store as model_store
-from nanochat.hf.chat import Format, chat_format
+from nanochat.hf.chat import chat_format
 from nanochat.preflight import free_memory
 from nanochat.records import STAGES
 
@@ -38,7 +39,9 @@ class NamedModel:
         sizes = {t.name: torch.Size(t.shape).numel() * (1 if t.dtype == "U8" else dtype.itemsize) for t in tensors}
         return sum(size // (ranks if ".layers." in name else 1) for name, size in sizes.items())
 
-    def load(self, device: torch.device, max_batch: int, int8: bool = False, ranks: int = 1) -> tuple[Engine, Format]:
+    def load(
+        self, device: torch.device, max_batch: int, int8: bool = False, ranks: int = 1
+    ) -> tuple[Engine, ChatFormat]:
         """An engine that runs it, and its chat format. ranks: how many share its matrices; ValueError if none can."""
         places, device = self.places, self.places[0] if self.places else device
         if not self.own:
@@ -46,13 +49,13 @@ class NamedModel:
             model, tokenizer = hf_load.load(self.folder, place, pick_dtype(device))
             if ranks > 1:
                 model = hf_parallel.tensor_parallel(model, dist.init_device_mesh(device.type, (ranks,)))
-            form: Format = chat_format(self.folder, tokenizer)
+            form: ChatFormat = chat_format(self.folder, tokenizer)
         elif ranks > 1:
             raise ValueError(f"--tensor-parallel: {self.name} is a model of this project, which runs on one device")
         else:
             stage, tag = self.name.split("/")
             model, tokenizer, _ = checkpoint.load_model(stage, device, tag, self.step)
-            form = Format(tokenizer)
+            form = ChatFormat(tokenizer)
         return Engine(model, tokenizer, max_batch, int8=int8), form
 
 

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from nanochat.chat_format import ChatFormat
 from nanochat.cli import option, require_positive
 from nanochat.conversation import Message
 from nanochat.detokenizer import AnswerDecoder, content_of
 from nanochat.engine import Engine, Request
-from nanochat.hf.chat import Format
 from nanochat.serve.answers import Answer, ChatForm, TextForm, usage_of
 from nanochat.serve.loop import Delivery, EngineLoop, read_deliveries
 from nanochat.serve.metrics import Metrics, ModelMetrics
@@ -86,12 +86,12 @@ class Completion:
 class Service:
     """One model's engine with all that is kept beside it; knows nothing of HTTP."""
 
-    def __init__(self, name: str, engine: Engine, form: Format, metrics: Metrics, config: ServerConfig) -> None:
+    def __init__(self, name: str, engine: Engine, form: ChatFormat, metrics: Metrics, config: ServerConfig) -> None:
         self.name, self.engine, self.form, self.config = name, engine, form, config
         self.created = int(time.time())
         self.metrics = ModelMetrics(metrics, name, engine)
         self.loop = EngineLoop(engine, self.metrics, engine.max_batch + config.max_waiting)
-        # as much as Format.prompt leaves to a conversation, however long the answer may get
+        # as much as ChatFormat.prompt leaves to a conversation, however long the answer may get
         budget = engine.context - engine.context // 4
         self.sessions = Sessions(form, budget, config.max_sessions, config.session_seconds)
         self.cache = ResponseCache(int(config.cache_mb * 2**20), config.cache_seconds)
@@ -184,9 +184,9 @@ class Models:
         self.config, self.metrics, self.started, self.draining = config, Metrics(), time.time(), False
         self._services: dict[str, Service | None] = dict.fromkeys(names)
 
-    def add(self, name: str, engine: Engine, form: Format | None = None) -> None:
+    def add(self, name: str, engine: Engine, form: ChatFormat | None = None) -> None:
         """Let a model answer; in the project's own chat format, unless another is given."""
-        service = Service(name, engine, form or Format(engine.tokenizer), self.metrics, self.config)
+        service = Service(name, engine, form or ChatFormat(engine.tokenizer), self.metrics, self.config)
         service.loop.draining, self._services[name] = self.draining, service
 
     @property

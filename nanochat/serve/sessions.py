@@ -7,8 +7,8 @@ import threading
 import time
 from typing import Any
 
+from nanochat.chat_format import ChatFormat
 from nanochat.conversation import Message
-from nanochat.hf.chat import Format
 from nanochat.serve.schema import ApiError
 
 Key = tuple[int, str]  # who owns a session (the number of an API key), and its name
@@ -19,7 +19,7 @@ class Sessions:
     `most` (the one used longest ago first). Of each only the turns that fit `budget` tokens are kept.
     """
 
-    def __init__(self, form: Format, budget: int, most: int, seconds: float) -> None:
+    def __init__(self, form: ChatFormat, budget: int, most: int, seconds: float) -> None:
         from cachetools import TTLCache
 
         self.form, self.budget, self.seconds = form, budget, seconds
