@@ -23,6 +23,7 @@ from nanochat.common import get_base_dir
 from nanochat.compute import Compute
 from nanochat.core_eval import evaluate_core_task, is_right, scored_spans
 from nanochat.core_tasks import CoreTask, build_prompts, draw_examples, read_rows, read_tasks
+from nanochat.gpt import build_model
 from nanochat.spans import Score, Span, score_spans
 from nanochat.tokenizer import Tokenizer
 
@@ -57,7 +58,7 @@ def load(config: Config, compute: Compute, tasks: Sequence[CoreTask]) -> tuple[A
     texts = [path.read_text(encoding="utf-8") for path in sorted({task.path for task in tasks})]
     tokenizer = Tokenizer.train_from_iterator(texts, config.vocab_size)
     shape = recipe.model_config(config.depth, tokenizer.get_vocab_size(), config.seq_len, head_dim=config.head_dim)
-    model = checkpoint.build(shape, compute.device, train=False)
+    model = build_model(shape, compute.device, train=False)
     generator = torch.Generator(compute.device).manual_seed(0)
     model.init_weights(generator)
     with torch.no_grad():

@@ -28,7 +28,7 @@ from nanochat.common import get_base_dir
 from nanochat.compute import Compute
 from nanochat.dataloader import RowLoader
 from nanochat.engine import Engine, Request
-from nanochat.gpt import GPT
+from nanochat.gpt import GPT, build_model
 from nanochat.kv_cache import CacheBatch, KVCache, Part
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.packed import PackedGPT
@@ -177,7 +177,7 @@ def open_model(config: Config, compute: Compute) -> tuple[GPT, dict[str, Any] | 
         return model, meta
     windows = {"head_dim": config.head_dim, "window_pattern": config.window_pattern}
     shape = recipe.model_config(config.depth, config.vocab_size, config.sequence_len, **windows)
-    model = checkpoint.build(shape, compute.device, train=False).eval()
+    model = build_model(shape, compute.device, train=False).eval()
     generator = torch.Generator(compute.device).manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():  # none zero, as some are at first: zeros flatter products

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 from dev import bench
-from nanochat import checkpoint, cli, recipe
+from nanochat import cli, recipe
 from nanochat.common import get_base_dir
 from nanochat.compute import Compute
-from nanochat.gpt import GPT, GPTConfig
+from nanochat.gpt import GPT, GPTConfig, build_model
 from nanochat.loss import softcap_cross_entropy
 from nanochat.trainer import can_compile
 
@@ -170,7 +170,7 @@ def measure_depth(depth: int, config: Config, compute: Compute, byte_rate: float
     """A depth's lines of the table, and the matrix product rate that they are held against."""
     windows = {"window_pattern": config.window_pattern}
     shape = recipe.model_config(depth, config.vocab_size, config.seq_len, head_dim=config.head_dim, **windows)
-    model = checkpoint.build(shape, compute.device, train=True)
+    model = build_model(shape, compute.device, train=True)
     model.init_weights(torch.Generator(compute.device).manual_seed(0))
     with torch.no_grad():
         for block in model.blocks:  # zero at first: zeros would make products faster than they are in training

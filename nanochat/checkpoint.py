@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 
 from nanochat import sharding
 from nanochat.common import atomic_write_json, fsync_dir, get_base_dir, print0, read_json, sha256_file
-from nanochat.compute import Compute, pick_dtype
-from nanochat.gpt import GPT, GPTConfig, Linear
+from nanochat.compute import Compute
+from nanochat.gpt import GPT, GPTConfig, build_model
 from nanochat.optim import MuonAdamW
 from nanochat.tokenizer import FILE_NAME, Tokenizer, kept_name, load_tokenizer
 
@@ -214,11 +214,10 @@ def load_model(
     tag: str | None = None,
     step: int | None = None,
     train: bool = False,
-    shard: Compute | None = None,
 ) -> tuple[GPT, Tokenizer, dict[str, Any]]:
     """A trained model, its tokenizer and its meta; tag None = the newest run, step None = its newest whole one.
 
-    train: keep embeddings in the training precision, cut as `build` does; otherwise the model is in eval mode. Raises
+    train: keep matrices in the training precision; otherwise the model is in eval mode. Raises
     ValueError, with the remedy, when something is missing, damaged, or belongs to another tokenizer.
     """
     tag = tag or find_tag(stage)
@@ -229,23 +228,6 @@ def load_model(
     meta = read_meta(stage, tag, step)
     tokenizer = load_tokenizer(meta["tokenizer_hash"])
     check_tokenizer(meta, tokenizer)
-    model = build(GPTConfig.from_dict(meta["model_config"]), torch.device(device), train, shard)
+    model = build_model(GPTConfig.from_dict(meta["model_config"]), device, train=train)
     load_state(stage, tag, step, model)
     return (model.train() if train else model.eval()), tokenizer, meta
-
-
-def build(config: GPTConfig, device: torch.device, train: bool, shard: Compute | None = None) -> GPT:
-    """A model without values on `device`, in the compute dtype of this machine (see compute.py).
-
-    For inference the matrices are in that dtype as well, which rounds them once instead of at every use.
-    shard: over whose ranks the parameters are cut into shares (sharding.py); no rank ever holds them whole.
-    """
-    dtype = pick_dtype(device)
-    with torch.device("meta"):
-        model = GPT(config, dtype, torch.float32 if device.type == "cpu" else dtype)
-        for module in () if train else model.modules():
-            if isinstance(module, Linear):
-                module.to(dtype)
-    if shard is not None:
-        sharding.shard(model, shard)
-    return model.to_empty(device=device)

@@ -51,9 +51,8 @@ class FinetuneConfig(SourceConfig):
 
 def load_source(stage: str, config: SourceConfig, compute: Compute) -> Source:
     """The model of `stage` to go on from, its tokenizer, and its meta with `source`, which names it and its weights."""
-    shard = compute if config.shard_params else None
     place = (compute.device, config.source_tag, config.source_step)
-    model, tokenizer, meta = checkpoint.load_model(stage, *place, train=True, shard=shard)
+    model, tokenizer, meta = checkpoint.load_model(stage, *place, train=True)
     digest = meta["files"]["model.safetensors"][:12]
     return model, tokenizer, {**meta, "source": f"{stage}/{meta['tag']} step {meta['step']} {digest}"}
 

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nanochat import attention, fp8, kernels
 from nanochat.attention import Attend
+from nanochat.compute import pick_dtype
 from nanochat.loss import softcap, softcap_cross_entropy
 
 
@@ -360,3 +361,24 @@ def _attend_cached(cache, layer: int, positions_BT, whole: Attend | None, q_BTHD
     if whole is not None:
         return whole(q_BTHD, k_BTKD, v_BTKD, window)
     return attention.cached_attention(q_BTHD, k_BSKD, v_BSKD, positions_BT, window)
+
+
+def build_model(config: GPTConfig, device: torch.device | str, *, train: bool) -> GPT:
+    """Build a model on `device` whose weights hold no values yet: call `init_weights`, or load a checkpoint into it.
+
+    Activations are in this machine's compute dtype (`compute.pick_dtype`). For training, matrices stay in fp32; for
+    inference they are cast to the compute dtype, which rounds each once instead of at every use. Raises ValueError
+    when training is asked for in float16: without loss scaling its gradients would underflow.
+    """
+    device = torch.device(device)
+    dtype = pick_dtype(device)
+    if train and dtype == torch.float16:
+        raise ValueError("NANOCHAT_DTYPE=float16 is for inference only: train in bfloat16 or float32")
+    embed_dtype = torch.float32 if device.type == "cpu" else dtype  # see GPT
+    with torch.device("meta"):  # no memory and no time for values that are overwritten at once
+        model = GPT(config, dtype=dtype, embed_dtype=embed_dtype)
+        if not train:
+            for module in model.modules():
+                if isinstance(module, Linear):
+                    module.to(dtype)
+    return model.to_empty(device=device)

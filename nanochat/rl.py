@@ -56,8 +56,8 @@ class RLConfig(SourceConfig):
             raise ValueError(f"--samples {self.samples}: an answer is compared with others, give 2 or more")
         if self.total_batch_size is not None:
             raise ValueError("--total-batch-size: the batch is --problems times --samples answers, leave it out")
-        if self.shard_params or self.fp8:
-            raise ValueError("--shard-params and --fp8 are for training alone, not for sampling: leave them out")
+        if self.fp8:
+            raise ValueError("--fp8 is for training alone, not for sampling: leave it out")
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,6 @@ class TrainConfig:
     keep: int = option(2, "newest checkpoints kept, beside the one with the best validation")
     resume: str | None = option(None, "go on from a step; alone: the newest; auto: if there is one", bare="newest")
     compile: bool = option(True, "fuse with torch.compile where a compiler is there")
-    shard_params: bool = option(False, "share out the parameters over the ranks as well, where one cannot hold them")
     overlap: bool = option(True, "send gradients while the backward pass goes on; the results are the same to the bit")
     fp8: bool = option(False, "matrix products of the blocks in fp8 (Ada, Hopper or later)")
     price: float | None = option(None, "dollars an hour of all machines together, to say what the run will cost")

@@ -4,11 +4,12 @@ from dataclasses import dataclass
 
 import torch
 
-from nanochat import checkpoint, cli, recipe, sharding
+from nanochat import cli, recipe
 from nanochat.common import print0
 from nanochat.compute import Compute
 from nanochat.dataset import dataset_name
 from nanochat.engine import Engine
+from nanochat.gpt import build_model
 from nanochat.token_shards import build_token_shards
 from nanochat.tokenizer import load_tokenizer
 from nanochat.trainer import TrainConfig, Trainer
@@ -42,9 +43,8 @@ def main() -> None:
     tokenizer = load_tokenizer()
     shape = (config.depth, tokenizer.get_vocab_size(), config.max_seq_len, config.aspect_ratio, config.head_dim)
     model_config = recipe.model_config(*shape, window_pattern=config.window_pattern, dropout=config.dropout)
-    shard = compute if config.shard_params else None
-    model = checkpoint.build(model_config, compute.device, train=True, shard=shard)
-    sharding.init_weights(model, torch.Generator(compute.device).manual_seed(config.seed))
+    model = build_model(model_config, compute.device, train=True)
+    model.init_weights(torch.Generator(compute.device).manual_seed(config.seed))
 
     tokens = recipe.horizon_tokens(model_config, config.target_param_data_ratio)
     if config.target_flops is not None:
@@ -57,7 +57,7 @@ def main() -> None:
     rule = recipe.weight_decay(batch, steps * batch, reference)
 
     def sample() -> None:
-        if compute.rank == 0 or config.shard_params:  # a layer in shares needs every rank to run
+        if compute.rank == 0:
             model.eval()
             prompts = [tokenizer.encode(prompt, prepend="<|bos|>") for prompt in PROMPTS]
             with torch.compiler.set_stance("force_eager"):

@@ -17,6 +17,7 @@ from tiny_run import BASE, STEPS, losses, run, script
 
 from nanochat import checkpoint, recipe
 from nanochat.compute import Compute
+from nanochat.gpt import build_model
 from nanochat.optim import MuonAdamW
 from nanochat.tokenizer import Tokenizer, load_tokenizer
 
@@ -27,7 +28,7 @@ CONFIG = recipe.model_config(2, 600, 64, 16, 16)
 @functools.cache
 def make(seed=0, steps=2):
     """A model and its optimizer after a few real steps."""
-    model = checkpoint.build(CONFIG, CPU.device, train=True)
+    model = build_model(CONFIG, CPU.device, train=True)
     model.init_weights(torch.Generator().manual_seed(seed))
     optimizer = MuonAdamW(model, recipe.LEARNING_RATES, 0.1, CPU)
     idx_BT = torch.randint(0, 600, (4, 65), generator=torch.Generator().manual_seed(seed))
@@ -229,7 +230,7 @@ def test_a_missing_stage_says_what_to_run(tiny_world, stage, remedy):
 
 def test_a_checkpoint_of_another_shape_does_not_load(tiny_world):
     save(1)
-    other = checkpoint.build(recipe.model_config(3, 600, 64, 16, 16), CPU.device, train=True)
+    other = build_model(recipe.model_config(3, 600, 64, 16, 16), CPU.device, train=True)
     with pytest.raises(ValueError, match=r"step_000001/model\.safetensors does not fit"):
         checkpoint.load_state("base", "t", 1, other)
     with pytest.raises(ValueError, match="optimizer state"):

@@ -19,6 +19,7 @@ from nanochat.chat_eval import pass_at_k
 from nanochat.compute import Compute
 from nanochat.conversation import render, render_for_completion
 from nanochat.engine import Engine, Request
+from nanochat.gpt import build_model
 from nanochat.optim import MuonAdamW
 from nanochat.records import Records
 from nanochat.rl import Group, RLConfig, Rollouts, judge, make_micro_batches, reinforce, sampled_row
@@ -59,7 +60,7 @@ def world(module_world):
     """A base directory whose SFT model says one to four letters, each as likely, and ends."""
     torch.manual_seed(0)
     tokenizer, compute = load_tokenizer(), Compute(torch.device("cpu"), torch.float32)
-    model = checkpoint.build(recipe.model_config(2, 600, 64, 16, 16), compute.device, train=True)
+    model = build_model(recipe.model_config(2, 600, 64, 16, 16), compute.device, train=True)
     model.init_weights(torch.Generator().manual_seed(0))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0)
     for step in range(150):
@@ -501,7 +502,6 @@ def test_problems_that_cannot_be_asked_are_counted_and_the_rest_goes_on(base):
         (["--samples", "1"], "--samples"),
         (["--max-new-tokens", "0"], "--max-new-tokens"),
         (["--total-batch-size", "512"], "--problems times --samples"),
-        (["--shard-params"], "--shard-params"),
         (["--init-lr-frac", "-1"], "--init-lr-frac"),
         (["--source-tag", "nobody"], "nobody"),
         (["--source-step", "77"], "77"),

@@ -12,15 +12,15 @@ import pytest
 import tiny_run
 import torch
 import torch.distributed as dist
-from tiny_run import BASE, STEPS, losses, metrics, run, run_ranks
+from tiny_run import BASE, STEPS, losses, run, run_ranks
 from torch.distributed.run import get_args_parser
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dev import scaling_table, two_hosts
-from nanochat import checkpoint, recipe, sharding
+from nanochat import checkpoint, recipe
 from nanochat.common import read_json
 from nanochat.compute import Compute
-from nanochat.gpt import GPT
+from nanochat.gpt import GPT, build_model
 from nanochat.optim import MuonAdamW
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,10 +56,10 @@ class Sent(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def make(compute, cut=False, **options):
-    model = checkpoint.build(CONFIG, compute.device, True, compute if cut else None)
-    sharding.init_weights(model, torch.Generator().manual_seed(0))
-    return model, sharding.make_optimizer(model, recipe.LEARNING_RATES, 0.1, compute, **options)
+def make(compute, **options):
+    model = build_model(CONFIG, compute.device, train=True)
+    model.init_weights(torch.Generator().manual_seed(0))
+    return model, MuonAdamW(model, recipe.LEARNING_RATES, 0.1, compute, **options)
 
 
 def backward(model, optimizer, step, leave_out, accumulation=2):
@@ -87,9 +87,6 @@ def on_a_rank(rank, folder):
                 optimizer.step(step)
         result[overlap] = {"early": early, "weights": model.state_dict()}
     result["sent"], result["traffic"] = sent.bytes, optimizer.traffic()
-    model, _ = make(compute, cut=True)
-    result["held"] = sum(sharding.local(p).numel() for p in model.parameters())
-    result["whole"] = sharding.whole_state(model, rank)
     result["plain"] = make(compute)[0].state_dict()
     torch.save(result, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
@@ -134,41 +131,7 @@ def test_bytes_at_the_collectives_are_the_formula(pair):
     assert MuonAdamW(model, recipe.LEARNING_RATES, 0.0, compute).traffic()[1] == expected
 
 
-def test_no_rank_holds_a_whole_model_cut_in_shares(pair):
-    """Built on meta, initialised row by row to the values that one process draws."""
-    whole = sum(value.numel() for value in pair[0]["plain"].values())
-    for rank in pair:
-        assert rank["held"] < 0.52 * whole
-    assert same(pair[0]["whole"], pair[0]["plain"]) and pair[1]["whole"] == {}
-
-
 # --- the scripts
-
-
-def train(ranks, tag, *flags):
-    for result in run_ranks(ranks, "scripts.base_train", *FLAGS, "--model-tag", tag, *flags):
-        assert result.code == 0, result
-
-
-def difference(one, other):
-    a, b = losses("base", one), losses("base", other)
-    scores = [[line["val_bpb"] for line in metrics("base", tag) if "val_bpb" in line] for tag in (one, other)]
-    assert a.keys() == b.keys() and len(a) == 20 and len(scores[0]) == len(scores[1]) == 2
-    return max(abs(x - y) for x, y in [*((a[step], b[step]) for step in a), *zip(*scores)])
-
-
-def test_parameters_in_shares_train_the_same_model(tiny_world):
-    """FSDP2 on two ranks against one plain process; and each goes on from the other's checkpoint."""
-    train(1, "one")
-    train(2, "cut", "--shard-params", "--device-batch-size", "2", "--sample-every", "10")
-    assert difference("one", "cut") < 1e-4
-    train(1, "cut", "--resume", "10")
-    assert difference("one", "cut") < 1e-4
-    train(2, "one", "--resume", "10", "--shard-params")
-    assert difference("one", "cut") < 1e-4
-    train(3, "three", "--shard-params", "--total-batch-size", "768")
-    train(1, "plain", "--total-batch-size", "768")
-    assert difference("three", "plain") < 1e-4  # three ranks have rows and matrices left over
 
 
 def workers(parent):
@@ -274,7 +237,7 @@ def test_scaling_table(tmp_path, monkeypatch):
     assert "assumed, not measured" in run("dev.scaling_table", *flags, "--latency", "0").out
     one, two, many = read_json(tmp_path / "bench" / "scaling.json")["rows"]
     assert (one["efficiency"], one["tokens/s"], one["GB sent a step"]) == (1, 1000, 0)
-    model = checkpoint.build(recipe.model_config(4, 32768, 2048, 64, 128), torch.device("meta"), True)
+    model = build_model(recipe.model_config(4, 32768, 2048, 64, 128), torch.device("meta"), train=True)
     assert two["GB sent a step"] * 1e9 == pytest.approx(
         sum(p.numel() * p.element_size() for p in model.parameters()), rel=0.35
     )

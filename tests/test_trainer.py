@@ -16,6 +16,7 @@ from tiny_run import BASE, SKILLS, STEPS, losses, metrics, run, run_ranks, scrip
 from nanochat import checkpoint, recipe
 from nanochat.compute import Compute
 from nanochat.dataloader import RowLoader
+from nanochat.gpt import build_model
 from nanochat.token_shards import build_token_shards
 from nanochat.tokenizer import load_tokenizer
 from nanochat.trainer import TrainConfig, Trainer, can_compile
@@ -46,7 +47,7 @@ def make_trainer(steps=6, tag="t", evaluate=None, **flags):
     """A trainer in this process, on the corpus."""
     compute, tokenizer = Compute(torch.device("cpu"), torch.float32), load_tokenizer()
     flags = {"compile": False, "eval_tokens": 512, "device_batch_size": 4, **flags}
-    model = checkpoint.build(recipe.model_config(2, 600, 64, 16, 16), compute.device, train=True)
+    model = build_model(recipe.model_config(2, 600, 64, 16, 16), compute.device, train=True)
     model.init_weights(torch.Generator().manual_seed(0))
     shards = {f"{split}_shards": build_token_shards("corpus", split, tokenizer) for split in ("train", "val")}
     sizes = {
