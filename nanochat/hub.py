@@ -7,6 +7,7 @@ server allows it.
 
 import contextlib
 import fcntl
+import json
 import os
 import random
 import re
@@ -278,3 +279,53 @@ def _retry(attempt: Callable[[], T], url: str, retries: int, backoff: float, rep
             if report:
                 report(0)  # lets the caller stop us
     raise AssertionError("unreachable")
+
+
+# ---- new: the part above this line goes when dataset, CORE bundle and tasks use huggingface_hub ----
+
+AGAIN = "run the same command again; files that have arrived whole are kept"
+
+
+@contextlib.contextmanager
+def hub_errors(repo: str) -> Iterator[None]:
+    """Turn whatever `huggingface_hub` raises in this block, which asks for `repo`, into one line with a remedy.
+
+    Raises ValueError for what the user has to mend (name, revision, token, HF_ENDPOINT), ConnectionError for what may
+    pass (no network, too many requests, a server in trouble), and OSError for a disk that is full."""
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except errors.HFValidationError as error:
+        raise ValueError(f"{repo!r} is not a name on the hub: it must be like ORG/NAME") from error
+    except (errors.RevisionNotFoundError, errors.RemoteEntryNotFoundError) as error:
+        raise ValueError(f"{repo} has no such revision or file: check what its page lists") from error
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{repo}: the answer is not a hub's ({error!r:.80}): check HF_ENDPOINT") from error
+    except errors.LocalEntryNotFoundError as error:
+        # The library looked for the files in its cache because of an earlier error, which is the one to tell.
+        raise _explain(repo, error.__cause__ or error) from error
+    except (errors.HTTPError, errors.FileMetadataError) as error:
+        raise _explain(repo, error) from error
+    except OSError as error:
+        if error.errno is None:  # the library's word for a body of another length than was promised
+            raise ConnectionError(f"{repo}: {str(error).splitlines()[0]} {AGAIN}") from error
+        raise OSError(error.errno, f"{repo}: {error.strerror}: make room, or move the cache with HF_HOME") from error
+
+
+def _explain(repo: str, error: BaseException) -> OSError | ValueError:
+    """Return the error to raise for a failed request, by its status code."""
+    response = getattr(error, "response", None)
+    if response is None:
+        return ConnectionError(
+            f"{repo}: the hub cannot be reached ({type(error).__name__}): check the network; {AGAIN}"
+        )
+    status = response.status_code
+    if status in (401, 403, 404):
+        remedy = "is your HF_TOKEN right, and have you accepted the terms on the repository's page?"
+        if not os.environ.get("HF_TOKEN"):
+            remedy = "if it is private or gated, set HF_TOKEN"
+        return ValueError(f"{repo}: the hub answers {status}: check the name; {remedy}")
+    if status == 429:
+        return ConnectionError(f"{repo}: the hub answers 429, too many requests: wait a while, then {AGAIN}")
+    return ConnectionError(f"{repo}: the hub answers {status}: {AGAIN}")
