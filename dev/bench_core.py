@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from dev import bench
+from dev import bench_old as bench
 from nanochat import checkpoint, cli, recipe, world
 from nanochat.common import get_base_dir
 from nanochat.compute import Compute

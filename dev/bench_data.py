@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dev import bench
+from dev import bench_old as bench
 from nanochat import cli, world
 from nanochat.common import atomic_write_json, get_base_dir, sha256_file
 from nanochat.compute import usable_cores

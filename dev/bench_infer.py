@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from dev import bench
+from dev import bench_old as bench
 from nanochat import checkpoint, cli, recipe
 from nanochat.common import get_base_dir
 from nanochat.compute import Compute

@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from dev import bench
+from dev import bench_old as bench
 from nanochat import cli, world
 from nanochat.common import get_base_dir
 from nanochat.compute import usable_cores

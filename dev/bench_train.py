@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from dev import bench
+from dev import bench_old as bench
 from dev.bench_model import gemm_rate
 from dev.compare_sides import child_environment, prepare_ours, supervise
 from dev.runner import read_metrics, split_argv

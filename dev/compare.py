@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from dev import bench
+from dev import bench_old as bench
 from dev.compare_parity import MATCHED, parity_page, run_parity
 from dev.compare_sides import Ours, Outcome, Reference, Side, prepare_ours, prepare_reference, save_validation_rows
 from nanochat import cli, recipe

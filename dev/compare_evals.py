@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import Any, NamedTuple
 
-from dev.bench import markdown_table
+from dev.bench_old import markdown_table
 from nanochat import cli
 from nanochat.common import read_json, write_record
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from dev.bench import markdown_table
+from dev.bench_old import markdown_table
 from dev.compare_sides import (
     Ours,
     Outcome,

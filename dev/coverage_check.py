@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from dev.bench import markdown_table
+from dev.bench_old import markdown_table
 from nanochat import cli
 from nanochat.common import read_json
 

@@ -26,7 +26,7 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from dev import bench
+from dev import bench_old as bench
 from nanochat import checkpoint, cli, dataset, world
 from nanochat.common import get_base_dir, print0
 from nanochat.tokenizer import Tokenizer

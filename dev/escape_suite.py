@@ -25,7 +25,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from dev import bench
+from dev import bench_old as bench
 from nanochat import cli, execution, sandbox
 from nanochat.common import get_base_dir
 

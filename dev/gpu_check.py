@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from dev import bench
+from dev import bench_old as bench
 from nanochat import attention, cli, fp8, kernels, loss, recipe
 from nanochat.common import get_base_dir
 from nanochat.gpt import GPTConfig

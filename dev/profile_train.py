@@ -17,7 +17,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 import nanochat.gpt
-from dev.bench import markdown_table, write_report
+from dev.bench_old import markdown_table, write_report
 from dev.runner import split_argv
 from nanochat import cli
 from nanochat.common import get_base_dir

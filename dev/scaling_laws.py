@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from dev.bench import markdown_table, write_report
+from dev.bench_old import markdown_table, write_report
 from dev.runner import Record, Runner, plan, split_argv
 from nanochat import cli, recipe
 from nanochat.common import atomic_write, get_base_dir

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from dev import bench
+from dev import bench_old as bench
 from nanochat import cli, recipe
 from nanochat.common import get_base_dir
 from nanochat.compute import Compute, peak_flops

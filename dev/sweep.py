@@ -23,7 +23,7 @@ from statistics import fmean, median, stdev
 
 import numpy as np
 
-from dev.bench import markdown_table
+from dev.bench_old import markdown_table
 from dev.runner import OWN_FLAGS, STAGE_OF, Point, Record, Runner, plan, split_argv
 from nanochat import cli
 from nanochat.common import atomic_write, get_base_dir, read_json, write_record

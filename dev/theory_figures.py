@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from dev.bench import markdown_table
+from dev.bench_old import markdown_table
 from nanochat import cli, recipe
 from nanochat.gpt import GPTConfig, rotate
 from nanochat.loss import softcap

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from dev import bench
+from dev import bench_old as bench
 from dev.crash_test import RUN, SHAPE, make_world
 from nanochat import checkpoint, cli
 from nanochat.common import get_base_dir, print0

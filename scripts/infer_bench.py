@@ -1,13 +1,264 @@
-"""How fast the engine answers, alone and in batches: `python -m scripts.infer_bench`, which is dev/bench_infer.py."""
+"""How fast the engine answers, alone and in batches, beside what the machine can do: python -m scripts.infer_bench
 
-from nanochat import cli
+Weights are random unless --stage or --hf names a model: speed does not depend on their values. Every number is the
+median of several rounds. To compare with other programs: python -m dev.bench infer.
+"""
+
+import dataclasses
+import statistics
+import time
+import types
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nanochat import checkpoint, cli, recipe
+from nanochat.common import get_base_dir, write_record
+from nanochat.compute import Compute
+from nanochat.engine import Engine, Request
+from nanochat.gpt import build_model
+from nanochat.hf.load import load_model
+
+NO_TOKENIZER = types.SimpleNamespace(special_tokens={})  # an answer ends by its length alone
+
+
+@dataclass(frozen=True)
+class Config:
+    """Flags of the benchmark."""
+
+    depth: int = cli.option(4, "depth of a model with random weights")
+    vocab_size: int = cli.option(4096, "its vocabulary")
+    sequence_len: int = cli.option(1024, "its context")
+    head_dim: int = cli.option(128, "channels of an attention head")
+    window_pattern: str = cli.option("L", "its attention windows")
+    stage: str | None = cli.option(None, "measure a checkpoint of this stage", choices=("base", "mid", "sft", "rl"))
+    model_tag: str | None = cli.option(None, "which model of that stage; unset: the newest")
+    hf: str | None = cli.option(None, "measure the open-weights model in this folder")
+    batches: str = cli.option("1,4,16", "requests at a time, as 1,16")
+    prompt_tokens: int = cli.option(32, "tokens of a prompt")
+    new_tokens: int = cli.option(64, "tokens of an answer")
+    prefix_tokens: int = cli.option(400, "tokens of the prefix that two requests share")
+    clients: int = cli.option(10, "requests that arrive at the same moment, for the time to first token")
+    rounds: int = cli.option(5, "times that each measurement is taken")
+    int8: bool = cli.option(False, "8-bit weights, on CPU")
+    device_type: str | None = cli.option(None, "cuda, mps or cpu; unset: the best there is")
+    out: str | None = cli.option(None, "JSON record to write; unset: bench/infer_<model>.json in the base directory")
+
+    def __post_init__(self) -> None:
+        if not self.batches.replace(",", "").isdigit() or not all(self.batch_sizes):
+            raise ValueError(f"--batches {self.batches}: give numbers, as 1,16")
+        for name in ("prompt_tokens", "new_tokens", "prefix_tokens", "clients", "rounds"):
+            if getattr(self, name) < 2:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 2")
+        longest = max(self.prompt_tokens, self.prefix_tokens + 16) + self.new_tokens
+        if longest > self.sequence_len and self.stage is None and self.hf is None:
+            raise ValueError(f"prompt (or prefix) and answer exceed --sequence-len {self.sequence_len}: raise it")
+
+    @property
+    def batch_sizes(self) -> list[int]:
+        return [int(size) for size in self.batches.split(",")]
+
+
+def open_model(config: Config, compute: Compute) -> nn.Module:
+    """Load the model asked for, or build one whose random weights are nowhere zero: zeros make products faster."""
+    if config.hf is not None:
+        return load_model(Path(config.hf), compute.device)
+    if config.stage is not None:
+        return checkpoint.load_model(config.stage, compute.device, config.model_tag)[0]
+    shape = recipe.model_config(
+        config.depth,
+        config.vocab_size,
+        config.sequence_len,
+        head_dim=config.head_dim,
+        window_pattern=config.window_pattern,
+    )
+    model = build_model(shape, compute.device, train=False).eval()
+    generator = torch.Generator(compute.device).manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.02 if parameter.dim() == 2 else 0.2, generator=generator)
+    return model
+
+
+def read_bandwidth(device: torch.device) -> float:
+    """Measure how fast memory is read, in bytes/s: the best of ten passes over half a gigabyte."""
+    memory = torch.ones(1 << 27, dtype=torch.int32, device=device)
+    return memory.nbytes / min(time_calls(memory.amax, device))
+
+
+def product_rate(model: nn.Module, rows: int, compute: Compute) -> float:
+    """Measure matrix products of the MLP's shape in FLOP/s: the best of ten."""
+    C = model.config.n_embd
+    x_NC = torch.randn(rows, C, device=compute.device).to(compute.dtype)
+    w_HC = torch.randn(4 * C, C, device=compute.device).to(compute.dtype)
+    return 2 * rows * w_HC.numel() / min(time_calls(lambda: F.linear(x_NC, w_HC), compute.device))
+
+
+def time_calls(call: Any, device: torch.device, times: int = 10) -> list[float]:
+    """Return the seconds of each of `times` calls, after two that do not count."""
+    seconds = []
+    for _ in range(times + 2):
+        began = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - began)
+    return seconds[2:]
+
+
+class EngineSide:
+    """The engine under measurement. Other programs that it is compared with offer `batch` as well (dev/bench.py)."""
+
+    name = "ours"
+
+    def __init__(self, model: nn.Module, config: Config) -> None:
+        self.config = config
+        self.vocab_size = model.config.vocab_size
+        # what a decode step reads: every matrix, but of the embeddings only a row a token
+        self.weights = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+        self.bytes_per_weight = 1 if config.int8 else model.dtype.itemsize
+        largest_batch = max(config.clients, *config.batch_sizes)
+        self.engine = Engine(model, NO_TOKENIZER, largest_batch, int8=config.int8)
+        self.prompts_made = 0
+
+    def prompt(self, n: int) -> list[int]:
+        """Return a prompt that was not used before, so that the prefix cache knows nothing of it."""
+        self.prompts_made += 1
+        generator = torch.Generator().manual_seed(self.prompts_made)
+        return torch.randint(self.vocab_size, (n,), generator=generator).tolist()
+
+    def run(self, prompts: list[list[int]], new_tokens: int) -> tuple[list[float], float]:
+        """Answer all prompts at once. Returns each one's seconds to its first token, and the seconds after the last
+        of these until the end, scaled to new_tokens - 1 steps: early requests may be further by then."""
+        requests = [Request(prompt, max_tokens=new_tokens, temperature=0.0) for prompt in prompts]
+        began = time.perf_counter()
+        for request in requests:
+            self.engine.add(request)
+        first_token: dict[int, float] = {}
+        while len(first_token) < len(requests):
+            for update in self.engine.step():
+                first_token.setdefault(id(update.request), time.perf_counter() - began)
+        middle = time.perf_counter()
+        tokens_before = sum(len(request.output) for request in requests)
+        while self.engine.busy:
+            self.engine.step()
+        seconds = time.perf_counter() - middle
+        tokens_after = sum(len(request.output) for request in requests)
+        wanted = (new_tokens - 1) * len(prompts)
+        return list(first_token.values()), seconds * wanted / max(tokens_after - tokens_before, 1)
+
+    def batch(self, size: int) -> tuple[float, float]:
+        """Answer one prompt `size` times. Returns the seconds to the first token, and those of all that follow."""
+        first_token, rest = self.run([self.prompt(self.config.prompt_tokens)] * size, self.config.new_tokens)
+        return max(first_token), rest
+
+
+def measure_batches(sides: list[Any], config: Config) -> list[dict[str, Any]]:
+    """Time every batch size on all sides in turn, A B A B, so that a machine that drifts favours none.
+
+    The first side is ours; `ours x` is its speed over the other's, the median of the ratios of each round.
+    """
+    lines = []
+    for size in config.batch_sizes:
+        times: dict[str, list[tuple[float, float]]] = {side.name: [] for side in sides}
+        for side in sides:
+            side.batch(size)  # warms up
+        for _ in range(config.rounds):
+            for side in sides:
+                times[side.name].append(side.batch(size))
+        for side in sides:
+            rest = [after for _, after in times[side.name]]
+            ratios = [theirs / ours for (_, ours), theirs in zip(times[sides[0].name], rest, strict=True)]
+            lines.append(
+                {
+                    "side": side.name,
+                    "batch": size,
+                    "tokens/s": (config.new_tokens - 1) * size / statistics.median(rest),
+                    "ms a step": 1e3 * statistics.median(rest) / (config.new_tokens - 1),
+                    "first token ms": 1e3 * statistics.median(first for first, _ in times[side.name]),
+                    "ours x": statistics.median(ratios),
+                }
+            )
+    return lines
+
+
+def measure_alone(side: EngineSide, lines: list[dict[str, Any]], config: Config, compute: Compute) -> dict[str, Any]:
+    """Measure prefill, a known prefix, simultaneous clients, and the share of the machine's own rates."""
+    n = config.prefix_tokens + 16
+    cold, known, first_tokens, rates = [], [], [], []
+    for _ in range(config.rounds):
+        prefix = side.prompt(config.prefix_tokens)
+        cold.append(side.run([prefix + side.prompt(16)], 2)[0][0])
+        known.append(side.run([prefix + side.prompt(16)], 2)[0][0])
+        prompts = [side.prompt(config.prompt_tokens) for _ in range(config.clients)]
+        firsts, rest = side.run(prompts, config.new_tokens)
+        first_tokens += firsts
+        rates.append((config.new_tokens - 1) / rest)
+    bandwidth = read_bandwidth(compute.device)
+    flop_rate = product_rate(side.engine.model, 256, compute)
+    alone = next(line for line in lines if line["side"] == side.name)
+    weight_bytes = side.weights * side.bytes_per_weight
+    return {
+        "bytes of weights read a step": weight_bytes,
+        "bytes of cache a token": side.engine.bytes_per_token,
+        "memory, bytes/s": bandwidth,
+        "matrix products, FLOP/s": flop_rate,
+        f"batch {alone['batch']}: share of memory bandwidth": weight_bytes / (alone["ms a step"] / 1e3) / bandwidth,
+        "prefill tokens/s": n / statistics.median(cold),
+        "prefill share of product rate": 2 * side.weights * n / statistics.median(cold) / flop_rate,
+        f"first token of {n}, ms": 1e3 * statistics.median(cold),
+        f"first token of {n}, {config.prefix_tokens} known, ms": 1e3 * statistics.median(known),
+        f"{config.clients} at once: median first token, ms": 1e3 * statistics.median(first_tokens),
+        f"{config.clients} at once: last first token, ms": 1e3 * max(first_tokens),
+        f"{config.clients} at once: tokens/s of each": statistics.median(rates),
+        "peak memory, bytes": compute.peak_memory(),
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Format rows with the keys of the first as a Markdown table; numbers to four digits."""
+
+    def cell(value: Any) -> str:
+        if isinstance(value, float):
+            return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+        return "" if value is None else str(value)
+
+    keys = list(rows[0])
+    lines = [keys, ["---"] * len(keys), *([cell(row[key]) for key in keys] for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def run(config: Config, more_sides: list[Any], model: nn.Module, compute: Compute) -> None:
+    """Measure, print the tables and write the record."""
+    side = EngineSide(model, config)
+    lines = measure_batches([side, *more_sides], config)
+    alone = measure_alone(side, lines, config, compute)
+    print(f"{compute.name}, {compute.dtype}, {torch.get_num_threads()} threads\n\n{table(lines)}")
+    print(table([{"measured": key, "value": value} for key, value in alone.items()]))
+    shape = dataclasses.asdict(model.config)
+    record = {
+        "config": dataclasses.asdict(config),
+        "model": shape,
+        "device": compute.name,
+        "dtype": str(compute.dtype),
+        "threads": torch.get_num_threads(),
+        "batches": lines,
+        "alone": alone,
+    }
+    default = get_base_dir() / "bench" / f"infer_d{shape['n_layer']}.json"
+    path = Path(config.out) if config.out else default
+    write_record(path, record)
+    print(f"{path} written")
 
 
 def main() -> None:
-    """Measure, print, and write a record."""
-    from dev import bench_infer  # of a checkout: an installation has none
-
-    bench_infer.main()
+    config = cli.parse(Config, description=__doc__)
+    compute = Compute.create(config.device_type)
+    run(config, [], open_model(config, compute), compute)
 
 
 if __name__ == "__main__":
