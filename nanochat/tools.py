@@ -1,161 +1,161 @@
-"""The calculator the model may call: arithmetic and letter counts, read by a grammar of its own.
+"""The calculator that the model may call between <|python_start|> and <|python_end|>: arithmetic and letter counts.
 
-    sum     = product (("+" | "-") product)*
-    product = unary (("*" | "/" | "//" | "%") unary)*
-    unary   = ("+" | "-") unary | atom ("**" unary)?
-    atom    = NUMBER | "(" sum ")" | STRING "." "count" "(" STRING ")" | "len" "(" STRING ")"
+    calculate("12*3") -> "36"      calculate("'strawberry'.count('r')") -> "3"
 
-Precedence is Python's. Numbers are exact fractions. No `eval`, no signals: it works in any thread, and its cost is
-bounded by the length, nesting and number of digits below.
+A model writes these expressions, so nothing is ever run: `ast.parse` only reads the text, `_evaluate` matches the few
+kinds of nodes that are allowed, and everything else is refused. Numbers are exact fractions (0.1 + 0.2 is 0.3). The
+cost is bounded by the four limits below instead of a timer, so the calculator works in any thread.
 """
 
+import ast
 import decimal
 import re
 from fractions import Fraction
-from operator import mod, mul, truediv
 
 MAX_LENGTH = 1000  # characters of an expression
-MAX_DEPTH = 32  # parentheses and signs inside each other
-MAX_DIGITS = 100  # of numerator and denominator of every intermediate value
-PRECISION = 10  # significant digits after the point; the digits before it are exact
+MAX_DEPTH = 32  # nested parentheses, signs or powers
+MAX_DIGITS = 100  # digits of the numerator and the denominator of every intermediate value
+PRECISION = 10  # significant digits after the decimal point; the digits before it are exact
 
-# Thousands commas count only where well-formed: 1,234 is a number and 12,34 is an error.
-_TOKEN = re.compile(
-    r"""[ \t]*(?:
-        (?P<number> [1-9][0-9]{0,2}(?:,[0-9]{3})+(?:\.[0-9]+)? | [0-9]+(?:\.[0-9]+)? | \.[0-9]+ )
-      | (?P<string> "[^"\\\n]*" | '[^'\\\n]*' )
-      | (?P<symbol> \*\* | // | [-+*/%().] | len\b | count\b )
-    )[ \t]*""",
-    re.VERBOSE,
-)
+# Thousands commas count only where they are well-formed: 1,234 is a number, 12,34 is refused (Python sees a tuple).
+_COMMA_NUMBER = r"[1-9][0-9]{0,2}(?:,[0-9]{3})+(?:\.[0-9]+)?(?![0-9,])"
+_NUMBER = r"[0-9]+(?:\.[0-9]+)?|\.[0-9]+"
+_STRING = r"'[^'\\\n]*'|\"[^\"\\\n]*\""
+_LITERAL = re.compile(f"(?P<string>{_STRING})|{_COMMA_NUMBER}|{_NUMBER}")
+# All that may stand outside of strings. No letter but those of two names: Python's parser never sees 1e5, 0x10 or an
+# f-string, and warns about nothing.
+_ALLOWED = re.compile(r"(?:len|count|[-+*/%().,0-9 \t])*")
 
 
-class _Invalid(Exception):
-    """Not an expression of the grammar, or too costly."""
+class _Refused(Exception):
+    """The expression is not allowed, or costs too much."""
 
 
 def calculate(expression: str) -> str | None:
-    """The value of `expression` as text, e.g. "12*3" -> "36", "'strawberry'.count('r')" -> "3".
+    """Return the value of `expression` as text, or None if it is refused or divides by zero. Never raises.
 
-    Whole results have no point, others 10 significant digits after it. None when the expression is not of the
-    grammar, divides by zero or is too costly; never raises.
+    Whole results have no decimal point; others have at most 10 significant digits after it.
     """
     try:
-        parser = _Parser(_tokenize(expression.strip()))
-        value = parser.sum()
-        parser.expect("end")
-        return _format(value)
-    except (_Invalid, ZeroDivisionError, OverflowError):
+        source = _normalize(expression.strip())
+        tree = ast.parse(source, mode="eval")
+        return _format(_evaluate(tree.body, source.encode(), depth=1))
+    except (_Refused, SyntaxError, ValueError, ArithmeticError, RecursionError, MemoryError):
+        # ValueError: lone surrogates. RecursionError and MemoryError are how Python's parser reports deep nesting.
         return None
 
 
-def _tokenize(text: str) -> list[tuple[str, str]]:
-    """(kind, text) pairs, ended by ("end", ""); a symbol is its own kind."""
+def _normalize(text: str) -> str:
+    """Check everything that Python's parser should not see, and write numbers as Python does: 1,234 -> 1234, 07 -> 7."""
     if len(text) > MAX_LENGTH:
-        raise _Invalid
-    tokens, position = list[tuple[str, str]](), 0
-    while position < len(text):
-        if (match := _TOKEN.match(text, position)) is None:
-            raise _Invalid
-        kind, word = (name := str(match.lastgroup)), match[name]
-        tokens.append((word if kind == "symbol" else kind, word))
-        position = match.end()
-    return [*tokens, ("end", "")]
+        raise _Refused
+    outside = re.sub(_STRING, "", text)
+    if not _ALLOWED.fullmatch(outside):
+        raise _Refused
+    # The tree keeps no parentheses, so their nesting is bounded here.
+    depth = 0
+    for character in outside:
+        depth += (character == "(") - (character == ")")
+        if depth > MAX_DEPTH:
+            raise _Refused
+
+    def rewrite(match: re.Match[str]) -> str:
+        if match["string"]:
+            return match[0]
+        return match[0].replace(",", "").lstrip("0") or "0"
+
+    return _LITERAL.sub(rewrite, text)
 
 
-class _Parser:
-    """Recursive descent: one method a rule, each returning its value."""
-
-    def __init__(self, tokens: list[tuple[str, str]]) -> None:
-        self.tokens, self.position, self.depth = tokens, 0, 0
-
-    def accept(self, *kinds: str) -> str | None:
-        """Step over the next token if it is of one of `kinds`, and return its text."""
-        kind, text = self.tokens[self.position]
-        if kind not in kinds:
-            return None
-        self.position += 1
-        return text
-
-    def expect(self, *kinds: str) -> str:
-        text = self.accept(*kinds)
-        if text is None:
-            raise _Invalid
-        return text
-
-    def sum(self) -> Fraction:
-        value = self.product()
-        while operator := self.accept("+", "-"):
-            other = self.product()
-            value = _bounded(value + other if operator == "+" else value - other)
-        return value
-
-    def product(self) -> Fraction:
-        value = self.unary()
-        while operator := self.accept("*", "/", "//", "%"):
-            value = _bounded(_PRODUCTS[operator](value, self.unary()))
-        return value
-
-    def unary(self) -> Fraction:
-        self.depth += 1  # every recursion of the grammar comes through here
-        if self.depth > MAX_DEPTH:
-            raise _Invalid
-        if sign := self.accept("+", "-"):
-            value = self.unary() if sign == "+" else -self.unary()
-        else:
-            value = self.atom()
-            if self.accept("**"):
-                value = _power(value, self.unary())
-        self.depth -= 1
-        return value
-
-    def atom(self) -> Fraction:
-        if number := self.accept("number"):
-            return _bounded(Fraction(number.replace(",", "")))
-        if self.accept("("):
-            value = self.sum()
-            self.expect(")")
-            return value
-        if self.accept("len"):
-            return Fraction(len(self.string_argument()))
-        text = self.expect("string")[1:-1]
-        self.expect(".")
-        self.expect("count")
-        return Fraction(text.count(self.string_argument()))
-
-    def string_argument(self) -> str:
-        self.expect("(")
-        text = self.expect("string")[1:-1]
-        self.expect(")")
-        return text
+def _evaluate(node: ast.expr, source: bytes, depth: int) -> Fraction:
+    """Return the value of a node; raises _Refused for any node that is not arithmetic, a count or a length."""
+    if depth > MAX_DEPTH:
+        raise _Refused
+    # 1+2+3 is ((1+2)+3) in the tree. The left side is followed in a loop, so that only true nesting counts as depth.
+    operations = []
+    while isinstance(node, ast.BinOp):
+        operations.append(node)
+        node = node.left
+    match node:
+        case ast.Constant(value=int() | float()):
+            # From the source, since 0.1 as a float is no longer one tenth. Refuses what only Python calls a number: 7.
+            value = Fraction(_literal(node, source, _NUMBER))
+        case ast.UnaryOp(op=ast.UAdd()):
+            value = _evaluate(node.operand, source, depth + 1)
+        case ast.UnaryOp(op=ast.USub()):
+            value = -_evaluate(node.operand, source, depth + 1)
+        case ast.Call(func=ast.Name(id="len"), args=[ast.Constant(value=str()) as word], keywords=[]):
+            value = Fraction(len(_text(word, source)))
+        case ast.Call(
+            func=ast.Attribute(value=ast.Constant(value=str()) as word, attr="count"),
+            args=[ast.Constant(value=str()) as part],
+            keywords=[],
+        ):
+            value = Fraction(_text(word, source).count(_text(part, source)))
+        case _:
+            raise _Refused
+    value = _bounded(value)
+    for operation in reversed(operations):
+        other = _evaluate(operation.right, source, depth + 1)
+        value = _bounded(_apply(operation.op, value, other))
+    return value
 
 
-_PRODUCTS = {"*": mul, "/": truediv, "//": lambda a, b: Fraction(a // b), "%": mod}
+def _apply(operator: ast.operator, left: Fraction, right: Fraction) -> Fraction:
+    match operator:
+        case ast.Add():
+            return left + right
+        case ast.Sub():
+            return left - right
+        case ast.Mult():
+            return left * right
+        case ast.Div():
+            return left / right
+        case ast.FloorDiv():
+            return Fraction(left // right)
+        case ast.Mod():
+            return left % right
+        case ast.Pow():
+            return _power(left, right)
+    raise _Refused
+
+
+def _power(base: Fraction, exponent: Fraction) -> Fraction:
+    """Return base ** exponent: exact for whole exponents, through floats for roots."""
+    if exponent.denominator > 1:
+        if base < 0:  # the root is a complex number
+            raise _Refused
+        return Fraction(float(base) ** float(exponent))
+    # Bounded before it is computed: |base| >= 2**(bits-1), and a result above 2**400 has more than 100 digits.
+    bits = max(base.numerator.bit_length(), base.denominator.bit_length())
+    if bits > 1 and (bits - 1) * abs(exponent) > 4 * MAX_DIGITS:
+        raise _Refused
+    return base ** int(exponent)
+
+
+def _literal(node: ast.Constant, source: bytes, pattern: str) -> str:
+    """Return the literal as it was written; raises _Refused if Python allows the form and the calculator does not."""
+    text = source[node.col_offset : node.end_col_offset].decode()
+    if not re.fullmatch(pattern, text):
+        raise _Refused
+    return text
+
+
+def _text(node: ast.Constant, source: bytes) -> str:
+    return _literal(node, source, _STRING)[1:-1]
 
 
 def _bounded(value: Fraction) -> Fraction:
     if max(abs(value.numerator), value.denominator) >= 10**MAX_DIGITS:
-        raise _Invalid
+        raise _Refused
     return value
 
 
-def _power(base: Fraction, exponent: Fraction) -> Fraction:
-    """base ** exponent: exact for whole exponents, through floats for roots; bounded before it is computed."""
-    if exponent.denominator > 1:
-        if base < 0:
-            raise _Invalid
-        return _bounded(Fraction(float(base) ** float(exponent)))
-    bits = max(base.numerator.bit_length(), base.denominator.bit_length())
-    if bits > 1 and (bits - 1) * abs(exponent) > 4 * MAX_DIGITS:  # |base| >= 2**(bits-1), and 16**100 > 10**100
-        raise _Invalid
-    return _bounded(base ** int(exponent))
-
-
 def _format(value: Fraction) -> str:
-    """Plain decimal notation without trailing zeros."""
+    """Return plain decimal notation without trailing zeros and without an exponent."""
     if value.denominator == 1:
         return str(value.numerator)
-    before_point = len(str(abs(int(value)))) if abs(value) >= 1 else 0
-    context = decimal.Context(prec=before_point + PRECISION)
+    digits_before_point = len(str(abs(int(value)))) if abs(value) >= 1 else 0
+    context = decimal.Context(prec=digits_before_point + PRECISION)
     quotient = context.divide(decimal.Decimal(value.numerator), decimal.Decimal(value.denominator))
     return format(quotient.normalize(context), "f")
