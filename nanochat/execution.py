@@ -1,47 +1,45 @@
-"""Isolated execution of model-written code: does a program pass its tests? It can neither lie about it nor do harm.
+"""Run code that a model wrote: does a program pass its tests? It can neither lie about it nor do harm.
 
-Two processes serve one check. The *program* runs what the model wrote. The *judge* runs the tests, where the names of
-the program's functions are calls to the other process: arguments and results cross a pipe by value, as exact built-in
-types. What a program does to its interpreter (`os._exit(0)`, a patched `assert`, a look at frames, results that equal
-everything) it does to itself: tests, verdict, and the nonce that makes it one, written last, are never in its reach.
+One check starts two processes of `execution_child.py`, each sealed before it sees a line of the model's code:
 
-Both live in `execution_child.py`, under every layer of `sandbox.py` that the kernel grants without root: namespaces
-(mounts, processes, network, ...), a private read-only root with an empty working directory, no capabilities, Landlock,
-a list of allowed system calls, no environment, limits. Root becomes nobody. No program runs without `MINIMUM`: the
-filter leaves no sockets, processes and signals to others; a private root or Landlock no file but the interpreter's.
+    program   runs what the model wrote, and answers calls of its functions
+    judge     runs the tests; a name that they do not define is a call to the other process
+
+Arguments and results cross a pipe by value, as exact built-in types. Whatever a program does to its interpreter
+(`os._exit(0)`, a patched `assert`, results that equal everything), it does to itself: tests and verdict live in the
+judge. The verdict carries a token that only this process and the judge know.
+
+Sealed means: resource limits, no environment, an empty directory, Landlock (only the interpreter's library can be
+read, nothing can be written) and seccomp (no sockets, processes, threads or signals). Where the kernel lacks
+Landlock or seccomp nothing runs, unless the user says --unsafe.
 """
 
-import functools
+import contextlib
 import hmac
 import json
 import os
 import secrets
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from nanochat import execution_child as child
+from typing import IO, Any
 
 MEMORY = 256 << 20  # bytes of address space of each process
-START = (  # of a Python that has no site-packages, nor this project on its path for long
-    f"import sys; sys.path.append({str(Path(__file__).parents[1])!r}); from nanochat import execution_child; "
-    "sys.path.pop(); execution_child.main"
-)
-TAIL_BYTES = 4096  # kept of what was printed
-START_SECONDS = 30.0  # for Python to start on a busy machine
-LIMITS = ("memory limit", "CPU limit", "file size limit", "open file limit", "process limit")  # a file: also output
-RIGHTS = ("system call filter", "no capabilities", "no new privileges", "no environment", "empty directory")
-MINIMUM = [("private root", "Landlock"), *((layer,) for layer in RIGHTS + LIMITS)]  # one of each
+OUTPUT_TAIL = 4096  # bytes kept of what was printed
+START_SECONDS = 30.0  # for two Pythons to start on a busy machine
+CHILD = Path(__file__).with_name("execution_child.py")
 
 
 @dataclass(frozen=True)
 class Result:
-    """How a check ended: outcome is passed | failed | timeout | memory | output | killed; output is the end of what was
-    printed, and the error; seconds are those of the whole check."""
+    """How a check ended: passed | failed | timeout | memory | output (too much of it) | killed.
+
+    output: the end of what was printed, and the error. seconds: of the whole check.
+    """
 
     outcome: str
     output: str
@@ -49,94 +47,115 @@ class Result:
 
     @property
     def passed(self) -> bool:
-        """Whether the program ran to its end and all tests held."""
+        """True if the program ran to its end and all tests held."""
         return self.outcome == "passed"
 
 
-def _run(task: dict[str, str], memory: int, timeout: float, needs: list[Any]) -> tuple[dict[str, bool], Any, str]:
-    """What a judge started for `task` says: layers in force and, where these meet `needs`, a verdict; the output."""
-    if os.name != "posix":
-        raise ValueError("model-written code runs on Linux only, or with --unsafe on another POSIX system")
-    settings = {"memory": memory, "timeout": timeout, "needs": needs}
-    with tempfile.TemporaryDirectory(prefix="nanochat-", ignore_cleanup_errors=True) as parent:
-        output, folder = Path(parent, "output"), Path(parent, "empty")
-        folder.mkdir()
-        for path in (parent, folder):
-            os.chmod(path, 0o755)  # for nobody
-        with (
-            open(output, "ab") as printed,
-            subprocess.Popen(
-                [sys.executable, "-I", "-S", "-u", "-c", f"{START}({settings | {'folder': str(folder)}})"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=printed,
-                cwd=folder,
-                env={name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ},  # the loader's
-                start_new_session=True,
-            ) as guard,
-        ):
-            try:
-                answers, _ = guard.communicate(json.dumps(task).encode() + b"\n", START_SECONDS + timeout)
-            except subprocess.TimeoutExpired as error:
-                raise TimeoutError(f"isolated Python did not start within {START_SECONDS:g} s") from error
-            finally:
-                guard.terminate()
-        text = output.read_bytes()[-TAIL_BYTES:].decode(errors="replace").rstrip()
-    lines = answers.split(b"\n")[:-1]  # without one that its writer's end cut short
-    if not lines:
-        raise OSError(f"isolated Python did not start: {text}")
-    late = {"outcome": "timeout", "error": f"no verdict within {timeout:g} s"}
-    none = late if guard.returncode == child.TIMED_OUT else {"outcome": "killed", "error": "no verdict"}
-    layers, verdict = [*map(json.loads, lines), none][:2]
-    return layers, verdict, text
-
-
-@functools.cache
-def isolation() -> dict[str, bool]:
-    """Layer -> whether it is in force here: what the kernel answered processes started for the question, once."""
-    if os.name != "posix":
-        return {}
-    return _run({}, MEMORY, 1.0, [()])[0]  # a need that nothing meets: the judge reports and ends
-
-
-def _refuse(layers: dict[str, bool]) -> None:
-    missing = [" or ".join(choice) for choice in MINIMUM if not any(layers.get(name) for name in choice)]
-    if missing:
-        raise ValueError(
-            f"this machine cannot isolate model-written code (no {', no '.join(missing)}): use Linux 5.13 or newer on "
-            "x86_64 or aarch64, in no container that forbids seccomp and Landlock, or accept the risk with --unsafe"
-        )
-
-
 def require_isolation(unsafe: bool = False) -> None:
-    """ValueError when less than `MINIMUM` is in force here, unless `unsafe`."""
-    if not unsafe:
-        _refuse(isolation())
+    """Raise ValueError if this machine cannot isolate model-written code, unless `unsafe`."""
+    check(program="", test="", unsafe=unsafe)
 
 
 def check(
     program: str, test: str, timeout: float = 5.0, memory: int = MEMORY, unsafe: bool = False, prelude: str = ""
 ) -> Result:
-    """Whether `program` passes `test`, both of them Python source; a HumanEval test ends in "check(entry_point)".
+    """Run `program` against `test`, both Python source; a HumanEval test ends in "check(entry_point)".
 
     A name that the test does not define is a function of the program. Arguments are passed by value: a change that the
-    function makes in them stays on its side. `prelude` is source of the test's side: HumanEval's prompt up to the
-    function to be written, whose helpers the program then cannot redefine for the test. `timeout` is in seconds from
-    when both sides are ready, `memory` in bytes of address space of each. Without site-packages, sockets or asyncio.
-    Raises ValueError when less than the minimum of isolation is in force, unless `unsafe`, which takes what there is.
+    function makes in them stays on its side. `prelude` is source of the test's side: HumanEval's prompt before the
+    function, whose helpers the program then cannot redefine for the test. `timeout` is in seconds from when both sides
+    are ready, `memory` in bytes of address space of each. Raises ValueError if this machine cannot isolate programs;
+    with `unsafe` they then run as isolated as it can.
     """
     if timeout <= 0 or memory < 64 << 20:
         raise ValueError("a check needs a timeout above 0 seconds and at least 64 MiB of memory")
-    begin, token = time.monotonic(), secrets.token_hex(16)
-    task = {"program": program, "prelude": prelude, "test": test, "token": token}
-    layers, verdict, text = _run(task, memory, timeout, [] if unsafe else MINIMUM)
-    if not unsafe:
-        _refuse(layers)
-    outcome, error = verdict["outcome"], verdict["error"]
+    if os.name != "posix":
+        raise ValueError("model-written code runs on Linux only, or with --unsafe on another POSIX system")
+    began = time.monotonic()
+    token = secrets.token_hex(16)
+    task = {"program": program, "prelude": prelude, "test": test, "token": token, "unsafe": unsafe}
+    with tempfile.TemporaryDirectory(prefix="nanochat-") as parent:
+        printed = Path(parent, "output")
+        verdict = _run_both(task, printed, Path(parent, "empty"), memory, timeout)
+        text = printed.read_bytes()[-OUTPUT_TAIL:].decode(errors="replace").rstrip()
+    if verdict["outcome"] == "refused":
+        raise ValueError(
+            f"this machine cannot isolate model-written code (no {', no '.join(verdict['missing'])}): use Linux 5.13 or "
+            "newer on x86_64 or aarch64, in no container that forbids seccomp and Landlock, or accept the risk with "
+            "--unsafe"
+        )
+    if verdict["outcome"] == "none":
+        raise OSError(f"isolated Python did not start: {text}")
+    outcome = verdict["outcome"]
+    error = verdict["error"]
     if outcome == "passed" and not hmac.compare_digest(str(verdict["token"]), token):
-        outcome, error = "failed", "a verdict without the token"
-    if outcome == "failed" and error.startswith(("MemoryError", "OSError: [Errno 12]")):
+        outcome = "failed"
+        error = "a verdict without the token"
+    if outcome == "failed" and error.startswith(("MemoryError", "OSError: [Errno 12]")):  # ENOMEM
         outcome = "memory"
-    elif outcome == "failed" and error.startswith("OSError: [Errno 27]"):
+    if outcome == "failed" and error.startswith("OSError: [Errno 27]"):  # EFBIG
         outcome = "output"
-    return Result(outcome, "\n".join(filter(None, (text, error))), time.monotonic() - begin)
+    return Result(outcome, "\n".join(filter(None, (text, error))), time.monotonic() - began)
+
+
+def _run_both(task: dict[str, Any], printed: Path, folder: Path, memory: int, timeout: float) -> dict[str, Any]:
+    """Start program and judge, wait for the verdict, and end both; returns the verdict."""
+    folder.mkdir()
+    requests_out, requests_in = os.pipe()
+    replies_out, replies_in = os.pipe()
+    with open(printed, "ab") as output, contextlib.ExitStack() as running:
+        try:
+            program = _start("program", (requests_out, replies_in), subprocess.DEVNULL, output, folder, memory, timeout)
+            running.callback(_end, program)
+            judge = _start("judge", (replies_out, requests_in), subprocess.PIPE, output, folder, memory, timeout)
+            running.callback(_end, judge)
+        finally:
+            # The children hold these now. A pipe ends when its last writer does, so our copies must go.
+            for descriptor in (requests_out, requests_in, replies_out, replies_in):
+                os.close(descriptor)
+        try:
+            answer, _ = judge.communicate(json.dumps(task).encode() + b"\n", START_SECONDS + timeout)
+        except subprocess.TimeoutExpired as error:
+            raise OSError(f"isolated Python did not start within {START_SECONDS:g} s") from error
+        if judge.returncode == -signal.SIGALRM:  # the judge's own timer, which started when both sides were ready
+            return {"outcome": "timeout", "error": f"no verdict within {timeout:g} s"}
+        if judge.returncode < 0:
+            return {"outcome": "killed", "error": "no verdict"}
+        if not answer.endswith(b"\n"):
+            return {"outcome": "none"}
+        verdict = json.loads(answer)
+        if verdict["outcome"] == "ended":  # the program's end of the pipes closed before the tests were through
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                program.wait(timeout)
+            killed = program.returncode is not None and program.returncode < 0
+            verdict["outcome"] = "killed" if killed else "failed"
+        return verdict
+
+
+def _start(
+    role: str, pipes: tuple[int, int], stdin: int, output: IO[bytes], folder: Path, memory: int, timeout: float
+) -> subprocess.Popen[bytes]:
+    """Start one side: `pipes` are what it reads from and writes to, `folder` its empty working directory."""
+    settings = [role, *pipes, memory, timeout]
+    return subprocess.Popen(
+        # -I and -S: no PYTHON* variables, no site-packages, nothing of this project on the path.
+        [sys.executable, "-I", "-S", "-u", str(CHILD), *map(str, settings)],
+        stdin=stdin,
+        stdout=subprocess.PIPE if role == "judge" else output,
+        stderr=output,
+        cwd=folder,
+        # What the loader needs to find Python's own library; the child clears even that.
+        env={name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ},
+        pass_fds=pipes,
+        start_new_session=True,
+    )
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Kill a side if it still runs. It could not fork, so nothing else is left of it."""
+    process.kill()
+    process.wait()
+    for stream in (process.stdin, process.stdout):
+        if stream is not None:
+            with contextlib.suppress(BrokenPipeError):
+                stream.close()

@@ -1,11 +1,19 @@
-"""Model-written code: right programs pass, nothing else does, and nothing gets out."""
+"""Model-written code: right programs pass, nothing else does, and nothing gets out.
 
+Oracle: HumanEval's own reference solutions, and an outside world (a secret file, listeners, a parent that counts
+signals) that hostile programs must leave as it was. The same programs against a naive grader show that they bite.
+"""
+
+import contextlib
 import json
 import math
 import os
 import re
-import shutil
+import resource
+import secrets
+import select
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -17,28 +25,22 @@ from pathlib import Path
 
 import pytest
 
-from dev import escape_suite
-from nanochat import execution, execution_child, sandbox
+from nanochat import execution, execution_child
+from tests.hostile_programs import HEAD, MARKER, PROGRAMS
 
 ROOT = Path(__file__).resolve().parent.parent
 HUMANEVAL = ROOT.parent / "shared" / "data" / "tasks" / "humaneval" / "test.parquet"
 DOUBLE = "def f(x):\n    return x * 2"
 TEST = "def check(candidate):\n    assert candidate(2) == 4\n    assert candidate([1]) == [1, 1]\ncheck(f)"
+SQUARE_TEST = "def check(candidate):\n    assert candidate(3) == 9\n    assert candidate(-4) == 16\ncheck(f)"
+LIMIT = 0.5  # seconds that a hostile program gets
+GRACE = 2.0  # seconds that a check may take beyond its limit, on a busy machine
+SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP, signal.SIGIO)
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="isolation is Linux's")
 
 
-def python_of_everybody():
-    """An interpreter that nobody may run, too."""
-    for python in (sys.executable, "/usr/bin/python3"):
-        command = [python, "-c", "import sys; assert sys.version_info >= (3, 10)"]
-        user = {"user": sandbox.NOBODY, "group": sandbox.NOBODY, "extra_groups": []} if os.getuid() == 0 else {}
-        try:
-            if subprocess.run(command, cwd="/", capture_output=True, **user).returncode == 0:
-                return python, user
-        except OSError:
-            pass
-    pytest.skip("no Python 3.10 that an ordinary user may run")
+# --- verdicts ---------------------------------------------------------------------------------------------------------
 
 
 def test_right_passes_and_wrong_fails_with_the_line_that_shows_it():
@@ -61,15 +63,20 @@ def test_a_program_that_is_broken_passes_no_test_that_calls_nothing():
     assert not execution.check("import os; os._exit(0)", "assert True").passed
 
 
+def test_the_end_of_a_program_is_not_the_exception_that_a_test_expects():
+    expects = "try:\n    f(1)\nexcept BaseException:\n    pass\nelse:\n    assert False"
+    assert execution.check("def f(x): raise ValueError", expects).passed
+    assert not execution.check("import os\ndef f(x): os._exit(0)", expects).passed
+
+
 def humaneval_jobs(change):
-    """(program, test, prelude) of each real row, its reference solution changed by `change`."""
+    """(program, test) of each real row, its reference solution changed by `change`."""
     if not HUMANEVAL.exists():
         pytest.skip("shared/data/tasks/humaneval is not here")
     import pyarrow.parquet as pq
 
     for row in pq.read_table(HUMANEVAL).to_pylist():
-        prelude = row["prompt"][: row["prompt"].index(f"def {row['entry_point']}(")]
-        yield row["prompt"] + change(row["canonical_solution"]), f"{row['test']}\ncheck({row['entry_point']})", prelude
+        yield row["prompt"] + change(row["canonical_solution"]), f"{row['test']}\ncheck({row['entry_point']})"
 
 
 @pytest.mark.parametrize(
@@ -78,7 +85,7 @@ def humaneval_jobs(change):
 def test_humaneval_references_pass_and_with_a_wrong_line_fail(change, passing):
     jobs = list(humaneval_jobs(change))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = list(pool.map(lambda job: execution.check(*job[:2], timeout=20.0), jobs))
+        results = list(pool.map(lambda job: execution.check(*job, timeout=20.0), jobs))
     assert sum(result.passed for result in results) / len(jobs) == passing
 
 
@@ -97,6 +104,14 @@ def test_checks_at_the_same_time_keep_apart():
         results = list(pool.map(lambda program: execution.check(program, TEST), programs))
     assert [result.passed for result in results] == [bool(i % 3) for i in range(9)]
 
+
+def test_bad_arguments():
+    for wrong in ({"timeout": 0.0}, {"memory": 1 << 20}):
+        with pytest.raises(ValueError, match="timeout above 0"):
+            execution.check(DOUBLE, TEST, **wrong)
+
+
+# --- values that cross the pipe ---------------------------------------------------------------------------------------
 
 NUMBERS = [True, 0, -7, 1 << 62, -(1 << 5000), 0.5, -0.0, math.inf, -math.inf, 1e-320, 2 - 3j]
 TEXTS = ["", "é\ud800\n", b"\0\xff"]
@@ -128,47 +143,119 @@ def test_values_cross_as_they_are_and_nothing_else_does():
             cross(value)
 
 
+# --- hostile programs -------------------------------------------------------------------------------------------------
+
+
+class Outside:
+    """The world that a program must not touch, and what has happened to it."""
+
+    def __init__(self, folder: Path, signals: list[int]) -> None:
+        self.secret = secrets.token_hex(16)
+        self.signals = signals
+        self.canary = folder / "canary.py"
+        self.open = folder / "open"
+        self.temporary = folder / "temporary"
+        self.canary.write_text(f"SECRET = '{self.secret}'\n")
+        self.open.mkdir()
+        self.temporary.mkdir()
+        for path, mode in ((folder, 0o755), (self.canary, 0o644), (self.open, 0o777), (self.temporary, 0o755)):
+            path.chmod(mode)
+        abstract = f"escape-{self.secret[:8]}"
+        self.listeners = {}
+        for name, address in (("unix", str(folder / "socket")), ("abstract", "\0" + abstract)):
+            self.listeners[name] = socket.socket(socket.AF_UNIX)
+            self.listeners[name].bind(address)
+            self.listeners[name].listen()
+        self.listeners["tcp"] = socket.create_server(("127.0.0.1", 0))
+        port = self.listeners["tcp"].getsockname()[1]
+        self.listeners["udp"] = socket.socket(type=socket.SOCK_DGRAM)
+        self.listeners["udp"].bind(("127.0.0.1", port))
+        known = {
+            "CANARY": str(self.canary),
+            "OUTSIDE": str(self.open),
+            "SOCKET": str(folder / "socket"),
+            "ABSTRACT": abstract,
+            "PORT": port,
+            "PARENT": os.getpid(),
+        }
+        self.head = "".join(f"{name} = {value!r}\n" for name, value in known.items()) + HEAD
+        self.before = self.state()
+
+    def state(self):
+        status = self.canary.stat()
+        return {
+            "files": list(self.open.iterdir()),
+            "canary": (self.canary.read_text(), status.st_mode, status.st_uid, status.st_mtime, status.st_nlink),
+            "strays": [p for p in ("/dev/shm", "/tmp", "/var/tmp", "/run", "/") if os.path.lexists(f"{p}/escape")],
+            "limits": resource.getrlimit(resource.RLIMIT_NOFILE),
+            "priority": os.getpriority(os.PRIO_PROCESS, 0),
+            "cores": os.sched_getaffinity(0),
+            "processes": children(),
+        }
+
+    def attempt(self, source, limit=LIMIT):
+        """Run a program; returns its result and words for each thing it must not do."""
+        began = time.monotonic()
+        result = execution.check(self.head + source, SQUARE_TEST, limit)
+        found = {
+            "passed": result.passed,
+            "secret read": self.secret in result.output,
+            "gained something": MARKER in result.output,
+            "too long": time.monotonic() - began > limit + GRACE,
+            "signal sent": bool(self.signals),
+            "folder left": bool(list(self.temporary.iterdir())),
+        }
+        now = self.state()
+        found |= {f"{name} changed": now[name] != self.before[name] for name in now}
+        reached = select.select(list(self.listeners.values()), [], [], 0)[0]
+        found |= {f"{name} reached": listener in reached for name, listener in self.listeners.items()}
+        return result, {name for name, happened in found.items() if happened}
+
+
+def children():
+    """Process ids of this process's children; orphans of our checks become our children."""
+    return set(Path(f"/proc/self/task/{os.getpid()}/children").read_text().split())
+
+
 @pytest.fixture
-def world():
-    with escape_suite.outside() as world:
-        yield world
+def world(tmp_path, monkeypatch):
+    """An outside world, with this process as the parent that programs aim at."""
+    signals = []
+    outside = Outside(tmp_path, signals)
+    monkeypatch.setenv("NANOCHAT_CANARY", outside.secret)
+    monkeypatch.setattr(tempfile, "tempdir", str(outside.temporary))
+    handlers = {number: signal.signal(number, lambda n, _: signals.append(n)) for number in SIGNALS}
+    execution_child.prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
+    yield outside
+    execution_child.prctl(36, 0)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    for listener in outside.listeners.values():
+        listener.close()
 
 
-PROGRAMS = escape_suite.programs()
-SLOW = ("loop", "sleep", "power", "errors", "blow", "ignore", "at exit", "stop oneself", "closed", "full", "recursion")
-SLOW += ("timers", "compute", "touched", "half", "endless", "huge", "regular", "past", "compression")
-QUICK = [name for name in PROGRAMS if name.startswith("forge: ") or not any(word in name for word in SLOW)]
-SAMPLE = QUICK[::2]
+OUTCOMES = {
+    "exhaust: loop in f": "timeout",
+    "signal: ignore them all": "timeout",
+    "exhaust: output past errors": "timeout",
+    "exhaust: ratio that blows up the judge": "timeout",
+    "exhaust: half an answer": "timeout",
+    "exhaust: gigabyte of output": "output",
+    "exhaust: memory": "memory",
+    "exhaust: crash": "killed",
+}
 
 
-def test_the_suite_is_as_large_as_it_says():
-    assert len(PROGRAMS) >= 60 and len(set(PROGRAMS.values())) == len(PROGRAMS)
-    for name, source in PROGRAMS.items():
-        compile(source, name, "exec")
-
-
-@pytest.mark.parametrize("name", SAMPLE)
+@pytest.mark.parametrize("name", PROGRAMS)
 def test_hostile_programs_stay_inside(name, world):
-    row = escape_suite.attempt(PROGRAMS[name], world, 1.0)
-    assert row["escape"] == "", row
-    assert "NameError" not in row["output"]  # the program tried what it says
+    result, escapes = world.attempt(PROGRAMS[name])
+    assert not escapes, result
+    assert "NameError" not in result.output  # the program tried what it says
+    assert result.outcome == OUTCOMES.get(name, result.outcome)
 
 
-@pytest.mark.parametrize(
-    "name, outcome",
-    [
-        ("exhaust: loop in f", "timeout"),
-        ("signal: ignore them all", "timeout"),
-        ("exhaust: output past errors", "timeout"),
-        ("exhaust: ratio that blows up the judge", "timeout"),
-        ("exhaust: gigabyte of output", "output"),
-        ("exhaust: memory at once", "memory"),
-        ("exhaust: crash", "killed"),
-    ],
-)
-def test_limits_have_their_outcome(name, outcome, world):
-    row = escape_suite.attempt(PROGRAMS[name], world, 1.0)
-    assert (row["outcome"], row["escape"]) == (outcome, "")
+def test_a_right_program_passes_in_the_same_world(world):
+    assert world.attempt("def f(x): return x * x")[1] == {"passed"}
 
 
 def naive(program, test, limit):
@@ -178,101 +265,22 @@ def naive(program, test, limit):
 
 
 @pytest.mark.parametrize(
-    "name, escape",
+    "name, escapes",
     [
-        ("read: canary", "secret read"),
-        ("read: own environment", "secret read"),
-        ("write: outside", "files changed"),
-        ("network: tcp", "gained something, tcp reached"),
-        ("network: abstract unix", "abstract reached"),
-        ("signal: parent", "gained something, signal sent"),
-        ("process: fork", "gained something"),
-        ("forge: exit at once", "passed"),
-        ("forge: equal to everything", "passed"),
-        ("forge: exception hook", "passed"),
+        ("read: canary", {"secret read"}),
+        ("read: own environment", {"secret read"}),
+        ("write: outside", {"files changed"}),
+        ("network: tcp", {"gained something", "tcp reached"}),
+        ("network: unix", {"unix reached", "abstract reached"}),
+        ("process: fork", {"gained something"}),
+        ("forge: exit at once", {"passed"}),
+        ("forge: equal to everything", {"passed"}),
+        ("forge: exception hook", {"passed"}),
     ],
 )
-def test_the_same_programs_escape_a_naive_grader(name, escape, monkeypatch):
+def test_the_same_programs_escape_a_naive_grader(name, escapes, world, monkeypatch):
     monkeypatch.setattr(execution, "check", naive)
-    with escape_suite.outside() as world:
-        row = escape_suite.attempt(PROGRAMS[name], world, 20.0)
-        assert all(word in row["escape"] for word in escape.split(", ")), row
-
-
-# What a program finds when it looks around, in the terms of the layers.
-PROBE = """
-import ctypes, os, resource, socket
-def refused(action):
-    try:
-        action()
-    except OSError as error:
-        return error.errno
-def look():
-    limit = lambda name: resource.getrlimit(getattr(resource, 'RLIMIT_' + name))[1]
-    return {
-        'process namespace': os.getpid() == 2,
-        'private root': not os.path.exists('/etc') and os.getcwd() == '/private',
-        'unprivileged user': os.getuid() != 0 and os.geteuid() != 0,
-        'no environment': not os.environ,
-        'empty directory': os.listdir('.') == [],
-        'memory limit': limit('AS') == 256 << 20,
-        'CPU limit': limit('CPU') == 6,
-        'file size limit': limit('FSIZE') == 1 << 20,
-        'open file limit': limit('NOFILE') == 32,
-        'process limit': limit('NPROC') <= 64,
-        'no core dumps': limit('CORE') == 0,
-        'system call filter': refused(socket.socket) == refused(os.fork) == 38,
-    }
-"""
-
-
-def test_the_report_is_what_a_program_finds():
-    layers = execution.isolation()
-    execution.require_isolation()
-    reported = {name: layers[name] for name in re.findall(r"^        '(.*?)':", PROBE, re.MULTILINE)}
-    assert len(reported) == 12
-    result = execution.check(PROBE, f"found = look()\nassert found == {reported}, found")
-    assert result.passed, result.output
-
-
-def test_another_kernel_gets_no_silent_yes(monkeypatch):
-    monkeypatch.setattr(execution, "isolation", lambda: dict.fromkeys(execution.LIMITS, True))  # as on macOS
-    with pytest.raises(ValueError, match=r"no private root or Landlock, no system call filter.*--unsafe"):
-        execution.require_isolation()
-    execution.require_isolation(unsafe=True)
-
-
-# A kernel that does not know some calls (x86_64 numbers, aarch64 numbers): children live with that, too.
-UNSHARE, LANDLOCK = (272, 97), (444, 444)
-LESS = """
-import json, os
-from nanochat import execution, sandbox
-code = [(0x20, 0, 0, 0)]
-for numbers in {numbers}:
-    code += [(0x15, 0, 1, numbers[os.uname().machine != "x86_64"]), (0x06, 0, 0, 0x00050001)]
-sandbox.prctl(38, 1)
-sandbox.install_filter([*code, (0x06, 0, 0, 0x7FFF0000)])
-results = []
-for unsafe in (False, True):
-    try:
-        results.append(execution.check({program!r}, {test!r}, unsafe=unsafe).outcome)
-    except ValueError as error:
-        results.append(str(error))
-print(json.dumps([results, execution.isolation()]))
-"""
-
-
-@pytest.mark.parametrize("missing", [[], [UNSHARE], [LANDLOCK], [UNSHARE, LANDLOCK]])
-def test_lesser_kernels(missing):
-    python, user = python_of_everybody()
-    script = LESS.format(numbers=missing, program=DOUBLE, test=TEST)
-    run = subprocess.run([python, "-c", script], capture_output=True, text=True, cwd=ROOT, timeout=60, **user)
-    results, layers = json.loads(run.stdout)
-    assert layers["private root"] == layers["process namespace"] == layers["user namespace"] == (UNSHARE not in missing)
-    assert layers["Landlock"] == (LANDLOCK not in missing)
-    assert layers["system call filter"] and layers["unprivileged user"] and layers["no capabilities"]
-    assert results[1] == "passed"  # unsafe
-    assert ("--unsafe" in results[0]) if len(missing) == 2 else (results[0] == "passed")
+    assert escapes <= world.attempt(PROGRAMS[name], 20.0)[1]
 
 
 def test_nothing_is_left_when_the_harness_is_killed(world):
@@ -283,26 +291,44 @@ def test_nothing_is_left_when_the_harness_is_killed(world):
         while not any(output.stat().st_size for output in world.open.glob("*/output")) and time.monotonic() < end:
             time.sleep(0.05)
         assert list(world.open.glob("*/output"))
-        harness.send_signal(signal.SIGKILL)
-        harness.wait()
-        assert not escape_suite.children_left(world.children)  # its orphans are ours
     finally:
         harness.kill()
-        for folder in world.open.iterdir():
-            shutil.rmtree(folder)
+        harness.wait()
+    end = time.monotonic() + 2
+    while children() - world.before["processes"] and time.monotonic() < end:
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(-1, os.WNOHANG)  # its orphans are ours
+        time.sleep(0.01)
+    assert not children() - world.before["processes"]
 
 
-def test_bad_arguments():
-    for wrong in ({"timeout": 0.0}, {"memory": 1 << 20}):
-        with pytest.raises(ValueError, match="timeout above 0"):
-            execution.check(DOUBLE, TEST, **wrong)
+# --- lesser kernels ---------------------------------------------------------------------------------------------------
+
+# A kernel that does not know one call, played by a filter.
+LACKING = """
+import json
+from nanochat import execution, execution_child as child
+allow = (0x06, 0, 0, 0x7FFF0000)
+code = [(0x20, 0, 0, 0), (0x15, 0, 1, {number}), (0x06, 0, 0, 0x00050026), allow]
+child.prctl(38, 1)
+child.install_filter(code)
+results = []
+for unsafe in (False, True):
+    try:
+        results.append(execution.check({program!r}, {test!r}, unsafe=unsafe).outcome)
+    except ValueError as error:
+        results.append(str(error))
+print(json.dumps(results))
+"""
 
 
-def test_nothing_is_left_in_the_temporary_directory(tmp_path, monkeypatch):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    execution.check("open('a', 'w').write('x')\n" + DOUBLE, TEST)
-    execution.check("while True: pass", TEST, timeout=0.2)
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize("number, lacking", [(9999, None), (444, "Landlock")])  # there is no call 9999
+def test_without_landlock_nothing_runs_unless_unsafe(number, lacking):
+    script = LACKING.format(number=number, program=DOUBLE, test=TEST)
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    results = json.loads(run.stdout)
+    assert results[1] == "passed"
+    assert results[0] == "passed" if lacking is None else f"no {lacking})" in results[0] and "--unsafe" in results[0]
 
 
 @pytest.mark.parametrize(
@@ -315,8 +341,7 @@ def test_numbers_of_system_calls_are_the_kernels(header, column):
         pytest.skip(f"{header} is not here")
     numbers = dict(re.findall(r"#define __NR(?:3264)?_(\w+)\s+(\d+)", Path(header).read_text()))
     aliases = {"newfstatat": "fstatat"} if column == 2 else {}
-    table = [entry.split() for entry in sandbox.SYSTEM_CALLS.split(",")]
-    table += [[name, str(x86), str(arm)] for name, x86, arm, *_ in sandbox.GUARDED_CALLS]
-    for entry in table:
-        name = aliases.get(entry[0], entry[0])
-        assert entry[column] == numbers.get(name, "-"), entry
+    for entry in execution_child.SYSTEM_CALLS.split(","):
+        words = entry.split()
+        name = aliases.get(words[0], words[0])
+        assert words[column] == numbers.get(name, "-"), entry
