@@ -80,8 +80,8 @@ def check(
         text = printed.read_bytes()[-OUTPUT_TAIL:].decode(errors="replace").rstrip()
     if verdict["outcome"] == "refused":
         raise ValueError(
-            f"this machine cannot isolate model-written code (no {', no '.join(verdict['missing'])}): use Linux 5.13 or "
-            "newer on x86_64 or aarch64, in no container that forbids seccomp and Landlock, or accept the risk with "
+            f"this machine cannot isolate model-written code (no {', no '.join(verdict['missing'])}): use Linux 5.13 "
+            "or newer on x86_64 or aarch64, in no container that forbids seccomp and Landlock, or accept the risk with "
             "--unsafe"
         )
     if verdict["outcome"] == "none":

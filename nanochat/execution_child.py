@@ -19,7 +19,6 @@ import struct
 import sys
 import types
 from collections.abc import Callable
-from decimal import Decimal
 from fractions import Fraction
 from typing import Any, BinaryIO, NoReturn
 
@@ -186,7 +185,7 @@ def _ratio(value: Any) -> list[int]:
     return list(value.as_integer_ratio())
 
 
-# JSON has no tuples, sets, complex numbers ... These travel as [kind, *parts]: kind -> (value -> parts, parts -> value).
+# JSON has no tuples, sets or complex numbers. They travel as [kind, *parts]: kind -> (value -> parts, parts -> value).
 KINDS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
     "int": (lambda x: [hex(x)], lambda parts: int(parts[0], 16)),
     "complex": (lambda x: [x.real, x.imag], lambda parts: complex(*parts)),

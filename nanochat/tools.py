@@ -46,7 +46,7 @@ def calculate(expression: str) -> str | None:
 
 
 def _normalize(text: str) -> str:
-    """Check everything that Python's parser should not see, and write numbers as Python does: 1,234 -> 1234, 07 -> 7."""
+    """Refuse what Python's parser should not see, and write numbers as Python does: 1,234 -> 1234, 07 -> 7."""
     if len(text) > MAX_LENGTH:
         raise _Refused
     outside = re.sub(_STRING, "", text)

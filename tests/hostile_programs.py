@@ -37,7 +37,8 @@ print(open(os.open('..' + CANARY, 0, dir_fd=d)).read())
 """,
     "read: canary by the parent's root": "print(open(f'/proc/{PARENT}/root' + CANARY).read())",
     "read: homes and devices": """
-gain(*(lambda p=p: open(p, 'rb').read(1) for p in ('/etc/passwd', '/root/.bashrc', '/dev/kmsg', '/dev/vda', '/dev/tty')))
+for p in ('/etc/passwd', '/root/.bashrc', '/dev/kmsg', '/dev/vda', '/dev/tty'):
+    gain(lambda: open(p, 'rb').read(1))
 gain(*(lambda p=p: os.listdir(p)[0] for p in ('/home', '/tmp', '/var', '/etc', '/proc', '/sys', '/dev')))
 """,
     "read: own environment": """
@@ -80,7 +81,8 @@ for fd in range(256):
 gain(lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'x', ('127.0.0.1', PORT)))
 """,
     "network: unix": """
-gain(lambda: socket.socket(socket.AF_UNIX).connect(SOCKET), lambda: socket.socket(socket.AF_UNIX).connect('\\0' + ABSTRACT))
+gain(lambda: socket.socket(socket.AF_UNIX).connect(SOCKET))
+gain(lambda: socket.socket(socket.AF_UNIX).connect('\\0' + ABSTRACT))
 """,
     "network: other kinds": """
 gain(lambda: socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0), lambda: socket.socket(40, socket.SOCK_STREAM))
