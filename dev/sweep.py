@@ -1,32 +1,51 @@
-"""Grid or random search over the flags of a training stage, several runs at once. Flags after -- go to every run. The
-same command goes on where it was stopped: finished runs are skipped, interrupted ones resume. For example:
-python -m dev.sweep --name lr --space "matrix-lr=.02,.04; depth=2,4" --seeds 3 --jobs 2 -- --num-iterations 200
+"""Grid or random search over the flags of a training stage, and IsoFLOP curves with their fit.
 
-A sweep has a base directory of its own, `sweeps/NAME` under the base directory, with links to datasets, tokenizer and
-the checkpoints of earlier stages, so that its runs appear in no report. `results/ID.json` marks a finished run, where
-ID hashes script, flags and tokenizer; `results.csv`, `results.json` and `summary.md` are written after every run.
+    python -m dev.sweep --name lr --space "matrix-lr=.02,.04; depth=2,4" --seeds 3 --jobs 2 -- --num-iterations 200
+    python -m dev.sweep --name scaling --space "target-flops=1e12,3e12,1e13; depth=2,3,4,6" -- --max-seq-len 512
+
+Flags after -- go to every run. A sweep writes to sweeps/NAME in the base directory, a base directory of its own with
+links to datasets, tokenizer and the checkpoints of earlier stages, so that its runs appear in no report. A run is named
+by the hash of its flags, and `results/ID.json` marks it finished: the same command goes on where it was stopped.
+
+A sweep over target-flops and depth is a scaling study by approach 2 of Hoffmann et al. (arXiv 2203.15556): for each
+budget C a parabola of the loss in ln N and in ln D, then N_opt ~ C^a and D_opt ~ C^b through their minima. N counts the
+parameters of matrices and head, as the recipe does; D counts training tokens; the loss is bits per byte.
 """
 
 import csv
-import io
+import hashlib
 import itertools
 import json
 import math
+import os
 import re
 import shlex
+import shutil
 import signal
+import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, median, stdev
+from typing import Any
 
 import numpy as np
+import torch
 
-from dev.bench_old import markdown_table
-from dev.runner import OWN_FLAGS, STAGE_OF, Point, Record, Runner, plan, split_argv
-from nanochat import cli
-from nanochat.common import atomic_write, get_base_dir, read_json, write_record
+from dev.bench import ROOT, split_argv
+from nanochat import cli, recipe
+from nanochat.common import atomic_write, get_base_dir, read_json, sha256_file, write_record
+from nanochat.compute import usable_cores
+from nanochat.gpt import GPTConfig
+from scripts.infer_bench import table
+
+STAGES = {"scripts.base_train": "base", "scripts.mid_train": "mid", "scripts.chat_sft": "sft", "scripts.chat_rl": "rl"}
+OWN_FLAGS = ("seed", "model-tag", "resume")  # the sweep sets these for each run
+
+Point = dict[str, str]  # flag without dashes -> value
+Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -34,19 +53,17 @@ class Config:
     """Flags of a sweep."""
 
     space: str = cli.option("", "flags to search: 'depth=2,4; matrix-lr=log(.005,.1)'; also uniform(a,b), int(a,b)")
-    script: str = cli.option("scripts.base_train", "training stage to run", tuple(STAGE_OF))
+    script: str = cli.option("scripts.base_train", "training stage to run", tuple(STAGES))
     name: str = cli.option("sweep", "name of the sweep and of its folder")
-    draws: int | None = cli.option(None, "random points of the space; unset = every combination")
+    draws: int | None = cli.option(None, "random points of the space; unset: every combination")
     seeds: int = cli.option(1, "runs of each point, with --seed 0, 1, ...")
     jobs: int = cli.option(1, "runs at once; they share the cores, and take the GPUs in turn")
-    metric: str = cli.option("val_bpb", "metric of the last evaluation that says which point is best")
+    metric: str = cli.option("val_bpb", "metric of the last evaluation by which points are ordered")
     maximize: bool = cli.option(False, "the highest metric is best, not the lowest")
     keep_checkpoints: bool = cli.option(False, "keep the models of finished runs")
 
     def __post_init__(self) -> None:
-        for name in ("draws", "seeds", "jobs"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"--{name} {value}: must be at least 1")
+        cli.require_positive(self, "draws", "seeds", "jobs")
         if not re.fullmatch(r"\w[\w.-]*", self.name):
             raise ValueError(f"--name {self.name!r}: use letters, digits, '_', '-' and '.' only")
 
@@ -54,138 +71,316 @@ class Config:
 # --- the points of a space --------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Range:
-    """Values between two ends: drawn evenly, evenly in the logarithm, or as whole numbers, both ends included."""
+def parse_space(text: str) -> dict[str, list[str]]:
+    """Parse `flag=a,b; flag=log(x,y)` into values by flag; a range stays one text such as `log(.1,1)`.
 
-    kind: str
-    low: float
-    high: float
-
-    def draw(self, rng: np.random.Generator) -> str:
-        if self.kind == "int":
-            return str(rng.integers(int(self.low), int(self.high) + 1))
-        if self.kind == "log":
-            return f"{math.exp(rng.uniform(math.log(self.low), math.log(self.high))):.4g}"
-        return f"{rng.uniform(self.low, self.high):.4g}"
-
-
-def parse_space(text: str) -> dict[str, list[str] | Range]:
-    """`flag=a,b; flag=log(x,y)` as values or a range by flag. Raises ValueError for anything else."""
-    space: dict[str, list[str] | Range] = {}
+    Raises ValueError for anything else.
+    """
+    space: dict[str, list[str]] = {}
     for part in filter(None, (part.strip() for part in text.split(";"))):
-        name, equals, values = (piece.strip() for piece in part.partition("="))
-        name = name.lstrip("-").replace("_", "-")
-        if not equals or not values or not re.fullmatch(r"[a-z][a-z0-9-]*", name) or name in space:
+        found = re.fullmatch(r"-*([a-z][a-z0-9_-]*) *= *(.+)", part)
+        if not found or found[1].replace("_", "-") in (*space, *OWN_FLAGS):
             raise ValueError(f"--space {part!r}: write each flag once, as flag=value,value or flag=log(low,high)")
-        if name in OWN_FLAGS:
-            raise ValueError(f"--space {part!r}: the sweep sets --{name} itself (see --seeds)")
-        if found := re.fullmatch(r"(\w+)\(([^,]+),([^,]+)\)", values):
-            try:
-                low, high = float(found[2]), float(found[3])
-            except ValueError:
-                low, high = math.nan, math.nan
-            if found[1] not in ("log", "uniform", "int") or not low < high or (found[1] == "log" and low <= 0):
-                raise ValueError(f"--space {part!r}: use log(a,b) with 0 < a < b, uniform(a,b) or int(a,b)")
-            space[name] = Range(found[1], low, high)
-        else:
-            space[name] = [value.strip() for value in values.split(",")]
+        is_range = re.fullmatch(r"(log|uniform|int)\(([^,]+),([^,]+)\)", found[2])
+        if "(" in found[2] and not (is_range and float(is_range[2]) < float(is_range[3])):
+            raise ValueError(f"--space {part!r}: use log(a,b), uniform(a,b) or int(a,b) with a < b")
+        values = [found[2]] if is_range else [value.strip() for value in found[2].split(",")]
+        space[found[1].replace("_", "-")] = values
     return space
 
 
-def points_of(space: Mapping[str, list[str] | Range], draws: int | None = None) -> list[Point]:
-    """Every combination of the values, or `draws` random points, each once; more draws begin with the same ones."""
+def draw(values: list[str], rng: np.random.Generator) -> str:
+    """Draw one of the values, or a number of the range that stands alone in the list."""
+    found = re.fullmatch(r"(log|uniform|int)\((.+),(.+)\)", values[0])
+    if not found:
+        return values[rng.integers(len(values))]
+    low, high = float(found[2]), float(found[3])
+    if found[1] == "int":
+        return str(rng.integers(int(low), int(high) + 1))
+    if found[1] == "log":
+        return f"{math.exp(rng.uniform(math.log(low), math.log(high))):.4g}"
+    return f"{rng.uniform(low, high):.4g}"
+
+
+def points_of(space: dict[str, list[str]], draws: int | None) -> list[Point]:
+    """Return every combination of the values, or `draws` random points; more draws begin with the same ones.
+
+    Raises ValueError for a range without `draws`.
+    """
     if draws is None:
-        if ranges := [name for name, values in space.items() if isinstance(values, Range)]:
-            raise ValueError(f"--space has a range for {', '.join(ranges)}: say how many points with --draws")
+        if any("(" in values[0] for values in space.values()):
+            raise ValueError("--space has a range: say how many points with --draws")
         return [dict(zip(space, values)) for values in itertools.product(*space.values())]
     points = []
     for i in range(draws):
         rng = np.random.default_rng((0, i))
-        points.append({n: v.draw(rng) if isinstance(v, Range) else v[rng.integers(len(v))] for n, v in space.items()})
+        points.append({name: draw(values, rng) for name, values in space.items()})
     return list({json.dumps(point): point for point in points}.values())
 
 
-# --- what came out ----------------------------------------------------------------------------------------------------
+# --- running ----------------------------------------------------------------------------------------------------------
 
 
-def summarize(records: Sequence[Record], metric: str, maximize: bool = False) -> list[Record]:
-    """One record a point, best first: n, mean and standard error (None for one run) of `metric` over its seeds."""
-    by_point: dict[str, list[Record]] = {}
-    for record in records:
-        by_point.setdefault(json.dumps(record["point"], sort_keys=True), []).append(record)
-    rows = []
-    for group in by_point.values():
-        scores = [record[metric] for record in group if "error" not in record and metric in record]
-        rows.append(
-            {
-                "point": group[0]["point"],
-                "n": len(scores),
-                "failed": sum("error" in record for record in group),
-                "mean": fmean(scores) if scores else None,
-                "stderr": stdev(scores) / len(scores) ** 0.5 if len(scores) > 1 else None,
-                "tok_per_sec": median(record["tok_per_sec"] for record in group),
-                "seconds": fmean(record["seconds"] for record in group),
-            }
+@dataclass(frozen=True)
+class Run:
+    """One training run of a sweep."""
+
+    script: str
+    point: Point
+    seed: int
+    argv: list[str]
+    id: str
+
+    def __str__(self) -> str:
+        return " ".join([*(f"{name}={value}" for name, value in self.point.items()), f"seed={self.seed}"])
+
+
+def plan(config: Config, points: Sequence[Point], common: list[str]) -> list[Run]:
+    """Return the runs of a sweep. Raises ValueError when a flag of `common` is searched as well, or the sweep's own."""
+    names = {argument.split("=")[0].lstrip("-").replace("_", "-") for argument in common if argument[:2] == "--"}
+    clash = names & {*OWN_FLAGS, *(name for point in points for name in point)}
+    if clash:
+        raise ValueError(f"--{min(clash)} is given after -- and set by the sweep as well: leave it out there")
+    tokenizer = get_base_dir() / "tokenizer" / "tokenizer.json"
+    state = sha256_file(tokenizer) if tokenizer.exists() else None
+    runs = []
+    for point, seed in itertools.product(points, range(config.seeds)):
+        identity = json.dumps([config.script, sorted(point.items()), seed, common, state])
+        run_id = hashlib.sha256(identity.encode()).hexdigest()[:12]
+        switches = {"true": "--{}", "false": "--no-{}"}  # fp8=true,false becomes --fp8 and --no-fp8
+        own = [switches.get(value, "--{}={}").format(name, value) for name, value in point.items()]
+        argv = [*common, *own, f"--seed={seed}", f"--model-tag={run_id}", "--resume=auto"]
+        runs.append(Run(config.script, point, seed, argv, run_id))
+    return runs
+
+
+def start(run: Run, slot: int, jobs: int, folder: Path) -> subprocess.Popen:
+    """Start a run with its share of the cores and its GPU, its output in logs/ID.log."""
+    environment = {**os.environ, "NANOCHAT_BASE_DIR": str(folder), "PYTHONUNBUFFERED": "1"}
+    if jobs > 1:
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // jobs)))
+        gpus = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))).split(
+            ","
         )
-    sign = -1 if maximize else 1
-    return sorted(rows, key=lambda row: (row["mean"] is None, sign * (row["mean"] or 0.0)))
+        environment["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
+    log = folder / "logs" / f"{run.id}.log"
+    log.parent.mkdir(exist_ok=True)
+    print(f"{run}: log in {log}", flush=True)
+    with open(log, "a") as file:
+        command = [sys.executable, "-m", run.script, *run.argv]
+        # a session of its own: Ctrl-C reaches this process alone, which then interrupts each run once
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file, start_new_session=True)
 
 
-def summary_table(rows: Sequence[Record], metric: str) -> str:
-    """`summarize`'s rows as a Markdown table."""
-    flags = list(dict.fromkeys(name for row in rows for name in row["point"]))
-    return markdown_table(
-        [
-            {
-                **{name: row["point"].get(name, "") for name in flags},
-                metric: "failed" if row["mean"] is None else f"{row['mean']:.4f}",
-                "± standard error": None if row["stderr"] is None else f"{row['stderr']:.4f}",
-                "runs": f"{row['n']}, {row['failed']} failed" if row["failed"] else row["n"],
-                "tok/s": row["tok_per_sec"],
-                "minutes": f"{row['seconds'] / 60:.1f}",
-            }
-            for row in rows
-        ]
-    )
+def finish(run: Run, code: int, folder: Path, keep_checkpoints: bool) -> Record:
+    """Return the record of a run that has ended, and write it to results/ID.json when it succeeded.
+
+    Raises ValueError when it ended before its first step: then its flags are wrong. A run that breaks down later, as a
+    diverging one does, gets a record with "error" and is tried again by the next sweep.
+    """
+    stage = STAGES[run.script]
+    log = folder / "logs" / f"{run.id}.log"
+    metrics_path = folder / "runs" / stage / run.id / "metrics.jsonl"
+    lines = metrics_path.read_text().splitlines() if metrics_path.exists() else []
+    metrics = [json.loads(line) for line in lines]
+    steps = [line for line in metrics if "loss" in line]
+    last_words = log.read_text(errors="replace").strip().split("\n")[-1]
+    if code and not steps:
+        raise ValueError(f"{run} ended before its first step: {last_words} ({log})")
+    record = {
+        **asdict(run),
+        "steps": steps[-1]["step"],
+        "tokens": steps[-1]["tokens"],
+        "loss": fmean(line["loss"] for line in steps[-10:]),
+        "tok_per_sec": median(line["tok_per_sec"] for line in steps),
+        "seconds": sum(line["dt"] for line in steps),
+    }
+    if code:
+        print(f"FAILED {run}: {last_words}", flush=True)
+        record["error"] = last_words
+        return record
+    record.update({name: value for name, value in metrics[-1].items() if isinstance(value, float)})  # final scores
+    record["model_config"] = read_json(metrics_path.with_name("run.json"))["model_config"]
+    write_record(folder / "results" / f"{run.id}.json", record)
+    if not keep_checkpoints:
+        shutil.rmtree(folder / "checkpoints" / stage / run.id)
+    return record
 
 
-def write_results(folder: Path, records: Sequence[Record], metric: str, maximize: bool, command: str) -> str:
-    """Write results.csv (a line a run), results.json and summary.md to `folder`; the summary's table is returned."""
-    rows = summarize(records, metric, maximize)
-    table = summary_table(rows, metric) if rows else ""
-    write_record(
-        folder / "results.json", {"command": command, "metric": metric, "summary": rows, "runs": list(records)}
-    )
-    lines = []
+def execute(runs: list[Run], config: Config, folder: Path) -> list[Record]:
+    """Run what is not finished yet, `--jobs` at once, and return all records. On Ctrl-C all runs save and end."""
+    base = get_base_dir().resolve()
+    earlier = [path for path in (base / "checkpoints").glob("*") if path.name != STAGES[config.script]]
+    for source in (base / "datasets", base / "tokenizer", base / "tasks", *earlier):
+        link = folder / source.relative_to(base)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        if not link.is_symlink():
+            link.symlink_to(source)
+    done = [folder / "results" / f"{run.id}.json" for run in runs]
+    records = [read_json(path) for path in done if path.exists()]
+    waiting = [run for run, path in zip(runs, done) if not path.exists()]
+    total = len(waiting)
+    print(f"{total} of {len(runs)} runs to do, the others are finished", flush=True)
+    active: dict[int, tuple[Run, subprocess.Popen]] = {}  # by slot
+    try:
+        while waiting or active:
+            for slot in range(config.jobs):
+                if slot not in active and waiting:
+                    run = waiting.pop(0)
+                    active[slot] = run, start(run, slot, config.jobs, folder)
+            time.sleep(0.1)
+            for slot, (run, process) in list(active.items()):
+                if process.poll() is not None:
+                    del active[slot]
+                    records.append(finish(run, process.returncode, folder, config.keep_checkpoints))
+                    print(f"{total - len(waiting) - len(active)} of {total} runs done", flush=True)
+                    write_results(folder, records, config)
+    finally:
+        for _, process in active.values():
+            process.send_signal(signal.SIGINT)
+        for _, process in active.values():
+            process.wait()
+    return records
+
+
+# --- results ----------------------------------------------------------------------------------------------------------
+
+
+def summarize(records: list[Record], metric: str, maximize: bool = False) -> list[Record]:
+    """Return one row a point, best first: mean and standard error (None for one run) of `metric` over its seeds."""
+    groups: dict[str, list[Record]] = {}
     for record in records:
-        plain = {name: value for name, value in record.items() if isinstance(value, int | float | str)}
-        lines.append({**record["point"], **plain, "argv": shlex.join(record["argv"])})
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys(name for line in lines for name in line)))
-    writer.writeheader()
-    writer.writerows(lines)
-    atomic_write(folder / "results.csv", text.getvalue())
-    made = read_json(folder / "results.json")
-    origin = f"commit {made['commit']}, {made['hardware']['processor']}, {made['date'][:10]}"
-    atomic_write(folder / "summary.md", f"`{command}`, {origin}\n\n{table}")
-    return table
+        groups.setdefault(json.dumps(record["point"], sort_keys=True), []).append(record)
+    rows = []
+    for group in groups.values():
+        scores = [record[metric] for record in group if "error" not in record and metric in record]
+        row = {
+            **group[0]["point"],
+            metric: fmean(scores) if scores else None,
+            "standard error": stdev(scores) / len(scores) ** 0.5 if len(scores) > 1 else None,
+            "runs": len(scores),
+            "failed": sum("error" in record for record in group),
+            "tok/s": median(record["tok_per_sec"] for record in group),
+            "minutes": fmean(record["seconds"] for record in group) / 60,
+        }
+        rows.append(row)
+    sign = -1 if maximize else 1
+    return sorted(rows, key=lambda row: (row[metric] is None, sign * (row[metric] or 0.0)))
+
+
+def write_results(folder: Path, records: list[Record], config: Config) -> None:
+    """Write results.json, results.csv (a line a run) and summary.md, after every run."""
+    rows = summarize(records, config.metric, config.maximize)
+    command = shlex.join(["python", "-m", "dev.sweep", *sys.argv[1:]])
+    record = {"command": command, "metric": config.metric, "summary": rows, "runs": records}
+    write_record(folder / "results.json", record)
+    atomic_write(folder / "summary.md", f"`{command}`\n\n{table(rows)}")
+    lines = []
+    for each in records:
+        plain = {name: value for name, value in each.items() if isinstance(value, int | float | str)}
+        lines.append({**each["point"], **plain})
+    with open(folder / "results.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(name for line in lines for name in line)))
+        writer.writeheader()
+        writer.writerows(lines)
+
+
+# --- IsoFLOP curves ---------------------------------------------------------------------------------------------------
+
+
+def fit_parabola(x: list[float], loss: list[float]) -> tuple[float, float, float] | None:
+    """Fit loss = least + curvature * (ln x - ln at)^2 and return (at, least, curvature).
+
+    Returns None where the parabola has no minimum, or where that lies outside of the points.
+    """
+    ln_x = np.log(x)
+    a, b, c = np.polyfit(ln_x - ln_x.mean(), loss, 2)
+    at = ln_x.mean() - b / (2 * a)
+    if a <= 0 or not ln_x.min() <= at <= ln_x.max():
+        return None
+    return float(np.exp(at)), float(c - b * b / (4 * a)), float(a)
+
+
+def fit_isoflops(records: list[Record]) -> Record:
+    """Fit a finished scaling study; returns points, minima by budget, and both power laws as (factor, exponent).
+
+    A law is None with fewer than two budgets whose minimum lies inside of their points.
+    """
+    groups: dict[tuple[float, int], list[Record]] = {}
+    for record in records:
+        if "error" not in record:
+            point = record["point"]
+            groups.setdefault((float(point["target-flops"]), int(point["depth"])), []).append(record)
+    points = []
+    for (budget, depth), runs in sorted(groups.items()):
+        N = recipe.scaling_parameters(GPTConfig.from_dict(runs[0]["model_config"]))
+        loss = fmean(run["val_bpb"] for run in runs)
+        points.append({"budget": budget, "depth": depth, "N": N, "D": runs[0]["tokens"], "loss": loss})
+    minima = []
+    for budget in sorted({point["budget"] for point in points}):
+        curve = [point for point in points if point["budget"] == budget]
+        loss = [point["loss"] for point in curve]
+        if len(curve) >= 3:
+            sizes = fit_parabola([point["N"] for point in curve], loss)
+            tokens = fit_parabola([point["D"] for point in curve], loss)
+            if sizes and tokens:
+                minima.append({"budget": budget, "N": sizes[0], "D": tokens[0], "loss": sizes[1], "curve": sizes[2]})
+    laws: dict[str, tuple[float, float] | None] = {"N": None, "D": None}
+    for name in laws if len(minima) > 1 else ():
+        # log y = log factor + exponent * log x, by least squares
+        slope, offset = np.polyfit(np.log([m["budget"] for m in minima]), np.log([m[name] for m in minima]), 1)
+        laws[name] = float(np.exp(offset)), float(slope)
+    return {"points": points, "minima": minima, "laws": laws}
+
+
+def draw_isoflops(fit: Record, path: Path) -> None:
+    """Draw the curves with their parabolas on the left, and the best N and D over the budget on the right."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4), dpi=110, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for budget in sorted({point["budget"] for point in fit["points"]}):
+        curve = sorted((point["N"], point["loss"]) for point in fit["points"] if point["budget"] == budget)
+        (line,) = left.plot(*zip(*curve), "o", label=f"{budget:.1e} FLOPs")
+        for best in fit["minima"]:
+            if best["budget"] == budget:
+                N = np.geomspace(curve[0][0], curve[-1][0], 100)
+                left.plot(N, best["loss"] + best["curve"] * np.log(N / best["N"]) ** 2, color=line.get_color())
+    left.set(xscale="log", xlabel="parameters of matrices and head, N", ylabel="validation bits per byte")
+    left.legend(frameon=False)
+    budgets = [best["budget"] for best in fit["minima"]]
+    for name, law in fit["laws"].items():
+        (line,) = right.plot(budgets, [best[name] for best in fit["minima"]], "o", label=f"best {name}")
+        if law is not None:
+            factor, exponent = law
+            label = f"{factor:.3g} C^{exponent:.2f}"
+            right.plot(budgets, [factor * C**exponent for C in budgets], color=line.get_color(), label=label)
+    right.set(xlabel="training FLOPs, C", ylabel="parameters, tokens")
+    if budgets:  # an empty axis has no logarithm
+        right.set(xscale="log", yscale="log")
+        right.legend(frameon=False)
+    figure.savefig(path, metadata={"Software": None})
 
 
 def main() -> None:
     own, common = split_argv(sys.argv[1:])
-    config = cli.parse(Config, own, (__doc__ or "").split("\n\n")[0])
-    points = points_of(parse_space(config.space), config.draws)
-    runs = plan(config.script, points, config.seeds, common)
+    config = cli.parse(Config, own, __doc__)
+    space = parse_space(config.space)
+    points = points_of(space, config.draws)
     folder = get_base_dir() / "sweeps" / config.name
-    command = shlex.join(["python", "-m", "dev.sweep", *sys.argv[1:]])
     print(f"{len(points)} points x {config.seeds} seeds of {config.script} in {folder}", flush=True)
-    runner = Runner(folder, config.jobs, config.keep_checkpoints)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # runs are ended, not orphaned
-    runner.execute(runs, lambda records: write_results(folder, records, config.metric, config.maximize, command))
-    print(f"\n{(folder / 'summary.md').read_text()}\n{folder}/results.csv, results.json and summary.md written")
-    if runner.failed:
-        raise ValueError(f"{len(runner.failed)} of {len(runs)} runs failed; the same command tries them again")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: runs are ended, not orphaned
+    records = execute(plan(config, points, common), config, folder)
+    write_results(folder, records, config)
+    print((folder / "summary.md").read_text())
+    if {"target-flops", "depth"} <= space.keys():
+        fit = fit_isoflops(records)
+        write_record(folder / "isoflop.json", fit)
+        draw_isoflops(fit, folder / "isoflop.png")
+        print(f"{table(fit['points'])}\nlaws (factor, exponent of C): {fit['laws']}\n{folder / 'isoflop.png'} drawn")
+    failed = sum("error" in record for record in records)
+    if failed:
+        raise ValueError(f"{failed} of {len(records)} runs failed; the same command tries them again")
 
 
 if __name__ == "__main__":
