@@ -18,10 +18,9 @@ import torch
 from dev import bench_old as bench
 from nanochat import cli, recipe
 from nanochat.common import get_base_dir
-from nanochat.compute import Compute
+from nanochat.compute import Compute, can_compile
 from nanochat.gpt import GPT, GPTConfig, build_model
 from nanochat.loss import softcap_cross_entropy
-from nanochat.trainer import can_compile
 
 
 @dataclass(frozen=True)

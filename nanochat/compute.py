@@ -4,8 +4,11 @@ import ctypes
 import os
 import platform
 import re
+import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,6 +43,13 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def can_compile(device: torch.device) -> bool:
+    """Return whether torch.compile has what it needs: a C++ compiler on CPU, Triton on CUDA."""
+    if device.type == "cpu":
+        return any(shutil.which(name) for name in (os.environ.get("CXX") or "g++", "clang++"))
+    return device.type == "cuda"
+
+
 def pick_dtype(device: torch.device) -> torch.dtype:
     """The dtype of `$NANOCHAT_DTYPE` (ValueError for others), else bf16 where the hardware multiplies it, else fp32."""
     asked = os.environ.get("NANOCHAT_DTYPE")
@@ -72,6 +82,35 @@ def _keep_few_kernels() -> None:
     """
     for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # oneDNN's, and PyTorch's in front of it
         os.environ.setdefault(cache, "64")
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that this process may still take: of a GPU, or its rank's part of the machine's memory."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    room = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *_room_in_control_groups()]
+    if available := re.search(r"MemAvailable:\s+(\d+) kB", read_if_there("/proc/meminfo")):
+        room.append(int(available[1]) * 1024)
+    return min(room) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def _room_in_control_groups() -> Iterator[int]:
+    """Yield the bytes left in each control group that limits this process, as a container's does.
+
+    Only anonymous memory counts as used: pages of files make room when memory is needed.
+    """
+    for line in read_if_there("/proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory"):  # version 2 has no controllers here; version 1 one hierarchy for each
+            continue
+        group = Path("/sys/fs/cgroup", controllers, path.strip("/"))
+        limit_file = "memory.limit_in_bytes" if controllers else "memory.max"
+        for folder in (group, *group.parents):
+            limit = read_if_there(folder / limit_file).strip()
+            used = re.search(r"^(?:anon|total_rss) (\d+)", read_if_there(folder / "memory.stat"), re.MULTILINE)
+            if limit.isdigit() and used:
+                yield max(0, int(limit) - int(used[1]))
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,10 @@ from nanochat.compute import Compute
 from nanochat.conversation import Rendered, render
 from nanochat.dataset import iterate_documents, list_shards
 from nanochat.gpt import GPT
+from nanochat.run import TrainConfig
 from nanochat.token_shards import TokenShard, build_conversation_shards
 from nanochat.tokenizer import Tokenizer
-from nanochat.trainer import TrainConfig, Trainer, rows_per_step
+from nanochat.trainer import rows_per_step, train
 
 Conversations = Sequence[dict[str, Any]]
 Source = tuple[GPT, Tokenizer, dict[str, Any]]  # a trained model, and the meta of its checkpoint
@@ -50,26 +51,12 @@ class FinetuneConfig(SourceConfig):
 
 
 def load_source(stage: str, config: SourceConfig, compute: Compute) -> Source:
-    """The model of `stage` to go on from, its tokenizer, and its meta with `source`, which names it and its weights."""
-    place = (compute.device, config.source_tag, config.source_step)
-    model, tokenizer, meta = checkpoint.load_model(stage, *place, train=True)
+    """Load the model of `stage` to go on from, its tokenizer, and its meta with `source`, a name for its weights."""
+    model, tokenizer, meta = checkpoint.load_model(
+        stage, compute.device, tag=config.source_tag, step=config.source_step, train=True
+    )
     digest = meta["files"]["model.safetensors"][:12]
     return model, tokenizer, {**meta, "source": f"{stage}/{meta['tag']} step {meta['step']} {digest}"}
-
-
-def train_further(
-    stage: str, source: Source, config: SourceConfig, compute: Compute, batch: int, facts: dict, **options: Any
-) -> None:
-    """Train the model of `load_source` in steps of `batch` tokens and save it as `stage`.
-
-    facts: what else its checkpoints are to say of the run; options: what else a `Trainer` is told.
-    """
-    model, tokenizer, meta = source
-    tag, scales = config.model_tag or meta["tag"], recipe.learning_rate_scales(batch, config.init_lr_frac)
-    told = {name: meta[name] for name in ("dataset", "depth", "source")} | facts
-    options |= {"compute": compute, "total_batch_size": batch, "weight_decay": config.weight_decay or 0.0}
-    Trainer(stage, tag, config, model, tokenizer, lr_scales=scales, meta=told, **options).run()
-    compute.close()
 
 
 def conversation_shards(name: str, conversations: Conversations, tokenizer: Tokenizer, T: int) -> list[TokenShard]:
@@ -108,27 +95,49 @@ def _replayed(dataset: str, tokenizer: Tokenizer, max_tokens: int, n_tokens: int
 
 
 def finetune(
-    stage: str, from_stage: str, config: FinetuneConfig, train: Conversations, val: Conversations, compute: Compute
+    stage: str,
+    from_stage: str,
+    config: FinetuneConfig,
+    train_conversations: Conversations,
+    val_conversations: Conversations,
+    compute: Compute,
 ) -> None:
     """Train the newest `from_stage` model on conversations and save it as `stage`.
 
     The loss counts assistant tokens only. Batch size and steps default to the source run's batch and to one pass over
     the conversations. Raises ValueError when there is no source model, or no usable conversation.
     """
-    model, tokenizer, meta = source = load_source(from_stage, config, compute)
+    model, tokenizer, meta = load_source(from_stage, config, compute)
     T = model.config.sequence_len
-    talks = list(_rendered(train, tokenizer, T + 1))
+
+    talks = list(_rendered(train_conversations, tokenizer, T + 1))
     n_replayed = round(config.replay * sum(len(ids) for ids, _ in talks))
     text = _replayed(meta["dataset"], tokenizer, T + 1, n_replayed) if n_replayed else ()
-    train_shards = build_conversation_shards(f"{stage}_train", itertools.chain(talks, text), tokenizer)
-    val_shards = conversation_shards(f"{stage}_val", val, tokenizer, T)
-    batch = config.total_batch_size or meta["total_batch_size"]
-    rows = rows_per_step(batch, T, compute.world_size)
-    rows_in_epoch = sum(shard.row_count(T + 1, config.seed, 0) for shard in train_shards)
-    steps = config.num_iterations or max(1, config.num_epochs * rows_in_epoch // rows)
+    train_rows = build_conversation_shards(f"{stage}_train", itertools.chain(talks, text), tokenizer)
+    val_rows = conversation_shards(f"{stage}_val", val_conversations, tokenizer, T)
+
+    # The batch of pretraining, and as many steps as there are rows.
+    total_batch_size = config.total_batch_size or meta["total_batch_size"]
+    rows_in_step = rows_per_step(total_batch_size, T, compute.world_size)
+    rows_in_epoch = sum(shard.row_count(T + 1, config.seed, 0) for shard in train_rows)
+    num_iterations = config.num_iterations or max(1, config.num_epochs * rows_in_epoch // rows_in_step)
     print0(
-        f"{stage} from {meta['source']}: {len(train):,} conversations in {rows_in_epoch:,} rows of {T}; "
-        f"{steps} steps of {batch:,} tokens"
+        f"{stage} from {meta['source']}: {len(train_conversations):,} conversations in {rows_in_epoch:,} rows of {T}; "
+        f"{num_iterations} steps of {total_batch_size:,} tokens"
     )
-    shards = {"train_shards": train_shards, "val_shards": val_shards}
-    train_further(stage, source, config, compute, batch, {}, num_iterations=steps, **shards)
+    train(
+        config,
+        stage=stage,
+        tag=config.model_tag or meta["tag"],
+        model=model,
+        tokenizer=tokenizer,
+        train_rows=train_rows,
+        val_rows=val_rows,
+        compute=compute,
+        total_batch_size=total_batch_size,
+        num_iterations=num_iterations,
+        weight_decay=config.weight_decay or 0.0,
+        lr_scales=recipe.learning_rate_scales(total_batch_size, config.init_lr_frac),
+        meta={"dataset": meta["dataset"], "depth": meta["depth"], "source": meta["source"]},
+    )
+    compute.close()

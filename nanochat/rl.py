@@ -9,27 +9,55 @@ which bias it (Dr. GRPO, arXiv 2503.20783), and with DAPO's mean over the tokens
 is used for one update, by the very model that sampled it, so there is no ratio to clip; nor is there a reference model.
 """
 
+import contextlib
+import dataclasses
 import functools
 import itertools
+import math
 import random
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from nanochat import checkpoint, recipe
 from nanochat.chat_eval import evaluate_task, pass_rates
 from nanochat.cli import option, require_positive
 from nanochat.common import print0
 from nanochat.compute import Compute
 from nanochat.conversation import render_for_completion
+from nanochat.dataloader import RowLoader
 from nanochat.engine import Engine, Request
-from nanochat.finetune import Conversations, SourceConfig, conversation_shards, load_source, train_further
+from nanochat.finetune import Conversations, SourceConfig, conversation_shards, load_source
 from nanochat.gpt import GPT
+from nanochat.run import (
+    Progress,
+    Run,
+    describe,
+    diverged,
+    finish_step,
+    open_log,
+    record_evaluation,
+    save,
+    start_or_resume,
+    stop_signals,
+    write_run_record,
+)
 from nanochat.tokenizer import Tokenizer
-from nanochat.trainer import Batch, MicroBatch
+from nanochat.trainer import (
+    choose_device_batch,
+    explain_out_of_memory,
+    is_due,
+    learning_rate_multiplier,
+    make_optimizer,
+    prepare_model,
+    update_weights,
+    validation_bpb,
+)
 
+MicroBatch = tuple[torch.Tensor, ...]  # inputs_BT, targets_BT, weights_BT
 PASS_AT = (1, 4, 8)  # the last is the number of answers sampled to each test problem
 Tasks = Sequence[Any]  # of tasks.common.Task
 
@@ -58,6 +86,15 @@ class RLConfig(SourceConfig):
             raise ValueError("--total-batch-size: the batch is --problems times --samples answers, leave it out")
         if self.fp8:
             raise ValueError("--fp8 is for training alone, not for sampling: leave it out")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A step's work for this rank, and what its line of metrics says besides. With none, the step changes nothing."""
+
+    micro_batches: list[MicroBatch]
+    tokens: int  # over all ranks
+    line: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -153,10 +190,6 @@ class Rollouts:
         fits = len(prompt) <= self.model.config.sequence_len - longest
         return [Request(prompt, longest, seed=seed, sample=i) for i in range(n if fits else 0)]
 
-    def batches(self, step: int, rows: int) -> Generator[Batch, None, None]:
-        """The steps from `step` on, in micro-batches of at most `rows` answers; never ends."""
-        return (self._batch(number, rows) for number in itertools.count(step))
-
     def _batch(self, step: int, rows: int) -> Batch:
         config, device, began = self.config, self.compute.device, time.perf_counter()
         groups = self.sample(self.problems(step), config.samples)
@@ -212,7 +245,7 @@ def reinforce(config: RLConfig, train: Tasks, test: Tasks, held_out: Conversatio
     """
     if config.problems % compute.world_size:
         raise ValueError(f"--problems {config.problems}: make it a multiple of the {compute.world_size} processes")
-    model, tokenizer, meta = source = load_source("sft", config, compute)
+    model, tokenizer, meta = load_source("sft", config, compute)
     T = model.config.sequence_len
     rollouts = Rollouts(model, tokenizer, train, test, config, compute)
     rules = {name: getattr(config, name) for name in ("problems", "samples", "max_new_tokens")}
@@ -221,7 +254,87 @@ def reinforce(config: RLConfig, train: Tasks, test: Tasks, held_out: Conversatio
         f"rl from {meta['source']}: {config.num_iterations} steps of {config.problems} x {config.samples} answers; "
         f"{len(rollouts.places):,} problems of {rules['tasks']}"
     )
-    most, steps = config.problems * config.samples * T, config.num_iterations
-    shards = {"train_shards": [], "val_shards": conversation_shards("rl_val", held_out, tokenizer, T)}
-    own = {"evaluate": rollouts.evaluate, "batches": rollouts.batches}
-    train_further("rl", source, config, compute, most, {"rollouts": rules}, num_iterations=steps, **shards, **own)
+    total_batch_size = config.problems * config.samples * T  # at most
+    prepare_model(model, config, compute)
+    facts = {"dataset": meta["dataset"], "depth": meta["depth"], "source": meta["source"], "rollouts": rules}
+    run = Run(
+        stage="rl",
+        tag=config.model_tag or meta["tag"],
+        config=config,
+        model=model,
+        optimizer=make_optimizer(
+            model,
+            config,
+            recipe.learning_rate_scales(total_batch_size, config.init_lr_frac),
+            config.weight_decay or 0.0,
+            compute,
+        ),
+        tokenizer=tokenizer,
+        compute=compute,
+        num_iterations=config.num_iterations,
+        meta=describe(config, model, tokenizer, total_batch_size, config.num_iterations, facts),
+    )
+    batch = choose_device_batch(run, config.problems * config.samples // compute.world_size)
+    val_loader = RowLoader(
+        conversation_shards("rl_val", held_out, tokenizer, T),
+        T,
+        batch.rows * compute.world_size,
+        batch.rows,
+        0,
+        rank=compute.rank,
+        world_size=compute.world_size,
+        device=compute.device,
+    )
+    progress = start_or_resume(run)
+    first_step = progress.step
+    with stop_signals() as stop, contextlib.closing(open_log(run, first_step)) as log:
+        while True:
+            step = progress.step
+            last = step == config.num_iterations
+            if last or is_due(step, config.save_every or config.eval_every):
+                save(run, progress)
+            evaluated_before = step == first_step and progress.val_bpb is not None
+            if (last or step == 0 or is_due(step, config.eval_every)) and not evaluated_before:
+                bpb = validation_bpb(run, step, val_loader)
+                record_evaluation(run, progress, log, {"val_bpb": bpb, **rollouts.evaluate(step)})
+            if step == progress.saved_step and compute.rank == 0:
+                checkpoint.prune("rl", run.tag, config.keep)
+            if last:
+                break
+            if compute.any_rank(stop.requested):
+                save(run, progress)
+                raise KeyboardInterrupt
+            log.write(_train_step(run, progress, rollouts, batch.rows))
+    write_run_record(run, progress, plan=dataclasses.asdict(batch))
+    compute.close()
+
+
+def _train_step(run: Run, progress: Progress, rollouts: Rollouts, rows: int) -> dict[str, Any]:
+    """Sample a step's answers and learn from them; where no group's rewards differ the step changes nothing."""
+    began = time.perf_counter()
+    step, compute = progress.step, run.compute
+    lr_mult = learning_rate_multiplier(run, step)
+    batch = rollouts._batch(step, rows)
+    scores = {}
+    mean_loss = 0.0
+    if batch.micro_batches:
+        counts = torch.stack([(targets_BT >= 0).sum() for _, targets_BT, _ in batch.micro_batches])
+        n_targets = compute.all_reduce_sum(counts.sum().float()).clamp(min=1)
+        totals_2 = torch.zeros(2, device=compute.device)
+        with explain_out_of_memory(rows):
+            for idx_BT, targets_BT, weights_BT in batch.micro_batches:
+                nll_BT = run.model(idx_BT, targets_BT, loss_reduction="none")
+                loss = (nll_BT * weights_BT).sum()
+                loss.backward()
+                totals_2 += torch.stack([loss.detach(), nll_BT.detach().sum() / n_targets])
+            mean_loss, scores["nll"] = compute.all_reduce_sum(totals_2).tolist()
+            if not math.isfinite(mean_loss):
+                raise diverged(run, step, f"loss is {mean_loss} at step {step}")
+            grad_norm = update_weights(run, step, lr_mult)
+        if grad_norm is not None:
+            scores["grad_norm"] = grad_norm
+    compute.synchronize()
+    line = finish_step(
+        run, progress, loss=mean_loss, lr_mult=lr_mult, tokens=batch.tokens, dt=time.perf_counter() - began
+    )
+    return {**line, **batch.line, **scores}

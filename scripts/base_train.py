@@ -1,5 +1,6 @@
 """Pretrain a model on text: python -m scripts.base_train --depth 4 (or under torchrun)."""
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -8,11 +9,11 @@ from nanochat import cli, recipe
 from nanochat.common import print0
 from nanochat.compute import Compute
 from nanochat.dataset import dataset_name
-from nanochat.engine import Engine
-from nanochat.gpt import build_model
+from nanochat.gpt import GPT, build_model
+from nanochat.run import TrainConfig
 from nanochat.token_shards import build_token_shards
-from nanochat.tokenizer import load_tokenizer
-from nanochat.trainer import TrainConfig, Trainer
+from nanochat.tokenizer import Tokenizer, load_tokenizer
+from nanochat.trainer import train
 
 PROMPTS = ("The capital of France is", "The chemical symbol of gold is", "The opposite of hot is", "If yesterday was")
 
@@ -41,48 +42,71 @@ def main() -> None:
     config = cli.parse(BaseTrain, description=__doc__)
     compute = Compute.create(config.device_type)
     tokenizer = load_tokenizer()
-    shape = (config.depth, tokenizer.get_vocab_size(), config.max_seq_len, config.aspect_ratio, config.head_dim)
-    model_config = recipe.model_config(*shape, window_pattern=config.window_pattern, dropout=config.dropout)
+
+    # The model: its depth gives width and heads; weights start at values drawn from the seed.
+    model_config = recipe.model_config(
+        depth=config.depth,
+        vocab_size=tokenizer.get_vocab_size(),
+        sequence_len=config.max_seq_len,
+        aspect_ratio=config.aspect_ratio,
+        head_dim=config.head_dim,
+        window_pattern=config.window_pattern,
+        dropout=config.dropout,
+    )
     model = build_model(model_config, compute.device, train=True)
     model.init_weights(torch.Generator(compute.device).manual_seed(config.seed))
 
-    tokens = recipe.horizon_tokens(model_config, config.target_param_data_ratio)
-    if config.target_flops is not None:
-        tokens = round(config.target_flops / model.flops_per_token())
-    reference = recipe.reference_tokens(model_config)
+    # The recipe: how many tokens, how many of them per step, and how much weight decay. A flag overrides each.
     if config.total_batch_size and config.num_iterations:
         tokens = config.num_iterations * config.total_batch_size
-    batch = config.total_batch_size or recipe.batch_tokens(tokens, reference)
-    steps = config.num_iterations or max(1, round(tokens / batch))
-    rule = recipe.weight_decay(batch, steps * batch, reference)
+    elif config.target_flops is not None:
+        tokens = round(config.target_flops / model.flops_per_token())
+    else:
+        tokens = recipe.horizon_tokens(model_config, config.target_param_data_ratio)
+    reference = recipe.reference_tokens(model_config)
+    total_batch_size = config.total_batch_size or recipe.batch_tokens(tokens, reference)
+    num_iterations = config.num_iterations or max(1, round(tokens / total_batch_size))
+    weight_decay = config.weight_decay
+    if weight_decay is None:
+        weight_decay = recipe.weight_decay(total_batch_size, num_iterations * total_batch_size, reference)
 
-    def sample() -> None:
-        if compute.rank == 0:
-            model.eval()
-            prompts = [tokenizer.encode(prompt, prepend="<|bos|>") for prompt in PROMPTS]
-            with torch.compiler.set_stance("force_eager"):
-                for prompt, ids in zip(prompts, Engine(model, tokenizer).complete(prompts, 16), strict=True):
-                    print0("  " + repr(tokenizer.decode(prompt[1:] + ids)))
-            model.train()
+    # The rows: the dataset's text as token ids, made by the first run that needs them.
+    train_rows = build_token_shards(config.dataset, "train", tokenizer)
+    val_rows = build_token_shards(config.dataset, "val", tokenizer)
 
-    trainer = Trainer(
+    train(
+        config,
         stage="base",
         tag=config.model_tag or f"d{config.depth}",
-        config=config,
         model=model,
         tokenizer=tokenizer,
-        train_shards=build_token_shards(config.dataset, "train", tokenizer),
-        val_shards=build_token_shards(config.dataset, "val", tokenizer),
+        train_rows=train_rows,
+        val_rows=val_rows,
         compute=compute,
-        total_batch_size=batch,
-        num_iterations=steps,
-        weight_decay=rule if config.weight_decay is None else config.weight_decay,
-        lr_scales=recipe.learning_rate_scales(batch),
+        total_batch_size=total_batch_size,
+        num_iterations=num_iterations,
+        weight_decay=weight_decay,
+        lr_scales=recipe.learning_rate_scales(total_batch_size),
         meta={"dataset": dataset_name(config.dataset), "depth": config.depth},
-        sample=sample,
+        sample=functools.partial(print_samples, model, tokenizer, compute),
     )
-    trainer.run()
     compute.close()
+
+
+def print_samples(model: GPT, tokenizer: Tokenizer, compute: Compute) -> None:
+    """Print how the model continues a few prompts; rank 0 alone samples."""
+    from nanochat.engine import Engine  # training itself needs nothing of the engine
+
+    if compute.rank != 0:
+        return
+    prompts = [tokenizer.encode(prompt, prepend="<|bos|>") for prompt in PROMPTS]
+    model.eval()
+    # Prompts of any length would each be compiled anew.
+    with torch.compiler.set_stance("force_eager"):
+        completions = Engine(model, tokenizer).complete(prompts, 16)
+    model.train()
+    for prompt, completion in zip(prompts, completions, strict=True):
+        print0("  " + repr(tokenizer.decode(prompt[1:] + completion)))
 
 
 if __name__ == "__main__":

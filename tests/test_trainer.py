@@ -13,15 +13,15 @@ import pytest
 import torch
 from tiny_run import BASE, SKILLS, STEPS, losses, metrics, run, run_ranks, script, start_script, wait_for
 
-from nanochat import checkpoint, recipe
-from nanochat.compute import Compute
+from nanochat import checkpoint, recipe, trainer
+from nanochat.compute import Compute, can_compile
 from nanochat.dataloader import RowLoader
 from nanochat.gpt import build_model
+from nanochat.run import TrainConfig
 from nanochat.token_shards import build_token_shards
 from nanochat.tokenizer import load_tokenizer
-from nanochat.trainer import TrainConfig, Trainer, can_compile
 
-FP32 = {"NANOCHAT_DTYPE": "float32"}
+CPU = Compute(torch.device("cpu"), torch.float32)
 STAGES = {
     "base": ("scripts.base_train", [*BASE, *STEPS]),
     "mid": ("scripts.mid_train", [*STEPS, *SKILLS]),
@@ -43,30 +43,30 @@ def record(stage, tag):
     return json.loads((checkpoint.get_base_dir() / "runs" / stage / tag / "run.json").read_text())
 
 
-def make_trainer(steps=6, tag="t", evaluate=None, **flags):
-    """A trainer in this process, on the corpus."""
-    compute, tokenizer = Compute(torch.device("cpu"), torch.float32), load_tokenizer()
-    flags = {"compile": False, "eval_tokens": 512, "device_batch_size": 4, **flags}
-    model = build_model(recipe.model_config(2, 600, 64, 16, 16), compute.device, train=True)
+def make_model():
+    model = build_model(recipe.model_config(2, 600, 64, 16, 16), CPU.device, train=True)
     model.init_weights(torch.Generator().manual_seed(0))
-    shards = {f"{split}_shards": build_token_shards("corpus", split, tokenizer) for split in ("train", "val")}
-    sizes = {
-        "total_batch_size": 512,
-        "num_iterations": steps,
-        "weight_decay": 0.1,
-        "lr_scales": dict.fromkeys(recipe.LEARNING_RATES, 0.03),
-    }
-    return Trainer(
+    return model
+
+
+def train_here(steps=6, tag="t", model=None, **flags):
+    """A run in this process, on the corpus."""
+    tokenizer = load_tokenizer()
+    config = TrainConfig(**{"compile": False, "eval_tokens": 512, "device_batch_size": 4, **flags})
+    trainer.train(
+        config,
         stage="base",
         tag=tag,
-        config=TrainConfig(**flags),
-        model=model,
+        model=model or make_model(),
         tokenizer=tokenizer,
-        compute=compute,
+        train_rows=build_token_shards("corpus", "train", tokenizer),
+        val_rows=build_token_shards("corpus", "val", tokenizer),
+        compute=CPU,
+        total_batch_size=512,
+        num_iterations=steps,
+        weight_decay=0.1,
+        lr_scales=dict.fromkeys(recipe.LEARNING_RATES, 0.03),
         meta={"dataset": "corpus", "depth": 2},
-        evaluate=evaluate,
-        **shards,
-        **sizes,
     )
 
 
@@ -148,41 +148,37 @@ def test_told_to_stop_it_saves_and_can_go_on(tiny_world, signum):
     assert losses("base", "d2") == losses("base", "whole")
 
 
-def test_a_second_signal_ends_at_once(tiny_world):
+def test_a_second_signal_ends_at_once(tiny_world, monkeypatch):
     """The first one is held up by an evaluation that takes for ever."""
-    trainer = make_trainer(evaluate=lambda step: time.sleep(60), eval_every=2)
+    monkeypatch.setattr(trainer, "evaluate_bpb", lambda *arguments: time.sleep(60))
     signals = iter((signal.SIGINT, signal.SIGINT))
     old = signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), next(signals)))
     signal.setitimer(signal.ITIMER_REAL, 3, 0.2)
     try:
         with pytest.raises(KeyboardInterrupt):
-            trainer.run()
+            train_here(eval_every=2)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, old)
     assert checkpoint.list_steps("base", "t") == [2]
 
 
-def test_a_crash_in_evaluation_costs_nothing(tiny_world):
-    def crash(step):
+def test_a_crash_in_evaluation_costs_nothing(tiny_world, monkeypatch):
+    def crash(*arguments):
         raise RuntimeError("out of memory")
 
-    with pytest.raises(RuntimeError, match="out of memory"):
-        make_trainer(evaluate=crash, eval_every=3).run()
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="out of memory"):
+        patch.setattr(trainer, "evaluate_bpb", crash)
+        train_here(eval_every=3)
     assert checkpoint.newest_whole("base", "t") == 3
-    make_trainer(eval_every=3, resume="newest").run()
-    make_trainer(eval_every=3, tag="whole").run()
+    train_here(eval_every=3, resume="newest")
+    train_here(eval_every=3, tag="whole")
     assert losses("base", "t") == losses("base", "whole")
-    evaluated = [{k: v for k, v in line.items() if k in ("step", "val_bpb")} for line in metrics("base", "t")]
-    assert [line for line in evaluated if "val_bpb" in line] == [
-        line for line in metrics("base", "whole") if "val_bpb" in line
-    ], "the evaluation that crashed is made good"
-
-
-def test_what_evaluate_adds_is_kept(tiny_world):
-    make_trainer(evaluate=lambda step: {"core": step / 10}, eval_every=3).run()
-    assert {line["step"]: line["core"] for line in metrics("base", "t") if "core" in line} == {3: 0.3, 6: 0.6}
-    assert checkpoint.read_meta("base", "t", 6)["core"] == 0.6
+    evaluations = [
+        [(line["step"], line["val_bpb"]) for line in metrics("base", tag) if "val_bpb" in line]
+        for tag in ("t", "whole")
+    ]
+    assert evaluations[0] == evaluations[1], "the evaluation that crashed is made good"
 
 
 # --- divergence
@@ -240,10 +236,10 @@ def test_memory_that_runs_out_after_all(tiny_world, monkeypatch):
     def forward(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    trainer = make_trainer()
-    monkeypatch.setattr(trainer.model, "forward", forward)
+    model = make_model()
+    monkeypatch.setattr(model, "forward", forward)
     with pytest.raises(ValueError, match="out of memory with 4 rows at once: try a smaller --device-batch-size"):
-        trainer.run()
+        train_here(model=model)
 
 
 # --- what is written
@@ -273,7 +269,7 @@ def test_the_record_of_a_run(tiny_world):
     assert run_json["model_config"] == meta["model_config"]
     assert run_json["val_bpb"] == metrics("base", "d2")[-1]["val_bpb"]
     assert (run_json["plan"]["rows"], run_json["plan"]["accumulation"]) == (8, 1)
-    assert 0 < run_json["plan"]["peak"] < run_json["peak_mem_bytes"], "a process holds more than its tensors"
+    assert run_json["peak_mem_bytes"] > 10**7
     assert {"commit", "hardware", "versions", "date", "wall_seconds"} <= run_json.keys()
 
 
@@ -281,8 +277,7 @@ def test_tokens_and_speed_under_accumulation(tiny_world):
     walls = {}
     for rows in (8, 2, 1):
         began = time.perf_counter()
-        trainer = make_trainer(20, tag=f"b{rows}", device_batch_size=rows, eval_every=0)
-        trainer.run()
+        train_here(20, tag=f"b{rows}", device_batch_size=rows, eval_every=0)
         walls[rows] = time.perf_counter() - began
     for rows, wall in walls.items():
         steps = [line for line in metrics("base", f"b{rows}") if "loss" in line]
@@ -301,14 +296,14 @@ def test_time_spent_waiting_for_rows_counts(tiny_world, monkeypatch):
             yield item
 
     monkeypatch.setattr(RowLoader, "iterate", slow)
-    make_trainer(4, eval_every=0).run()
+    train_here(4, eval_every=0)
     assert all(line["dt"] > 0.1 for line in metrics("base", "t") if "loss" in line)
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_the_learning_rate_is_the_recipes(tiny_world, schedule):
     flags = {"schedule": schedule, "warmup_steps": 3, "warmdown_ratio": 0.5, "final_lr_frac": 0.1}
-    make_trainer(40, eval_every=0, **flags).run()
+    train_here(40, eval_every=0, **flags)
     lr = [line["lr_mult"] for line in metrics("base", "t") if "loss" in line]
     assert lr == [recipe.learning_rate_multiplier(step, 40, 3, 0.5, 0.1, schedule) for step in range(40)]
     if schedule == "linear":
@@ -319,13 +314,12 @@ def test_the_learning_rate_is_the_recipes(tiny_world, schedule):
 
 
 def test_the_gradient_norm_is_torchs(tiny_world):
-    trainer = make_trainer(1, grad_clip=0.25)
-    model, loader = make_trainer(1, tag="other").model, trainer.loader
-    batches = loader.step(0)
+    model = make_model()
+    batches = RowLoader(build_token_shards("corpus", "train", load_tokenizer()), 64, 8, 4, TrainConfig().seed).step(0)
     loss = model(torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches]))
     loss.backward()
     expected = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.25).item()
-    trainer.run()
+    train_here(1, grad_clip=0.25)
     [line] = [line for line in metrics("base", "t") if "loss" in line]
     assert line["grad_norm"] == pytest.approx(expected, rel=1e-4)
     assert line["loss"] == pytest.approx(loss.item(), rel=1e-5)
