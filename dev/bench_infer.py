@@ -32,7 +32,7 @@ from nanochat.gpt import GPT, build_model
 from nanochat.kv_cache import CacheBatch, KVCache, Part
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.packed import PackedGPT
-from nanochat.token_shards import build_token_shards
+from nanochat.token_shards import TextRows
 
 CHILD = Path(__file__).resolve().parent / "infer_child.py"
 NO_TOKENIZER = types.SimpleNamespace(special_tokens={})  # nothing ends an answer but its length
@@ -198,7 +198,7 @@ def bits_per_byte(model: GPT, meta: dict[str, Any], config: Config, compute: Com
     """Of the packed model on the validation text that it was trained against."""
     tokenizer = checkpoint.load_tokenizer(meta["tokenizer_hash"])
     packed, T = PackedGPT(model, int8=int8), model.config.sequence_len
-    loader = RowLoader(build_token_shards(meta["dataset"], "val", tokenizer), T, 1, 1, 0, device=compute.device)
+    loader = RowLoader(TextRows(meta["dataset"], "val", tokenizer, T), 1, 1, 0, device=compute.device)
 
     @torch.inference_mode()
     def losses(idx_BT: torch.Tensor, targets_BT: torch.Tensor, loss_reduction: str) -> torch.Tensor:

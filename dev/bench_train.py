@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from dev.runner import read_metrics, split_argv
 
 from dev import bench_old as bench
 from dev.bench_model import gemm_rate
 from dev.compare_sides import child_environment, prepare_ours, supervise
-from dev.runner import read_metrics, split_argv
 from nanochat import cli
 from nanochat.common import get_base_dir, read_json
 from nanochat.compute import Compute

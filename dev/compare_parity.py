@@ -27,7 +27,7 @@ from nanochat.dataloader import RowLoader
 from nanochat.dataset import list_shards
 from nanochat.documents import iterate_documents
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.token_shards import build_token_shards
+from nanochat.token_shards import TextRows
 from nanochat.tokenizer import load_tokenizer
 
 CHARACTERS, VOCAB, SEQ_LEN, ROWS, SEED = 10_000, 512, 128, 4, 1337
@@ -153,7 +153,7 @@ def run_parity(work: Path, data: str, checkout: Path, depth: int, head_dim: int,
     tokenizer = prepare_ours(folder / "ours", text, VOCAB, folder / "logs")
     prepare_reference(folder / "reference", text, tokenizer)
     config = recipe.model_config(depth, tokenizer.get_vocab_size(), SEQ_LEN, head_dim=head_dim, window_pattern="L")
-    rows = RowLoader(build_token_shards(text, "train", load_tokenizer()), SEQ_LEN, ROWS, ROWS, SEED)
+    rows = RowLoader(TextRows(text, "train", load_tokenizer(), SEQ_LEN), ROWS, ROWS, SEED)
     files = {name: str(folder / f"{name}.pt") for name in ("train", "val", "ours", "theirs")}
     save_rows(Path(files["train"]), (batch for step in range(max(STEPS.values()) + 1) for batch in rows.step(step)))
     eval_tokens = save_validation_rows(Path(files["val"]), text, SEQ_LEN, CHARACTERS, ROWS)

@@ -23,7 +23,7 @@ import torch
 
 from nanochat.dataloader import RowLoader
 from nanochat.dataset import list_shards
-from nanochat.token_shards import build_token_shards
+from nanochat.token_shards import TextRows
 from nanochat.tokenizer import Tokenizer, load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -212,7 +212,7 @@ def save_rows(path: Path, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) 
 
 def save_validation_rows(path: Path, dataset: str, seq_len: int, tokens: int, batch_rows: int) -> int:
     """Write the rows that our trainer evaluates on, at most `tokens` in whole batches; returns their tokens."""
-    loader = RowLoader(build_token_shards(dataset, "val", load_tokenizer()), seq_len, batch_rows, batch_rows, 0)
+    loader = RowLoader(TextRows(dataset, "val", load_tokenizer(), seq_len), batch_rows, batch_rows, 0)
     rows = min(tokens // seq_len, loader.rows_in_epoch) // batch_rows * batch_rows
     if not rows:
         raise ValueError(

@@ -14,11 +14,11 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from dev.runner import split_argv
 from torch.profiler import ProfilerActivity, profile, record_function
 
 import nanochat.gpt
 from dev.bench_old import markdown_table, write_report
-from dev.runner import split_argv
 from nanochat import cli
 from nanochat.common import get_base_dir
 from nanochat.optim import MuonAdamW

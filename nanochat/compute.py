@@ -5,16 +5,18 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from nanochat.common import read_if_there
+
+T = TypeVar("T")
 
 # Dense bf16 tensor-core peaks in FLOP/s, from the vendors' data sheets.
 # The first name found as whole words in the device's own name wins, so longer names stand before their prefixes.
@@ -205,6 +207,26 @@ class Compute:
         if self.world_size == 1:
             return flag
         return bool(self.all_reduce_sum(torch.tensor(int(flag), device=self.device)).item())
+
+    def from_rank_0(self, make: Callable[[], T]) -> T:
+        """Run `make` on rank 0 alone and return its result on every rank.
+
+        A ValueError or OSError that it raises is raised on every rank. The others wait on a group of their own, with
+        more patience than for a step: preparing data may take long.
+        """
+        if self.world_size == 1:
+            return make()
+        group = dist.new_group(backend="gloo", timeout=timedelta(hours=12))
+        outcome: list[Any] = [None]
+        if self.rank == 0:
+            try:
+                outcome = [make()]
+            except (ValueError, OSError) as error:
+                outcome = [error]
+        dist.broadcast_object_list(outcome, src=0, group=group)
+        if isinstance(outcome[0], Exception):
+            raise outcome[0]
+        return outcome[0]
 
     def close(self) -> None:
         """Leave the process group; every rank calls this."""

@@ -1,6 +1,5 @@
 """Training on conversations, for midtraining and fine-tuning: render, pack, and hand over to the one loop."""
 
-import itertools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from nanochat.conversation import Rendered, render
 from nanochat.dataset import iterate_documents, list_shards
 from nanochat.gpt import GPT
 from nanochat.run import TrainConfig
-from nanochat.token_shards import TokenShard, build_conversation_shards
+from nanochat.token_shards import PackedRows, pack_conversations
 from nanochat.tokenizer import Tokenizer
 from nanochat.trainer import rows_per_step, train
 
@@ -59,9 +58,29 @@ def load_source(stage: str, config: SourceConfig, compute: Compute) -> Source:
     return model, tokenizer, {**meta, "source": f"{stage}/{meta['tag']} step {meta['step']} {digest}"}
 
 
-def conversation_shards(name: str, conversations: Conversations, tokenizer: Tokenizer, T: int) -> list[TokenShard]:
-    """Conversations as rows of `T` tokens and their targets."""
-    return build_conversation_shards(name, _rendered(conversations, tokenizer, T + 1), tokenizer)
+def conversation_rows(
+    name: str,
+    conversations: Conversations,
+    tokenizer: Tokenizer,
+    T: int,
+    compute: Compute,
+    replay: float = 0.0,
+    dataset: str = "",
+) -> PackedRows:
+    """Have rank 0 render conversations and pack them into rows of T + 1 tokens; every rank then reads these rows.
+
+    replay: tokens of `dataset`'s training text to mix in, for each token of conversation.
+    """
+
+    def stream() -> Iterator[Rendered]:
+        n_tokens = 0
+        for ids, mask in _rendered(conversations, tokenizer, T + 1):
+            n_tokens += len(ids)
+            yield ids, mask
+        if replay:
+            yield from _replayed(dataset, tokenizer, T + 1, round(replay * n_tokens))
+
+    return compute.from_rank_0(lambda: pack_conversations(name, stream(), tokenizer, T))
 
 
 def _rendered(conversations: Conversations, tokenizer: Tokenizer, max_tokens: int) -> Iterator[Rendered]:
@@ -110,16 +129,21 @@ def finetune(
     model, tokenizer, meta = load_source(from_stage, config, compute)
     T = model.config.sequence_len
 
-    talks = list(_rendered(train_conversations, tokenizer, T + 1))
-    n_replayed = round(config.replay * sum(len(ids) for ids, _ in talks))
-    text = _replayed(meta["dataset"], tokenizer, T + 1, n_replayed) if n_replayed else ()
-    train_rows = build_conversation_shards(f"{stage}_train", itertools.chain(talks, text), tokenizer)
-    val_rows = conversation_shards(f"{stage}_val", val_conversations, tokenizer, T)
+    train_rows = conversation_rows(
+        f"{stage}_train",
+        train_conversations,
+        tokenizer,
+        T,
+        compute,
+        replay=config.replay,
+        dataset=meta["dataset"],
+    )
+    val_rows = conversation_rows(f"{stage}_val", val_conversations, tokenizer, T, compute)
 
     # The batch of pretraining, and as many steps as there are rows.
     total_batch_size = config.total_batch_size or meta["total_batch_size"]
     rows_in_step = rows_per_step(total_batch_size, T, compute.world_size)
-    rows_in_epoch = sum(shard.row_count(T + 1, config.seed, 0) for shard in train_rows)
+    rows_in_epoch = train_rows.total()
     num_iterations = config.num_iterations or max(1, config.num_epochs * rows_in_epoch // rows_in_step)
     print0(
         f"{stage} from {meta['source']}: {len(train_conversations):,} conversations in {rows_in_epoch:,} rows of {T}; "

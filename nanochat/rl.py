@@ -30,7 +30,7 @@ from nanochat.compute import Compute
 from nanochat.conversation import render_for_completion
 from nanochat.dataloader import RowLoader
 from nanochat.engine import Engine, Request
-from nanochat.finetune import Conversations, SourceConfig, conversation_shards, load_source
+from nanochat.finetune import Conversations, SourceConfig, conversation_rows, load_source
 from nanochat.gpt import GPT
 from nanochat.run import (
     Progress,
@@ -276,8 +276,7 @@ def reinforce(config: RLConfig, train: Tasks, test: Tasks, held_out: Conversatio
     )
     batch = choose_device_batch(run, config.problems * config.samples // compute.world_size)
     val_loader = RowLoader(
-        conversation_shards("rl_val", held_out, tokenizer, T),
-        T,
+        conversation_rows("rl_val", held_out, tokenizer, T, compute),
         batch.rows * compute.world_size,
         batch.rows,
         0,

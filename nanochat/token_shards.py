@@ -1,220 +1,374 @@
-"""Token shards: documents tokenized once, kept on disk, read through memory maps.
+"""Documents -> token ids -> packed rows, on disk.
 
-A shard is a folder of flat files (ids, document offsets, for conversations a mask) and the row plans made from it.
-Its name holds the hashes of tokenizer and source, so that nothing stale is ever read.
+Training reads rows of T+1 token ids: the first T are the inputs, the last T the targets. Rows are packed once for each
+(tokenizer, text, T) and kept under the base directory, so that training only has to copy them:
+
+    datasets/NAME/rows_<tokenizer>_<T+1>/<shard>_<hash of its text>/
+        rows.bin    (R, T+1) token ids, uint16 or uint32
+        mask.bin    (R, T+1) uint8, 1 where a token is a target; conversations only
+        meta.json   R, dtype, counts, hashes; written last
+
+Folder names hold the hashes of tokenizer and text, so a row of another tokenizer or of older text is never read.
+
+Packing is best fit. Each piece of text in a row starts with <|bos|>: the model learns that nothing before it belongs to
+the same document, and generation starts from the same token. A document that is longer than a row, or than what is left
+of one, is split over rows. Nothing is cropped, so each token of the text is in exactly one row.
+
+`TextRows` makes the rows of a source shard when they are first asked for. So a run can start when the first shards have
+been downloaded. `pack_conversations` makes the rows of a fine-tuning mixture, which keep each conversation whole.
 """
 
+import bisect
 import contextlib
 import fcntl
-import functools
 import hashlib
-import io
 import itertools
 import os
 import shutil
 import tempfile
 import time
-import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from nanochat.common import atomic_write, atomic_write_json, fsync_dir, read_json, sha256_file
+from nanochat.common import atomic_write_json, fsync_dir, read_json, sha256_file
 from nanochat.conversation import Rendered
-from nanochat.dataset import dataset_dir, shard_records
-from nanochat.documents import iterate_documents
-from nanochat.packing import pack
+from nanochat.dataset import dataset_dir, iterate_documents, read_manifest, shard_records
 from nanochat.tokenizer import Tokenizer
 
-WAIT_SECONDS = 3600.0  # for a shard to arrive
-Document = tuple[Sequence[int], Sequence[int] | None]  # ids; mask of a conversation
+# Seconds to wait for a shard that is still being downloaded.
+ARRIVAL_TIMEOUT = 3600.0
+# Shards whose rows are shuffled together: at SHARD_BYTES of text each, 1 GiB of text is tokenized before a first step.
+GROUP_SHARDS = 16
 
 
-class TokenShard:
-    """The token ids of one source shard; `make` writes its folder on first use when it is not there.
+# --- best fit
 
-    Of several processes or threads that want a shard, one makes it and the others wait for its lock.
+
+@dataclass(frozen=True)
+class Plan:
+    """Which piece of which document goes where.
+
+    Row r consists of the pieces rows_R2[r, 0] up to but not including rows_R2[r, 1]. Piece p is the tokens
+    offset[p] : offset[p] + length[p] of document[p].
     """
 
-    def __init__(self, folder: Path, make: Callable[[], None] | None = None) -> None:
-        self.folder, self._make = folder, make
+    rows_R2: np.ndarray
+    document: np.ndarray
+    offset: np.ndarray
+    length: np.ndarray
 
-    @functools.cached_property
-    def meta(self) -> dict[str, Any]:
-        """Counts of documents and tokens, dtype, BOS id, and whether these are conversations, to be kept whole."""
-        if not self.folder.exists() and self._make is not None:
-            with _lock(self.folder):
-                if not self.folder.exists():
-                    self._make()
-        return read_json(self.folder / "meta.json")
 
-    @functools.cached_property
-    def ids(self) -> np.ndarray:
-        """(tokens,) uint16 or uint32: all documents, one after the other."""
-        return self._array("ids", self.meta["dtype"], self.meta["tokens"])
+def plan_rows(lengths: Sequence[int] | np.ndarray, row_tokens: int, split: bool, seed: int = 0) -> Plan:
+    """Pack documents of `lengths` tokens into rows of `row_tokens` tokens by best fit.
 
-    @functools.cached_property
-    def offsets(self) -> np.ndarray:
-        """(documents + 1,) int64: document i is ids[offsets[i] : offsets[i + 1]]."""
-        return self._array("offsets", "int64", self.meta["documents"] + 1)
+    With `split`, each piece costs one token more, for the BOS before it, and a document may be cut. Without `split`,
+    documents are conversations: they bring their own BOS and stay whole, so a row may have a gap. Raises ValueError
+    if a conversation is longer than a row.
+    """
+    bos = 1 if split else 0
+    room = row_tokens - bos
+    assert room > 0, "a row must hold a token"
+    if not split and len(lengths) and max(lengths) > room:
+        raise ValueError(f"a conversation has {max(lengths)} tokens, a row {room}: truncate it when rendering")
 
-    @functools.cached_property
-    def mask(self) -> np.ndarray | None:
-        """(tokens,) uint8, 1 where a conversation's token is supervised; None for text."""
-        return self._array("mask", "uint8", self.meta["tokens"]) if self.meta["conversations"] else None
+    # The pool holds the pieces that are still to be placed, (document, offset), by their length. Documents enter it in
+    # random order, because pieces of equal length leave it in the reverse of that order.
+    pool: list[list[tuple[int, int]]] = [[] for _ in range(room + 1)]
+    sizes_N = np.asarray(lengths, np.int64).tolist()
+    for document in np.random.default_rng(seed).permutation(len(sizes_N)).tolist():
+        for offset in range(0, sizes_N[document], room):
+            pool[min(room, sizes_N[document] - offset)].append((document, offset))
+    present = [size for size, pieces in enumerate(pool) if pieces]  # the lengths at hand, ascending
 
-    def _array(self, name: str, dtype: str, count: int) -> np.ndarray:
-        path = self.folder / f"{name}.bin"
-        if not path.exists() or sha256_file(path) != self.meta.get("sha256", {}).get(name):
-            raise self._damaged(path)
-        return np.asarray(np.memmap(path, dtype, "r")) if count else np.empty(0, dtype)
+    row_ends = [0]
+    placed: list[tuple[int, int, int]] = []  # document, offset, length
+    while present:
+        gap = row_tokens
+        while gap > bos and present:  # a gap of one token is filled by a BOS, which ends the document before it
+            index = bisect.bisect_right(present, gap - bos) - 1
+            if index >= 0:  # the longest piece that fits
+                size = present[index]
+                length = size
+            elif split:  # Nothing fits. Cutting the longest piece keeps cuts rare: the shortest would leave ever
+                index = len(present) - 1  # longer ones in the pool, and cuts would rise from 1 % to 17 % of the rows.
+                size = present[index]
+                length = gap - bos
+            else:
+                break
+            document, offset = pool[size].pop()
+            if not pool[size]:
+                del present[index]
+            placed.append((document, offset, length))
+            rest = size - length
+            if rest:
+                if not pool[rest]:
+                    bisect.insort(present, rest)
+                pool[rest].append((document, offset + length))
+            gap -= bos + length
+        row_ends.append(len(placed))
+    columns_3P = np.array(placed, np.int64).reshape(-1, 3).T
+    return Plan(
+        rows_R2=np.array([row_ends[:-1], row_ends[1:]], np.int64).T,
+        document=columns_3P[0],
+        offset=columns_3P[1],
+        length=columns_3P[2],
+    )
 
-    def _damaged(self, path: Path) -> ValueError:
-        return ValueError(f"{path} is missing or damaged: delete {self.folder}, it will be made again")
 
-    def row_count(self, row_tokens: int, seed: int, epoch: int) -> int:
-        """How many rows this shard has in an epoch."""
-        return len(self.plan(row_tokens, seed, epoch, ["rows"])[0])
+# --- rows on disk, read
 
-    def plan(
-        self, row_tokens: int, seed: int, epoch: int, names: Sequence[str] = ("rows", "start", "length")
-    ) -> tuple[np.ndarray, ...]:
-        """The rows of an epoch: rows_R2 (first piece, one past the last), and each piece's start and length in `ids`.
 
-        A row without a supervised target is left out. names: what to read; a resumed run walks many shards for their
-        rows alone.
+@dataclass(frozen=True)
+class RowFile:
+    """The packed rows of one shard, as memory maps."""
+
+    rows_RT1: np.ndarray  # token ids
+    mask_RT1: np.ndarray | None  # 1 where a token is a target; None: every token is one, but for the padding
+    padding: int  # tokens at the end of the last row that are no text and no targets
+
+
+class PackedRows:
+    """The packed rows of several shards: all that a loader reads from.
+
+    An epoch takes the shards in their order, `group_shards` at a time, and shuffles the rows of a group. Subclasses
+    make the rows that are not there yet.
+    """
+
+    def __init__(self, folders: Sequence[Path], sequence_len: int, group_shards: int) -> None:
+        self.folders = list(folders)
+        self.sequence_len = sequence_len
+        self.groups = [
+            range(first, min(first + group_shards, len(self.folders)))
+            for first in range(0, len(self.folders), group_shards)
+        ]
+        self._counts: dict[int, int] = {}  # shard -> its number of rows
+        self._files: dict[int, RowFile] = {}
+
+    def make(self, shard: int) -> None:
+        """Make the rows of a shard if they are not on disk. Conversations always are, so there is nothing to do."""
+
+    def count(self, shard: int) -> int:
+        """Return the number of rows of a shard. Waits for the shard to arrive, and packs it, if need be."""
+        if shard not in self._counts:
+            self.make(shard)
+            self._counts[shard] = read_json(self.folders[shard] / "meta.json")["rows"]
+        return self._counts[shard]
+
+    def total(self) -> int:
+        """Return the number of rows of all shards, which are all packed for that."""
+        return sum(self.count(shard) for shard in range(len(self.folders)))
+
+    def open(self, shard: int) -> RowFile:
+        """Map the rows of a shard. Raises ValueError if a file is missing or its hash is not what meta.json says."""
+        if shard not in self._files:
+            self.make(shard)
+            folder = self.folders[shard]
+            meta = read_json(folder / "meta.json")
+            shape = (meta["rows"], self.sequence_len + 1)
+            self._files[shard] = RowFile(
+                rows_RT1=_map(folder / "rows.bin", meta, meta["dtype"], shape),
+                mask_RT1=_map(folder / "mask.bin", meta, "uint8", shape) if meta["conversations"] else None,
+                padding=meta["padding"],
+            )
+        return self._files[shard]
+
+
+def _map(path: Path, meta: dict[str, Any], dtype: str, shape: tuple[int, int]) -> np.ndarray:
+    if not path.exists() or sha256_file(path) != meta["sha256"][path.name]:
+        raise ValueError(f"{path} is missing or damaged: delete {path.parent}, it will be made again")
+    return np.memmap(path, dtype, "r", shape=shape)
+
+
+class TextRows(PackedRows):
+    """The rows of a dataset's split, "train" or "val"; see `pack_text` for when they are made."""
+
+    def __init__(self, dataset: str, split: str, tokenizer: Tokenizer, sequence_len: int) -> None:
+        """Raises ValueError if the dataset is not prepared, or lacks a shard that is not being downloaded."""
+        manifest = read_manifest(dataset)
+        records = shard_records(dataset, split)
+        if not records:
+            raise ValueError(f"dataset '{dataset}' has no shard for '{split}': prepare it again")
+        root = _rows_folder(dataset, tokenizer, sequence_len)
+        self.tokenizer = tokenizer
+        self.paths = [path for path, _ in records]
+        self.hashes = [entry["sha256"] for _, entry in records]
+        super().__init__(
+            folders=[root / f"{path.stem}_{sha256[:12]}" for path, sha256 in zip(self.paths, self.hashes)],
+            sequence_len=sequence_len,
+            # A dataset of the hub is shuffled already. One shard at a time lets a run start when the first has come.
+            group_shards=1 if manifest.get("shuffled") else GROUP_SHARDS,
+        )
+
+    def make(self, shard: int) -> None:
+        """Tokenize and pack a shard if its rows are not on disk. Of several processes one works, the others wait.
+
+        Waits for a shard that is still being downloaded. Raises ValueError if it does not arrive within
+        `ARRIVAL_TIMEOUT` seconds, or if its hash is not the manifest's.
         """
-        whole, path = self.meta["conversations"], self.folder / f"plan_{row_tokens}_{seed}_{epoch}.npz"
-        if not path.exists():
-            with _lock(self.folder):
-                if not path.exists():
-                    plan = pack(np.diff(self.offsets), row_tokens, (seed, epoch), split=not whole)
-                    rows, start = plan.rows_R2, self.offsets[plan.document] + plan.offset
-                    if self.mask is not None:
-                        supervised = np.concatenate([[0], np.cumsum(self.mask, dtype=np.int64)])
-                        targets = np.concatenate([[0], np.cumsum(supervised[start + plan.length] - supervised[start])])
-                        rows = rows[targets[rows[:, 1]] > targets[rows[:, 0]]]
-                    content = io.BytesIO()
-                    np.savez(content, rows=rows, start=start, length=plan.length)
-                    atomic_write(path, content.getvalue())
-        try:
-            with np.load(path) as plan:
-                return tuple(plan[name] for name in names)
-        except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
-            raise self._damaged(path) from error
+        folder = self.folders[shard]
+        if folder.exists():
+            return
+        _wait_for(self.paths[shard])
+        with _lock(folder):
+            if not folder.exists():  # another process may have made it while this one waited for the lock
+                _pack_text(self.paths[shard], self.hashes[shard], folder, self.tokenizer, self.sequence_len + 1)
 
 
-def build_token_shards(dataset: str, split: str, tokenizer: Tokenizer) -> list[TokenShard]:
-    """The token shards of a dataset's `split` ("train" or "val"); each is tokenized when it is first used.
-
-    So a run may start while shards are still arriving: one that is not there when its turn comes is waited for, and
-    after `WAIT_SECONDS` ValueError names it. Ids are stored without BOS: packing puts one before each piece.
-    """
-    root = dataset_dir(dataset) / f"tokens_{tokenizer.hash[:12]}"
-    shards = []
-    for path, entry in shard_records(dataset, split):
-        sha256 = entry["sha256"]
-        if sha256 is None:  # a mirror without hashes
-            _wait_for(path)
-            sha256 = sha256_file(path)
-        folder = root / f"{path.stem}_{sha256[:12]}"
-        shards.append(TokenShard(folder, functools.partial(_tokenize, path, sha256, folder, tokenizer)))
-    if not shards:
-        raise ValueError(f"dataset '{dataset}' has no shard for '{split}': prepare it again")
-    return shards
-
-
-def build_conversation_shards(name: str, conversations: Iterable[Rendered], tokenizer: Tokenizer) -> list[TokenShard]:
-    """Token shards of rendered conversations: (ids, mask), where ids begin with BOS and mask is 1 on supervised ones.
-
-    They are kept under datasets/`name`, named by a hash of their content: the same conversations are the same shard.
-    One shard holds them all, so that rows of a mixture are shuffled throughout.
-    """
-    root = dataset_dir(name) / f"tokens_{tokenizer.hash[:12]}"
-    temporary, digest = _write(root, conversations, tokenizer, conversations=True)
-    folder = root / f"conversations_{digest[:12]}"
-    _move(temporary, folder)
-    return [TokenShard(folder)]
+def _rows_folder(dataset: str, tokenizer: Tokenizer, sequence_len: int) -> Path:
+    return dataset_dir(dataset) / f"rows_{tokenizer.hash[:12]}_{sequence_len + 1}"
 
 
 def _wait_for(path: Path) -> None:
     if path.exists():
         return
-    print(f"waiting for {path} to arrive", flush=True)
-    deadline = time.monotonic() + WAIT_SECONDS
+    print(f"waiting for {path} to be downloaded", flush=True)
+    deadline = time.monotonic() + ARRIVAL_TIMEOUT
     while not path.exists():
         if time.monotonic() > deadline:
-            raise ValueError(f"{path} has not arrived in {WAIT_SECONDS:.0f} s: start its download again")
-        time.sleep(min(0.5, WAIT_SECONDS / 10))
+            raise ValueError(f"{path} has not arrived in {ARRIVAL_TIMEOUT:.0f} s: start its download again")
+        time.sleep(min(0.5, ARRIVAL_TIMEOUT / 10))
 
 
-def _tokenize(path: Path, sha256: str, folder: Path, tokenizer: Tokenizer) -> None:
-    """Tokenize one source shard into `folder`."""
-    _wait_for(path)
+# --- rows on disk, written
+
+
+def _pack_text(path: Path, sha256: str, folder: Path, tokenizer: Tokenizer, row_tokens: int) -> None:
+    """Tokenize one source shard and write its rows to `folder`."""
     if sha256_file(path) != sha256:
         raise ValueError(f"{path} is not the file that the manifest names: delete it and prepare the dataset again")
-    counts: Counter[str] = Counter()
-    texts = iterate_documents([path], counts)
-    batches = iter(lambda: list(itertools.islice(texts, 256)), [])
     began = time.monotonic()
-    documents = ((ids, None) for batch in batches for ids in tokenizer.encode(batch))
-    temporary, _ = _write(folder.parent, documents, tokenizer, conversations=False, counts=counts)
-    _move(temporary, folder)
-    meta, seconds = read_json(folder / "meta.json"), time.monotonic() - began
+    counts: Counter[str] = Counter()
+    documents = _tokenized(iterate_documents([path], counts), tokenizer)
+    with tempfile.TemporaryDirectory(prefix=".new-", dir=folder.parent) as temporary:
+        meta = write_rows(Path(temporary), documents, row_tokens, _dtype(tokenizer), tokenizer.get_bos_token_id())
+        _rename(Path(temporary, "rows"), folder)
     skipped = f" ({counts['empty']} empty skipped, {counts['cleaned']} cleaned)" if counts.total() else ""
-    what = f"{meta['documents']:,} documents{skipped}, {meta['tokens']:,} tokens"
-    print(f"tokenized {path.name}: {what}, {seconds:.1f} s", flush=True)
+    print(
+        f"packed {path.name}: {meta['documents']:,} documents{skipped}, {meta['tokens']:,} tokens "
+        f"in {meta['rows']:,} rows of {row_tokens - 1}, {time.monotonic() - began:.1f} s",
+        flush=True,
+    )
 
 
-def _write(parent: Path, documents: Iterable[Document], tokenizer: Tokenizer, **meta: Any) -> tuple[Path, str]:
-    """Write documents to a new temporary folder in `parent`; that folder, and the SHA-256 of its ids and masks."""
-    parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=".new-", dir=parent))
-    dtype = np.dtype("uint16" if tokenizer.get_vocab_size() <= 1 << 16 else "uint32")
-    digest, lengths = hashlib.sha256(), [0]
-    try:
-        with contextlib.ExitStack() as files:
-            paths = (folder / f"{name}.bin" for name in ("ids", "mask", "offsets"))
-            ids_file, mask_file, offsets_file = (files.enter_context(open(path, "wb")) for path in paths)
-            for ids, mask in documents:
-                columns = [(ids_file, np.array(ids, dtype).tobytes())]
-                if mask is not None:
-                    assert len(mask) == len(ids) and not mask[0], "one mask value an id, none on the BOS"
-                    columns.append((mask_file, bytes(mask)))
-                for file, column in columns:
-                    file.write(column)
-                    digest.update(column)
-                lengths.append(len(ids))
-            offsets_file.write(np.cumsum(lengths, dtype=np.int64).tobytes())
-            for file in (ids_file, mask_file, offsets_file):
-                file.flush()
-                os.fsync(file.fileno())
-        meta |= {"documents": len(lengths) - 1, "tokens": sum(lengths), "dtype": dtype.name}
-        meta |= {"sha256": {path.stem: sha256_file(path) for path in sorted(folder.iterdir())}}
-        atomic_write_json(folder / "meta.json", {**meta, "bos": tokenizer.get_bos_token_id()})
-    except BaseException:
-        shutil.rmtree(folder)
-        raise
-    return folder, digest.hexdigest()
+def _tokenized(texts: Iterator[str], tokenizer: Tokenizer) -> Iterator[tuple[list[int], None]]:
+    """Token ids of each text, without BOS: packing puts one before each piece. Batches are encoded in threads."""
+    while batch := list(itertools.islice(texts, 256)):
+        for ids in tokenizer.encode(batch):
+            yield ids, None
 
 
-def _move(temporary: Path, folder: Path) -> None:
-    """Give a finished folder its name; if another process was faster, its equal work stands."""
+def pack_conversations(
+    name: str, conversations: Iterable[Rendered], tokenizer: Tokenizer, sequence_len: int
+) -> PackedRows:
+    """Write conversations, rendered as (ids, mask), as rows under datasets/`name`, and return the rows.
+
+    They are streamed to disk: memory does not grow with their number. The folder is named by a hash of the rows, so
+    equal conversations are stored once. Raises ValueError if there is none, or if one is longer than a row.
+    """
+    root = _rows_folder(name, tokenizer, sequence_len)
+    root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".new-", dir=root) as temporary:
+        meta = write_rows(
+            folder=Path(temporary),
+            documents=conversations,
+            row_tokens=sequence_len + 1,
+            dtype=_dtype(tokenizer),
+            bos=tokenizer.get_bos_token_id(),
+            conversations=True,
+        )
+        content = hashlib.sha256("".join(meta["sha256"].values()).encode()).hexdigest()
+        folder = root / f"conversations_{content[:12]}"
+        _rename(Path(temporary, "rows"), folder)
+    return PackedRows([folder], sequence_len, group_shards=1)
+
+
+def _dtype(tokenizer: Tokenizer) -> np.dtype:
+    return np.dtype("uint16" if tokenizer.get_vocab_size() <= 1 << 16 else "uint32")
+
+
+def write_rows(
+    folder: Path,
+    documents: Iterable[tuple[Sequence[int], Sequence[int] | None]],
+    row_tokens: int,
+    dtype: np.dtype,
+    bos: int,
+    conversations: bool = False,
+) -> dict[str, Any]:
+    """Write `documents`, (ids, mask), as rows to `folder`/rows, and return what its meta.json says.
+
+    The ids are first written end to end, to a file beside it: best fit needs all lengths before it can fill a row.
+    """
+    lengths = []
+    with open(folder / "ids.bin", "wb") as ids_file, open(folder / "mask.bin", "wb") as mask_file:
+        for ids, mask in documents:
+            ids_file.write(np.array(ids, dtype))
+            lengths.append(len(ids))
+            if conversations:
+                assert mask is not None and len(mask) == len(ids), "one mask value for each id"
+                assert not mask[0], "the BOS is no target: it may follow another conversation"
+                mask_file.write(bytes(mask))
+    if not any(lengths):
+        raise ValueError("no text with anything to learn: give the dataset more text or longer rows")
+    lengths_N = np.array(lengths, np.int64)
+    plan = plan_rows(lengths_N, row_tokens, split=not conversations)
+
+    ids_flat = np.memmap(folder / "ids.bin", dtype, "r")
+    mask_flat = np.memmap(folder / "mask.bin", np.uint8, "r") if conversations else None
+    starts_P = (np.cumsum(lengths_N) - lengths_N)[plan.document] + plan.offset
+    starts = starts_P.tolist()
+    ends = (starts_P + plan.length).tolist()
+    rows_folder = folder / "rows"
+    rows_folder.mkdir()
+    with contextlib.ExitStack() as files:
+        rows_file = files.enter_context(open(rows_folder / "rows.bin", "wb"))
+        if mask_flat is not None:
+            mask_file = files.enter_context(open(rows_folder / "mask.bin", "wb"))
+        for first_piece, end_piece in plan.rows_R2.tolist():
+            row = np.full(row_tokens, bos, dtype)  # what no piece fills remains BOS
+            row_mask = np.zeros(row_tokens, np.uint8)
+            at = 0
+            for start, end in zip(starts[first_piece:end_piece], ends[first_piece:end_piece]):
+                if not conversations:
+                    at += 1  # leaves the BOS in front of the piece
+                row[at : at + end - start] = ids_flat[start:end]
+                if mask_flat is not None:
+                    row_mask[at : at + end - start] = mask_flat[start:end]
+                at += end - start
+            rows_file.write(row)
+            if mask_flat is not None:
+                mask_file.write(row_mask)
+    meta = {
+        "rows": len(plan.rows_R2),
+        "padding": row_tokens - at,  # of the last row; the loop above ended with it
+        "documents": len(lengths),
+        "tokens": sum(lengths),
+        "conversations": conversations,
+        "dtype": dtype.name,
+        "sha256": {path.name: sha256_file(path) for path in sorted(rows_folder.iterdir())},
+    }
+    atomic_write_json(rows_folder / "meta.json", meta)
+    return meta
+
+
+def _rename(temporary: Path, folder: Path) -> None:
+    """Give a finished folder its name. If another process was faster, its equal work stands."""
     try:
         os.rename(temporary, folder)
     except OSError:
-        shutil.rmtree(temporary)
         if not folder.exists():
             raise
+        shutil.rmtree(temporary)
     fsync_dir(folder.parent)
 
 
 @contextlib.contextmanager
 def _lock(folder: Path) -> Iterator[None]:
-    """One process or thread at a time; the system frees the lock of a process that dies."""
+    """Let one process or thread at a time work on `folder`. The system frees the lock of a process that dies."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.with_name(f".{folder.name}.lock"), "w") as f:
         fcntl.flock(f, fcntl.LOCK_EX)

@@ -37,7 +37,7 @@ from nanochat.run import (
     write_run_record,
 )
 from nanochat.run_log import RunLog
-from nanochat.token_shards import TokenShard
+from nanochat.token_shards import PackedRows
 from nanochat.tokenizer import Tokenizer
 
 # Rows that a device takes at once unless it is told. A GPU is busy with 2^16 tokens, so more rows gain nothing; on a
@@ -55,8 +55,8 @@ def train(
     tag: str,
     model: GPT,
     tokenizer: Tokenizer,
-    train_rows: list[TokenShard],
-    val_rows: list[TokenShard],
+    train_rows: PackedRows,
+    val_rows: PackedRows,
     compute: Compute,
     total_batch_size: int,
     num_iterations: int,
@@ -88,8 +88,8 @@ def train(
     rows = rows_per_step(total_batch_size, T, compute.world_size)
     batch = choose_device_batch(run, rows // compute.world_size)
     place: dict[str, Any] = {"rank": compute.rank, "world_size": compute.world_size, "device": compute.device}
-    train_loader = RowLoader(train_rows, T, rows, batch.rows, config.seed, **place)
-    val_loader = RowLoader(val_rows, T, batch.rows * compute.world_size, batch.rows, 0, **place)
+    train_loader = RowLoader(train_rows, rows, batch.rows, config.seed, **place)
+    val_loader = RowLoader(val_rows, batch.rows * compute.world_size, batch.rows, 0, **place)
     progress = start_or_resume(run)
     first_step = progress.step
     if compute.rank == 0:

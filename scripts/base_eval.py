@@ -20,7 +20,7 @@ from nanochat.core_tasks import BUNDLE_URL, download_bundle
 from nanochat.dataloader import RowLoader
 from nanochat.engine import Engine
 from nanochat.loss_eval import evaluate_bpb
-from nanochat.token_shards import build_token_shards
+from nanochat.token_shards import TextRows
 from nanochat.world import core_bundle
 
 PROMPTS = ("The capital of France is", "The chemical symbol of gold is", "The opposite of hot is")
@@ -50,10 +50,10 @@ def text_batches(
     config: Config, dataset: str, split: str, model: Any, tokenizer: Any, compute: Compute
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """This rank's share of the first rows of a dataset: `eval_tokens` tokens in all, on any number of ranks."""
-    shards = build_token_shards(dataset, split, tokenizer)
+    text_rows = TextRows(dataset, split, tokenizer, model.config.sequence_len)
     step_rows = config.device_batch_size * compute.world_size
     place = {"rank": compute.rank, "world_size": compute.world_size, "device": compute.device}
-    loader = RowLoader(shards, model.config.sequence_len, step_rows, config.device_batch_size, seed=0, **place)
+    loader = RowLoader(text_rows, step_rows, config.device_batch_size, seed=0, **place)
     rows = math.ceil(config.eval_tokens / model.config.sequence_len)
     if split == "val":
         rows = min(rows, loader.rows_in_epoch)

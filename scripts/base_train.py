@@ -11,7 +11,7 @@ from nanochat.compute import Compute
 from nanochat.dataset import dataset_name
 from nanochat.gpt import GPT, build_model
 from nanochat.run import TrainConfig
-from nanochat.token_shards import build_token_shards
+from nanochat.token_shards import TextRows
 from nanochat.tokenizer import Tokenizer, load_tokenizer
 from nanochat.trainer import train
 
@@ -71,8 +71,8 @@ def main() -> None:
         weight_decay = recipe.weight_decay(total_batch_size, num_iterations * total_batch_size, reference)
 
     # The rows: the dataset's text as token ids, made by the first run that needs them.
-    train_rows = build_token_shards(config.dataset, "train", tokenizer)
-    val_rows = build_token_shards(config.dataset, "val", tokenizer)
+    train_rows = TextRows(config.dataset, "train", tokenizer, config.max_seq_len)
+    val_rows = TextRows(config.dataset, "val", tokenizer, config.max_seq_len)
 
     train(
         config,

@@ -1,4 +1,4 @@
-"""The loader's order on any number of ranks; nothing lost, nothing twice, whatever arrives late or damaged."""
+"""The order of rows on any number of ranks; no token lost or doubled, whatever arrives late or damaged."""
 
 import itertools
 import json
@@ -9,13 +9,12 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from hub_server import HubServer
 from test_dataset import parquet_bytes, write_jsonl
 
 from nanochat import dataset, token_shards
 from nanochat.dataloader import RowLoader
 from nanochat.dataset import iterate_documents, list_shards, prepare
-from nanochat.token_shards import build_conversation_shards, build_token_shards
+from nanochat.token_shards import TextRows, pack_conversations
 from nanochat.tokenizer import Tokenizer
 
 T = 32
@@ -39,6 +38,15 @@ def corpus(tmp_path, monkeypatch):
     return "corpus"
 
 
+def set_in_manifest(name, **values):
+    path = dataset.dataset_dir(name) / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def train_rows(name, tokenizer):
+    return TextRows(name, "train", tokenizer, T)
+
+
 def rows_of(batches):
     """Micro-batches as whole rows of T+1, whose two halves must agree; and their targets."""
     inputs, targets = (torch.cat(part) for part in zip(*batches))
@@ -47,75 +55,96 @@ def rows_of(batches):
     return torch.cat([inputs, targets[:, -1:]], dim=1), targets
 
 
-def epoch_rows(shards, seed=0, epoch=0):
-    loader = RowLoader(shards, T, 1, 1, seed)
-    steps = itertools.takewhile(lambda step: loader.epoch(step) <= epoch, itertools.count())
-    return torch.cat([rows_of(loader.step(step))[0] for step in steps if loader.epoch(step) == epoch])
+def epoch_rows(rows, seed=0, epoch=0):
+    loader = RowLoader(rows, 1, 1, seed)
+    first = epoch * loader.rows_in_epoch
+    steps = range(first, first + loader.rows_in_epoch)
+    assert {loader.epoch(step) for step in steps} == {epoch}
+    return torch.cat([rows_of(loader.step(step))[0] for step in steps])
 
 
-# --- text
+# --- the order of rows
 
 
-def test_every_token_of_the_corpus_once_an_epoch(corpus, tokenizer):
-    shards = build_token_shards(corpus, "train", tokenizer)
+@pytest.mark.parametrize("shuffled", [False, True], ids=["all shards together", "shard by shard"])
+def test_every_token_of_the_corpus_once_an_epoch(corpus, tokenizer, shuffled):
+    set_in_manifest(corpus, shuffled=shuffled)
     bos = tokenizer.get_bos_token_id()
     texts = tokenizer.encode(list(iterate_documents(list_shards(corpus, "train"))))
     expected = Counter(itertools.chain.from_iterable(texts))
-    for epoch in (0, 1, 2):
-        rows = epoch_rows(shards, epoch=epoch)
+    for epoch in (0, 2):
+        rows = epoch_rows(train_rows(corpus, tokenizer), epoch=epoch)
         assert (rows[:, 0] == bos).all()
-        found = Counter(rows[(rows != bos) & (rows != -1)].tolist())
-        assert found == expected
-    assert len(epoch_rows(shards)) == RowLoader(shards, T, 1, 1, 0).rows_in_epoch
+        assert Counter(rows[(rows != bos) & (rows != -1)].tolist()) == expected
 
 
 def test_pieces_are_runs_of_documents(corpus, tokenizer):
-    """Every text between two BOS occurs in a document; and only the last row of a shard has uncounted targets."""
-    shards = build_token_shards(corpus, "train", tokenizer)
+    """Every text between two BOS occurs in a document, and only the last row of a shard has uncounted targets."""
     documents = "\n".join(iterate_documents(list_shards(corpus, "train")))
-    loader = RowLoader(shards, T, 1, 1, 0)
+    loader = RowLoader(train_rows(corpus, tokenizer), 1, 1, 0)
     gaps = 0
     for step in range(loader.rows_in_epoch):
         rows, targets = rows_of(loader.step(step))
         gaps += bool((targets == -1).any())
         for piece in tokenizer.decode(rows[0][rows[0] >= 0].tolist()).split("<|bos|>"):
             assert piece in documents
-    assert gaps <= len(shards)
+    assert gaps <= 3
 
 
-def test_ranks_and_accumulation_see_the_same_rows(corpus, tokenizer):
-    shards = build_token_shards(corpus, "train", tokenizer)
-    whole = RowLoader(shards, T, 8, 8, seed=5)
+def test_shards_are_mixed_unless_the_dataset_is_shuffled_already(corpus, tokenizer):
+    def first_rows_are_shard_0():
+        rows = train_rows(corpus, tokenizer)
+        own = rows.open(0).rows_RT1[:, :-1].tolist()
+        return sorted(epoch_rows(rows)[: len(own), :-1].tolist()) == sorted(own)
+
+    assert not first_rows_are_shard_0()
+    set_in_manifest(corpus, shuffled=True)
+    assert first_rows_are_shard_0()
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_ranks_and_accumulation_see_the_same_rows(corpus, tokenizer, shuffled):
+    set_in_manifest(corpus, shuffled=shuffled)
+    rows = train_rows(corpus, tokenizer)
+    whole = RowLoader(rows, 8, 8, seed=5)
     for step in range(0, 160, 5):
         expected = rows_of(whole.step(step))[0]
-        for world_size, batch_rows in [(1, 2), (2, 2), (4, 2), (4, 1), (8, 1)]:
+        for world_size, device_rows in [(1, 2), (2, 2), (4, 2), (4, 1), (8, 1)]:
             got = torch.empty_like(expected)
             for rank in range(world_size):
-                batches = RowLoader(shards, T, 8, batch_rows, 5, rank, world_size).step(step)
-                assert [tuple(x.shape) for x, _ in batches] == [(batch_rows, T)] * (8 // world_size // batch_rows)
+                batches = RowLoader(rows, 8, device_rows, 5, rank, world_size).step(step)
+                assert [tuple(x.shape) for x, _ in batches] == [(device_rows, T)] * (8 // world_size // device_rows)
                 got[rank::world_size] = rows_of(batches)[0]
             assert torch.equal(got, expected)
     assert whole.epoch(155) >= 2, "several epochs were compared"
 
 
+def test_first_rows_are_the_same_set_on_any_number_of_ranks(corpus, tokenizer):
+    rows = train_rows(corpus, tokenizer)
+    expected = [row.tolist() for inputs, _ in RowLoader(rows, 4, 4, 0).first_rows(11) for row in inputs]
+    assert len(expected) == 11
+    parts = [row.tolist() for rank in (0, 1) for x, _ in RowLoader(rows, 4, 2, 0, rank, 2).first_rows(11) for row in x]
+    assert sorted(parts) == sorted(expected)
+
+
 def test_seed_and_epoch_change_the_order_and_nothing_else(corpus, tokenizer):
-    shards = build_token_shards(corpus, "train", tokenizer)
-    one, other, later = epoch_rows(shards, seed=0), epoch_rows(shards, seed=1), epoch_rows(shards, seed=0, epoch=1)
-    assert torch.equal(one, epoch_rows(shards, seed=0))
-    for rows in (other, later):
-        assert rows.shape[0] != one.shape[0] or not torch.equal(rows, one)
-        assert Counter(rows[rows > 0].tolist()).keys() == Counter(one[one > 0].tolist()).keys()
+    rows = train_rows(corpus, tokenizer)
+    one = epoch_rows(rows, seed=0).tolist()
+    assert one == epoch_rows(train_rows(corpus, tokenizer), seed=0).tolist()
+    for other in (epoch_rows(rows, seed=1).tolist(), epoch_rows(rows, seed=0, epoch=1).tolist()):
+        assert other != one
+        assert sorted(other) == sorted(one)
 
 
 def test_resume_is_the_same_run_and_takes_no_time(corpus, tokenizer):
     through = []
-    loader = RowLoader(build_token_shards(corpus, "train", tokenizer), T, 8, 4, 0)
+    loader = RowLoader(train_rows(corpus, tokenizer), 8, 4, 0)
     for step, batches in itertools.islice(loader.iterate(), 300):
         assert step == len(through)
         through.append(rows_of(batches)[0])
     for start in (1, 123, 299):
         began = time.monotonic()
-        loader = RowLoader(build_token_shards(corpus, "train", tokenizer), T, 8, 4, 0)
+        loader = RowLoader(train_rows(corpus, tokenizer), 8, 4, 0)
         step, batches = next(loader.iterate(start))
         assert time.monotonic() - began < 1.0
         assert step == start
@@ -127,7 +156,7 @@ def test_fewer_rows_than_a_step_wrap_into_later_epochs(tmp_path, monkeypatch, to
     (tmp_path / "tiny").mkdir()
     write_jsonl(tmp_path / "tiny" / "a.jsonl", ["one little text", "another little text"])
     prepare(str(tmp_path / "tiny"))
-    loader = RowLoader(build_token_shards("tiny", "train", tokenizer), T, 8, 8, 0)
+    loader = RowLoader(train_rows("tiny", tokenizer), 8, 8, 0)
     assert loader.rows_in_epoch == 1
     rows, targets = rows_of(loader.step(3))
     assert rows.shape == (8, T + 1)
@@ -139,30 +168,25 @@ def test_fewer_rows_than_a_step_wrap_into_later_epochs(tmp_path, monkeypatch, to
 
 
 def test_batches_yielded_earlier_are_not_overwritten(corpus, tokenizer):
-    loader = RowLoader(build_token_shards(corpus, "train", tokenizer), T, 4, 4, 0)
+    loader = RowLoader(train_rows(corpus, tokenizer), 4, 4, 0)
     kept = [batches for _, batches in itertools.islice(loader.iterate(), 20)]
     for step, batches in enumerate(kept):
         assert torch.equal(rows_of(batches)[0], rows_of(loader.step(step))[0])
 
 
 def test_close_ends_the_thread(corpus, tokenizer):
-    def count():
-        return sum(thread.name == "rows" for thread in threading.enumerate())
-
-    before = count()
-    loader = RowLoader(build_token_shards(corpus, "train", tokenizer), T, 4, 4, 0)
-    next(loader.iterate())
-    iterator = loader.iterate(7)
+    before = threading.active_count()
+    iterator = RowLoader(train_rows(corpus, tokenizer), 4, 4, 0).iterate(7)
     next(iterator)
-    assert count() == before + 1
+    assert threading.active_count() > before
     iterator.close()
-    assert count() == before
+    assert threading.active_count() == before
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
 def test_pinned_staging_gives_the_same_rows_on_a_gpu(corpus, tokenizer):
-    shards = build_token_shards(corpus, "train", tokenizer)
-    loader, plain = (RowLoader(shards, T, 8, 4, 0, device=device) for device in ("cuda", "cpu"))
+    rows = train_rows(corpus, tokenizer)
+    loader, plain = (RowLoader(rows, 8, 4, 0, device=device) for device in ("cuda", "cpu"))
     for step, batches in itertools.islice(loader.iterate(), 100):
         assert batches[0][0].is_cuda
         assert torch.equal(rows_of(batches)[0].cpu(), rows_of(plain.step(step))[0])
@@ -170,95 +194,91 @@ def test_pinned_staging_gives_the_same_rows_on_a_gpu(corpus, tokenizer):
 
 @pytest.mark.parametrize(("rows", "batch", "world_size"), [(8, 3, 1), (8, 8, 2), (0, 4, 1), (6, 4, 1)])
 def test_batch_that_does_not_divide(corpus, tokenizer, rows, batch, world_size):
-    shards = build_token_shards(corpus, "train", tokenizer)
     with pytest.raises(ValueError, match=r"--total-batch-size.*--device-batch-size.*multiple of \d+") as caught:
-        RowLoader(shards, T, rows, batch, 0, world_size=world_size)
+        RowLoader(train_rows(corpus, tokenizer), rows, batch, 0, world_size=world_size)
     assert str(batch * world_size * T) in str(caught.value)
 
 
-# --- token shards on disk
+# --- rows on disk
 
 
-def test_documents_are_tokenized_once_for_each_tokenizer(corpus, tokenizer, capsys):
-    first = build_token_shards(corpus, "train", tokenizer)[0]
-    text = list(iterate_documents(list_shards(corpus, "train")[:1]))
-    for i, ids in enumerate(tokenizer.encode(text)):
-        assert first.ids[first.offsets[i] : first.offsets[i + 1]].tolist() == ids
-    assert first.ids.dtype == np.uint16
+def test_rows_are_packed_once_for_each_tokenizer_and_length(corpus, tokenizer, capsys):
+    first = train_rows(corpus, tokenizer)
+    assert first.open(0).rows_RT1.dtype == np.uint16
     capsys.readouterr()
-    again = build_token_shards(corpus, "train", tokenizer)[0]
-    assert np.array_equal(again.ids, first.ids)
-    assert "tokenized" not in capsys.readouterr().out
-    other = build_token_shards(corpus, "train", Tokenizer.train_from_iterator(TEXTS, 280))[0]
-    assert other.folder != first.folder
-    assert other.ids.max() < 280
+    again = train_rows(corpus, tokenizer)
+    assert np.array_equal(again.open(0).rows_RT1, first.open(0).rows_RT1)
+    assert capsys.readouterr().out == "", "nothing is tokenized again"
+    other = train_rows(corpus, Tokenizer.train_from_iterator(TEXTS, 280))
+    assert other.open(0).rows_RT1.max() < 280
+    assert TextRows(corpus, "train", tokenizer, 2 * T).open(0).rows_RT1.shape[1] == 2 * T + 1
 
 
 def test_threads_that_want_one_shard_make_it_once(corpus, tokenizer, capsys):
     together = threading.Barrier(4)
 
     def read():
-        shard = build_token_shards(corpus, "train", tokenizer)[0]
+        rows = train_rows(corpus, tokenizer)
         together.wait()
-        shard.plan(T + 1, 0, 0)
+        rows.count(0)
 
     threads = [threading.Thread(target=read) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert capsys.readouterr().out.count("tokenized shard_00000") == 1
+    assert capsys.readouterr().out.count("shard_00000") == 1
 
 
 def test_training_shard_that_changed(corpus, tokenizer):
     list_shards(corpus, "train")[1].write_bytes(parquet_bytes(TEXTS[:5]))
-    loader = RowLoader(build_token_shards(corpus, "train", tokenizer), T, 4, 4, 0)
+    loader = RowLoader(train_rows(corpus, tokenizer), 4, 4, 0)
     with pytest.raises(ValueError, match=r"shard_00001\.parquet is not the file"):
         _ = loader.rows_in_epoch
 
 
 def test_error_in_the_thread_reaches_the_consumer(corpus, tokenizer):
-    shards = build_token_shards(corpus, "train", tokenizer)
+    rows = train_rows(corpus, tokenizer)
     (list_shards(corpus, "train")[0]).write_bytes(b"")
     with pytest.raises(ValueError, match=r"shard_00000\.parquet is not the file"):
-        next(RowLoader(shards, T, 4, 4, 0).iterate())
+        next(RowLoader(rows, 4, 4, 0).iterate())
 
 
-def test_damaged_token_shard(corpus, tokenizer):
-    folder = build_token_shards(corpus, "train", tokenizer)[0].folder
-    _ = build_token_shards(corpus, "train", tokenizer)[0].ids
-    (folder / "ids.bin").write_bytes((folder / "ids.bin").read_bytes()[:-1])
-    with pytest.raises(ValueError, match=r"ids\.bin is missing or damaged: delete"):
-        _ = build_token_shards(corpus, "train", tokenizer)[0].ids
+def test_damaged_rows(corpus, tokenizer):
+    rows = train_rows(corpus, tokenizer)
+    rows.count(0)
+    path = rows.folders[0] / "rows.bin"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"rows\.bin is missing or damaged: delete"):
+        rows.open(0)
 
 
-def test_training_starts_while_shards_are_arriving(tmp_path, monkeypatch, tokenizer, capsys):
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
-    monkeypatch.setitem(dataset.REMOTES, "tiny", dataset.Remote("me/tiny", 4, "CC0-1.0"))
-    with HubServer() as server:
-        for i in range(4):
-            server.files[f"shard_{i:05d}.parquet"] = parquet_bytes(TEXTS[60 * i : 60 * i + 60])
-        server.faults["shard_00001.parquet"] = [("status", 404)]
-        with pytest.raises(ValueError, match="404"):
-            prepare("tiny", 3, mirror=server.url, workers=1)
-        steps = RowLoader(build_token_shards("tiny", "train", tokenizer), T, 8, 8, 0).iterate()
-        early = [rows_of(next(steps)[1])[0] for _ in range(2)]
-        download = threading.Timer(0.3, prepare, ["tiny", 3], {"mirror": server.url})
-        download.start()
-        rest = [rows_of(next(steps)[1])[0] for _ in range(200)]
-        download.join()
+def test_run_that_starts_early_waits_for_later_shards_and_sees_the_same_rows(corpus, tokenizer, capsys):
+    """Shards of a hub's dataset arrive one after another; a manifest that is not complete says so."""
+    set_in_manifest(corpus, shuffled=True)
+    everything = RowLoader(train_rows(corpus, tokenizer), 8, 8, 0)
+    expected = [rows_of(everything.step(step))[0] for step in range(200)]
+    for path in dataset.dataset_dir(corpus).glob("rows_*/*/meta.json"):
+        path.parent.rename(path.parent.with_name(f"old-{path.parent.name}"))
+    set_in_manifest(corpus, complete=False)
+    late = list_shards(corpus, "train")[1:]
+    for path in late:
+        path.rename(path.with_suffix(".late"))
+    steps = RowLoader(train_rows(corpus, tokenizer), 8, 8, 0).iterate()
+    early = [rows_of(next(steps)[1])[0] for _ in range(2)]
+    arrival = threading.Timer(0.3, lambda: [path.with_suffix(".late").rename(path) for path in reversed(late)])
+    arrival.start()
+    rest = [rows_of(next(steps)[1])[0] for _ in range(198)]
+    arrival.join()
     assert "waiting for" in capsys.readouterr().out
-    loader = RowLoader(build_token_shards("tiny", "train", tokenizer), T, 8, 8, 0)
-    for step, rows in enumerate(early + rest):
-        assert torch.equal(rows, rows_of(loader.step(step))[0])
+    assert torch.equal(torch.stack(early + rest), torch.stack(expected))
 
 
 def test_shard_that_never_arrives_is_named(corpus, tokenizer, monkeypatch):
-    monkeypatch.setattr(token_shards, "WAIT_SECONDS", 0.2)
-    path = dataset.dataset_dir(corpus) / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"complete": False}))
+    monkeypatch.setattr(token_shards, "ARRIVAL_TIMEOUT", 0.2)
+    set_in_manifest(corpus, complete=False, shuffled=True)
     list_shards(corpus, "train")[2].unlink()
-    loader = RowLoader(build_token_shards(corpus, "train", tokenizer), T, 4, 4, 0)
+    loader = RowLoader(train_rows(corpus, tokenizer), 4, 4, 0)
     loader.step(0)
     with pytest.raises(ValueError, match=r"shard_00002\.parquet has not arrived"):
         _ = loader.rows_in_epoch
@@ -267,23 +287,29 @@ def test_shard_that_never_arrives_is_named(corpus, tokenizer, monkeypatch):
 # --- conversations
 
 
-def conversations(tokenizer, count=100, supervised=True):
+def conversations(tokenizer, count=100):
     """Conversation i is BOS, i, and up to T-1 more ids, with a mask on its second half."""
     bos = tokenizer.get_bos_token_id()
     for i in range(count):
         ids = [bos, i, *((7 * i + j) % 250 for j in range(i % T))]
-        yield ids, [int(supervised and j > len(ids) // 2) for j in range(len(ids))]
+        yield ids, [int(j > len(ids) // 2) for j in range(len(ids))]
 
 
-def test_conversations_stay_whole_and_only_supervised_tokens_are_targets(tmp_path, monkeypatch, tokenizer):
+@pytest.fixture
+def base_dir(tmp_path, monkeypatch):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+
+
+def test_conversations_stay_whole_and_only_supervised_tokens_are_targets(base_dir, tokenizer):
     bos = tokenizer.get_bos_token_id()
     items = list(conversations(tokenizer))
-    loader = RowLoader(build_conversation_shards("sft", items, tokenizer), T, 1, 1, 0)
+    loader = RowLoader(pack_conversations("sft", iter(items), tokenizer, T), 1, 1, 0)
     seen = Counter()
+    targets_seen = Counter()
     for step in range(loader.rows_in_epoch):
         ((inputs, targets),) = loader.step(step)
         row, wanted = inputs[0].tolist(), targets[0].tolist()
+        targets_seen.update(token for token in wanted if token != -1)
         assert row[0] == bos
         at = 0
         while at < T:
@@ -301,36 +327,21 @@ def test_conversations_stay_whole_and_only_supervised_tokens_are_targets(tmp_pat
             at += len(ids)
     assert max(seen.values()) == 1
     assert {i for i, (_, mask) in enumerate(items) if any(mask)} <= seen.keys()
+    assert targets_seen == Counter(token for ids, mask in items for token, m in zip(ids, mask) if m)
 
 
-def test_supervised_targets_all_come_once_and_rows_without_are_dropped(tmp_path, monkeypatch, tokenizer):
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
-    items = [*conversations(tokenizer), *conversations(tokenizer, supervised=False)]
-    shards = build_conversation_shards("sft", items, tokenizer)
-    expected = Counter(token for ids, mask in items for token, m in zip(ids, mask) if m)
-    for epoch_seed in (0, 1):
-        loader = RowLoader(shards, T, 1, 1, epoch_seed)
-        rows = [loader.step(step)[0][1] for step in range(loader.rows_in_epoch)]
-        assert all((targets != -1).any() for targets in rows)
-        assert Counter(token for targets in rows for token in targets[targets != -1].tolist()) == expected
-
-
-def test_conversations_are_kept_by_content(tmp_path, monkeypatch, tokenizer):
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+def test_conversations_are_kept_by_content(base_dir, tokenizer):
     items = list(conversations(tokenizer, 10))
-    one, same = (build_conversation_shards("sft", items, tokenizer)[0] for _ in range(2))
-    assert one.folder == same.folder
-    assert [path.name for path in one.folder.parent.iterdir()] == [one.folder.name]
+    one, same = (pack_conversations("sft", items, tokenizer, T) for _ in range(2))
+    assert one.folders == same.folders
+    assert [path.name for path in one.folders[0].parent.iterdir()] == [one.folders[0].name]
     ids, mask = items[3]
     items[3] = ids, [0] * len(mask)
-    assert build_conversation_shards("sft", items, tokenizer)[0].folder != one.folder
+    assert pack_conversations("sft", items, tokenizer, T).folders != one.folders
 
 
-def test_conversations_without_a_target_or_too_long(tmp_path, monkeypatch, tokenizer):
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
-    silent = build_conversation_shards("sft", conversations(tokenizer, supervised=False), tokenizer)
-    with pytest.raises(ValueError, match="no row with anything to learn"):
-        RowLoader(silent, T, 4, 4, 0).step(0)
-    long = build_conversation_shards("sft", [([1] * (T + 2), [0] + [1] * (T + 1))], tokenizer)
+def test_no_conversation_or_one_too_long(base_dir, tokenizer):
+    with pytest.raises(ValueError, match="anything to learn"):
+        pack_conversations("sft", [], tokenizer, T)
     with pytest.raises(ValueError, match="truncate"):
-        RowLoader(long, T, 4, 4, 0).step(0)
+        pack_conversations("sft", [([1] * (T + 2), [0] + [1] * (T + 1))], tokenizer, T)

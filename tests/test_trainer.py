@@ -18,7 +18,7 @@ from nanochat.compute import Compute, can_compile
 from nanochat.dataloader import RowLoader
 from nanochat.gpt import build_model
 from nanochat.run import TrainConfig
-from nanochat.token_shards import build_token_shards
+from nanochat.token_shards import TextRows
 from nanochat.tokenizer import load_tokenizer
 
 CPU = Compute(torch.device("cpu"), torch.float32)
@@ -59,8 +59,8 @@ def train_here(steps=6, tag="t", model=None, **flags):
         tag=tag,
         model=model or make_model(),
         tokenizer=tokenizer,
-        train_rows=build_token_shards("corpus", "train", tokenizer),
-        val_rows=build_token_shards("corpus", "val", tokenizer),
+        train_rows=TextRows("corpus", "train", tokenizer, 64),
+        val_rows=TextRows("corpus", "val", tokenizer, 64),
         compute=CPU,
         total_batch_size=512,
         num_iterations=steps,
@@ -315,7 +315,7 @@ def test_the_learning_rate_is_the_recipes(tiny_world, schedule):
 
 def test_the_gradient_norm_is_torchs(tiny_world):
     model = make_model()
-    batches = RowLoader(build_token_shards("corpus", "train", load_tokenizer()), 64, 8, 4, TrainConfig().seed).step(0)
+    batches = RowLoader(TextRows("corpus", "train", load_tokenizer(), 64), 8, 4, TrainConfig().seed).step(0)
     loss = model(torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches]))
     loss.backward()
     expected = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.25).item()
