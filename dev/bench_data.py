@@ -1,5 +1,5 @@
-"""The loader's promises, measured on rows made for it: speed on one core, the same rows on any number of ranks, resuming
-at any step in under a second; and how fast text is packed and tokenized. For example: python -m dev.bench_data
+"""The loader's promises, measured on rows made for it: speed on one core, the same rows on any number of ranks, and
+resuming at any step in under a second; and how fast text is packed and tokenized: python -m dev.bench_data
 """
 
 import dataclasses
