@@ -12,6 +12,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+STAGES = ("base", "mid", "sft", "rl")  # of training, in their order; each continues from the one before
+
 
 def get_base_dir() -> Path:
     """The folder that holds everything written: `$NANOCHAT_BASE_DIR`, else `~/.cache/nanochat`."""

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from nanochat.records import Records
-from nanochat.report import model_card, show_tool_calls, write_report
+from nanochat.report import Records, model_card, show_tool_calls, write_report
 
 ROOT = Path(__file__).resolve().parent.parent
 PROVENANCE = {
@@ -227,7 +226,6 @@ def test_runs_that_were_set_aside_do_not_count(base):
         ("runs/base/d4/run.json", "{}"),
         ("runs/base/d4/metrics.jsonl", '{"step": 1, "loss": 3.0}\n{"step": 2, "lo'),
         ("runs/stages.jsonl", '{"stage": "base_train"}\n'),
-        ("datasets/own/manifest.json", '{"name": "own", "source": "x", "licence": "y", "shards": [3]}'),
     ],
 )
 def test_a_damaged_record_is_one_line_that_names_its_file(base, file, content):

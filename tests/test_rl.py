@@ -21,7 +21,7 @@ from nanochat.conversation import render, render_for_completion
 from nanochat.engine import Engine, Request
 from nanochat.gpt import build_model
 from nanochat.optim import MuonAdamW
-from nanochat.records import Records
+from nanochat.report import Records
 from nanochat.rl import Group, RLConfig, Rollouts, judge, make_micro_batches, reinforce, sampled_row
 from nanochat.tokenizer import load_tokenizer
 from nanochat.trainer import update_weights

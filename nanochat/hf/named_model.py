@@ -10,14 +10,13 @@ import torch.distributed as dist
 
 from nanochat import checkpoint
 from nanochat.chat_format import ChatFormat
-from nanochat.common import get_base_dir
+from nanochat.common import STAGES, get_base_dir
 from nanochat.compute import free_memory, pick_dtype
 from nanochat.engine import Engine
 from nanochat.hf import load as hf_load
 from nanochat.hf import parallel as hf_parallel
 from nanochat.hf import store as model_store
 from nanochat.hf.chat import chat_format
-from nanochat.records import STAGES
 
 DEVICES = "lay an open-weights model over these, such as cuda:0,cuda:1; unset: over all GPUs if one is too small"
 
