@@ -17,7 +17,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from nanochat import sharding
 from nanochat.common import atomic_write_json, fsync_dir, get_base_dir, print0, read_json, sha256_file
 from nanochat.compute import Compute
 from nanochat.gpt import GPT, GPTConfig, build_model
@@ -57,7 +56,6 @@ def save(stage: str, tag: str, step: int, model: GPT, optimizer: Any, meta: dict
     final = _step_dir(stage, tag, step)
     temporary = final.with_name(f".writing_{final.name}")
     failure: Exception | None = None
-    state = sharding.whole_state(model, compute.rank)
 
     def attempt(write: Callable[[], None], ranks: bool) -> None:
         """Do one part of the work, then let all ranks agree whether it went well on each of them."""
@@ -76,7 +74,7 @@ def save(stage: str, tag: str, step: int, model: GPT, optimizer: Any, meta: dict
     def begin() -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        _write(state, temporary / "model.safetensors")
+        _write(model.state_dict(), temporary / "model.safetensors")
 
     def share() -> None:
         own = {name: value.contiguous() for name, value in optimizer.state_dict().items()}
@@ -178,8 +176,7 @@ def load_state(stage: str, tag: str, step: int, model: GPT) -> None:
             wrong = sorted(name for name in there.keys() | wanted.keys() if there.get(name) != wanted.get(name))
             raise ValueError(f"{path} does not fit the model: {', '.join(wrong[:3])} of {len(wrong)}")
         for name, value in state.items():
-            rows = file.get_slice(name)[sharding.local_rows(value)] if there[name] else file.get_tensor(name)
-            sharding.local(value).copy_(rows)
+            value.copy_(file.get_tensor(name))
 
 
 def load_optimizer(stage: str, tag: str, step: int, optimizer: MuonAdamW) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,9 +15,15 @@ from safetensors.torch import load_file
 from tiny_run import BASE, SKILLS, STEPS, losses, metrics, run, run_ranks
 
 from nanochat import checkpoint
+from nanochat.common import get_base_dir
 
 ROOT = Path(__file__).resolve().parent.parent
 FLAGS = [*BASE, *STEPS, "--num-iterations", "20", "--eval-every", "10"]
+
+
+@pytest.fixture(autouse=True)
+def fp32(monkeypatch):
+    monkeypatch.setenv("NANOCHAT_DTYPE", "float32")
 
 
 def train(ranks, tag, *flags):
@@ -35,60 +42,57 @@ def difference(one, other, stage="base"):
     return max(abs(x - y) for x, y in [*((a[step], b[step]) for step in a), *zip(*scores)])
 
 
-@pytest.fixture(autouse=True)
-def fp32(monkeypatch):
-    monkeypatch.setenv("NANOCHAT_DTYPE", "float32")
+@pytest.fixture(scope="module")
+def runs(module_world):
+    """{number of ranks: what each of them printed} of the runs r1, r2 and r4, with checkpoints at steps 10 and 20."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOCHAT_DTYPE", "float32")
+        return {ranks: train(ranks, f"r{ranks}") for ranks in (1, 2, 4)}
 
 
-# With bf16 the same micro-batches, here of one row, must make the gradients: those of others are rounded otherwise.
-@pytest.mark.parametrize(("dtype", "flags"), [("float32", []), ("bfloat16", ["--device-batch-size", "1"])])
-def test_one_two_and_four_ranks_reach_the_same_losses(tiny_world, monkeypatch, dtype, flags):
-    monkeypatch.setenv("NANOCHAT_DTYPE", dtype)
-    for ranks in (1, 2, 4):
-        results = train(ranks, f"r{ranks}", *flags)
-        assert not any(re.search("^(step|d2:)", result.out, re.M) for result in results[1:]), "one rank speaks"
-        assert all("Warning" not in result.err for result in results)
-        lines = Counter(re.findall(r"step +(\d+)/20", results[0].out))
-        assert lines and set(lines.values()) == {1}
-        shares = sorted(
-            path.name for path in (checkpoint.checkpoint_dir("base", f"r{ranks}") / "step_000020").glob("optim*")
-        )
-        assert shares == [f"optim.{rank:03d}.safetensors" for rank in range(ranks)]
-    for ranks in (2, 4):
-        found = difference("r1", f"r{ranks}")
-        print(f"{dtype}, {ranks} ranks: largest difference {found:.1e}")
-        assert found < 1e-4
+def shares(tag, step=20):
+    return sorted((checkpoint.checkpoint_dir("base", tag) / f"step_{step:06d}").glob("optim*"))
 
 
-def test_accumulation_is_another_division_of_the_same_rows(tiny_world):
-    train(1, "one", "--device-batch-size", "2")
-    train(2, "two", "--device-batch-size", "2")
-    train(4, "four", "--device-batch-size", "2")
-    assert max(difference("one", "two"), difference("one", "four")) < 1e-4
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_several_ranks_reach_the_losses_of_one(runs, ranks):
+    assert difference("r1", f"r{ranks}") < 1e-4
 
 
-def test_shares_of_two_ranks_make_one_whole(tiny_world):
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_one_rank_speaks_and_each_saves_its_share(runs, ranks):
+    first, *others = runs[ranks]
+    assert not any(re.search("^(step|d2:)", result.out, re.M) for result in others)
+    assert all("Warning" not in result.err for result in runs[ranks])
+    lines = Counter(re.findall(r"step +(\d+)/20", first.out))
+    assert lines and set(lines.values()) == {1}
+    assert [path.name for path in shares(f"r{ranks}")] == [f"optim.{rank:03d}.safetensors" for rank in range(ranks)]
+
+
+def test_shares_of_two_ranks_make_one_whole(runs):
     """Each rank holds half the state of what is sharded, and nothing is held twice that need not be."""
-    train(1, "one")
-    train(2, "two")
-    folder = checkpoint.checkpoint_dir("base", "two") / "step_000020"
-    halves = [load_file(folder / f"optim.{rank:03d}.safetensors") for rank in (0, 1)]
-    whole = load_file(checkpoint.checkpoint_dir("base", "one") / "step_000020" / "optim.000.safetensors")
+    halves = [load_file(path) for path in shares("r2")]
+    whole = load_file(shares("r1")[0])
     elements = sum(value.numel() for value in whole.values())
     assert halves[0].keys() == whole.keys() > halves[1].keys()
     for half in halves:
         assert sum(value.numel() for value in half.values()) < 0.6 * elements
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (2, 4), (1, 2), (4, 2)])
-def test_resumed_on_another_number_of_ranks(tiny_world, before, after):
-    train(before, "whole")
-    train(before, "moved")
-    folder = checkpoint.checkpoint_dir("base", "moved")
-    assert checkpoint.list_steps("base", "moved") == [10, 20]
-    train(after, "moved", "--resume", "10")
-    assert difference("whole", "moved") < 1e-4
-    assert len(list((folder / "step_000020").glob("optim*"))) == after, "no share of the former ranks is left"
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_accumulation_is_another_division_of_the_same_rows(runs, ranks):
+    train(ranks, f"accumulated{ranks}", "--device-batch-size", "2")
+    assert difference("r1", f"accumulated{ranks}") < 1e-4
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 4), (4, 2)])
+def test_resumed_on_another_number_of_ranks(runs, before, after):
+    tag = f"from{before}to{after}"
+    for folder in ("checkpoints", "runs"):
+        shutil.copytree(get_base_dir() / folder / "base" / f"r{before}", get_base_dir() / folder / "base" / tag)
+    train(after, tag, "--resume", "10")
+    assert difference(f"r{before}", tag) < 1e-4
+    assert len(shares(tag)) == after, "no share of the former ranks is left"
 
 
 def test_finetuning_on_two_ranks(trained_world):
@@ -99,10 +103,13 @@ def test_finetuning_on_two_ranks(trained_world):
     assert difference("one", "two", "mid") < 1e-4
 
 
+# --- under torchrun itself
+
+
 def torchrun(ranks, *argv):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *argv]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     return subprocess.Popen(
-        command,
+        [*command, "-m", "scripts.base_train", *argv],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
@@ -111,27 +118,22 @@ def torchrun(ranks, *argv):
     )
 
 
-def test_under_torchrun_itself(tiny_world):
-    train(1, "one")
-    process = torchrun(2, "-m", "scripts.base_train", *FLAGS, "--model-tag", "two")
-    out, err = process.communicate(timeout=240)
-    assert process.returncode == 0, err
-    assert difference("one", "two") < 1e-4
-    assert out.count("step 20: val_bpb") == 1
+def wait_for(job, condition, seconds=120):
+    """Wait until `condition()` holds while `job` runs."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert job.poll() is None and time.monotonic() < deadline, job.communicate()
+        time.sleep(0.02)
 
 
 def test_torchrun_told_to_stop_saves(tiny_world):
-    flags = [*BASE, *STEPS, "--num-iterations", "4000", "--eval-every", "0"]
-    process = torchrun(2, "-m", "scripts.base_train", *flags)
+    job = torchrun(2, *BASE, *STEPS, "--num-iterations", "4000", "--eval-every", "0")
     try:
-        deadline = time.monotonic() + 120
-        while len(metrics("base", "d2")) < 5:
-            assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-            time.sleep(0.05)
-        process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=60)
+        wait_for(job, lambda: len(metrics("base", "d2")) >= 5)
+        job.send_signal(signal.SIGTERM)
+        job.communicate(timeout=60)
     finally:
-        process.kill()
+        job.kill()
     step = checkpoint.newest_whole("base", "d2")
     assert step == max(losses("base", "d2")) < 4000
-    assert len(list((checkpoint.checkpoint_dir("base", "d2") / f"step_{step:06d}").glob("optim*"))) == 2
+    assert len(shares("d2", step)) == 2
