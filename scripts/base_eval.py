@@ -76,9 +76,9 @@ def find_bundle(name: str, compute: Compute) -> Path:
 def load(config: Config, compute: Compute) -> tuple[Any, Any, dict[str, Any], str | None]:
     """Model, tokenizer, what the record calls them, and the dataset for bits per byte."""
     if config.hf:
-        from nanochat.hf import load as hf_load
+        from nanochat import hf
 
-        model, tokenizer = hf_load.load(config.hf, compute.device, compute.dtype)
+        model, tokenizer = hf.load(config.hf, compute.device, compute.dtype)
         return model, tokenizer, {"stage": "hf", "tag": Path(config.hf).resolve().name, "step": None}, config.dataset
     model, tokenizer, meta = load_model(config.stage, compute.device, config.model_tag, config.step)
     identity = {"stage": config.stage, "tag": meta["tag"], "step": meta["step"]}

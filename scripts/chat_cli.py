@@ -1,28 +1,272 @@
-"""Chat in the terminal: `python -m scripts.chat_cli`, or `-p "..."` for one answer."""
+"""Chat in the terminal: `python -m scripts.chat_cli`, or `-p "..."` for one answer.
 
-from dataclasses import dataclass
+`main` loads a model by its name (nanochat/hf/store.py), then a `Chat` reads lines: commands that begin with a slash,
+and messages, each of which becomes a request to the engine, whose answer is shown as it grows. Answers go to stdout.
+Asides (reasoning, tool calls, speed) are dim on a terminal and go to stderr where stdout is a pipe or a file.
 
-from nanochat import cli, terminal
+Under `torchrun ... --tensor-parallel` every rank runs this same loop on the same lines, and rank 0 alone prints.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from nanochat import cli
+from nanochat.chat_format import ChatFormat
 from nanochat.cli import option
-from nanochat.hf import named_model
+from nanochat.common import atomic_write_json, get_base_dir, print0, read_json
+from nanochat.compute import Compute
+from nanochat.conversation import Message, plain_text, validate
+from nanochat.detokenizer import Event, Reasoning, ToolCall, content_of
+from nanochat.engine import Engine, Request
+from nanochat.hf import store
+from nanochat.hf.parallel import on_all_ranks
+
+HELP = (
+    "Type a message; Ctrl-C stops an answer. /reset forgets the conversation, /system TEXT instructs the model, "
+    "/temp NUMBER sets the temperature, /save FILE and /load FILE keep a conversation, /quit or Ctrl-D ends, "
+    "/help says this."
+)
+# Control characters, without tab and newline. A model that prints escape sequences could set the window's title, move
+# the cursor or write to the clipboard, so they are removed from what a terminal is shown.
+CONTROL_CHARACTERS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])
 
 
 @dataclass(frozen=True)
-class Config(terminal.Config):
-    """What to chat with, and how it answers."""
+class Config:
+    """The model to chat with, and how it answers."""
 
     prompt: str | None = option(None, "answer this and exit", flag="-p")
     model: str | None = option(None, "any model by its name or folder: see python -m scripts.models list")
-    stage: str = option("sft", "training stage of a model of your own", choices=named_model.STAGES)
+    stage: str = option("sft", "training stage of a model of your own", choices=store.STAGES)
     model_tag: str | None = option(None, "which model of that stage; unset: the newest")
     step: int | None = option(None, "which step; unset: the last")
+    system: str | None = option(None, "instructions for the model, put before the first message")
+    temperature: float = option(0.0, "0 is the likeliest answer, best for facts and sums; 0.6 to 1 is livelier")
+    top_k: int | None = option(None, "draw from the k likeliest tokens only")
+    top_p: float = option(1.0, "draw from the likeliest tokens that make up this share of the probability")
+    max_tokens: int | None = option(None, "longest answer in tokens; unset: as far as the context goes")
+    seed: int = option(42, "the same seed gives the same answer")
+    int8: bool = option(False, "weights of a model of this project in 8 bits, on CPU")
+    device_type: str | None = option(None, "cuda, mps or cpu; unset: the best there is")
+    devices: str | None = option(None, store.DEVICES)
+    tensor_parallel: bool = option(False, "cut a Llama-like model over the processes that torchrun has started")
+
+
+def system_message(config: Config) -> list[Message]:
+    """Return the instructions as the messages, one or none, that begin a conversation."""
+    return [{"role": "system", "content": config.system}] if config.system else []
+
+
+def build_request(config: Config, form: ChatFormat, messages: list[Message], context: int) -> Request:
+    """Return the request for the next answer of a conversation, for a model with a context of so many tokens."""
+    tokens = form.prompt(system_message(config) + messages, context, config.max_tokens)
+    return Request(
+        tokens,
+        config.max_tokens,
+        decoder=form.decoder(tokens),
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        seed=config.seed,
+    )
+
+
+class Chat:
+    """A conversation with an engine. `live`: a person watches, who gets colours and progress through a long prompt."""
+
+    def __init__(self, engine: Engine, form: ChatFormat, config: Config, compute: Compute, live: bool = False) -> None:
+        self.engine = engine
+        self.form = form
+        self.config = config
+        self.compute = compute
+        self.live = live
+        self.messages: list[Message] = []
+
+    def ask(self, text: str) -> None:
+        """Stream the answer to `text`. Ctrl-C ends the answer, and what was said of it stays in the conversation."""
+        messages = [*self.messages, {"role": "user", "content": text}]
+        request = build_request(self.config, self.form, messages, self.engine.context)
+        events: list[Event] = []
+        first_token_time = None
+        for new_events in self._steps(request):
+            if first_token_time is None and request.output:
+                first_token_time = time.monotonic()
+            for event in new_events:
+                if events and isinstance(events[-1], Reasoning) and not isinstance(event, Reasoning):
+                    self._write("\n", aside=True)
+                self._show(event)
+                events.append(event)
+        if request.finish_reason == "abort":
+            self._write(" [stopped]", aside=True)
+        self._write("\n")
+        speed = ""
+        n_tokens = len(request.output)
+        # The first token ends the prefill, so the tokens after it are what decoding took its time for.
+        if first_token_time is not None and n_tokens > 1 and (seconds := time.monotonic() - first_token_time):
+            speed = f", {(n_tokens - 1) / seconds:.1f} tokens/s"
+        self._write(f"[{n_tokens} tokens{speed}]\n", aside=True)
+        self.messages = [*messages, {"role": "assistant", "content": content_of(events)}]
+
+    def _steps(self, request: Request) -> Iterator[list[Event]]:
+        """Run the engine until the answer ends, and yield the events of each step.
+
+        Ctrl-C is noted by a handler and obeyed between two steps: a step torn in the middle would spoil the engine for
+        the next answer. All ranks of a tensor-parallel model agree on it, or they would wait for each other forever."""
+        signals: list[int] = []
+        handler = signal.signal(signal.SIGINT, lambda signum, frame: signals.append(signum))
+        self.engine.add(request)
+        progress_shown = False
+        try:
+            while request.finish_reason is None and not self.compute.any_rank(bool(signals)):
+                updates = self.engine.step()
+                if self.live and not request.output:
+                    progress_shown = True
+                    self._write(f"\rreading: {request.n_read:,} of {len(request.tokens):,} tokens", aside=True)
+                elif progress_shown:
+                    progress_shown = False
+                    self._write("\r\x1b[K")  # erases the line
+                yield [event for update in updates for event in update.events]
+            if request.finish_reason is None:
+                yield request.decoder.finish()
+        finally:
+            self.engine.abort(request)
+            signal.signal(signal.SIGINT, handler)
+
+    def _show(self, event: Event) -> None:
+        text = str(event)
+        if isinstance(event, ToolCall):
+            text = f"[{event.expression} = {event.result or 'not valid'}] "
+        if self.live:
+            text = text.translate(CONTROL_CHARACTERS)
+        self._write(text, aside=isinstance(event, (Reasoning, ToolCall)))
+
+    def _write(self, text: str, aside: bool = False) -> None:
+        if aside and self.live:
+            line = text.rstrip("\n")
+            newlines = text[len(line) :]
+            text = f"\x1b[2m{line}\x1b[0m{newlines}"  # dim
+        print0(text, end="", file=sys.stderr if aside and not self.live else sys.stdout)
+
+    def command(self, name: str, argument: str) -> None:
+        """Do what `/name argument` says. Raises ValueError or OSError if that cannot be done."""
+        match name:
+            case "reset" | "clear":
+                self.messages = []
+            case "system":
+                self.config = replace(self.config, system=argument or None)
+                told = f"The model is told: {argument}" if argument else "The model is told nothing beforehand."
+                self._write(f"{told}\n")
+            case "temp":
+                temperature = float(argument) if argument else self.config.temperature
+                Request([0], temperature=temperature)  # raises ValueError for a temperature that cannot be
+                self.config = replace(self.config, temperature=temperature)
+                self._write(f"temperature {temperature:g}\n")
+            case "save" if argument:
+                self._save(argument)
+            case "load" if argument:
+                self._load(argument)
+            case "save" | "load":
+                raise ValueError(f"/{name} needs a file")
+            case "help":
+                self._write(f"{HELP}\n")
+            case _:
+                raise ValueError(f"unknown command /{name}. {HELP}")
+
+    def _save(self, path: str) -> None:
+        if not self.messages:
+            raise ValueError("nothing has been said yet")
+        conversation = {"messages": system_message(self.config) + self.messages}
+        atomic_write_json(Path(os.path.expanduser(path)), conversation)
+        self._write(f"{len(self.messages)} messages saved to {path}\n")
+
+    def _load(self, path: str) -> None:
+        # os.path.expanduser leaves "~nobody" as it is, where Path.expanduser raises RuntimeError.
+        conversation = read_json(Path(os.path.expanduser(path)))
+        validate(conversation, allow_empty_reply=True)
+        messages = conversation["messages"]
+        system = None
+        if messages[0]["role"] == "system":
+            system = plain_text(messages[0])
+            messages = messages[1:]
+        if messages[-1]["role"] == "user":  # which was never answered; a new message must follow an answer
+            messages = messages[:-1]
+        self.config = replace(self.config, system=system)
+        self.messages = messages
+        self._write(f"{len(messages)} messages loaded from {path}\n")
+
+    def talk(self, read: Callable[[], str]) -> None:
+        """Answer lines until `read` raises EOFError or returns /quit. Ctrl-C while reading raises KeyboardInterrupt."""
+        while True:
+            try:
+                text = read().strip()
+            except EOFError:
+                return
+            name, _, argument = text.removeprefix("/").partition(" ")
+            if text.startswith("/") and name in ("quit", "exit"):
+                return
+            try:
+                if text.startswith("/"):
+                    self.command(name, argument.strip())
+                elif text:
+                    self.ask(text)
+            except (ValueError, OSError) as error:  # a wrong command does not end the session
+                self._write(f"{error}\n")
+
+
+@contextlib.contextmanager
+def line_editing() -> Iterator[None]:
+    """Give input() arrow keys and a history that is kept from session to session."""
+    import readline
+
+    path = get_base_dir() / "chat_history"
+    with contextlib.suppress(OSError):
+        readline.read_history_file(path)
+    try:
+        yield
+    finally:
+        readline.set_history_length(1000)
+        with contextlib.suppress(OSError):
+            readline.write_history_file(path)
 
 
 def main() -> None:
-    """Answer `--prompt`, or hold a session."""
+    """Load a model, then answer `--prompt`, or hold a session on stdin."""
     config = cli.parse(Config, description=__doc__)
+    # A shell may have started us with SIGINT ignored, as it does for jobs in the background.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    # A character that cannot be read or shown must not end the conversation.
+    for stream in (sys.stdin, sys.stdout):
+        stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    compute = Compute.create(config.device_type)
+    ranks = compute.world_size
+    if config.tensor_parallel != (ranks > 1) or (config.devices and ranks > 1):
+        raise ValueError("--tensor-parallel needs `torchrun --nproc-per-node N -m ...`, N above 1, and no --devices")
+    live = compute.rank == 0 and sys.stdout.isatty()
+
     name = config.model or "/".join(filter(None, (config.stage, config.model_tag)))
-    terminal.hold(name, config, config.step, config.prompt)
+    (model,) = store.find_all([name], compute.device, config.step, config.devices, ranks)
+    print0(model.placement, file=sys.stderr)
+    engine, form = model.load(compute.device, max_batch=1, int8=config.int8, ranks=ranks)
+    chat = Chat(engine, form, config, compute, live)
+
+    if config.prompt is not None:
+        chat.ask(config.prompt)
+    elif live and sys.stdin.isatty():
+        print(HELP)
+        try:
+            with line_editing():
+                chat.talk(on_all_ranks(lambda: input("> ")))
+        finally:
+            print()
+    else:
+        chat.talk(on_all_ranks(input))
+    compute.close()
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from typing import Any
 from nanochat import cli
 from nanochat.cli import option
 from nanochat.compute import Compute
-from nanochat.hf import named_model
+from nanochat.hf import store
 from nanochat.serve import replicas
 from nanochat.serve.app import create_app, drain, make_server, read_api_keys
 from nanochat.serve.service import Models, ServerConfig
@@ -29,7 +29,7 @@ class Config(ServerConfig):
     host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 lets other machines in: see --api-keys")
     port: int = option(8000, "port to listen on; 0 takes any free one")
     model: tuple[str, ...] | None = option(None, "a model by its name or folder; repeat the flag for more of them")
-    stage: str = option("sft", "without --model: training stage of a model of your own", choices=named_model.STAGES)
+    stage: str = option("sft", "without --model: training stage of a model of your own", choices=store.STAGES)
     model_tag: str | None = option(None, "which model of that stage; unset: the newest")
     step: int | None = option(None, "which step; unset: the last")
     replicas: int | None = option(None, "servers, each with a GPU or its share of the cores, behind this address")
@@ -37,16 +37,16 @@ class Config(ServerConfig):
     drain_seconds: float = option(30.0, "at SIGTERM, how long answers that were begun may take to end")
     access_log: bool = option(True, "a line of JSON on stderr for each request, without what was said")
     device_type: str | None = option(None, "cuda, mps or cpu; unset: the best there is")
-    devices: str | None = option(None, named_model.DEVICES)
+    devices: str | None = option(None, store.DEVICES)
 
 
 def here(config: Config, names: Sequence[str]) -> tuple[Any, Any, Callable[[], None]]:
     """(models, application, what loads them) of a server in this process."""
     device, number = Compute.create(config.device_type).device, os.environ.get(replicas.VARIABLE)
     who = f"replica {number}: " if number else ""
-    found = named_model.find_all(
-        names, device, config.step, lambda line: print(who + line, file=sys.stderr), config.devices
-    )
+    found = store.find_all(names, device, config.step, config.devices)
+    for each in found:
+        print(f"{who}{each.placement}", file=sys.stderr)
     models = Models(config, [each.name for each in found])
     if number:
         threading.Thread(target=replicas.end_with_front, args=(models,), daemon=True).start()
@@ -63,7 +63,7 @@ def in_replicas(config: Config, names: Sequence[str], n: int) -> tuple[Any, Any,
     if config.devices:
         raise ValueError("--replicas gives each server a device of its own: leave --devices out")
     read_api_keys(config.api_keys)  # a mistake is told once, not by each of them
-    n_models = len({named_model.find(name, config.step).name for name in names})
+    n_models = len({store.find(name, config.step).name for name in names})
     command = [sys.executable, "-m", "scripts.chat_web", *sys.argv[1:], "--host", "127.0.0.1", "--port", "0"]
     most_open = n * n_models * (config.max_batch + config.max_waiting)
     servers = replicas.Replicas(command, replicas.environments(n, config.device_type), most_open)

@@ -1,48 +1,52 @@
-"""Open-weights models: fetch them, look at them, talk to them, bring checkpoints in and out.
+"""Open-weights models: download them, look at them, chat with them, bring checkpoints in and out.
 
 python -m scripts.models download ORG/NAME      then list, info, verify, remove, and: play NAME
 """
 
 import argparse
 import json
+import os
+import sys
 from pathlib import Path
-from typing import Any
 
-from nanochat import cli, terminal
-from nanochat.hf import convert as interchange
-from nanochat.hf import named_model
-from nanochat.hf import store as model_store
-from nanochat.hf.store import info
+from nanochat import cli
+from nanochat.hf import convert, store
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """One subcommand a verb."""
+    """Return the parser, with one subcommand per verb."""
     parser = cli.Parser(prog="python -m scripts.models", description=__doc__.splitlines()[0], allow_abbrev=False)
     verbs = parser.add_subparsers(dest="verb", required=True)
 
-    def verb(name: str, help: str, first: str = "", metavar: str = "NAME", **options: Any) -> argparse.ArgumentParser:
-        command = verbs.add_parser(name, help=help, description=help, **options)
-        if first:
-            command.add_argument(first.strip("?"), nargs="?" if first.endswith("?") else None, metavar=metavar)
-        return command
+    def add_verb(name: str, help: str) -> argparse.ArgumentParser:
+        return verbs.add_parser(name, help=help, description=help, allow_abbrev=False)
 
-    download = verb("download", "fetch a model from the hub, or what is missing of it", "name", metavar="ORG/NAME")
-    download.add_argument("--revision", default="main", help="branch, tag or commit (default: main)")
+    name_help = "ORG/NAME, ORG/NAME@REVISION, or the address of the model's page"
+    download = add_verb("download", "fetch a model, or what is missing of it, into Hugging Face's cache")
+    download.add_argument("name", metavar="ORG/NAME", help=name_help)
+    download.add_argument("--revision", help="branch, tag or commit (default: main)")
     download.add_argument("--include", action="append", default=[], metavar="GLOB", help="only files like this; repeat")
     download.add_argument("--offline", action="store_true", help="fetch nothing: check that all is here")
     download.add_argument("--workers", type=int, default=8, help="files at the same time (default: 8)")
-    verb("list", "what is on this machine, own checkpoints too")
-    verb("info", "architecture, size, context", "name")
-    verb("verify", "compare every file with its hash", "name", metavar="ORG/NAME")
-    verb("remove", "delete a model", "name", metavar="ORG/NAME")
-    flags = {"parents": [cli.build_parser(terminal.Config)], "conflict_handler": "resolve"}
-    verb("play", "chat with a model; without a name, list what there is", "name?", **flags)
-    bring = verb("import", "a nanochat checkpoint, or a transformers NanoChat, into a stage", "dir", metavar="DIR")
-    bring.add_argument("--stage", choices=named_model.STAGES, required=True, help="stage of training")
+
+    add_verb("list", "what is on this machine, own checkpoints too")
+    add_verb("info", "architecture, size, context").add_argument("name", metavar="NAME", help=name_help)
+    add_verb("verify", "compare every file with its hash").add_argument("name", metavar="NAME", help=name_help)
+    add_verb("remove", "delete a model").add_argument("name", metavar="ORG/NAME")
+
+    play = add_verb("play", "chat with a model; without a name, list what there is")
+    play.add_argument("name", nargs="?", metavar="NAME", help="as `list` shows it, or a folder")
+    play.add_argument("flags", nargs=argparse.REMAINDER, help="those of python -m scripts.chat_cli, after the name")
+
+    bring = add_verb("import", "a nanochat checkpoint, or a transformers NanoChat, into a stage")
+    bring.add_argument("dir", metavar="DIR")
+    bring.add_argument("--stage", choices=store.STAGES, required=True, help="stage of training")
     bring.add_argument("--tag", required=True, help="name of the model there")
     bring.add_argument("--tokenizer", metavar="DIR", help="folder of tokenizer.pkl (default: beside the checkpoint)")
-    give = verb("export", "a checkpoint as a safetensors bundle that transformers loads", "dir", metavar="DIR")
-    give.add_argument("--stage", choices=named_model.STAGES, default="sft", help="default: sft")
+
+    give = add_verb("export", "a checkpoint as a safetensors bundle that transformers loads")
+    give.add_argument("dir", metavar="DIR")
+    give.add_argument("--stage", choices=store.STAGES, default="sft", help="default: sft")
     give.add_argument("--tag", help="which model of that stage (default: the newest)")
     give.add_argument("--step", type=int, help="which step (default: the last)")
     give.add_argument("--format", choices=("auto", "nanochat", "code", "gguf"), default="auto", help="default: auto")
@@ -50,38 +54,49 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def show_list() -> None:
-    """The names of what can be played, a line each."""
-    for name in model_store.list_models():
-        facts = info(model_store.find(name))
+    """Print the name of each model that can be played."""
+    models = store.list_models()
+    checkpoints = store.own_checkpoints()
+    for name, folder in models.items():
+        facts = store.info(folder)
         print(f"{name}  {facts['architecture']}, {facts['parameters'] / 1e6:.1f} M, {facts['bytes'] / 1e9:.2f} GB")
-    for name in named_model.own_checkpoints():
+    for name in checkpoints:
         print(f"{name}  own checkpoint")
-    if not model_store.list_models() and not named_model.own_checkpoints():
+    if not models and not checkpoints:
         print("nothing yet: python -m scripts.models download ORG/NAME")
+
+
+def play(name: str, flags: list[str]) -> None:
+    """Become `python -m scripts.chat_cli --model NAME`: the same terminal, signals and ranks of torchrun go on."""
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, "-m", "scripts.chat_cli", "--model", name, *flags])
 
 
 def main() -> None:
     """Do what the verb says."""
     args = build_parser().parse_args()
-    if args.verb == "download":
-        folder = model_store.download(args.name, args.revision, args.include, args.offline, workers=args.workers)
-        print(f"{args.name} is in {folder}")
-    elif args.verb == "list" or (args.verb == "play" and args.name is None):
-        show_list()
-    elif args.verb == "info":
-        print(json.dumps(info(model_store.find(args.name)), indent=1))
-    elif args.verb == "verify":
-        print(f"{args.name}: {model_store.verify(args.name)} files as they were on the hub")
-    elif args.verb == "remove":
-        print(f"{args.name} deleted, {model_store.remove(args.name) / 1e9:.2f} GB free again")
-    elif args.verb == "play":
-        given = {name: value for name, value in vars(args).items() if name not in ("verb", "name")}
-        terminal.hold(args.name, cli.fill(terminal.Config, given))
-    elif args.verb == "import":
-        where = interchange.import_checkpoint(Path(args.dir), args.stage, args.tag, args.tokenizer)
-        print(f"imported as {where}: python -m scripts.chat_cli --stage {args.stage} --model-tag {args.tag}")
-    else:
-        print(interchange.export_checkpoint(Path(args.dir), args.stage, args.tag, args.step, args.format))
+    match args.verb:
+        case "download":
+            folder = store.download(args.name, args.revision, args.include, args.offline, args.workers)
+            print(f"{args.name} is in {folder}")
+        case "list":
+            show_list()
+        case "info":
+            _, folder = store.find_folder(args.name)
+            print(json.dumps(store.info(folder), indent=1))
+        case "verify":
+            print(f"{args.name}: {store.verify(args.name)} files as they were on the hub")
+        case "remove":
+            print(f"{args.name} deleted, {store.remove(args.name) / 1e9:.2f} GB free again")
+        case "play" if args.name is None:
+            show_list()
+        case "play":
+            play(args.name, args.flags)
+        case "import":
+            where = convert.import_checkpoint(Path(args.dir), args.stage, args.tag, args.tokenizer)
+            print(f"imported as {where}: python -m scripts.chat_cli --stage {args.stage} --model-tag {args.tag}")
+        case "export":
+            print(convert.export_checkpoint(Path(args.dir), args.stage, args.tag, args.step, args.format))
 
 
 if __name__ == "__main__":

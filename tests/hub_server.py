@@ -140,9 +140,12 @@ class HubServer:
             return self._refuse(request, fault[1])
         if fault[0] == "body":
             return self._json(request, fault[1])
-        revision = rest.rpartition("/")[2] if "/" in rest else "main"
+        pieces = rest.split("/")  # "", "tree" or "revision", the revision, a folder
+        revision = pieces[2] if len(pieces) > 2 else "main"
         if revision not in ("main", self.commit):
             return self._refuse(request, 404, "RevisionNotFound")
+        if len(pieces) > 3:
+            return self._refuse(request, 404, "EntryNotFound")
         if rest.startswith("/tree/") and self.lists:
             return self._list(request, int(query.get("cursor", ["0"])[0]))
         if rest == "" or rest.startswith("/revision/"):

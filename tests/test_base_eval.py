@@ -71,7 +71,7 @@ def test_where_a_bundle_comes_from(name, tmp_path, monkeypatch):
 
 def test_open_weights_are_scored_by_the_same_code(module_trained, tmp_path):
     """GPT-2 as transformers saves it, read by hf_load and scored over its cache, against transformers' own forward."""
-    hf_load, transformers = pytest.importorskip("nanochat.hf.load"), pytest.importorskip("transformers")
+    hf, transformers = pytest.importorskip("nanochat.hf"), pytest.importorskip("transformers")
     tokenizers = pytest.importorskip("tokenizers")
     bundle, folder = write_bundle(tmp_path / "bundle", TASKS), tmp_path / "gpt2"
     theirs = random_gpt2(265, 48)
@@ -87,4 +87,4 @@ def test_open_weights_are_scored_by_the_same_code(module_trained, tmp_path):
     record = read_record(module_trained, "base_eval_hf_gpt2")
     assert (record["stage"], record["tag"], record["step"], record["samples"]) == ("hf", "gpt2", None, [])
     assert record["train_bpb"] is None and record["val_bpb"] is None
-    assert record["core"] == evaluate_core(Foreign(theirs, 48), hf_load.load(folder, "cpu")[1], bundle)
+    assert record["core"] == evaluate_core(Foreign(theirs, 48), hf.load(folder, "cpu")[1], bundle)

@@ -16,6 +16,7 @@ import types
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_chat import INJECTION, STORY, tiny_chat
 
 from nanochat import checkpoint
@@ -23,8 +24,8 @@ from nanochat.chat_format import ChatFormat
 from nanochat.compute import Compute
 from nanochat.detokenizer import Reasoning, ToolCall
 from nanochat.engine import Engine
-from nanochat.terminal import HELP, Chat, Config
 from scripts import chat_web
+from scripts.chat_cli import HELP, Chat, Config
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -157,13 +158,23 @@ def test_a_session_on_a_terminal(base_dir):
     assert terminal.exit_code() == 0
 
 
-def new_chat(**options):
-    """(chat, list of what it writes)."""
-    written, (model, tokenizer) = [], tiny_chat()
-    engine = Engine(model, tokenizer, max_batch=1)
-    return Chat(
-        engine, ChatFormat(tokenizer), Config(**options), lambda text, aside: aside or written.append(text)
-    ), written
+CPU = Compute(torch.device("cpu"), torch.float32)
+
+
+def new_chat(live=False, **options):
+    model, tokenizer = tiny_chat()
+    return Chat(Engine(model, tokenizer, max_batch=1), ChatFormat(tokenizer), Config(**options), CPU, live)
+
+
+class OneEvent(ChatFormat):
+    """Answers are the same events, which come when the answer ends."""
+
+    def __init__(self, tokenizer, events):
+        super().__init__(tokenizer)
+        self.events = events
+
+    def decoder(self, prompt=(), stop=()):
+        return types.SimpleNamespace(feed=lambda token: [], finish=lambda: self.events)
 
 
 def test_bytes_that_are_no_text_do_not_end_a_session(base_dir):
@@ -175,39 +186,42 @@ def test_bytes_that_are_no_text_do_not_end_a_session(base_dir):
     assert result.returncode == 0 and b"unknown command /what" in result.stdout
 
 
-def test_the_speed_is_that_of_tokens(monkeypatch):
+def test_the_speed_is_that_of_tokens(monkeypatch, capsys):
     """From the first token on, however late its text can be shown: here, at the end."""
-    chat, asides = new_chat(max_tokens=9)
-    chat.write = lambda text, aside: asides.append(text)
-    chat.form.decoder = lambda tokens: types.SimpleNamespace(feed=lambda token: [], finish=lambda: ["all of it"])
-    clock, step = itertools.count(1), chat.engine.step
-    monkeypatch.setattr("nanochat.terminal.time.monotonic", lambda: steps[0])
-    steps = [0]
+    chat = new_chat(max_tokens=9)
+    chat.form = OneEvent(chat.form.tokenizer, ["all of it"])
+    clock = itertools.count(1)
+    now = [0]
+    step = chat.engine.step
 
     def tick():
-        steps[0] = next(clock)
+        now[0] = next(clock)
         return step()
 
-    chat.engine.step = tick
+    monkeypatch.setattr("scripts.chat_cli.time.monotonic", lambda: now[0])
+    monkeypatch.setattr(chat.engine, "step", tick)
     chat.ask("Hello")
-    assert "".join(asides) == "all of it\n[9 tokens, 1.0 tokens/s]\n"
+    assert capsys.readouterr() == ("all of it\n", "[9 tokens, 1.0 tokens/s]\n")
 
 
 @pytest.mark.parametrize("live", [True, False])
-def test_an_answer_does_not_steer_the_terminal(live):
+def test_an_answer_does_not_steer_the_terminal(live, capsys):
     """Its escape sequences would set titles and colours, move the cursor or write to the clipboard."""
-    chat, written = new_chat(max_tokens=2)
     text = "a\x1b]52;c;aGk=\x07\tb\x9b31mc\r\nd\x7f 🎉"
-    events = [Reasoning(text), ToolCall(text, None), text]
-    chat.live, chat.write = live, lambda text, aside: written.append(text)
-    chat.form.decoder = lambda tokens: types.SimpleNamespace(feed=lambda token: [], finish=lambda: events)
+    chat = new_chat(live, max_tokens=2)
+    chat.form = OneEvent(chat.form.tokenizer, [Reasoning(text), ToolCall(text, None), text])
     chat.ask("Hello")
-    shown = "a]52;c;aGk=\tb31mc\nd 🎉" if live else text
-    assert "".join(written).startswith(f"{shown}\n[{shown} = not valid] {shown}\n[2 tokens")
+    out, err = capsys.readouterr()
+    if live:
+        shown = re.sub(r"\x1b\[[02]m|\x1b\[K|\rreading: [\d,]+ of [\d,]+ tokens|\r", "", out)
+        text = "a]52;c;aGk=\tb31mc\nd 🎉"
+        assert shown.startswith(f"{text}\n[{text} = not valid] {text}\n[2 tokens")
+    else:
+        assert out == f"{text}\n" and err.startswith(f"{text}\n[{text} = not valid] [2 tokens")
 
 
-def test_history_is_kept_cleared_and_dropped():
-    chat, written = new_chat(max_tokens=40)
+def test_history_is_kept_cleared_and_dropped(capsys):
+    chat = new_chat(max_tokens=40)
     for _ in range(40):  # far past the context of 768 tokens
         chat.ask("Hello")
     assert len(chat.messages) == 80
@@ -219,28 +233,32 @@ def test_history_is_kept_cleared_and_dropped():
     lines = iter(["/help", "/clear", "Hello", "/exit", "never read"])
     chat.talk(lambda: next(lines))
     assert len(chat.messages) == 2 and next(lines) == "never read"
-    assert "".join(written).endswith("37*48 is 1776.\n" + HELP + "\nHello! Grüße 🎉 from a tiny model.\n")
+    end = "37*48 is 1776.\n" + HELP + "\nHello! Grüße 🎉 from a tiny model.\n"
+    assert capsys.readouterr().out.endswith(end)
 
 
-def test_a_conversation_is_saved_and_loaded(tmp_path):
-    chat, written = new_chat(system="Be kind.")
+def test_a_conversation_is_saved_and_loaded(tmp_path, capsys):
+    chat = new_chat(system="Be kind.")
     file = tmp_path / "talk.json"
-    for text in ("What is 37*48?", f"/save {file}"):
-        chat.ask(text) if text[0] != "/" else chat.talk(iter([text, "/quit"]).__next__)
-    other, said = new_chat()
+    chat.ask("What is 37*48?")
+    chat.talk(iter([f"/save {file}", "/quit"]).__next__)
+    other = new_chat()
     other.talk(iter([f"/load {file}", "/quit"]).__next__)
     assert other.messages == chat.messages and other.config.system == "Be kind."
-    assert "2 messages" in written[-1] and "2 messages" in said[-1]
-    chat.ask("Hello"), other.ask("Hello")
+    assert capsys.readouterr().out.count("2 messages") == 2
+    chat.ask("Hello")
+    other.ask("Hello")
     assert chat.messages == other.messages
     parts = [{"type": "text", "text": "Be "}, {"type": "text", "text": "kind."}]
-    file.write_text(json.dumps({"messages": [{"role": "system", "content": parts}, *chat.messages]}))
+    question = {"role": "user", "content": "What was never answered"}
+    conversation = {"messages": [{"role": "system", "content": parts}, *chat.messages, question]}
+    file.write_text(json.dumps(conversation))
     other.talk(iter([f"/load {file}", "/quit"]).__next__)
     assert other.messages == chat.messages and other.config.system == "Be kind."
 
 
-def test_wrong_commands_are_answered_and_change_nothing(tmp_path):
-    chat, written = new_chat()
+def test_wrong_commands_are_answered_and_change_nothing(tmp_path, capsys):
+    chat = new_chat()
     (tmp_path / "bad.json").write_text("{")
     (tmp_path / "odd.json").write_text('{"messages": [{"role": "wizard", "content": "x"}]}')
     wrong = {
@@ -256,13 +274,12 @@ def test_wrong_commands_are_answered_and_change_nothing(tmp_path):
         "/": "unknown command",
     }
     for line, words in wrong.items():
-        written.clear()
         chat.talk(iter([line, "/quit"]).__next__)
-        assert words in "".join(written), line
+        assert words in capsys.readouterr().out, line
     assert (chat.messages, chat.config) == ([], Config())
     chat.ask("Hello")
     chat.talk(iter(["/load ~nobody-of-that-name/x", "/quit"]).__next__)
-    assert "No such file" in written[-1] and len(chat.messages) == 2
+    assert "No such file" in capsys.readouterr().out and len(chat.messages) == 2
     chat.talk(iter(["/system Be brief.", "/temp 1.5", "/system", "/quit"]).__next__)
     assert chat.config == Config(temperature=1.5)
 
@@ -288,7 +305,7 @@ def test_the_server_script_serves_and_ends_cleanly(base_dir, how):
 def test_the_server_ends_while_it_loads(base_dir):
     """However deep inside torch that is: a thread that is ended there took the process with it, by SIGABRT."""
     slow = "lambda *_: [torch.mm(a, a) for a in [torch.ones(700, 700)] for _ in range(10**6)]"
-    code = f"import torch; from nanochat import named_model as n; n.NamedModel.load = {slow}\n"
+    code = f"import torch; from nanochat.hf import store; store.NamedModel.load = {slow}\n"
     argv, environment = command(base_dir, "chat_web", "--port", "0")
     argv[1:3] = ["-c", f"{code}from scripts.chat_web import main; main()"]
     process = subprocess.Popen(argv, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)

@@ -19,8 +19,9 @@ import tokenizers
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
+from nanochat import hf
 from nanochat.hf import gpt2 as hf_gpt2
-from nanochat.hf import load as hf_load
+from nanochat.hf.load import read_config
 from nanochat.hf.tokenizer import HFTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,20 +51,20 @@ def edit(path, **changes):
 
 def refused(folder, *words):
     with pytest.raises(ValueError) as caught:
-        hf_load.load(folder, "cpu", torch.float32)
+        hf.load(folder, "cpu", torch.float32)
     for word in words:
         assert word in str(caught.value)
 
 
 def test_shards_and_one_file_are_the_same_model(saved):
-    one, many = (hf_load.load_model(folder, "cpu", torch.float32).state_dict() for folder in saved)
+    one, many = (hf.load_model(folder, "cpu", torch.float32).state_dict() for folder in saved)
     assert one.keys() == many.keys()
     assert all(torch.equal(one[name], many[name]) for name in one)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_dtype(saved, dtype):
-    model = hf_load.load_model(saved[0], "cpu", dtype)
+    model = hf.load_model(saved[0], "cpu", dtype)
     assert {p.dtype for p in model.parameters()} == {dtype}
     assert not any(p.requires_grad for p in model.parameters()) and not model.training
 
@@ -73,15 +74,15 @@ def test_weights_are_views_of_the_file_and_made_once(saved, tmp_path):
     tiny_hf.byte_level().save(str(tmp_path / "tokenizer.json"))
     tiny_hf.make("gpt2").config.save_pretrained(tmp_path)
     edit(tmp_path / "config.json", n_embd=1024, n_layer=4, n_head=8)
-    values = hf_load.read_config(tmp_path)
+    values = read_config(tmp_path)
     with torch.device("meta"):
         shapes = {n: v.shape for n, v in hf_gpt2.GPT2(hf_gpt2.GPT2Config.from_json(values)).state_dict().items()}
     save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, tmp_path / "model.safetensors")
     code = (
-        "import re, sys, torch; from nanochat import hf_load\n"
+        "import re, sys, torch; from nanochat import hf\n"
         "MB = lambda what: int(re.search(what + r':\\s+(\\d+)', open('/proc/self/status').read())[1]) >> 10\n"
-        "hf_load.load_model(sys.argv[3], 'cpu')  # torch's own memory for such work\n"
-        "before = MB('VmRSS'); model = hf_load.load_model(sys.argv[1], 'cpu', getattr(torch, sys.argv[2]))\n"
+        "hf.load_model(sys.argv[3], 'cpu')  # torch's own memory for such work\n"
+        "before = MB('VmRSS'); model = hf.load_model(sys.argv[1], 'cpu', getattr(torch, sys.argv[2]))\n"
         "print(MB('VmRSS') - before, MB('VmHWM') - before)"
     )
     size = sum(shape.numel() for shape in shapes.values()) * 4 >> 20
@@ -319,7 +320,7 @@ def test_memory_is_flat_over_many_loads(saved):
     """A hundred cycles of loading, one forward, and letting go."""
 
     def cycle():
-        model, tokenizer = hf_load.load(saved[1], "cpu", torch.float32)
+        model, tokenizer = hf.load(saved[1], "cpu", torch.float32)
         model(torch.tensor([tokenizer.encode("Once upon a time")]))
 
     def resident():

@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
+from nanochat import hf
 from nanochat.attention import cached_attention
 from nanochat.engine import Engine
 from nanochat.hf import gpt_oss as hf_gpt_oss
-from nanochat.hf import load as hf_load
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -87,7 +87,7 @@ def test_family(case, tmp_path):
     kind, settings = CASES[case]
     oracle = tiny_hf.make(kind, **settings)
     tiny_hf.save(oracle, tmp_path)
-    model, _ = hf_load.load(tmp_path, "cpu", torch.float32)
+    model, _ = hf.load(tmp_path, "cpu", torch.float32)
     assert model.config.sequence_len == 256 and model.config.vocab_size == tiny_hf.VOCAB
     assert model.device == torch.device("cpu")
     check(model, oracle, 1e-5 if kind == "gpt_oss" else 1e-4)
@@ -102,7 +102,7 @@ def test_old_spelling_of_rotary_settings(tmp_path):
     config |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": {"type": rope.pop("rope_type"), **rope}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     row = torch.tensor(prompts(60))
-    assert relative(hf_load.load_model(tmp_path, "cpu", torch.float32)(row), oracle(row).logits) < 1e-4
+    assert relative(hf.load_model(tmp_path, "cpu", torch.float32)(row), oracle(row).logits) < 1e-4
 
 
 def pack(oracle, folder, seed=3):
@@ -125,7 +125,7 @@ def pack(oracle, folder, seed=3):
 def test_gpt_oss_with_packed_experts(tmp_path):
     oracle = tiny_hf.make("gpt_oss")
     pack(oracle, tmp_path)
-    model = hf_load.load_model(tmp_path, "cpu", torch.float32)
+    model = hf.load_model(tmp_path, "cpu", torch.float32)
     packed = [name for name, value in model.state_dict().items() if value.dtype == torch.uint8]
     assert len(packed) == 4 * 3, "blocks and scales of two matrices in each layer stay as they are"
     check(model, oracle, 1e-5)
@@ -136,7 +136,7 @@ def test_bf16_stays_near_fp32(tmp_path):
     tiny_hf.save(tiny_hf.make("qwen3", head_dim=16).to(torch.bfloat16), tmp_path)
     oracle = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     row = torch.tensor(prompts(50))
-    low, full = (hf_load.load_model(tmp_path, "cpu", dtype)(row) for dtype in (torch.bfloat16, torch.float32))
+    low, full = (hf.load_model(tmp_path, "cpu", dtype)(row) for dtype in (torch.bfloat16, torch.float32))
     assert low.dtype == torch.float32
     assert relative(full, oracle(row).logits) < 1e-4, "the same bf16 weights, computed in fp32"
     assert relative(low, full) < 0.1
@@ -144,7 +144,7 @@ def test_bf16_stays_near_fp32(tmp_path):
 
 @torch.no_grad()
 def test_loss_is_that_of_the_logits(tmp_path):
-    model = hf_load.load_model(tiny_hf.save(tiny_hf.make("gpt2"), tmp_path), "cpu", torch.float32)
+    model = hf.load_model(tiny_hf.save(tiny_hf.make("gpt2"), tmp_path), "cpu", torch.float32)
     rows = torch.tensor(prompts(40, 40))
     targets = torch.cat((rows[:, 1:], torch.full((2, 1), -1)), 1)
     wanted = torch.nn.functional.cross_entropy(model(rows).transpose(1, 2), targets, ignore_index=-1)

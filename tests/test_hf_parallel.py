@@ -17,11 +17,12 @@ import tiny_hf
 import tiny_run
 from far_devices import KIND, FarDevices
 
+from nanochat import hf
 from nanochat.engine import Engine, Request
 from nanochat.hf import llama as hf_llama
-from nanochat.hf import load as hf_load
-from nanochat.hf import named_model
+from nanochat.hf import store
 from nanochat.hf.parallel import split_layers, tensor_parallel
+from nanochat.hf.tokenizer import HFTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -36,7 +37,7 @@ def folder(tmp_path_factory):
 
 
 def load(folder):
-    return hf_load.load_model(folder, CPU, torch.float32)
+    return hf.load_model(folder, CPU, torch.float32)
 
 
 def test_devices_are_filled_one_after_another_to_the_same_share():
@@ -78,18 +79,18 @@ PROMPTS = [IDX[0, :n].tolist() for n in (9, 30, 1, 17, 2, 33)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_placed_layers_say_the_same(kind, tmp_path, monkeypatch, capsys):
+def test_placed_layers_say_the_same(kind, tmp_path, monkeypatch):
     """Greedy tokens through the engine, prompts of mixed lengths, some of whose beginnings are known, in fewer slots
     than there are prompts; every tensor of a layer, its cache and its kept prefixes too, stays where the layer is."""
     monkeypatch.setenv("NANOCHAT_DTYPE", "float32")
     name, shape = KINDS[kind]
     folder = tiny_hf.save(tiny_hf.make(name, **shape), tmp_path / "model")
-    engine, _ = named_model.find(str(folder)).load(CPU, 3)
+    engine, _ = store.find(str(folder)).load(CPU, 3)
     wanted = engine.complete(PROMPTS, 10)
     with FarDevices():
-        monkeypatch.setattr(named_model, "free_memory", lambda device: 1 << 30)
-        (found,) = named_model.find_all([str(folder)], CPU, devices=f"{KIND}:0,{KIND}:1")
-        assert re.search(r"for lazy:0 \(\d layers\), lazy:1 \(\d layers\), 2.15 GB are free", capsys.readouterr().out)
+        monkeypatch.setattr(store, "free_memory", lambda device: 1 << 30)
+        (found,) = store.find_all([str(folder)], CPU, devices=f"{KIND}:0,{KIND}:1")
+        assert re.search(r"for lazy:0 \(\d layers\), lazy:1 \(\d layers\), 2.15 GB are free", found.placement)
         assert set(found.places) == set(TWO) and len(found.places) == 3
         engine, _ = found.load(CPU, 3)
         assert (
@@ -108,8 +109,8 @@ def test_what_layers_share_crosses_once(folder, monkeypatch):
     rows of the cache."""
     monkeypatch.setenv("NANOCHAT_DTYPE", "float32")
     with FarDevices() as devices:
-        model = hf_load.load_model(folder, [TWO[0], TWO[1], TWO[1]])
-        engine = Engine(model, hf_load.HFTokenizer.from_directory(folder), 1)
+        model = hf.load_model(folder, [TWO[0], TWO[1], TWO[1]])
+        engine = Engine(model, HFTokenizer.from_directory(folder), 1)
         engine.add(Request(PROMPTS[0], 5))
         engine.step()
         devices.crossings.clear()
@@ -122,7 +123,7 @@ def test_what_layers_share_crosses_once(folder, monkeypatch):
 def test_a_missing_transfer_is_found(folder, monkeypatch):
     """The devices of this test would not let one pass."""
     with FarDevices():
-        model = hf_load.load_model(folder, [*TWO, TWO[1]], torch.float32)
+        model = hf.load_model(folder, [*TWO, TWO[1]], torch.float32)
         assert model(IDX.to(TWO[0])).device == TWO[1]
         monkeypatch.setattr(hf_llama, "bring", lambda norm, *tensors: tensors)
         with pytest.raises(RuntimeError, match="mixes tensors of lazy:0, lazy:1"):
@@ -137,7 +138,7 @@ def on_a_rank(rank, folder, store):
     assert cut.model.layers[0].self_attn.q_proj.weight.to_local().shape == (32, 64)
     error = (cut(IDX) - whole(IDX)).abs().max() / whole(IDX).abs().max()
     assert error < 1e-4, error
-    tokenizer, prompts = hf_load.HFTokenizer.from_directory(folder), [IDX[0, :9].tolist(), IDX[0, :17].tolist()]
+    tokenizer, prompts = HFTokenizer.from_directory(folder), [IDX[0, :9].tolist(), IDX[0, :17].tolist()]
     said = [Engine(model, tokenizer, 2).complete(prompts, 20) for model in (whole, cut)]
     assert said[0] == said[1] and len(said[0][0]) == 20
     sys.stdout.write(f"rank {rank}: {error:.1e}\n")

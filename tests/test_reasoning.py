@@ -4,14 +4,16 @@ import http.client
 import json
 
 import pytest
+import torch
 
 pytest.importorskip("transformers", reason="the oracle, transformers, is not installed")
 import tiny_hf
 from tiny_chat import running_server, text_of
 
+from nanochat.compute import Compute
 from nanochat.serve.app import create_app
 from nanochat.serve.service import Models, ServerConfig
-from nanochat.terminal import Chat, Config
+from scripts.chat_cli import Chat, Config, build_request
 
 HELLO = [{"role": "user", "content": "Hello"}]
 
@@ -131,12 +133,13 @@ def test_one_dead_engine_leaves_the_others(tmp_path):
         assert chat(port)["choices"][0]["message"]["content"] == tiny_hf.ANSWER
 
 
-def test_in_the_terminal_reasoning_is_an_aside(oss):
-    shown = []
-    talk = Chat(*oss, Config(), lambda *each: shown.append(each))
+def test_in_the_terminal_reasoning_is_an_aside(oss, capsys):
+    engine, form = oss
+    talk = Chat(engine, form, Config(), Compute(torch.device("cpu"), torch.float32))
     talk.ask("What is 2 and 2?")
-    assert "".join(text for text, aside in shown if not aside) == f"{tiny_hf.ANSWER}\n"
-    assert "".join(text for text, aside in shown if aside).startswith(f"{tiny_hf.REASONING}\n[")
+    out, err = capsys.readouterr()
+    assert out == f"{tiny_hf.ANSWER}\n"
+    assert err.startswith(f"{tiny_hf.REASONING}\n[")
     assert talk.messages[-1]["content"] == [{"type": "text", "text": tiny_hf.ANSWER}]
 
 
@@ -144,6 +147,6 @@ def test_settings_reach_the_sampler(oss):
     """Each is in the request that the terminal's chat makes of them."""
     engine, form = oss
     config = Config(temperature=0.7, top_k=5, top_p=0.4, max_tokens=9, seed=3, system="Be brief.")
-    request = config.request(form, HELLO, engine.context)
+    request = build_request(config, form, HELLO, engine.context)
     given = (request.temperature, request.top_k, request.top_p, request.max_tokens, request.seed)
     assert given == (0.7, 5, 0.4, 9, 3) and "Be brief." in engine.tokenizer.decode(request.tokens)

@@ -9,9 +9,9 @@ import tokenizers
 import torch
 import transformers
 
+from nanochat import hf
 from nanochat.chat_format import ChatFormat
 from nanochat.engine import Engine
-from nanochat.hf import load as hf_load
 from nanochat.hf.chat import chat_format
 from nanochat.hf.tokenizer import HFTokenizer
 
@@ -123,6 +123,6 @@ def scripted_gpt_oss(folder: Path, answer: str = HARMONY_ANSWER) -> tuple[Engine
     folder.mkdir(exist_ok=True)
     make("gpt_oss", vocab_size=328, max_position_embeddings=1024).save_pretrained(folder)
     tokenizer = harmony_tokenizer(folder)
-    model = hf_load.load_model(folder, "cpu", torch.float32)
+    model = hf.load_model(folder, "cpu", torch.float32)
     script = tokenizer.encode_marked(answer)
     return Engine(Scripted(model, script), tokenizer, 1), chat_format(folder, tokenizer)

@@ -19,8 +19,8 @@ from nanochat import checkpoint
 from nanochat.common import atomic_write, atomic_write_json, get_base_dir, read_json, sha256_file
 from nanochat.compute import Compute
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.hf import load as hf_load
 from nanochat.hf.layers import Settings
+from nanochat.hf.load import stored_tensors
 from nanochat.hf.tokenizer_convert import find_tokenizer, to_tokenizer_json
 from nanochat.tokenizer import FILE_NAME, kept_name
 
@@ -128,7 +128,7 @@ def _read_original(folder: Path) -> tuple[GPT, dict[str, Any]]:
 def _read_folder(folder: Path) -> tuple[GPT, dict[str, Any]]:
     """A transformers NanoChat folder, or a bundle of our own."""
     values, state = read_json(folder / "config.json"), dict[str, torch.Tensor]()
-    for path in sorted({tensor.path for tensor in hf_load.stored_tensors(folder).values()}):
+    for path in sorted({tensor.path for tensor in stored_tensors(folder).values()}):
         state |= load_file(path)
     kind = values.get("model_type") if isinstance(values, dict) else None
     if kind == BUNDLE:

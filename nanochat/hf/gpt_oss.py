@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from nanochat.hf import mxfp4
+import nanochat.hf.mxfp4 as mxfp4
 from nanochat.hf.layers import Settings
 from nanochat.hf.llama import Llama, LlamaConfig, shape
 
