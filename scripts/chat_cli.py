@@ -19,7 +19,7 @@ from pathlib import Path
 from nanochat import cli
 from nanochat.chat_format import ChatFormat
 from nanochat.cli import option
-from nanochat.common import atomic_write_json, get_base_dir, print0, read_json
+from nanochat.common import STAGES, atomic_write_json, get_base_dir, print0, read_json
 from nanochat.compute import Compute
 from nanochat.conversation import Message, plain_text, validate
 from nanochat.detokenizer import Event, Reasoning, ToolCall, content_of
@@ -43,7 +43,7 @@ class Config:
 
     prompt: str | None = option(None, "answer this and exit", flag="-p")
     model: str | None = option(None, "any model by its name or folder: see python -m scripts.models list")
-    stage: str = option("sft", "training stage of a model of your own", choices=store.STAGES)
+    stage: str = option("sft", "training stage of a model of your own", choices=STAGES)
     model_tag: str | None = option(None, "which model of that stage; unset: the newest")
     step: int | None = option(None, "which step; unset: the last")
     system: str | None = option(None, "instructions for the model, put before the first message")

@@ -15,6 +15,7 @@ from typing import Any
 
 from nanochat import cli
 from nanochat.cli import option
+from nanochat.common import STAGES
 from nanochat.compute import Compute
 from nanochat.hf import store
 from nanochat.serve import replicas
@@ -29,7 +30,7 @@ class Config(ServerConfig):
     host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 lets other machines in: see --api-keys")
     port: int = option(8000, "port to listen on; 0 takes any free one")
     model: tuple[str, ...] | None = option(None, "a model by its name or folder; repeat the flag for more of them")
-    stage: str = option("sft", "without --model: training stage of a model of your own", choices=store.STAGES)
+    stage: str = option("sft", "without --model: training stage of a model of your own", choices=STAGES)
     model_tag: str | None = option(None, "which model of that stage; unset: the newest")
     step: int | None = option(None, "which step; unset: the last")
     replicas: int | None = option(None, "servers, each with a GPU or its share of the cores, behind this address")

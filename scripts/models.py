@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from nanochat import cli
+from nanochat.common import STAGES
 from nanochat.hf import convert, store
 
 
@@ -40,13 +41,13 @@ def build_parser() -> argparse.ArgumentParser:
 
     bring = add_verb("import", "a nanochat checkpoint, or a transformers NanoChat, into a stage")
     bring.add_argument("dir", metavar="DIR")
-    bring.add_argument("--stage", choices=store.STAGES, required=True, help="stage of training")
+    bring.add_argument("--stage", choices=STAGES, required=True, help="stage of training")
     bring.add_argument("--tag", required=True, help="name of the model there")
     bring.add_argument("--tokenizer", metavar="DIR", help="folder of tokenizer.pkl (default: beside the checkpoint)")
 
     give = add_verb("export", "a checkpoint as a safetensors bundle that transformers loads")
     give.add_argument("dir", metavar="DIR")
-    give.add_argument("--stage", choices=store.STAGES, default="sft", help="default: sft")
+    give.add_argument("--stage", choices=STAGES, default="sft", help="default: sft")
     give.add_argument("--tag", help="which model of that stage (default: the newest)")
     give.add_argument("--step", type=int, help="which step (default: the last)")
     give.add_argument("--format", choices=("auto", "nanochat", "code", "gguf"), default="auto", help="default: auto")

@@ -25,15 +25,13 @@ import torch.distributed as dist
 
 from nanochat import checkpoint
 from nanochat.chat_format import ChatFormat
-from nanochat.common import get_base_dir, read_json, sha256_file
-from nanochat.compute import pick_dtype
+from nanochat.common import STAGES, get_base_dir, read_json, sha256_file
+from nanochat.compute import free_memory, pick_dtype
 from nanochat.engine import Engine
 from nanochat.hf.chat import chat_format
 from nanochat.hf.load import FAMILIES, load, read_config, skeleton, stored_tensors
 from nanochat.hf.parallel import layer_bytes, split_layers, tensor_parallel
 from nanochat.hub import hub_errors
-from nanochat.preflight import free_memory
-from nanochat.records import STAGES
 
 DEVICES = "lay an open-weights model over these, such as cuda:0,cuda:1; unset: over all GPUs if one is too small"
 NEEDED = ("config.json", "tokenizer.json")
