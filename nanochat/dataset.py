@@ -1,10 +1,16 @@
-"""Where text comes from: shards of a hub, the built-in world, or a folder of your own files.
+"""Where text comes from: the built-in world, a dataset of the Hugging Face hub, or a folder of your own files.
 
     python -m nanochat.dataset --name builtin|climbmix|fineweb-edu|PATH -n SHARDS
 
-Each dataset is a folder of Parquet shards (column `text`, one document a row) under the base directory, and a
-`manifest.json` that names source, licence, and every shard's size and hash. The validation shard is chosen once and
-fixed there by its hash: one that is missing or changed is an error, never replaced by another.
+Every source becomes the same thing: a folder datasets/NAME of Parquet shards (a column `text`, one document a row) and
+a manifest.json. The manifest names the source, its licence, and each shard with its size, hash and split. All later
+stages read shards through it:
+
+* The validation shard is chosen once and fixed in the manifest by its hash. If it is missing or has changed, that is an
+  error: losses on another validation set could not be compared.
+* A manifest lists all shards of a download from its start, with `complete` false until the last has arrived. So
+  training may begin with the first shards (token_shards.py waits for the others), in the order that it would have had
+  anyway.
 """
 
 import hashlib
@@ -17,18 +23,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanochat import cli, hub
+from nanochat import cli
 from nanochat.common import atomic_write_json, get_base_dir, read_json, sha256_file
-from nanochat.documents import ShardWriter, describe, iterate_documents, parquet_errors
+from nanochat.documents import ShardWriter, iterate_documents, parquet_errors
+from nanochat.hub import fetch_dataset_files, hub_address, list_dataset
 
-SHARD_BYTES = 64 << 20  # of text, where documents of a folder are gathered into shards
+SHARD_BYTES = 64 << 20  # text of a shard that is made from a folder
 BUILTIN_SHARD_BYTES = 1_500_000
+DEFAULT_SHARDS = 8
+VALIDATION_SHARE = 20  # one document in this many validates, where a source has no validation part of its own
+
 Manifest = dict[str, Any]  # see read_manifest
 
 
 @dataclass(frozen=True)
 class Remote:
-    """A dataset on the hub: `shards` files shard_00000.parquet and on, the last of them for validation."""
+    """A dataset on the hub: `shards` files shard_00000.parquet and on, already shuffled. The last one validates."""
 
     repo: str
     shards: int
@@ -46,8 +56,8 @@ class Config:
     """Flags of `python -m nanochat.dataset`."""
 
     name: str = cli.option("builtin", "builtin, climbmix, fineweb-edu, or a folder of .parquet, .jsonl or .txt")
-    shards: int | None = cli.option(None, "training shards: 8 unless said, of a folder all", flag="-n")
-    mirror: str | None = cli.option(None, "base URL of another hub (or set NANOCHAT_HUB)")
+    shards: int | None = cli.option(None, "training shards (default: 8; of a folder all)", flag="-n")
+    mirror: str | None = cli.option(None, "base URL of another hub (or set HF_ENDPOINT)")
     workers: int = cli.option(8, "parallel downloads")
     seed: int = cli.option(0, "seed of the built-in text")
 
@@ -55,8 +65,11 @@ class Config:
         cli.require_positive(self, "shards", "workers")
 
 
+# --- a prepared dataset
+
+
 def dataset_name(name: str) -> str:
-    """The name that a dataset is kept under: itself, or for a path the folder's name made safe."""
+    """Return the name that a dataset is kept under: itself, or for a path the folder's name, made safe."""
     if name == "builtin" or name in REMOTES:
         return name
     safe = re.sub(r"[^\w.-]+", "-", Path(name).resolve().name).strip("-.") or "folder"
@@ -64,13 +77,16 @@ def dataset_name(name: str) -> str:
 
 
 def dataset_dir(name: str) -> Path:
-    """The folder of a dataset, given its name or the path it was made from."""
+    """Return the folder of a dataset, given its name or the path it was made from."""
     return get_base_dir() / "datasets" / dataset_name(name)
 
 
 def read_manifest(name: str) -> Manifest:
-    """A prepared dataset's manifest: name, source, licence, shards [{file, sha256, bytes, documents, split}], and
-    whether they are `complete` (False while a download goes on). Raises ValueError when there is none."""
+    """Return a prepared dataset's manifest. Raises ValueError if there is none, or if it is of another folder.
+
+    Keys: name, source, licence, shards [{file, sha256, bytes, documents, split}], complete (false while a download goes
+    on), shuffled (true if the source has shuffled its documents), counts of documents skipped or cleaned.
+    """
     path = dataset_dir(name) / "manifest.json"
     if not path.exists():
         raise ValueError(f"dataset '{name}' is not prepared: run python -m nanochat.dataset --name {name}")
@@ -81,12 +97,13 @@ def read_manifest(name: str) -> Manifest:
 
 
 def shard_records(name: str, split: str) -> list[tuple[Path, dict[str, Any]]]:
-    """Path and manifest entry of each shard of `split` ("train" or "val").
+    """Return path and manifest entry of each shard of `split` ("train" or "val"), in order.
 
-    A training shard may still be arriving while the manifest is not `complete`; any other shard that is missing, and
-    a validation shard whose bytes have changed, raise ValueError.
+    A training shard may still be on its way while the manifest is not `complete`. Raises ValueError if any other shard
+    is missing, or if the validation shard's bytes have changed.
     """
-    manifest, folder = read_manifest(name), dataset_dir(name)
+    manifest = read_manifest(name)
+    folder = dataset_dir(name)
     records = [(folder / entry["file"], entry) for entry in manifest["shards"] if entry["split"] == split]
     for path, entry in records:
         if not path.exists() and (split == "val" or manifest["complete"]):
@@ -97,25 +114,24 @@ def shard_records(name: str, split: str) -> list[tuple[Path, dict[str, Any]]]:
 
 
 def list_shards(name: str, split: str) -> list[Path]:
-    """Paths of the shards of `split` ("train" or "val"), in order; see `shard_records` for what may be missing."""
+    """Return the paths of the shards of `split`; see `shard_records` for what may be missing."""
     return [path for path, _ in shard_records(name, split)]
 
 
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+# --- preparing one
 
 
 def prepare(name: str, n: int | None = None, *, mirror: str | None = None, workers: int = 8, seed: int = 0) -> Manifest:
     """Make dataset `name` ready, with at least `n` training shards, and return its manifest.
 
-    What is already there is kept: preparing again continues, grows, or does nothing. Raises ValueError for an unknown
-    name, an empty or changed folder, and files that cannot be read.
+    What is already there is kept: preparing again continues, grows, or does nothing. Raises ValueError if the name is
+    unknown, a folder is empty or has changed, or a file cannot be read.
     """
     folder = dataset_dir(name)
     if name == "builtin":
-        manifest = _prepare_builtin(folder, n or 8, seed)
+        manifest = _prepare_builtin(folder, n or DEFAULT_SHARDS, seed)
     elif name in REMOTES:
-        manifest = _prepare_remote(name, folder, n or 8, mirror, workers)
+        manifest = _prepare_remote(name, folder, n or DEFAULT_SHARDS, mirror, workers)
     elif Path(name).is_dir():
         manifest = _prepare_folder(Path(name).resolve(), folder, n)
     else:
@@ -128,92 +144,110 @@ def prepare(name: str, n: int | None = None, *, mirror: str | None = None, worke
     return manifest
 
 
-def _save(folder: Path, **manifest: Any) -> Manifest:
-    manifest["counts"] = {key: manifest.get("counts", {}).get(key, 0) for key in ("empty", "cleaned")}
-    atomic_write_json(folder / "manifest.json", {"name": folder.name, **manifest})
+def _save(folder: Path, counts: Counter[str], **manifest: Any) -> Manifest:
+    told = {"empty": counts["empty"], "cleaned": counts["cleaned"]}
+    atomic_write_json(folder / "manifest.json", {"name": folder.name, "counts": told, **manifest})
     return read_json(folder / "manifest.json")
 
 
-def _existing(folder: Path) -> Manifest | None:
-    """The manifest in `folder`, if there is one and its shards all exist with their sizes."""
-    if not (folder / "manifest.json").exists():
-        return None
-    manifest = read_json(folder / "manifest.json")
+def _is_whole(folder: Path, manifest: Manifest) -> bool:
+    """Return whether all shards of a manifest are there, with their sizes."""
     paths = [(folder / entry["file"], entry["bytes"]) for entry in manifest["shards"]]
-    return manifest if all(path.exists() and path.stat().st_size == size for path, size in paths) else None
+    return all(path.exists() and path.stat().st_size == size for path, size in paths)
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
 def _prepare_builtin(folder: Path, n: int, seed: int) -> Manifest:
+    """Write English prose of the Python installation, mixed with documents of the built-in world."""
     from nanochat import world
 
-    sources = sorted(Path(world.__file__).parent.glob("world*"))
-    code = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
-    recipe = {"seed": seed, "n": n, "world": code, "python": platform.python_version()}
-    old = _existing(folder)
-    if old and old["recipe"] == recipe:
-        return old
+    # The text depends on all of these; if one differs, the dataset is made anew.
+    world_files = sorted(Path(world.__file__).parent.glob("world*"))
+    world_hash = hashlib.sha256(b"".join(path.read_bytes() for path in world_files)).hexdigest()
+    recipe = {"seed": seed, "n": n, "world": world_hash, "python": platform.python_version()}
+    if (folder / "manifest.json").exists():
+        old = read_json(folder / "manifest.json")
+        if old["recipe"] == recipe and _is_whole(folder, old):
+            return old
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "manifest.json").unlink(missing_ok=True)
-    train, val = ShardWriter(folder, "train", None), ShardWriter(folder, "val", None)
+    train = ShardWriter(folder, "train")
+    val = ShardWriter(folder, "val")
     prose = world.prose_documents()
     for index in range(n):
         share = prose[index::n]
-        world_bytes = max(BUILTIN_SHARD_BYTES // 2, BUILTIN_SHARD_BYTES - sum(len(text.encode()) for text in share))
+        prose_bytes = sum(len(text.encode()) for text in share)
+        world_bytes = max(BUILTIN_SHARD_BYTES // 2, BUILTIN_SHARD_BYTES - prose_bytes)
         for text in itertools.chain(share, world.documents(_hash(f"{seed} {index}"), world_bytes)):
-            (train if _hash(text) % 20 else val).add(text)  # the same text is never on both sides
-        train.cut()
-    val.cut()
-    source = "the standard library's documentation and the built-in world"
-    facts = {"source": source, "licence": "PSF-2.0 (standard library documentation), MIT (world text)"}
-    return _save(folder, **facts, complete=True, recipe=recipe, shards=train.entries + val.entries)
+            # By hash, so that a text that occurs twice is never on both sides.
+            (train if _hash(text) % VALIDATION_SHARE else val).add(text)
+        train.end_shard()
+    val.end_shard()
+    return _save(
+        folder,
+        Counter(),
+        source="the standard library's documentation and the built-in world",
+        licence="PSF-2.0 (standard library documentation), MIT (world text)",
+        recipe=recipe,
+        complete=True,
+        shards=train.entries + val.entries,
+    )
 
 
 def _prepare_remote(name: str, folder: Path, n: int, mirror: str | None, workers: int) -> Manifest:
-    from pyarrow import parquet
-
+    """Download `n` training shards and the validation shard, which comes first."""
     remote = REMOTES[name]
     if n >= remote.shards:
         raise ValueError(f"-n {n}: {name} has {remote.shards - 1} training shards")
     print(f"{name}: {remote.repo}, licence {remote.licence}")
-    try:
-        listing = {file.path: file for file in hub.list_dataset_files(remote.repo, mirror)}
-    except ValueError as error:
-        print(f"no listing, so no sizes and hashes to check against: {error}")
-        listing = {}
-    known = {}
+    known: dict[str, dict[str, Any]] = {}
     if (folder / "manifest.json").exists():
         known = {entry["file"]: entry for entry in read_json(folder / "manifest.json")["shards"]}
     n = max(n, len(known) - 1)  # a dataset only grows: a run may be reading it
     names = [f"shard_{number:05d}.parquet" for number in (*range(n), remote.shards - 1)]
-    source = f"{hub.base_url(mirror)}/datasets/{remote.repo}"
-    files = [listing.get(name) or hub.RemoteFile(name, f"{source}/resolve/main/{name}") for name in names]
-    for file in files:
-        before = known.get(file.path, {}).get("sha256")
-        if before and file.sha256 and before != file.sha256:
-            raise ValueError(f"the hub's {file.path} of {name} has changed: delete {folder} to take the new data")
+    commit, listed = list_dataset(remote.repo, mirror)
+    entries = []
+    for file_name in names:
+        if file_name not in listed:
+            raise ValueError(f"{remote.repo} has no {file_name}: check the mirror, or ask for fewer shards")
+        sha256 = listed[file_name].sha256
+        if file_name in known and known[file_name]["sha256"] not in (None, sha256):
+            raise ValueError(f"the hub's {file_name} of {name} has changed: delete {folder} to take the new data")
+        entries.append({
+            "file": file_name,
+            "sha256": sha256,
+            "bytes": listed[file_name].bytes,
+            "documents": None,  # until it has arrived
+            "split": "val" if file_name == names[-1] else "train",
+        })  # fmt: skip
+    facts = {
+        "source": f"{hub_address(mirror)}/datasets/{remote.repo}",
+        "licence": remote.licence,
+        "shuffled": True,
+    }
+    files = [listed[file_name] for file_name in names]
+    fetch_dataset_files(remote.repo, commit, files[-1:], folder, mirror, workers)
+    entries[-1] = _with_documents(folder, entries[-1])
+    _save(folder, Counter(), **facts, complete=False, shards=entries)  # from here on, training may start
+    fetch_dataset_files(remote.repo, commit, files[:-1], folder, mirror, workers)
+    entries = [_with_documents(folder, entry) for entry in entries]
+    return _save(folder, Counter(), **facts, complete=True, shards=entries)
 
-    def entries(arrived: list[hub.RemoteFile]) -> list[dict[str, Any]]:
-        result = []
-        for file, split in zip(files, ["train"] * n + ["val"]):
-            path = folder / file.path
-            entry = {"file": file.path, "sha256": file.sha256, "bytes": file.size, "documents": None, "split": split}
-            if file.path in known and known[file.path]["documents"] is not None:
-                entry = known[file.path]
-            elif file in arrived:
-                with parquet_errors(path):
-                    rows = parquet.read_metadata(path).num_rows
-                entry = entry | {"documents": rows} if file.sha256 else describe(path, split, rows)
-            result.append(entry)
-        return result
 
-    facts = {"source": source, "licence": remote.licence}
-    hub.download_many(files[-1:], folder, label="validation")
-    _save(folder, **facts, complete=False, shards=entries(files[-1:]))  # from here on, training may start
-    hub.download_many(files[:-1], folder, workers=workers, label=name)
-    return _save(folder, **facts, complete=True, shards=entries(files))
+def _with_documents(folder: Path, entry: dict[str, Any]) -> dict[str, Any]:
+    """Return the entry of a downloaded shard with its number of documents."""
+    from pyarrow import parquet
+
+    path = folder / entry["file"]
+    with parquet_errors(path):
+        return {**entry, "documents": parquet.read_metadata(path).num_rows}
 
 
 def _prepare_folder(source: Path, folder: Path, n: int | None) -> Manifest:
+    """Gather the documents of a user's folder into shards."""
     visible = (p for p in source.rglob("*") if not any(part.startswith(".") for part in p.relative_to(source).parts))
     files = sorted(p for p in visible if p.suffix.lower() in (".parquet", ".jsonl", ".txt") and p.is_file())
     if not files:
@@ -224,19 +258,18 @@ def _prepare_folder(source: Path, folder: Path, n: int | None) -> Manifest:
         changed = [s["file"] for s in [*sources, *old["sources"]] if s not in sources or s not in old["sources"]]
         if changed:
             raise ValueError(f"{source} has changed since it was prepared ({changed[0]}): delete {folder} to renew it")
-        if _existing(folder) and (old["n"] is None or (n is not None and n <= old["n"])):
+        if _is_whole(folder, old) and (old["n"] is None or (n is not None and n <= old["n"])):
             return old
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "manifest.json").unlink(missing_ok=True)
     counts: Counter[str] = Counter()
-    train = ShardWriter(folder, "train", SHARD_BYTES, n)
-    val = ShardWriter(folder, "val", None)
-    own_shards = len(files) > 1 and all(p.suffix.lower() != ".txt" for p in files)
-    if own_shards:  # the last one validates
+    train = ShardWriter(folder, "train", shard_bytes=SHARD_BYTES, max_shards=n)
+    val = ShardWriter(folder, "val")
+    if len(files) > 1 and all(p.suffix.lower() != ".txt" for p in files):  # shards already: the last one validates
         for path in files[:-1]:
             for text in iterate_documents([path], counts):
                 train.add(text)
-            train.cut()
+            train.end_shard()
             if len(train.entries) == n:
                 break
         for text in iterate_documents(files[-1:], counts):
@@ -244,23 +277,32 @@ def _prepare_folder(source: Path, folder: Path, n: int | None) -> Manifest:
     else:
         for text, validates in _split_documents(files, counts):
             (val if validates else train).add(text)
-    train.cut()
-    val.cut()
+    train.end_shard()
+    val.end_shard()
     if not train.entries or not val.entries:
         raise ValueError(f"--name {source}: no text for {'validation' if train.entries else 'training'}: add documents")
-    facts = {"source": str(source), "licence": f"that of your own files in {source}", "sources": sources, "n": n}
-    return _save(folder, **facts, complete=True, counts=counts, shards=train.entries + val.entries)
+    return _save(
+        folder,
+        counts,
+        source=str(source),
+        licence=f"that of your own files in {source}",
+        sources=sources,
+        n=n,
+        complete=True,
+        shards=train.entries + val.entries,
+    )
 
 
 def _split_documents(files: Sequence[Path], counts: Counter[str]) -> Iterator[tuple[str, bool]]:
-    """Every document and whether it validates: about one in twenty by hash, and at least one on each side."""
+    """Yield every document and whether it validates: about one in twenty by hash, and at least one on each side."""
     hashes = {_hash(text) for text in iterate_documents(files)}
-    chosen = {value for value in hashes if value % 20 == 0}
     if len(hashes) == 1:  # a book in one file: its last twentieth validates
         text, *_ = iterate_documents(files, counts)
-        cut = text.rfind("\n", 0, len(text) * 19 // 20) + 1 or len(text) * 19 // 20
+        cut = len(text) * (VALIDATION_SHARE - 1) // VALIDATION_SHARE
+        cut = text.rfind("\n", 0, cut) + 1 or cut
         yield from [(part, i == 1) for i, part in enumerate((text[:cut], text[cut:])) if part.strip()]
         return
+    chosen = {value for value in hashes if value % VALIDATION_SHARE == 0}
     if not chosen or chosen == hashes:
         chosen = {min(hashes, default=0)}
     for text in iterate_documents(files, counts):

@@ -12,10 +12,10 @@ from nanochat.common import atomic_write, sha256_file
 
 
 def iterate_documents(paths: Iterable[Path | str], counts: Counter[str] | None = None) -> Iterator[str]:
-    """The documents of .parquet (column `text`), .jsonl (key `text`) and .txt (one each) files, fit for training.
+    """Yield the documents of .parquet (column `text`), .jsonl (key `text`) and .txt (one each) files.
 
     NULs are removed, and surrogates and undecodable bytes become U+FFFD; empty documents are skipped. Both are
-    counted in `counts` as "cleaned" and "empty". A file that cannot be read raises ValueError naming it.
+    counted in `counts` as "cleaned" and "empty". Raises ValueError if a file cannot be read.
     """
     counts = Counter() if counts is None else counts
     readers = {".parquet": _read_parquet, ".jsonl": _read_jsonl, ".txt": _read_txt}
@@ -35,7 +35,7 @@ def iterate_documents(paths: Iterable[Path | str], counts: Counter[str] | None =
             yield clean
 
 
-# Bytes that are no UTF-8 are decoded to lone surrogates, so that one place replaces and counts them.
+# The readers decode bytes that are not UTF-8 to lone surrogates, so that `iterate_documents` replaces and counts them.
 
 
 def _read_txt(path: Path) -> Iterator[str]:
@@ -86,40 +86,45 @@ def parquet_errors(path: Path) -> Iterator[None]:
 
 
 class ShardWriter:
-    """Documents of one split on their way into Parquet shards, each written whole or not at all."""
+    """Gathers documents of one split and writes them as Parquet shards, each whole or not at all."""
 
-    def __init__(self, folder: Path, split: str, shard_bytes: int | None, most: int | None = None) -> None:
-        self.folder, self.split, self.shard_bytes, self.most = folder, split, shard_bytes, most
-        self.texts: list[str] = []
-        self.bytes = 0
-        self.entries: list[dict[str, Any]] = []
+    def __init__(self, folder: Path, split: str, shard_bytes: int | None = None, max_shards: int | None = None) -> None:
+        self.folder = folder
+        self.split = split
+        self.shard_bytes = shard_bytes
+        self.max_shards = max_shards
+        self.entries: list[dict[str, Any]] = []  # of the manifest
+        self._texts: list[str] = []
+        self._bytes = 0
 
     def add(self, text: str) -> None:
-        """Take one more document, unless there are enough."""
-        if len(self.entries) == self.most:
+        """Take one more document, unless there are enough shards."""
+        if len(self.entries) == self.max_shards:
             return
-        self.texts.append(text)
-        self.bytes += len(text.encode())
-        if self.shard_bytes and self.bytes >= self.shard_bytes:
-            self.cut()
+        self._texts.append(text)
+        self._bytes += len(text.encode())
+        if self.shard_bytes and self._bytes >= self.shard_bytes:
+            self.end_shard()
 
-    def cut(self) -> None:
-        """End the present shard."""
+    def end_shard(self) -> None:
+        """Write the documents gathered so far as a shard."""
         import pyarrow as pa
         from pyarrow import parquet
 
-        if not self.texts:
+        if not self._texts:
             return
         number = "val" if self.split == "val" else f"{len(self.entries):05d}"
         path = self.folder / f"shard_{number}.parquet"
-        table, content = pa.table({"text": pa.array(self.texts, pa.large_string())}), pa.BufferOutputStream()
+        table = pa.table({"text": pa.array(self._texts, pa.large_string())})
+        content = pa.BufferOutputStream()
         parquet.write_table(table, content, compression="zstd", row_group_size=1024)
         atomic_write(path, content.getvalue().to_pybytes())
-        self.entries.append(describe(path, self.split, len(self.texts)))
-        self.texts, self.bytes = [], 0
-
-
-def describe(path: Path, split: str, documents: int | None) -> dict[str, Any]:
-    """A shard's entry in the manifest."""
-    size = path.stat().st_size
-    return {"file": path.name, "sha256": sha256_file(path), "bytes": size, "documents": documents, "split": split}
+        self.entries.append({
+            "file": path.name,
+            "sha256": sha256_file(path),
+            "bytes": path.stat().st_size,
+            "documents": len(self._texts),
+            "split": self.split,
+        })  # fmt: skip
+        self._texts = []
+        self._bytes = 0

@@ -329,3 +329,128 @@ def _explain(repo: str, error: BaseException) -> OSError | ValueError:
     if status == 429:
         return ConnectionError(f"{repo}: the hub answers 429, too many requests: wait a while, then {AGAIN}")
     return ConnectionError(f"{repo}: the hub answers {status}: {AGAIN}")
+
+
+Attempt = TypeVar("Attempt")
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """A file of a dataset's repository, with what the hub says of its bytes."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+
+def hub_address(mirror: str | None = None) -> str:
+    """Return the hub's address: `mirror`, else `$HF_ENDPOINT`, else Hugging Face's."""
+    from huggingface_hub import constants
+
+    return mirror or constants.ENDPOINT
+
+
+def list_dataset(repo: str, mirror: str | None = None) -> tuple[str, dict[str, HubFile]]:
+    """Return the newest commit of a dataset's repository, and its large files by path; raises as `hub_errors` does.
+
+    mirror: the address of another hub; None: `$HF_ENDPOINT`, else Hugging Face.
+    """
+    from huggingface_hub import HfApi
+
+    def ask() -> tuple[str, dict[str, HubFile]]:
+        api = HfApi(endpoint=mirror)
+        commit = api.dataset_info(repo).sha
+        tree = api.list_repo_tree(repo, repo_type="dataset", revision=commit, recursive=True)
+        # Large files are kept in LFS, under their SHA-256. Others, and folders, have none.
+        large = [entry for entry in tree if getattr(entry, "lfs", None)]
+        return commit, {entry.path: HubFile(entry.path, entry.size, entry.lfs.sha256) for entry in large}
+
+    return _persistently(ask, repo)
+
+
+def fetch_dataset_files(
+    repo: str, commit: str, files: Sequence[HubFile], folder: Path, mirror: str | None = None, workers: int = 8
+) -> None:
+    """Download files of a dataset's repository into `folder`, in parallel, with a progress bar.
+
+    A file appears under its name when it is whole; what has arrived is kept and continued. Raises as `hub_errors`
+    does, and ConnectionError if a file's bytes are not the listed ones: then it is deleted.
+    """
+    from huggingface_hub import snapshot_download
+
+    def fetch() -> None:
+        snapshot_download(
+            repo,
+            repo_type="dataset",
+            revision=commit,
+            allow_patterns=[file.path for file in files],
+            local_dir=folder,
+            endpoint=mirror,
+            max_workers=workers,
+        )
+
+    there_before = {file.path for file in files if (folder / file.path).exists()}
+    _persistently(fetch, repo)
+    for file in files:
+        if file.path not in there_before and sha256_file(folder / file.path) != file.sha256:
+            (folder / file.path).unlink()
+            raise ConnectionError(f"{folder / file.path} arrived damaged and was deleted: {AGAIN}")
+
+
+def _persistently(attempt: Callable[[], Attempt], repo: str) -> Attempt:
+    """Return `attempt()`, tried again after failures that may pass. (The library retries some of them, not all.)"""
+    for pause in (0.5, 2, 8, None):
+        try:
+            with hub_errors(repo):
+                return attempt()
+        except ConnectionError as error:
+            if pause is None:
+                raise
+            print(f"{error} (trying again in {pause} s)", flush=True)
+            time.sleep(pause)
+    raise AssertionError("the last attempt returns or raises")
+
+
+def download_url(url: str, path: Path, *, attempts: int = 6, timeout: float = 30.0, pause: float = 1.0) -> None:
+    """Download a plain URL, which is not on the hub, to `path`, which appears when it is whole.
+
+    A transfer that breaks off is continued while the server still has the same file. Attempts are `pause`, 2 `pause`,
+    4 `pause`, ... seconds apart. Raises ValueError if the address is wrong, ConnectionError if attempts run out.
+    """
+    import requests
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    etag = None
+    try:
+        with open(part, "wb") as f:
+            for failures in range(attempts):
+                headers = {"Accept-Encoding": "identity"}  # a compressed body would have another length
+                if f.tell() and etag:
+                    headers.update({"Range": f"bytes={f.tell()}-", "If-Range": etag})
+                try:
+                    with requests.get(url, headers=headers, stream=True, timeout=timeout) as response:
+                        if 400 <= response.status_code < 500 and response.status_code not in (408, 429):
+                            raise ValueError(f"{url}: the server answers {response.status_code}: check the address")
+                        response.raise_for_status()
+                        if response.status_code != 206:  # the whole file, from its first byte
+                            f.seek(0)
+                            f.truncate()
+                        etag = response.headers.get("ETag")
+                        length = response.headers.get("Content-Length")
+                        expected = f.tell() + int(length) if length else None
+                        for chunk in response.iter_content(1 << 20):
+                            f.write(chunk)
+                    if expected is None or f.tell() == expected:
+                        break
+                    problem = f"{f.tell()} of {expected} bytes arrived"
+                except (requests.exceptions.InvalidURL, requests.exceptions.MissingSchema) as error:
+                    raise ValueError(f"{url}: {error}") from error
+                except requests.RequestException as error:
+                    problem = str(error)
+                if failures == attempts - 1:
+                    raise ConnectionError(f"{url}: {problem}: run the same command again")
+                time.sleep(min(60.0, pause * 2**failures))
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)

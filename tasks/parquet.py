@@ -5,9 +5,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from nanochat import hub
 from nanochat.common import atomic_write_json, get_base_dir, read_json, sha256_file
 from nanochat.conversation import validate
+from nanochat.hub import fetch_dataset_files, hub_address, list_dataset
 from tasks.common import Conversation, Task, name_skipped, require_split
 
 
@@ -94,10 +94,10 @@ def _read(paths: list[Path], columns: tuple[str, ...]) -> Any:
 
 
 def fetch(task: type[ParquetTask], split: str, tasks_dir: Path | str | None = None) -> list[Path]:
-    """The files of a split, downloaded by the first process that asks; the others wait for it.
+    """Return the files of a split, downloaded by the first process that asks; the others wait for it.
 
-    The manifest, which makes them count as there, is written last. Raises ValueError with the remedies when they
-    cannot be had, or are missing from `tasks_dir`, into which nothing is downloaded.
+    The manifest is written last: without it, files count as not there. Raises ValueError if they cannot be downloaded,
+    or are missing from `tasks_dir`, into which nothing is downloaded.
     """
     folder = _folder(task.name, tasks_dir)
     if tasks_dir is not None:
@@ -109,18 +109,20 @@ def fetch(task: type[ParquetTask], split: str, tasks_dir: Path | str | None = No
         if found := task.local(split):
             return found
         try:
-            listing = hub.list_dataset_files(task.repo, retries=2)
-            shards = [file for file in listing if pattern.fullmatch(file.path)]
-            if not shards or len(shards) != int(pattern.fullmatch(shards[0].path)[1]):
-                raise ValueError(f"{task.repo} lists {len(shards)} files {pattern.pattern}")
-            paths = hub.download_many(shards, folder, label=f"{task.name} {split}")
+            commit, listing = list_dataset(task.repo)
+            files = [file for path, file in sorted(listing.items()) if pattern.fullmatch(path)]
+            if not files or len(files) != int(pattern.fullmatch(files[0].path)[1]):
+                raise ValueError(f"{task.repo} lists {len(files)} files {pattern.pattern}")
+            fetch_dataset_files(task.repo, commit, files, folder)
         except (ConnectionError, ValueError) as error:
             raise ValueError(
-                f"{folder / split}.parquet is missing: connect, or set NANOCHAT_HUB to a mirror, or name a folder that "
-                f"holds {task.name}/{split}.parquet by --tasks-dir (the hub: {error})"
+                f"{folder / split}.parquet is missing: connect, or set HF_ENDPOINT to a mirror, or name a folder that "
+                f"holds {task.name}/{split}.parquet by --tasks-dir ({error})"
             ) from error
-        record = {"source": f"{hub.base_url()}/datasets/{task.repo}", "licence": task.licence}
-        sums = [{"bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in paths]
-        files = [{"file": shard.path, **each} for shard, each in zip(shards, sums)]
-        atomic_write_json(folder / f"{split}.manifest.json", {**record, "files": files})
-    return paths
+        manifest = {
+            "source": f"{hub_address()}/datasets/{task.repo}",
+            "licence": task.licence,
+            "files": [{"file": file.path, "bytes": file.bytes, "sha256": file.sha256} for file in files],
+        }
+        atomic_write_json(folder / f"{split}.manifest.json", manifest)
+    return [folder / file.path for file in files]

@@ -56,7 +56,7 @@ def join(
 
 @dataclass(frozen=True)
 class Config:
-    """No flags: NANOCHAT_HUB names another hub, NANOCHAT_BASE_DIR where things are kept."""
+    """No flags: HF_ENDPOINT names another hub, NANOCHAT_BASE_DIR where things are kept."""
 
 
 def main() -> None:

@@ -3,7 +3,6 @@
 import hashlib
 import io
 import json
-import subprocess
 import sys
 from collections import Counter
 
@@ -12,7 +11,7 @@ import pytest
 from hub_server import HubServer
 from pyarrow import parquet
 
-from nanochat import dataset, world
+from nanochat import cli, dataset, world
 from nanochat.dataset import iterate_documents, list_shards, prepare, read_manifest
 
 TEXTS = [f"Document number {i} says hello to document {i + 1}.\n" for i in range(200)]
@@ -252,10 +251,13 @@ def test_folders_without_text(folder, tmp_path):
         (["--name", "climbmix", "-n", "6543"], "6542 training shards"),
     ],
 )
-def test_command_line_mistakes_are_one_line(flags, message):
-    run = subprocess.run([sys.executable, "-m", "nanochat.dataset", *flags], capture_output=True, text=True)
-    assert run.returncode == 2
-    assert message in run.stderr and run.stderr.count("\n") == 1
+def test_command_line_mistakes_are_one_line(flags, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["dataset", *flags])
+    with pytest.raises(SystemExit) as ended:
+        cli.run(dataset.main)
+    error = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert message in error and error.count("\n") == 1
 
 
 # --- the built-in world
@@ -279,45 +281,67 @@ def test_builtin_is_deterministic_and_sides_share_no_text(tmp_path, monkeypatch)
 
 
 @pytest.fixture
-def server(monkeypatch):
+def server(monkeypatch, tmp_path):
     monkeypatch.setitem(dataset.REMOTES, "tiny", dataset.Remote("me/tiny", 5, "CC0-1.0"))
     with HubServer() as server:
+        server.use(monkeypatch, tmp_path / "cache")
         for i in range(5):
             server.files[f"shard_{i:05d}.parquet"] = parquet_bytes(TEXTS[40 * i : 40 * i + 40])
         yield server
 
 
-@pytest.mark.parametrize("lists", [True, False], ids=["listing", "plain files"])
-def test_remote_dataset_downloads_grows_and_names_its_validation(server, lists, capsys):
-    server.lists = lists
-    prepare("tiny", 2, mirror=server.url)
+def test_remote_dataset_downloads_grows_and_names_its_validation(server, capsys):
+    prepare("tiny", 2)
     assert "CC0-1.0" in capsys.readouterr().out
     assert documents("tiny", "train") == TEXTS[:80]
     assert documents("tiny", "val") == TEXTS[160:]
-    manifest = prepare("tiny", 4, mirror=server.url)
+    manifest = prepare("tiny", 4)
     assert manifest["complete"] and [entry["documents"] for entry in manifest["shards"]] == [40] * 5
     for entry in manifest["shards"]:
         assert entry["sha256"] == hashlib.sha256(server.files[entry["file"]]).hexdigest()
     fetched = Counter(path for path, _ in server.requests if path.endswith(".parquet"))
     assert set(fetched.values()) == {1}, "nothing is fetched twice"
-    assert len(prepare("tiny", 1, mirror=server.url)["shards"]) == 5, "a dataset only grows"
+    assert len(prepare("tiny", 1)["shards"]) == 5, "a dataset only grows"
+
+
+def test_mirror_by_flag(server, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    assert prepare("tiny", 1, mirror=server.url)["source"].startswith(server.url)
+    assert documents("tiny", "train") == TEXTS[:40]
 
 
 def test_validation_comes_first_and_a_broken_download_continues(server):
-    server.faults["shard_00001.parquet"] = [("status", 404)]
-    with pytest.raises(ValueError, match="404"):
-        prepare("tiny", 3, mirror=server.url, workers=1)
+    server.faults["shard_00001.parquet"] = [("status", 403)]
+    with pytest.raises(ValueError, match="403"):
+        prepare("tiny", 3, workers=1)
     manifest = read_manifest("tiny")
     assert not manifest["complete"]
+    assert [entry["split"] for entry in manifest["shards"]] == ["train"] * 3 + ["val"], "all that will come are named"
     assert documents("tiny", "val") == TEXTS[160:], "training may start"
     with pytest.raises(ValueError, match=r"shard_00001\.parquet is not there"):
         documents("tiny", "train")
-    prepare("tiny", 3, mirror=server.url)
+    prepare("tiny", 3)
     assert documents("tiny", "train") == TEXTS[:120]
 
 
+def test_transfer_that_breaks_off_or_stalls_is_continued(server):
+    server.faults["shard_00000.parquet"] = [("truncate", 100), ("stall", 3.0, 50), ("status", 503)]
+    prepare("tiny", 1)
+    assert documents("tiny", "train") == TEXTS[:40]
+
+
+def test_bytes_that_are_not_the_listed_ones_are_not_kept(server):
+    size = len(server.files["shard_00000.parquet"])
+    server.faults["shard_00000.parquet"] = [("body", b"x" * size)]
+    with pytest.raises(ConnectionError, match="damaged"):
+        prepare("tiny", 1)
+    assert not (dataset.dataset_dir("tiny") / "shard_00000.parquet").exists()
+    prepare("tiny", 1)
+    assert documents("tiny", "train") == TEXTS[:40]
+
+
 def test_hub_that_changed_its_data_is_refused(server):
-    prepare("tiny", 1, mirror=server.url)
+    prepare("tiny", 1)
     server.files["shard_00004.parquet"] = parquet_bytes(TEXTS[:3])
     with pytest.raises(ValueError, match=r"shard_00004\.parquet of tiny has changed"):
-        prepare("tiny", 2, mirror=server.url)
+        prepare("tiny", 2)
