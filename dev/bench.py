@@ -2,9 +2,10 @@
 
     python -m dev.bench train --depths 4,6 -- --head-dim 64 --window-pattern L
     python -m dev.bench infer --baseline-dir CHECKOUT --transformers -- --depth 4 --batches 1,16
+    python -m dev.bench model|data|tokenizer|core
 
 `train` runs scripts.base_train as users do and reads its metrics. `infer` runs scripts.infer_bench, with the engines of
-karpathy/nanochat and transformers beside it, in turns.
+karpathy/nanochat and transformers beside it, in turns. The others measure one part alone.
 """
 
 import contextlib
@@ -14,6 +15,7 @@ import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -22,14 +24,20 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from nanochat import cli
-from nanochat.common import get_base_dir, read_json, write_record
-from nanochat.compute import Compute
-from nanochat.gpt import GPT, GPTConfig
+from dev.reference import PeerSide
+from nanochat import checkpoint, cli, recipe, world
+from nanochat.common import STAGES, get_base_dir, read_json, write_record
+from nanochat.compute import Compute, can_compile
+from nanochat.core_eval import evaluate_core
+from nanochat.dataloader import RowLoader
+from nanochat.gpt import GPT, GPTConfig, build_model
 from nanochat.optim import MuonAdamW
+from nanochat.token_shards import PackedRows, write_rows
+from nanochat.tokenizer import Tokenizer
 from scripts import base_train, infer_bench
 from scripts.infer_bench import table, time_calls
 
@@ -252,43 +260,6 @@ class InferBench:
     transformers: bool = cli.option(False, "compare with transformers' generate")
 
 
-class PeerSide:
-    """Another program with a model of equal shape, in a process that answers a batch size with two durations."""
-
-    def __init__(self, kind: str, dtype: str, root: str, shape: dict[str, Any], config: infer_bench.Config) -> None:
-        self.name = f"{kind} {dtype}"
-        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        environment["NANOCHAT_DTYPE"] = dtype
-        environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())
-        settings = {
-            **shape,
-            "dtype": dtype,
-            "prompt_tokens": config.prompt_tokens,
-            "new_tokens": config.new_tokens,
-        }
-        self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "dev" / "reference.py"), kind, root, json.dumps(settings)],
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def batch(self, size: int) -> tuple[float, float]:
-        """Return the seconds to the first token and those after it, as EngineSide.batch."""
-        with contextlib.suppress(BrokenPipeError):
-            print(size, file=self.process.stdin, flush=True)
-        line = self.process.stdout.readline()
-        if not line:
-            raise ValueError(f"{self.name} ended with status {self.process.wait()}: see what it wrote above")
-        first_token, rest = json.loads(line)
-        return first_token, rest
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-
-
 def infer(config: InferBench, more: list[str]) -> None:
     """Measure decoding; with peers in float32 and bfloat16, all sides in turn."""
     ours = cli.parse(infer_bench.Config, more, infer_bench.__doc__)
@@ -297,20 +268,206 @@ def infer(config: InferBench, more: list[str]) -> None:
     kinds = [("transformers", "")] if config.transformers else []
     if config.baseline_dir is not None:
         kinds.append(("nanochat", config.baseline_dir))
+    lengths = {"prompt_tokens": ours.prompt_tokens, "new_tokens": ours.new_tokens}
     peers = []
     try:
         for kind, root in kinds:
             for dtype in ("float32", "bfloat16"):
-                peers.append(PeerSide(kind, dtype, root, asdict(model.config), ours))
+                peers.append(PeerSide(kind, dtype, root, {**asdict(model.config), **lengths}))
         infer_bench.run(ours, peers, model, compute)
     finally:
         for peer in peers:
             peer.close()
 
 
+# --- model: forward and backward alone --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ModelBench:
+    """Flags of `model`."""
+
+    depths: str = cli.option("2,4,6", "depths to measure, as 4,6")
+    rows: int = cli.option(16, "rows of a micro-batch")
+    seq_len: int = cli.option(512, "context in tokens")
+    vocab_size: int = cli.option(4096, "size of the vocabulary")
+    head_dim: int = cli.option(128, "channels of an attention head")
+    window_pattern: str = cli.option("L", "attention windows")
+    compile: bool = cli.option(True, "fuse with torch.compile where a compiler is there")
+    device_type: str | None = cli.option(None, "cuda, mps or cpu; unset: the best there is")
+    out: str | None = cli.option(None, "JSON record to write; unset: bench/model.json in the base directory")
+
+    def __post_init__(self) -> None:
+        numbers("--depths", self.depths)
+        cli.require_positive(self, "rows", "seq_len", "vocab_size", "head_dim")
+
+
+def model(config: ModelBench, more: list[str]) -> None:
+    """Time forward and backward with the loss, without optimizer and data, against the machine's product rate."""
+    compute = Compute.create(config.device_type)
+    lines = []
+    for depth in numbers("--depths", config.depths):
+        shape = recipe.model_config(
+            depth,
+            config.vocab_size,
+            config.seq_len,
+            head_dim=config.head_dim,
+            window_pattern=config.window_pattern,
+        )
+        net = build_model(shape, compute.device, train=True)
+        with torch.no_grad():
+            for parameter in net.parameters():  # zeros, with which projections begin, make products faster
+                parameter.normal_(std=0.02)
+        if config.compile and can_compile(compute.device):
+            net.compile_blocks()
+        idx_BT = torch.randint(config.vocab_size, (config.rows, config.seq_len), device=compute.device)
+
+        def backward(net: GPT = net, idx_BT: torch.Tensor = idx_BT) -> None:
+            net(idx_BT, idx_BT).backward()
+            net.zero_grad(set_to_none=True)
+
+        # the loss makes its gradient in the forward pass, so the two are not timed apart
+        seconds = statistics.median(time_calls(backward, compute.device))
+        rate = product_rate(shape, config.rows * config.seq_len, compute)
+        flops = net.flops_per_token() * idx_BT.numel()
+        line = {
+            "depth": depth,
+            "ms": 1e3 * seconds,
+            "tokens/s": idx_BT.numel() / seconds,
+            "GFLOP/s": flops / seconds / 1e9,
+            "measured product GFLOP/s": rate / 1e9,
+            "share": flops / seconds / rate,
+        }
+        lines.append(line)
+    print(table(lines))
+    write(config.out, "model", {"config": asdict(config), "rows": lines})
+
+
+# --- data: packing, loading, resuming, tokenizing ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DataBench:
+    """Flags of `data`."""
+
+    seq_len: int = cli.option(2048, "context in tokens")
+    document: float = cli.option(1100.0, "mean length of a document in tokens; lengths are log-normal, sigma 1")
+    shard_tokens: int = cli.option(16_000_000, "tokens of the shard that is packed and read")
+    steps: int = cli.option(40, "steps of 2^18 tokens timed")
+    shards: int = cli.option(400, "shards of the long run that is resumed near its end")
+    out: str | None = cli.option(None, "JSON record to write; unset: bench/data.json in the base directory")
+
+    def __post_init__(self) -> None:
+        cli.require_positive(self, "seq_len", "document", "shard_tokens", "steps", "shards")
+
+
+def data(config: DataBench, more: list[str]) -> None:
+    """Measure packing and loading on one core in processor time, and resuming in wall time, on random ids."""
+    torch.set_num_threads(1)
+    bos = 32759
+    rng = np.random.default_rng(0)
+    documents = max(1, round(config.shard_tokens / config.document))
+    lengths = np.maximum(1, rng.lognormal(np.log(config.document) - 0.5, 1.0, documents)).astype(np.int64)
+    ids = np.split(rng.integers(0, bos, lengths.sum(), dtype=np.uint16), np.cumsum(lengths)[:-1])
+    step_rows = max(8, 2**18 // config.seq_len // 8 * 8)
+    result: dict[str, float] = {}
+    with tempfile.TemporaryDirectory(prefix="nanochat-bench-") as temporary:
+        began = time.process_time()
+        pairs = [(each, None) for each in ids]
+        meta = write_rows(Path(temporary), pairs, config.seq_len + 1, np.dtype("uint16"), bos)
+        result["packing, tokens/s of a core"] = meta["tokens"] / (time.process_time() - began)
+        folder = Path(temporary, "rows")
+        loader = RowLoader(PackedRows([folder], config.seq_len, 1), step_rows, step_rows, seed=0)
+        loader.step(0)  # maps and checks the files
+        began = time.process_time()
+        for step in range(config.steps):
+            loader.step(step)
+        tokens = config.steps * step_rows * config.seq_len
+        result["loading, tokens/s of a core"] = tokens / (time.process_time() - began)
+        # one folder under many names: each is opened as if it were a shard of its own
+        many = PackedRows([folder] * config.shards, config.seq_len, 1)
+        last_step = max(0, many.total() // step_rows - 1)
+        began = time.perf_counter()
+        next(RowLoader(many, step_rows, step_rows, seed=0).iterate(last_step))
+        result["resuming at the last step, s"] = time.perf_counter() - began
+    print(table([{"measured": name, "value": value} for name, value in result.items()]))
+    write(config.out, "data", {"config": asdict(config), **result})
+
+
+# --- tokenizer --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TokenizerBench:
+    """Flags of `tokenizer`."""
+
+    vocab_size: int = cli.option(4096, "ids, special tokens included")
+    megabytes: float = cli.option(8.0, "built-in text to train on; a quarter of it is encoded and decoded")
+    out: str | None = cli.option(None, "JSON record to write; unset: bench/tokenizer.json in the base directory")
+
+
+def tokenizer(config: TokenizerBench, more: list[str]) -> None:
+    """Time training, encoding and decoding, beside GPT-4's tokenizer where tiktoken has it on this machine."""
+    texts = list(world.documents(0, int(config.megabytes * 1e6)))
+    sample = texts[: len(texts) // 4]
+    size = sum(len(text.encode()) for text in sample)
+    began = time.perf_counter()
+    known = {"ours": Tokenizer.train_from_iterator(texts, config.vocab_size)}
+    spent = time.perf_counter() - began
+    print(f"trained on {config.megabytes:g} MB in {spent:.1f} s\n")
+    with contextlib.suppress(ValueError):
+        known["cl100k_base"] = Tokenizer.from_pretrained("cl100k_base")
+    lines = []
+    for name, each in known.items():
+        ids = each.encode(sample)
+        cpu = torch.device("cpu")
+        encode = statistics.median(time_calls(lambda each=each: each.encode(sample), cpu, 3))
+        decode = statistics.median(time_calls(lambda each=each, ids=ids: [each.decode(row) for row in ids], cpu, 3))
+        bytes_per_token = size / sum(map(len, ids))
+        speeds = {"encode MB/s": size / 1e6 / encode, "decode MB/s": size / 1e6 / decode}
+        lines.append({"tokenizer": name, **speeds, "bytes a token": bytes_per_token})
+    print(table(lines))
+    write(config.out, "tokenizer", {"config": asdict(config), "training s": spent, "rows": lines})
+
+
+# --- core -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CoreBench:
+    """Flags of `core`."""
+
+    stage: str = cli.option("base", "stage of the checkpoint", choices=STAGES)
+    model_tag: str | None = cli.option(None, "its model; unset: the newest")
+    bundle: str | None = cli.option(None, "folder of a CORE bundle; unset: the built-in world's")
+    max_per_task: int = cli.option(100, "rows of each task")
+    device_type: str | None = cli.option(None, "cuda, mps or cpu; unset: the best there is")
+    out: str | None = cli.option(None, "JSON record to write; unset: bench/core.json in the base directory")
+
+
+def core(config: CoreBench, more: list[str]) -> None:
+    """Time the CORE evaluation of a checkpoint."""
+    compute = Compute.create(config.device_type)
+    net, vocabulary, _ = checkpoint.load_model(config.stage, compute.device, config.model_tag)
+    with tempfile.TemporaryDirectory(prefix="nanochat-bench-") as temporary:
+        if config.bundle is None:
+            world.core_bundle(temporary)
+        began = time.perf_counter()
+        found = evaluate_core(net, vocabulary, config.bundle or temporary, config.max_per_task)
+        seconds = time.perf_counter() - began
+    rows = sum(task["n"] for task in found["details"].values())
+    line = {"rows": rows, "seconds": seconds, "rows/s": rows / seconds, "CORE": found["core_metric"]}
+    print(table([line]))
+    write(config.out, "core", {"config": asdict(config), **line})
+
+
 COMMANDS: dict[str, tuple[type, Callable[[Any, list[str]], None]]] = {
     "train": (TrainBench, train),
     "infer": (InferBench, infer),
+    "model": (ModelBench, model),
+    "data": (DataBench, data),
+    "tokenizer": (TokenizerBench, tokenizer),
+    "core": (CoreBench, core),
 }
 
 

@@ -1,329 +1,411 @@
-"""Compare training with karpathy/nanochat, a checkout of which is at --baseline-dir:
+"""Train side by side with karpathy/nanochat, a checkout of which is at --baseline-dir.
 
-    python -m dev.compare --baseline-dir PATH --data FOLDER --depths 4,6 --vocab-size 4096,8192 --minutes 10
+    python -m dev.compare --baseline-dir PATH --depth 4 --steps 200 --minutes 10
     python -m dev.compare --baseline-dir PATH --parity
 
-Equal for all sides: the training text, the tokenizer (ours, given to both), the model's shapes, tokens a step, the
-validation rows with their bytes, this interpreter and machine. Each side's own: data order and packing, recipe,
-kernels. Sides run in turn, A B A B, so that a machine that drifts favours none.
+Equal for both sides: training text, tokenizer (ours, given to both), the model's shape, tokens a step, the validation
+rows with their bytes, interpreter and machine. Each side's own: order and packing of rows, recipe, kernels. Both run
+scripts.base_train as users do, in base directories of their own, in turns A B A B, so that a machine that drifts
+favours none. --parity holds the rows, the starting weights and the hyperparameters equal, too: then the losses of 20
+steps in fp32 must agree within 1e-3.
 """
 
 import dataclasses
+import itertools
+import json
+import os
+import pickle
 import re
 import shlex
-import shutil
-import signal
 import statistics
 import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dev import bench_old as bench
-from dev.compare_parity import MATCHED, parity_page, run_parity
-from dev.compare_sides import Ours, Outcome, Reference, Side, prepare_ours, prepare_reference, save_validation_rows
+from dev.bench import ROOT, product_rate
 from nanochat import cli, recipe
-from nanochat.compute import Compute, cpu_has_bf16
-from nanochat.dataset import dataset_name
+from nanochat.common import write_record
+from nanochat.compute import Compute
+from nanochat.dataloader import RowLoader
+from nanochat.dataset import list_shards
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.token_shards import TextRows
+from nanochat.tokenizer import load_tokenizer
+from scripts.infer_bench import table
 
-EQUAL = (
-    "training text; tokenizer; depth, width, heads, context, windows; tokens a step; validation rows and bytes; "
-    "interpreter and machine. Each side's own: order and packing of training rows, learning rates and schedule, kernels"
-)
+PARITY_STEPS = 20
+PARITY_WITHIN = 1e-3
+PARITY_SEED = 1337
+# At 0.5, the rate of large batches, a step of 512 tokens throws the scalars about, and every rounding error with them.
+SCALAR_LR = 0.05
+SCALAR_EPS = 1e-6  # our optimizer's own; the reference has 1e-10
+WEIGHT_DECAY = 0.1
 
 
 @dataclass(frozen=True)
 class Compare:
     """Flags of the comparison."""
 
-    baseline_dir: str | None = cli.option(None, "checkout of karpathy/nanochat, outside this repository")
-    work_dir: str | None = cli.option(None, "folder for data, runs and logs; unset = a new temporary one")
-    out: str | None = cli.option(None, "record to write, without suffix; unset = compare or parity in --work-dir")
+    baseline_dir: str = cli.option("", "checkout of karpathy/nanochat, outside this repository")
+    work_dir: str | None = cli.option(None, "folder for data, runs and logs; unset: a new temporary one")
     data: str = cli.option("builtin", "training text: builtin, or a folder of .parquet, .jsonl or .txt")
-    depths: str = cli.option("4", "depths to compare at, as 4,6")
-    vocab_size: str = cli.option("4096", "tokenizer size, for all depths or as 4096,8192 for each")
+    depth: int = cli.option(4, "depth of the model")
+    vocab_size: int = cli.option(4096, "tokenizer size")
     seq_len: int = cli.option(512, "context in tokens")
-    head_dim: int | None = cli.option(None, "channels of a head; unset = 64 on CPU, else 128")
-    window_pattern: str | None = cli.option(None, "attention windows; unset = L on CPU, else SSSL")
-    batch_tokens: int = cli.option(16384, "tokens a step")
+    head_dim: int = cli.option(64, "channels of a head")
+    window_pattern: str = cli.option("L", "attention windows")
+    batch_tokens: int = cli.option(8192, "tokens a step")
     device_batch_size: int = cli.option(16, "rows a device takes at once")
     steps: int = cli.option(200, "steps of each run at equal tokens; the reference warms up for 40 of them")
     repeats: int = cli.option(2, "rounds; every side runs once in each")
     evals: int = cli.option(4, "evaluations in a run, the last at its end")
     eval_tokens: int = cli.option(131072, "validation tokens")
-    minutes: float | None = cli.option(None, "also train the reference for so long, and us for --shares of that time")
-    # a little less than 1 and 1/3: what ends after the reference, or its third, would count by an earlier evaluation
-    shares: str = cli.option(".97,.32", "parts of the reference's time; one run of ours for each")
-    baseline_dtypes: str | None = cli.option(
-        None, "the reference's NANOCHAT_DTYPE: default,bfloat16 on CPU, else default"
-    )
+    minutes: float | None = cli.option(None, "also train every side for so long")
+    baseline_dtypes: str = cli.option("float32,bfloat16", "the reference's NANOCHAT_DTYPE; one side for each")
     our_flags: str = cli.option("", "more flags for our base_train, in one string")
     baseline_flags: str = cli.option("", "more flags for the reference's base_train")
-    device_type: str | None = cli.option(None, "cuda | cpu; unset = cuda where there is one", ("cuda", "cpu"))
-    parity: bool = cli.option(False, "instead: equal losses from equal rows and hyperparameters, at the first depth")
+    device_type: str | None = cli.option(None, "cuda or cpu; unset: cuda where there is one")
+    parity: bool = cli.option(False, "instead: equal losses from equal rows, weights and hyperparameters")
+    out: str | None = cli.option(None, "JSON record to write; unset: compare.json in --work-dir")
 
     def __post_init__(self) -> None:
-        if self.baseline_dir is None:
-            raise ValueError("--baseline-dir is missing: git clone karpathy/nanochat somewhere and name that folder")
         if not (Path(self.baseline_dir) / "scripts" / "base_train.py").is_file():
-            raise ValueError(f"--baseline-dir {self.baseline_dir} has no scripts/base_train.py: not such a checkout")
-        if not re.fullmatch(r"(0?\.\d+|1)(,(0?\.\d+|1))*", self.shares) or not all(self.parts):
-            raise ValueError(f"--shares {self.shares}: give numbers above 0 and at most 1, as .97,.32")
-        for name in ("depths", "vocab_size"):
-            if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", getattr(self, name)):
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: give numbers, as 4,6")
-        if len(self.vocab_sizes) != len(self.depths.split(",")):
-            raise ValueError(f"--vocab-size {self.vocab_size}: give one for all --depths {self.depths} or one for each")
-        counts = ("seq_len", "batch_tokens", "device_batch_size", "steps", "repeats", "evals", "eval_tokens", "minutes")
-        for name in counts:
-            if (value := getattr(self, name)) is not None and not value > 0:
-                raise ValueError(f"--{name.replace('_', '-')} {value}: must be above 0")
-        if self.batch_tokens % (rows := self.seq_len * self.device_batch_size):
-            raise ValueError(f"--batch-tokens {self.batch_tokens}: make it a multiple of {rows} (rows x --seq-len)")
-
-    @property
-    def parts(self) -> list[float]:
-        return [float(share) for share in self.shares.split(",")]
-
-    @property
-    def vocab_sizes(self) -> list[int]:
-        sizes, count = [int(size) for size in self.vocab_size.split(",")], len(self.depths.split(","))
-        return sizes * count if len(sizes) == 1 else sizes
-
-    def on(self, device: str) -> "Compare":
-        """The same with what is unset chosen for a device."""
-        cpu = device == "cpu"
-        unset = {
-            "device_type": device,
-            "head_dim": 64 if cpu else 128,
-            "window_pattern": "L" if cpu else "SSSL",
-            "baseline_dtypes": "default,bfloat16" if cpu else "default",
-            "work_dir": self.work_dir or tempfile.mkdtemp(prefix="nanochat-compare-"),
-        }
-        return dataclasses.replace(self, **{k: v for k, v in unset.items() if getattr(self, k) is None})
-
-
-# --- measuring -------------------------------------------------------------------------------------------------------
-
-
-def ceiling(config: Compare, model: GPTConfig) -> dict[str, float]:
-    """GEMM rates in FLOP/s at the model's shapes; the greatest is what MFU counts against."""
-    device, rows = config.device_type, config.device_batch_size * config.seq_len
-    dtypes = [torch.float32, torch.bfloat16] if device == "cuda" or cpu_has_bf16() else [torch.float32]
-    shapes = {(rows, model.n_embd, 4 * model.n_embd), (rows, model.n_embd, model.padded_vocab_size), (2048,) * 3}
-    return {
-        f"{str(dtype).removeprefix('torch.')} {m}x{k}x{n}": bench.gemm_rate(m, k, n, dtype, device)
-        for dtype in dtypes
-        for m, k, n in sorted(shapes)
-    }
-
-
-def shared_flags(config: Compare, depth: int, steps: int, eval_tokens: int) -> list[str]:
-    """The flags that both sides know by the same names."""
-    shape = {"depth": depth, "head-dim": config.head_dim, "window-pattern": config.window_pattern}
-    rows = {"max-seq-len": config.seq_len, "device-batch-size": config.device_batch_size}
-    horizon = {"total-batch-size": config.batch_tokens, "num-iterations": steps, "device-type": config.device_type}
-    evals = {"eval-every": -(-steps // config.evals), "eval-tokens": eval_tokens}
-    return [f"--{name}={value}" for name, value in {**shape, **rows, **horizon, **evals}.items()]
-
-
-def make_sides(config: Compare, folder: Path, vocab_size: int) -> tuple[list[Side], int, int]:
-    """Prepare data for all sides in `folder`; returns them with the tokenizer's size and the validation tokens."""
-    tokenizer = prepare_ours(folder / "ours", config.data, vocab_size, folder / "logs")
-    prepare_reference(folder / "reference", config.data, tokenizer)
-    rows = folder / f"val-{config.seq_len}.pt"
-    eval_tokens = save_validation_rows(rows, config.data, config.seq_len, config.eval_tokens, config.device_batch_size)
-    for cache in folder.glob("*/compiled-*"):
-        shutil.rmtree(cache)  # the first run of every side compiles everything
-    sides: list[Side] = [
-        Ours("ours", folder / "ours", None, ["--dataset", config.data, *shlex.split(config.our_flags)])
-    ]
-    for dtype in config.baseline_dtypes.split(","):
-        setting = None if dtype == "default" else dtype
-        flags, hooks = shlex.split(config.baseline_flags), {"val": str(rows)}
-        checkout = Path(config.baseline_dir).resolve()
-        sides.append(Reference(f"reference {dtype}", folder / "reference", setting, flags, hooks, checkout))
-    return sides, tokenizer.get_vocab_size(), eval_tokens
+            raise ValueError(f"--baseline-dir {self.baseline_dir}: clone karpathy/nanochat and name its folder")
+        cli.require_positive(self, "depth", "batch_tokens", "steps", "repeats", "evals", "eval_tokens", "minutes")
+        if self.batch_tokens % (self.seq_len * self.device_batch_size):
+            raise ValueError(f"--batch-tokens {self.batch_tokens}: no multiple of --device-batch-size rows")
 
 
 @dataclass(frozen=True)
-class Run:
-    """One training run: which side, in which round, for how much of --minutes (None: at equal tokens)."""
+class Side:
+    """One of the programs compared: ours, or the reference in one of its dtypes. `root` is its checkout."""
+
+    name: str
+    root: Path
+    base: Path  # its NANOCHAT_BASE_DIR
+    flags: list[str]
+    given: dict[str, Any]  # what is held equal inside its process: see `train` in reference.py
+    dtype: str | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one training run showed. Its clock counts from the start of the process, without evaluations."""
 
     side: str
-    repeat: int
-    share: float | None
-    steps: int
-    outcome: Outcome
+    losses: list[float]  # of each step, in nats a token
+    seconds: list[float]  # of each step, as the side itself reports them
+    evals: dict[int, float]  # bits per byte after so many steps
+    first_step: float  # seconds from the start of the process to the end of the first step
+    tokens_per_second: float
+
+    def clock(self, step: int) -> float:
+        return self.first_step + sum(self.seconds[1:step])
 
 
-def tokens_per_second(config: Compare, outcome: Outcome) -> float:
-    """The median over steps after the warm-up: ten, or a quarter of a shorter run."""
-    return config.batch_tokens / statistics.median(outcome.seconds[min(10, len(outcome.seconds) // 4) :])
+def train(side: Side, config: Compare, steps: int, eval_tokens: int, eval_every: int, log: Path) -> Outcome:
+    """Run one side to its end. Raises ValueError with the last lines of its output when it fails."""
+    flags = [
+        f"--depth={config.depth}",
+        f"--head-dim={config.head_dim}",
+        f"--window-pattern={config.window_pattern}",
+        f"--max-seq-len={config.seq_len}",
+        f"--device-batch-size={config.device_batch_size}",
+        f"--total-batch-size={config.batch_tokens}",
+        f"--num-iterations={steps}",
+        f"--eval-every={eval_every}",
+        f"--eval-tokens={eval_tokens}",
+        *side.flags,
+    ]
+    command = [sys.executable, "dev/reference.py", "train", str(side.root), json.dumps(side.given), *flags]
+    environment = {name: value for name, value in os.environ.items() if name != "NANOCHAT_DTYPE"}
+    environment["NANOCHAT_BASE_DIR"] = str(side.base)
+    environment["PYTHONUNBUFFERED"] = "1"
+    if side.dtype is not None:
+        environment["NANOCHAT_DTYPE"] = side.dtype
+    print(f"{side.name}: {steps} steps, log in {log}", flush=True)
+    began = time.monotonic()
+    lines: list[tuple[float, str]] = []
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        command, env=environment, cwd=ROOT, stdout=pipe, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            lines.append((time.monotonic() - began, line))
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.write_text("".join(line for _, line in lines))
+    if process.returncode:
+        raise ValueError(f"{side.name} ended with status {process.returncode}: see {log}")
+    read = read_ours if side.root == ROOT else read_reference
+    losses, seconds, evals, first_step = read(side, lines)
+    # the first steps compile and warm up
+    rate = config.batch_tokens / statistics.median(seconds[min(10, len(seconds) // 4) :])
+    print(f"  {rate:,.0f} tokens/s, {evals[max(evals)]:.4f} bits per byte at the end", flush=True)
+    return Outcome(side.name, losses, seconds, evals, first_step, rate)
 
 
-def steps_in(config: Compare, minutes: float, outcome: Outcome) -> int:
-    """Steps that a side finishes in so many minutes, by the clock of an earlier run."""
-    dt = config.batch_tokens / tokens_per_second(config, outcome)
-    return max(1, 1 + int((60 * minutes - outcome.first_step) / dt))
+Parts = tuple[list[float], list[float], dict[int, float], float]
 
 
-def measure(config: Compare, depth: int, sides: list[Side], eval_tokens: int, logs: Path) -> Iterator[Run]:
-    """All runs of a depth, sides in turn: at equal tokens, then at equal wall time (references first)."""
-
-    def run(side: Side, repeat: int, share: float | None, steps: int) -> Run:
-        name = f"d{depth}-{'tokens' if share is None else f'time{share:.2f}'}-{repeat}-{side.name.replace(' ', '-')}"
-        print(f"{name}: {steps} steps of {config.batch_tokens:,} tokens", flush=True)
-        outcome = side.run(shared_flags(config, depth, steps, eval_tokens), logs / f"{name}.log")
-        speed = tokens_per_second(config, outcome)
-        print(f"  {speed:,.0f} tokens/s, {last_eval(outcome):.4f} bits per byte at the end", flush=True)
-        last[side.name] = outcome
-        return Run(side.name, repeat, share, steps, outcome)
-
-    last: dict[str, Outcome] = {}
-    for repeat in range(config.repeats):
-        for side in sides:
-            yield run(side, repeat, None, config.steps)
-    ours, *references = sides
-    for repeat in range(config.repeats if config.minutes else 0):
-        minutes = config.minutes
-        for side in references:  # first: with its kernels compiled before, a run ends earlier than by last's clock
-            timed = run(side, repeat, 1.0, steps_in(config, config.minutes, last[side.name]))
-            minutes = min(minutes, timed.outcome.clock(timed.steps) / 60)
-            yield timed
-        for share in config.parts:
-            yield run(ours, repeat, share, steps_in(config, minutes * share, last[ours.name]))
+def read_ours(side: Side, lines: list[tuple[float, str]]) -> Parts:
+    """Read losses, seconds and evaluations of our run from its metrics."""
+    path = side.base / "runs" / "base" / "compare" / "metrics.jsonl"
+    metrics = [json.loads(line) for line in path.read_text().splitlines()]
+    steps = [line for line in metrics if "loss" in line]
+    evals = {line["step"]: line["val_bpb"] for line in metrics if "val_bpb" in line}
+    first_step = next(when for when, line in lines if re.match(r"step +1/", line))
+    return [line["loss"] for line in steps], [line["dt"] for line in steps], evals, first_step
 
 
-# --- summing up ------------------------------------------------------------------------------------------------------
+def read_reference(side: Side, lines: list[tuple[float, str]]) -> Parts:
+    """Read what the reference printed. Its loss is a debiased moving average (0.9); the losses follow within 1e-5."""
+    losses, seconds, evals = [], [], {}
+    average = first_step = evaluating = before = 0.0
+    for when, line in lines:
+        if match := re.match(r"step (\d+)/\d+ .*\| loss: (\S+) .*\| dt: ([\d.]+)ms", line):
+            step = int(match[1]) + 1
+            previous, average = average, float(match[2]) * (1 - 0.9**step)
+            losses.append((average - 0.9 * previous) / 0.1)
+            seconds.append(float(match[3]) / 1000)
+            first_step = first_step or when - evaluating
+        elif match := re.match(r"Step (\d+) \| Validation bpb: (\S+)", line):
+            evals[int(match[1])] = float(match[2])
+            evaluating += when - before if not losses else 0.0
+        before = when
+    return losses, seconds, evals, first_step
 
 
-def last_eval(outcome: Outcome) -> float:
-    """Bits per byte at the end of a run."""
-    return outcome.evals[max(outcome.evals)]
+# --- equal data -------------------------------------------------------------------------------------------------------
 
 
-def clock_to(outcome: Outcome, bpb: float) -> float | None:
-    """Seconds until the first evaluation at or below `bpb`; None when there is none."""
-    return next((outcome.clock(step) for step, value in sorted(outcome.evals.items()) if value <= bpb), None)
+def save_rows(path: Path, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> int:
+    """Write rows of inputs and targets for the reference's loaders; return their number."""
+    inputs, targets = zip(*batches)
+    torch.save({"inputs": torch.cat(inputs), "targets": torch.cat(targets)}, path)
+    return sum(len(each) for each in inputs)
 
 
-def at_equal_tokens(config: Compare, runs: list[Run], flops: int, peak: float) -> list[dict[str, Any]]:
-    """A row for each side; `x` is our speed over that side's, the median of the ratios of each round."""
-    sides = dict.fromkeys(run.side for run in runs)
-    speed = {(run.side, run.repeat): tokens_per_second(config, run.outcome) for run in runs}
+def prepare(config: Compare, work: Path) -> tuple[int, int]:
+    """Give both base directories the same text and tokenizer; return the vocabulary and the validation tokens."""
+    ours, reference = work / "ours", work / "reference"
+    os.environ["NANOCHAT_BASE_DIR"] = str(ours)
+    python = [sys.executable, "-m"]
+    subprocess.run([*python, "nanochat.dataset", "--name", config.data], cwd=ROOT, check=True)
+    if not (ours / "tokenizer" / "tokenizer.json").exists():
+        command = [*python, "scripts.tok_train", "--dataset", config.data, "--vocab-size", str(config.vocab_size)]
+        subprocess.run(command, cwd=ROOT, check=True)
+    tokenizer = load_tokenizer()
+    for folder in (reference / "base_data_climbmix", reference / "tokenizer"):
+        folder.mkdir(parents=True, exist_ok=True)
+    shards = [*list_shards(config.data, "train"), *list_shards(config.data, "val")]  # it takes the last for validation
+    for index, shard in enumerate(shards):
+        link = reference / "base_data_climbmix" / f"shard_{index:05d}.parquet"
+        link.unlink(missing_ok=True)
+        link.symlink_to(shard.resolve())
+    (reference / "tokenizer" / "tokenizer.pkl").write_bytes(pickle.dumps(tokenizer.encoding))
+    torch.save(torch.tensor(tokenizer.token_bytes, dtype=torch.int32), reference / "tokenizer" / "token_bytes.pt")
+    rows = config.device_batch_size
+    loader = RowLoader(TextRows(config.data, "val", tokenizer, config.seq_len), rows, rows, seed=0)
+    count = min(config.eval_tokens // config.seq_len, loader.rows_in_epoch) // rows * rows
+    if not count:
+        raise ValueError(f"--data {config.data} has too little validation text for a batch of {rows} rows")
+    return tokenizer.get_vocab_size(), save_rows(work / "val.pt", loader.first_rows(count)) * config.seq_len
+
+
+# --- parity -----------------------------------------------------------------------------------------------------------
+
+NAMES = {
+    "embed.weight": "transformer.wte.weight",
+    "head.weight": "lm_head.weight",
+    "resid_scale": "resid_lambdas",
+    "embed_skip": "x0_lambdas",
+    "smear_gate.weight": "smear_gate.weight",
+    "smear_scale": "smear_lambda",
+    "backout": "backout_lambda",
+    "attn.q": "attn.c_q",
+    "attn.k": "attn.c_k",
+    "attn.v": "attn.c_v",
+    "attn.out": "attn.c_proj",
+    "attn.gate": "attn.ve_gate",
+    "mlp.up": "mlp.c_fc",
+    "mlp.down": "mlp.c_proj",
+}
+
+
+def reference_weights(weights: dict[str, torch.Tensor], head_dim: int) -> dict[str, torch.Tensor]:
+    """Return our state dict under the reference's names, such that both models are the same function.
+
+    Its rotary embedding turns the other way: negating the second half of each query and key head mirrors the planes.
+    """
+    result = {}
+    for name, value in weights.items():
+        if name.startswith("blocks."):
+            _, layer, rest = name.split(".", 2)
+            part = rest.removesuffix(".weight")
+            if part in ("attn.q", "attn.k"):
+                sign = torch.ones(head_dim)
+                sign[head_dim // 2 :] = -1
+                value = value * sign.repeat(len(value) // head_dim)[:, None]
+            name = f"transformer.h.{layer}.{NAMES[part]}.weight"
+        elif not name.startswith("value_embeds."):
+            name = NAMES[name]
+        result[name] = value.reshape(1) if value.dim() == 0 else value.clone()
+    return result
+
+
+def parity_sides(config: Compare, work: Path, model: GPTConfig) -> list[Side]:
+    """Return both sides with equal rows, weights, learning rates and weight decay, each scaling its flags its way."""
+    rows = config.device_batch_size
+    train_rows = RowLoader(TextRows(config.data, "train", load_tokenizer(), config.seq_len), rows, rows, PARITY_SEED)
+    steps = range(PARITY_STEPS + 1)
+    save_rows(work / "train.pt", itertools.chain.from_iterable(train_rows.step(step) for step in steps))
+    generator = torch.Generator().manual_seed(PARITY_SEED)
+    net = GPT(model)
+    net.init_weights(generator)
+    for name, value in net.state_dict().items():
+        # where projections begin at zero, the first gradients are rounding noise, which optimizers blow up to full steps
+        if name.endswith(("attn.out.weight", "mlp.down.weight", "head.weight")):
+            value.uniform_(-0.02, 0.02, generator=generator)
+    torch.save(net.state_dict(), work / "ours.pt")
+    torch.save(reference_weights(net.state_dict(), model.head_dim), work / "theirs.pt")
+    scales = recipe.learning_rate_scales(config.batch_tokens)
+    root = (config.batch_tokens / recipe.REFERENCE_BATCH) ** 0.5
+    twelve = recipe.model_config(12, model.vocab_size, config.seq_len, head_dim=model.head_dim)
+    decay = root * recipe.scaling_parameters(twelve) / recipe.scaling_parameters(model)
+    rates = {name: lr * scales[name] for name, lr in recipe.LEARNING_RATES.items()}
+    rates["scalar"] = SCALAR_LR
+    both = ["--warmdown-ratio=0", "--warmup-steps=2"]
+    ours = [*both, f"--weight-decay={WEIGHT_DECAY!r}", f"--dataset={config.data}", f"--seed={PARITY_SEED}"]
+    ours += [*(f"--{name}-lr={lr / scales[name]!r}" for name, lr in rates.items()), "--no-compile"]
+    ours += ["--model-tag=compare", "--sample-every=0"]
+    theirs = [*both, f"--weight-decay={WEIGHT_DECAY / decay!r}"]
+    theirs += [f"--{name}-lr={lr / root!r}" for name, lr in rates.items()]
+    theirs += ["--core-metric-every=-1", "--sample-every=-1", "--save-every=-1"]
+    given: dict[str, Any] = {"train": str(work / "train.pt"), "val": str(work / "val.pt"), "eager": True}
+    given["start"] = str(work / "theirs.pt")
+    given["scalars"] = [0.4 * SCALAR_LR, SCALAR_EPS]  # its smear and backout learn at 0.4 of the scalars' rate
+    return [
+        Side("ours", ROOT, work / "ours", ours, {"start": str(work / "ours.pt")}, "float32"),
+        Side("reference", Path(config.baseline_dir).resolve(), work / "reference", theirs, given, "float32"),
+    ]
+
+
+# --- the comparison ---------------------------------------------------------------------------------------------------
+
+
+def measured_sides(config: Compare, work: Path) -> list[Side]:
+    ours = [f"--dataset={config.data}", "--model-tag=compare", "--sample-every=0", *shlex.split(config.our_flags)]
+    theirs = ["--core-metric-every=-1", "--sample-every=-1", "--save-every=-1", *shlex.split(config.baseline_flags)]
+    sides = [Side("ours", ROOT, work / "ours", ours, {})]
+    for dtype in config.baseline_dtypes.split(","):
+        given = {"val": str(work / "val.pt")}
+        checkout = Path(config.baseline_dir).resolve()
+        sides.append(Side(f"reference {dtype}", checkout, work / "reference", theirs, given, dtype))
+    return sides
+
+
+def equal_tokens(config: Compare, runs: list[Outcome], flops: int, rate: float) -> list[dict[str, Any]]:
+    """Return a row a side, medians over its runs; `ours x` is our speed over that side's."""
     rows = []
-    for side in sides:
+    speed = {}
+    for side in dict.fromkeys(run.side for run in runs):
         own = [run for run in runs if run.side == side]
-        outcomes = [run.outcome for run in own]
-        speeds = bench.spread([speed[side, run.repeat] for run in own])
-        tail = max(1, config.steps // 10)
-        rows.append(
-            {
-                "side": side,
-                "tokens/s": speeds["median"],
-                "least to greatest": f"{speeds['min']:,.0f} to {speeds['max']:,.0f}",
-                "ours x": statistics.median(speed["ours", run.repeat] / speed[side, run.repeat] for run in own),
-                "MFU": speeds["median"] * flops / peak,
-                "first step s, cold": outcomes[0].first_step,
-                "cached": statistics.median(o.first_step for o in outcomes[1:]) if outcomes[1:] else None,
-                "peak MiB": statistics.median(o.peak_bytes for o in outcomes) / 2**20,
-                "training loss": statistics.median(statistics.mean(o.losses[-tail:]) for o in outcomes),
-                "bits per byte": statistics.median(map(last_eval, outcomes)),
-            }
-        )
+        speed[side] = statistics.median(run.tokens_per_second for run in own)
+        row = {
+            "side": side,
+            "tokens/s": speed[side],
+            "ours x": speed["ours"] / speed[side],
+            "MFU": speed[side] * flops / rate,
+            "first step s": own[0].first_step,
+            "training loss": statistics.median(statistics.fmean(run.losses[-10:]) for run in own),
+            "bits per byte": statistics.median(run.evals[max(run.evals)] for run in own),
+        }
+        rows.append(row)
     return rows
 
 
-def at_equal_time(runs: list[Run]) -> list[dict[str, Any]]:
-    """For each timed run of the reference: what we have reached by its end, and when we had its bits per byte."""
+def equal_time(ours: Outcome, runs: list[Outcome]) -> list[dict[str, Any]]:
+    """Return, for each run of the reference, what we had by its end, and when we had its bits per byte."""
     rows = []
     for run in runs:
-        if run.side != "ours":
-            ours = [other for other in runs if other.side == "ours" and other.repeat == run.repeat]
-            target, end = last_eval(run.outcome), run.outcome.clock(run.steps)
-            within = [v for o in ours for step, v in o.outcome.evals.items() if o.outcome.clock(step) <= end]
-            times = [t for o in ours if (t := clock_to(o.outcome, target)) is not None]
-            rows.append(
-                {
-                    "against": run.side,
-                    "its seconds": end,
-                    "its bits per byte": target,
-                    "ours by then": min(within, default=None),
-                    "our seconds to its": min(times, default=None),
-                    "share of its time": min(times) / end if times else None,
-                }
-            )
+        end = run.clock(len(run.seconds))
+        target = run.evals[max(run.evals)]
+        within = [value for step, value in ours.evals.items() if ours.clock(step) <= end]
+        reached = [ours.clock(step) for step, value in sorted(ours.evals.items()) if value <= target]
+        row = {
+            "against": run.side,
+            "its seconds": end,
+            "its bits per byte": target,
+            "ours by then": min(within, default=None),
+            "our seconds to its": reached[0] if reached else None,
+            "share of its time": reached[0] / end if reached else None,
+        }
+        rows.append(row)
     return rows
-
-
-def compare_depth(config: Compare, depth: int, vocab_size: int) -> tuple[dict[str, Any], str]:
-    """All of one depth: its part of the record, and of the page."""
-    folder = Path(config.work_dir).resolve() / f"{dataset_name(config.data)}-v{vocab_size}"
-    sides, vocab, eval_tokens = make_sides(config, folder, vocab_size)
-    model = recipe.model_config(
-        depth, vocab, config.seq_len, head_dim=config.head_dim, window_pattern=config.window_pattern
-    )
-    with torch.device("meta"):
-        flops = GPT(model).flops_per_token()
-    gemm = ceiling(config, model)
-    runs = list(measure(config, depth, sides, eval_tokens, folder / "logs"))
-    gemm = {name: max(rate, gemm[name]) for name, rate in ceiling(config, model).items()}
-    tokens = at_equal_tokens(config, [run for run in runs if run.share is None], flops, max(gemm.values()))
-    timed = at_equal_time([run for run in runs if run.share is not None])
-    fastest = max(gemm, key=gemm.get)
-    page = (
-        f"## d{depth}, T={config.seq_len}, V={vocab}, {config.batch_tokens:,} tokens a step\n\n"
-        f"After {config.steps} steps; {eval_tokens:,} validation tokens; {flops / 1e6:,.1f} MFLOPs a token; MFU "
-        f"against {gemm[fastest] / 1e9:,.0f} GFLOP/s ({fastest}), the greater of before and after. The first step "
-        f"counts from the start of the process.\n\n{bench.markdown_table(tokens)}\n"
-    )
-    if timed:
-        page += f"Trained for {config.minutes:g} minutes, evaluations not counted:\n\n{bench.markdown_table(timed)}\n"
-    record = {
-        "depth": depth,
-        "vocab_size": vocab,
-        "flops_per_token": flops,
-        "eval_tokens": eval_tokens,
-        "gemm_flops": gemm,
-        "equal_tokens": tokens,
-        "equal_time": timed,
-        "runs": [dataclasses.asdict(run) for run in runs],
-    }
-    return record, page
 
 
 def main() -> None:
     config = cli.parse(Compare, description=__doc__)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: no child is left
-    config = config.on(Compute.create(config.device_type).device.type)
-    work, checkout = Path(config.work_dir), Path(config.baseline_dir).resolve()
+    compute = Compute.create(config.device_type)
+    work = Path(config.work_dir or tempfile.mkdtemp(prefix="nanochat-compare-")).resolve()
+    work.mkdir(parents=True, exist_ok=True)
     if Path(config.data).is_dir():
         config = dataclasses.replace(config, data=str(Path(config.data).resolve()))
-    git = ["git", "-C", str(checkout), "rev-parse", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
-    flags = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("baseline_dir", "work_dir", "out")}
-    flags["data"] = dataset_name(config.data)
-    record: dict[str, Any] = {"config": flags, "reference_commit": commit}
+    git = ["git", "-C", config.baseline_dir, "rev-parse", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    vocab_size, eval_tokens = prepare(config, work)
+    model = recipe.model_config(
+        config.depth,
+        vocab_size,
+        config.seq_len,
+        head_dim=config.head_dim,
+        window_pattern=config.window_pattern,
+    )
+    record: dict[str, Any] = {"config": asdict(config), "reference_commit": commit, "eval_tokens": eval_tokens}
     if config.parity:
-        depth, data = int(config.depths.split(",")[0]), work / "parity-data"
-        prepare_ours(data, config.data, 512, data / "logs")
-        record["matched"] = MATCHED
-        record["parity"] = run_parity(work, config.data, checkout, depth, config.head_dim, config.device_type)
-        bench.write_report(config.out or work / "parity", record, parity_page(record["parity"]))
-        return
-    page = f"# Training compared with karpathy/nanochat at {commit[:12]}\n\nEqual: {EQUAL}.\n\n"
-    record |= {"equal": EQUAL, "depths": []}
-    for depth, vocab_size in zip(map(int, config.depths.split(",")), config.vocab_sizes):
-        part, text = compare_depth(config, depth, vocab_size)
-        record["depths"].append(part)
-        page += text
-        bench.write_report(config.out or work / "compare", record, page)
+        sides = parity_sides(config, work, model)
+        runs = [train(side, config, PARITY_STEPS, eval_tokens, 5, work / f"{side.name}.log") for side in sides]
+        losses = list(zip(runs[0].losses, runs[1].losses, strict=True))
+        apart = max(abs(a - b) for a, b in losses)
+        record["losses"] = losses
+        record["apart"] = apart
+        print(f"losses of {PARITY_STEPS} steps are {apart:.2g} apart, {PARITY_WITHIN:g} is allowed")
+    else:
+        sides = measured_sides(config, work)
+        every = -(-config.steps // config.evals)
+        runs = []
+        for repeat, side in itertools.product(range(config.repeats), sides):
+            log = work / f"tokens-{repeat}-{side.name.replace(' ', '-')}.log"
+            runs.append(train(side, config, config.steps, eval_tokens, every, log))
+        with torch.device("meta"):
+            flops = GPT(model).flops_per_token()
+        rate = product_rate(model, config.device_batch_size * config.seq_len, compute)
+        record["equal_tokens"] = equal_tokens(config, runs, flops, rate)
+        record["runs"] = [asdict(run) for run in runs]
+        print(f"\n{table(record['equal_tokens'])}")
+        if config.minutes:
+            timed = []
+            for side in sides:
+                last = [run for run in runs if run.side == side.name][-1]
+                seconds = 60 * config.minutes - last.first_step
+                steps = max(1, round(seconds * last.tokens_per_second / config.batch_tokens))
+                log = work / f"time-{side.name.replace(' ', '-')}.log"
+                timed.append(train(side, config, steps, eval_tokens, max(1, steps // 20), log))
+            record["equal_time"] = equal_time(timed[0], timed[1:])
+            print(f"\n{table(record['equal_time'])}")
+    path = Path(config.out) if config.out else work / "compare.json"
+    write_record(path, record)
+    print(f"{path} written")
+    if config.parity and record["apart"] > PARITY_WITHIN:
+        raise ValueError(f"losses differ by {record['apart']:.2g}: the two models or recipes are not the same")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The other side of a comparison: karpathy/nanochat or transformers, in a process of its own.
 
-    python dev/reference.py nanochat CHECKOUT '{"n_layer": ..., "dtype": ..., ...}'      decode: PeerSide in bench.py
+    python dev/reference.py nanochat CHECKOUT '{"n_layer": ..., "dtype": ..., ...}'      decode: see PeerSide
     python dev/reference.py transformers '' '{...}'
     python dev/reference.py train CHECKOUT '{"val": FILE, ...}' [flags of scripts.base_train]      see compare.py
 
@@ -8,11 +8,14 @@ It runs as a file, not as a module, so that `nanochat` means the checkout's pack
 where a comparison must hold something equal, functions are replaced in this process.
 """
 
+import contextlib
 import importlib
 import itertools
 import json
+import os
 import random
 import runpy
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +25,38 @@ from typing import Any
 import torch
 
 Run = Callable[[list[int], int, int], None]  # (prompt, samples, new tokens)
+
+
+class PeerSide:
+    """This file in a process of its own, as a side of scripts.infer_bench: a batch size in, two durations out."""
+
+    def __init__(self, kind: str, dtype: str, root: str, settings: dict[str, Any]) -> None:
+        self.name = f"{kind} {dtype}"
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        environment["NANOCHAT_DTYPE"] = dtype
+        environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, kind, root, json.dumps({**settings, "dtype": dtype})],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def batch(self, size: int) -> tuple[float, float]:
+        """Return the seconds to the first token and those after it. Raises ValueError when the process has ended."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            print(size, file=self.process.stdin, flush=True)
+        line = self.process.stdout.readline()
+        if not line:
+            raise ValueError(f"{self.name} ended with status {self.process.wait()}: see what it wrote above")
+        first_token, rest = json.loads(line)
+        return first_token, rest
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
 
 
 def use_checkout(root: str) -> None:
