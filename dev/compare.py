@@ -271,7 +271,7 @@ def parity_sides(config: Compare, work: Path, model: GPTConfig) -> list[Side]:
     net = GPT(model)
     net.init_weights(generator)
     for name, value in net.state_dict().items():
-        # where projections begin at zero, the first gradients are rounding noise, which optimizers blow up to full steps
+        # Where projections begin at zero, the first gradients are rounding noise, which optimizers blow up.
         if name.endswith(("attn.out.weight", "mlp.down.weight", "head.weight")):
             value.uniform_(-0.02, 0.02, generator=generator)
     torch.save(net.state_dict(), work / "ours.pt")

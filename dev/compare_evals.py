@@ -14,9 +14,9 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import Any, NamedTuple
 
-from dev.bench_old import markdown_table
 from nanochat import cli
 from nanochat.common import read_json, write_record
+from scripts.infer_bench import table
 
 LEVEL = 0.05  # two-sided
 
@@ -132,7 +132,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the comparison as a record")
     args = parser.parse_args()
     result = compare(args.a, args.b)
-    print(f"A = {args.a}\nB = {args.b}\n\n{markdown_table(result['tasks'])}")
+    print(f"A = {args.a}\nB = {args.b}\n\n{table(result['tasks'])}")
     for side, labels in result["only_in"].items():
         if labels:
             print(f"only in {side}, not compared: {', '.join(labels)}")

@@ -26,10 +26,10 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from dev import bench_old as bench
 from nanochat import checkpoint, cli, dataset, world
-from nanochat.common import get_base_dir, print0
+from nanochat.common import get_base_dir, print0, write_record
 from nanochat.tokenizer import Tokenizer
+from scripts.infer_bench import table
 
 SCRIPTS = {"base": "scripts.base_train", "mid": "scripts.mid_train", "sft": "scripts.chat_sft"}
 SHAPE = ["--depth=2", "--aspect-ratio=16", "--head-dim=16", "--max-seq-len=64"]
@@ -46,9 +46,7 @@ class Config:
     steps: int = cli.option(24, "steps of a run")
     save_every: int = cli.option(2, "steps between its checkpoints")
     seed: int | None = cli.option(None, "seed of the moments; unset = a new one, which the record states")
-    out: str | None = cli.option(
-        None, "record to write, without suffix; unset = bench/crash_test in the base directory"
-    )
+    out: str | None = cli.option(None, "JSON record to write; unset: bench/crash_test.json in the base directory")
 
     def __post_init__(self) -> None:
         if min(self.kills, self.steps, self.save_every) < 1:
@@ -189,7 +187,6 @@ def main() -> None:
     config = cli.parse(Config, description=__doc__)
     seed = random.SystemRandom().randrange(10**9) if config.seed is None else config.seed
     rng, stages, rows = random.Random(seed), config.stages.split(","), []
-    out = config.out or get_base_dir() / "bench" / "crash_test"
     os.environ |= {"NANOCHAT_DTYPE": "float32", "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory(prefix="nanochat-crash-") as temporary:
         folder, began = Path(temporary), time.monotonic()
@@ -207,9 +204,10 @@ def main() -> None:
                 rows.append(stage.run(share))
         seconds = time.monotonic() - began
     total = {"stage": "all", **{key: sum(row[key] for row in rows) for key in COLUMNS}, "run seconds": seconds}
-    page = f"# SIGKILL at random moments\n\nSeed {seed}. No checkpoint lost or damaged, every finished run exact.\n\n"
-    record = {"config": dataclasses.asdict(config), "seed": seed, "stages": rows, "all": total}
-    bench.write_report(out, record, page + bench.markdown_table([*rows, total]))
+    print(f"\nNo checkpoint lost or damaged, every finished run exact; seed {seed}\n\n{table([*rows, total])}")
+    path = Path(config.out) if config.out else get_base_dir() / "bench" / "crash_test.json"
+    write_record(path, {"config": dataclasses.asdict(config), "seed": seed, "stages": rows, "all": total})
+    print(f"{path} written")
 
 
 if __name__ == "__main__":

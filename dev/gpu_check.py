@@ -1,7 +1,7 @@
 """Every GPU-only path against its plain form, on the day there is a GPU: python -m dev.gpu_check
 Attention backends, the Triton head loss, the fused MLP and fp8 products are run forward and backward at the shapes of
 the given depths: is the result right, how long does it take, and how long the plain form, compiled where training
-compiles it. Then each depth trains through dev.bench_train, in bf16 and with --fp8. Without a GPU the table says so.
+compiles it. Then each depth trains through dev.bench train, in bf16 and with --fp8. Without a GPU the table says so.
 """
 
 import statistics
@@ -9,15 +9,16 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from dev import bench_old as bench
 from nanochat import attention, cli, fp8, kernels, loss, recipe
-from nanochat.common import get_base_dir
+from nanochat.common import get_base_dir, write_record
 from nanochat.gpt import GPTConfig
+from scripts.infer_bench import read_bandwidth, table, time_calls
 
 PARTS = ("attention", "loss", "mlp", "fp8", "train")
 Row = dict[str, Any]
@@ -34,8 +35,8 @@ class Config:
     vocab_size: int = cli.option(32768, "vocabulary of the head")
     batch_tokens: int = cli.option(2**19, "tokens a step of the training runs")
     steps: int = cli.option(30, "steps of each training run")
-    data: str = cli.option("builtin", "training text, as of dev.bench_train")
-    out: str | None = cli.option(None, "record to write, without suffix; unset = bench/gpu_check in the base directory")
+    data: str = cli.option("builtin", "training text, as of dev.bench train")
+    out: str | None = cli.option(None, "JSON record to write; unset: bench/gpu_check.json in the base directory")
 
     def __post_init__(self) -> None:
         if set(self.only.split(",")) - set(PARTS):
@@ -79,7 +80,7 @@ class Check:
         try:
             leaves = [x.to(device).requires_grad_() for x in self.inputs()]
             grad = torch.randn_like(form(*leaves))
-            times = bench.time_calls(lambda: torch.autograd.grad(form(*leaves), leaves, grad), device)
+            times = time_calls(lambda: torch.autograd.grad(form(*leaves), leaves, grad), device)
         except RuntimeError as error:
             print(f"{self.path}: {str(error).splitlines()[0]}", file=sys.stderr)
             return None
@@ -182,10 +183,10 @@ def train(config: Config, precision: str) -> list[str]:
         "batch-tokens": config.batch_tokens,
         "steps": config.steps,
         "data": config.data,
-        "out": f"{get_base_dir() / 'bench' / 'gpu_train'}_{precision}",
+        "out": f"{get_base_dir() / 'bench' / 'gpu_train'}_{precision}.json",
     }
     more = ["--", "--fp8"] if precision == "fp8" else []
-    return [sys.executable, "-m", "dev.bench_train", *(f"--{name}={value}" for name, value in flags.items()), *more]
+    return [sys.executable, "-m", "dev.bench", "train", *(f"--{name}={value}" for name, value in flags.items()), *more]
 
 
 def main() -> None:
@@ -197,11 +198,12 @@ def main() -> None:
         for model in config.models() if part in parts else ():
             for check in parts[part](config, model, device or torch.device("cpu")):
                 rows.append(check.row(device))
-                print(bench.markdown_table(rows[-1:]).splitlines()[-1], flush=True)
-    ceilings = {"GEMM TFLOP/s": None, "copy TB/s": None}
+                print(table(rows[-1:]).splitlines()[-1], flush=True)
+    ceilings = {"GEMM TFLOP/s": None, "memory TB/s": None}
     if device is not None:
-        ceilings["GEMM TFLOP/s"] = bench.gemm_rate(8192, 8192, 8192, torch.bfloat16, device) / 1e12
-        ceilings["copy TB/s"] = bench.copy_bandwidth(device, 4 << 30) / 1e12
+        a, b = (torch.randn(8192, 8192, device=device).bfloat16() for _ in range(2))
+        ceilings["GEMM TFLOP/s"] = 2 * 8192**3 / min(time_calls(lambda: a @ b, device)) / 1e12
+        ceilings["memory TB/s"] = read_bandwidth(device) / 1e12
     trained = {}
     for precision in ("bf16", "fp8") if "train" in config.only.split(",") else ():
         trained[f"training, {precision}"] = None
@@ -209,10 +211,9 @@ def main() -> None:
             code = subprocess.run(train(config, precision), check=False).returncode
             trained[f"training, {precision}"] = f"bench/gpu_train_{precision}" if code == 0 else f"failed ({code})"
     name = torch.cuda.get_device_name(device) if device else "no GPU here: nothing was measured"
-    tables = [bench.markdown_table(rows)] if rows else []
-    tables.append(bench.markdown_table([{**ceilings, **trained}]))
-    record = {"device": name, "checks": rows, **ceilings, **trained}
-    bench.write_report(config.out or get_base_dir() / "bench" / "gpu_check", record, f"{name}\n\n" + "\n".join(tables))
+    print(f"{name}\n\n{table(rows) if rows else ''}\n{table([{**ceilings, **trained}])}")
+    path = Path(config.out) if config.out else get_base_dir() / "bench" / "gpu_check.json"
+    write_record(path, {"device": name, "checks": rows, **ceilings, **trained})
 
 
 if __name__ == "__main__":
