@@ -1,4 +1,7 @@
-"""Tokenizers in and out: original nanochat's pickled tiktoken encoding, and the `tokenizers` package's JSON."""
+"""Tokenizers in and out: the original nanochat's pickled tiktoken encoding, and tokenizer.json of `tokenizers`.
+
+Both ways end with a check on sample texts: a conversion that would encode one of them differently is refused.
+"""
 
 import itertools
 import json
@@ -13,16 +16,16 @@ from nanochat.common import read_json
 from nanochat.hf.tokenizer import byte_alphabet
 from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
 
-# a conversion that does not say the same of these is not made
-_SAMPLES = (
+# Contractions, groups of digits, white space of many kinds, letters of many scripts, long runs of one character.
+SAMPLES = (
     "Hello world, it's 12345 o'clock\r\n\r\n  and I'LL go!\t\tTabs   \n",
     "Grüße! 東京は日本の首都 👩‍👩‍👧 naïve ﬁn ÀÉ’s 3.14159 x==y//2 {'a': [1, 2]}\n\n\n   end  ",
     " " * 700 + "a" + "\n" * 300 + "ab" * 300 + "7" * 50,
 )
 
 
-class _Encoding:
-    """What a pickled `tiktoken.Encoding` is read into: its fields, and nothing that runs."""
+class _EncodingState:
+    """Takes the place of `tiktoken.Encoding` while its pickle is read: keeps the fields, runs nothing."""
 
     state: dict[str, Any]
 
@@ -31,114 +34,136 @@ class _Encoding:
 
 
 class _Unpickler(pickle.Unpickler):
+    """Reads pickles that hold plain values and one encoding. A pickle may name any function to be called, so every
+    other name is refused."""
+
     def find_class(self, module: str, name: str) -> type:
+        """Return the stand-in for the encoding; raises UnpicklingError for any other name."""
         if (module, name) != ("tiktoken.core", "Encoding"):
             raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-        return _Encoding
+        return _EncodingState
 
 
 def read_pickled(path: Path | str) -> Tokenizer:
-    """The original's tokenizer.pkl. Nothing in it is run: anything but a plain tiktoken encoding raises ValueError."""
+    """Read the original's tokenizer.pkl without running anything in it.
+
+    Raises ValueError if the file is missing or anything but a plain tiktoken encoding with our special tokens."""
     try:
         with open(path, "rb") as file:
             state = _Unpickler(file).load().state
-        pattern, ranks, special = state["pat_str"], state["mergeable_ranks"], state["special_tokens"]
+        pattern = state["pat_str"]
+        ranks = state["mergeable_ranks"]
+        special = state["special_tokens"]
     except OSError as error:
         raise ValueError(f"no tokenizer at {path}: name its folder with --tokenizer") from error
     except Exception as error:  # a hostile pickle can raise anything
         raise ValueError(f"{path} is not a pickled tiktoken encoding ({error})") from error
-    return _make(path, pattern, ranks, special)
+    return _make_tokenizer(path, pattern, ranks, special)
 
 
-def _make(path: Path | str, pattern: Any, ranks: Any, special: Any) -> Tokenizer:
-    """A Tokenizer of checked parts; tiktoken itself panics on some wrong ones."""
-    right = isinstance(pattern, str) and isinstance(ranks, dict) and isinstance(special, dict)
-    right = right and all(isinstance(token, bytes) and token for token in ranks)
-    right = right and all(isinstance(name, str) for name in special)
-    ids = [*ranks.values(), *special.values()] if right else []
-    if not right or not all(type(i) is int for i in ids) or sorted(ids) != list(range(len(ids))):
+def _make_tokenizer(path: Path | str, pattern: Any, ranks: Any, special: Any) -> Tokenizer:
+    """Return a Tokenizer of its parts, all of which are checked: tiktoken itself panics on some wrong ones."""
+    is_pattern = isinstance(pattern, str)
+    is_ranks = isinstance(ranks, dict) and all(isinstance(token, bytes) and token for token in ranks)
+    is_special = isinstance(special, dict) and all(isinstance(name, str) for name in special)
+    ids = [*ranks.values(), *special.values()] if is_pattern and is_ranks and is_special else []
+    if not ids or not all(isinstance(i, int) for i in ids) or sorted(ids) != list(range(len(ids))):
         raise ValueError(f"{path} is no whole byte-level vocabulary: its ids must be 0, 1, 2 and so on")
-    if any(bytes([byte]) not in ranks for byte in range(256)) or not set(SPECIAL_TOKENS) <= special.keys():
+    has_all_bytes = all(bytes([byte]) in ranks for byte in range(256))
+    if not has_all_bytes or not set(SPECIAL_TOKENS) <= special.keys():
         raise ValueError(f"{path} lacks single bytes, or special tokens of nanochat's conversations")
     try:
         return Tokenizer(tiktoken.Encoding("nanochat", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special))
-    except BaseException as error:  # a panic in Rust is no Exception
-        if isinstance(error, KeyboardInterrupt):
-            raise
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a panic in Rust is a BaseException and no Exception
         raise ValueError(f"{path}: tiktoken refuses it ({error})") from error
 
 
-def _merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The pair that each token was merged from: what byte-pair encoding leaves of it without its own rank."""
-    pairs = []
+def _find_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
+    """Return the pair of tokens that each token of two bytes or more was merged from, in the order of their ranks.
+
+    tiktoken keeps no merges. They are found by encoding each token with the tokens of lower rank alone, which stops
+    one merge before the end: b"the" with rank 300 ends as [b"t", b"he"] or [b"th", b"e"]."""
+    merges = []
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
         parts = [bytes([byte]) for byte in token]
         while len(parts) > 2:
-            found = [ranks.get(a + b, rank) for a, b in itertools.pairwise(parts)]
-            best = min(range(len(found)), key=found.__getitem__)
-            if found[best] >= rank:
+            pair_ranks = [ranks.get(a + b, rank) for a, b in itertools.pairwise(parts)]
+            best = min(range(len(pair_ranks)), key=pair_ranks.__getitem__)
+            if pair_ranks[best] >= rank:
                 raise ValueError(f"token {token!r} is made of no earlier tokens: it cannot be written as a merge")
             parts[best : best + 2] = [parts[best] + parts[best + 1]]
         if len(parts) == 2:
-            pairs.append((parts[0], parts[1]))
-    return pairs
+            merges.append((parts[0], parts[1]))
+    return merges
 
 
 def to_tokenizer_json(tokenizer: Tokenizer) -> str:
-    """The same tokenizer as `tokenizers` writes it. ValueError when it would not encode alike."""
+    """Return the text of a tokenizer.json that encodes as `tokenizer` does; raises ValueError if there is none."""
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers
 
-    letters = {byte: letter for letter, byte in byte_alphabet().items()}
-    ranks, pattern = tokenizer.encoding._mergeable_ranks, tokenizer.encoding._pat_str
+    alphabet = {byte: letter for letter, byte in byte_alphabet().items()}
+    ranks = tokenizer.encoding._mergeable_ranks
+    special = tokenizer.encoding._special_tokens
 
     def spell(token: bytes) -> str:
-        return "".join(letters[byte] for byte in token)
+        return "".join(alphabet[byte] for byte in token)
 
     vocab = {spell(token): rank for token, rank in ranks.items()}
-    merges = [(spell(a), spell(b)) for a, b in _merges(ranks)]
+    merges = [(spell(a), spell(b)) for a, b in _find_merges(ranks)]
     backend = tokenizers.Tokenizer(models.BPE(vocab, merges, ignore_merges=True))
-    # possessive repeats of a range mean another thing to `tokenizers`, and nothing here where no more can match
-    split = pre_tokenizers.Split(tokenizers.Regex(re.sub(r"(\{\d+(,\d*)?\})\+", r"\1", pattern)), "isolated")
+    # "{1,3}+" is a possessive repeat for tiktoken and a repeat of a repeat for `tokenizers`. In these patterns no more
+    # could match after the range anyway, so the plus is left out.
+    pattern = re.sub(r"(\{\d+(,\d*)?\})\+", r"\1", tokenizer.encoding._pat_str)
+    split = pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
     backend.decoder = decoders.ByteLevel()
-    special = sorted(tokenizer.encoding._special_tokens.items(), key=lambda item: item[1])
-    backend.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False) for name, _ in special])
-    alike = all(backend.encode(s, add_special_tokens=False).ids == tokenizer.encode(s) for s in _SAMPLES)
-    if not alike or any(backend.token_to_id(name) != i for name, i in special):
+    names = sorted(special, key=special.__getitem__)  # ids are given in this order
+    backend.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False) for name in names])
+    same_text = all(backend.encode(text, add_special_tokens=False).ids == tokenizer.encode(text) for text in SAMPLES)
+    same_special = all(backend.token_to_id(name) == i for name, i in special.items())
+    if not same_text or not same_special:
         raise ValueError("this tokenizer's split pattern or ids have no equal in the tokenizers package")
     return backend.to_str(pretty=False)
 
 
 def from_tokenizer_json(path: Path) -> Tokenizer:
-    """The project's Tokenizer of a byte-level BPE; ValueError when it is none, or would not encode alike."""
+    """Read a tokenizer.json as our Tokenizer. Raises ValueError unless it is a byte-level BPE that encodes alike."""
     import tokenizers
 
     try:
         backend = tokenizers.Tokenizer.from_file(str(path))
-        backend.encode_special_tokens = True
-        data, alphabet = json.loads(backend.to_str(pretty=False)), byte_alphabet()
+        backend.encode_special_tokens = True  # those spelled out in a text are text, as they are for us
+        data = json.loads(backend.to_str(pretty=False))
         special = {token["content"]: token["id"] for token in data["added_tokens"]}
-        vocab = data["model"]["vocab"].items()
-        ranks = {bytes(alphabet[letter] for letter in token): i for token, i in vocab if token not in special}
+        alphabet = byte_alphabet()
+        ranks = {}
+        for token, i in data["model"]["vocab"].items():
+            if token not in special:
+                ranks[bytes(alphabet[letter] for letter in token)] = i
         steps = data["pre_tokenizer"].get("pretokenizers", [data["pre_tokenizer"]])
         pattern = next(step["pattern"]["Regex"] for step in steps if step["type"] == "Split")
     except Exception as error:  # the package raises nothing narrower
         raise ValueError(f"{path} is not a byte-level BPE as nanochat's are ({error!r:.200})") from error
-    tokenizer = _make(path, pattern, ranks, special)
-    if any(backend.encode(s, add_special_tokens=False).ids != tokenizer.encode(s) for s in _SAMPLES):
+    tokenizer = _make_tokenizer(path, pattern, ranks, special)
+    if any(backend.encode(text, add_special_tokens=False).ids != tokenizer.encode(text) for text in SAMPLES):
         raise ValueError(f"{path} cannot be run by tiktoken with the same ids")
     return tokenizer
 
 
 def find_tokenizer(folder: Path, given: str | None = None) -> Tokenizer:
-    """A checkpoint's tokenizer: in `given`, or in `folder`, or where the original keeps it. ValueError without one."""
+    """Read a checkpoint's tokenizer from `given`, or from `folder`, or from where the original keeps it.
+
+    Raises ValueError if none of these has a tokenizer.pkl or tokenizer.json."""
     places = [Path(given)] if given else [folder / "tokenizer", folder, folder.parent.parent / "tokenizer"]
     for place in places:
         if (place / "tokenizer.pkl").is_file():
             return read_pickled(place / "tokenizer.pkl")
-        if (place / "tokenizer.json").is_file():
-            own = "format" in read_json(place / "tokenizer.json")
-            return Tokenizer.from_directory(place) if own else from_tokenizer_json(place / "tokenizer.json")
+        path = place / "tokenizer.json"
+        if path.is_file():
+            is_ours = "format" in read_json(path)
+            return Tokenizer.from_directory(place) if is_ours else from_tokenizer_json(path)
     raise ValueError(f"no tokenizer.pkl or tokenizer.json in {', '.join(map(str, places))}: name one with --tokenizer")

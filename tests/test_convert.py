@@ -17,7 +17,7 @@ from nanochat import checkpoint
 from nanochat.conversation import render_for_completion
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.hf import convert as interchange
+from nanochat.hf import convert
 from nanochat.hf.tokenizer_convert import find_tokenizer, from_tokenizer_json, read_pickled, to_tokenizer_json
 from nanochat.tokenizer import Tokenizer, load_tokenizer
 
@@ -132,21 +132,21 @@ def write_original(folder, tokenizer, new, prefix="", **changes):
 @torch.no_grad()
 def test_import_of_the_original_layout(base, tmp_path, tokenizer, new):
     where, state, config = write_original(tmp_path / "theirs", tokenizer, new, "_orig_mod." if new else "")
-    interchange.import_checkpoint(where, "base", "theirs")
+    convert.import_checkpoint(where, "base", "theirs")
     model, ours, meta = checkpoint.load_model("base", "cpu", "theirs")
     assert ours.hash == tokenizer.hash and meta["val_bpb"] == 0.9 and meta["original_step"] == 700
     idx_T = torch.randint(config["vocab_size"], (200,), generator=torch.Generator().manual_seed(1))
     wanted = recompute(state, config, idx_T, new)
     assert ((model(idx_T[None])[0] - wanted).abs().max() / wanted.abs().max()) < 1e-4
     with pytest.raises(ValueError, match="another --tag"):
-        interchange.import_checkpoint(where, "base", "theirs")
+        convert.import_checkpoint(where, "base", "theirs")
 
 
 def test_another_tokenizer_is_not_overwritten(base, tmp_path, tokenizer):
     own = Tokenizer.train_from_iterator(TEXTS[:3], 300)
     own.save(base / "tokenizer")
     where, _, _ = write_original(tmp_path / "theirs", tokenizer, True)
-    interchange.import_checkpoint(where, "base", "theirs")
+    convert.import_checkpoint(where, "base", "theirs")
     assert load_tokenizer().hash == own.hash
     assert checkpoint.load_model("base", "cpu", "theirs")[1].hash == tokenizer.hash
 
@@ -164,7 +164,7 @@ def test_hostile_and_damaged_originals(base, tmp_path, monkeypatch, tokenizer):
 
     def refused(*words):
         with pytest.raises(ValueError) as caught:
-            interchange.import_checkpoint(where, "base", "x")
+            convert.import_checkpoint(where, "base", "x")
         assert all(word in str(caught.value) for word in words), caught.value
         assert not (tmp_path / "exploded").exists()
 
@@ -259,12 +259,12 @@ def test_transformers_nanochat_and_back(base, tmp_path, tokenizer):
         value.copy_(torch.randn(value.shape, generator=torch.Generator().manual_seed(value.numel())) * 0.15)
     theirs.save_pretrained(tmp_path / "theirs", max_shard_size="100KB")
     (tmp_path / "theirs" / "tokenizer.json").write_text(to_tokenizer_json(tokenizer))
-    interchange.import_checkpoint(tmp_path / "theirs", "sft", "theirs")
+    convert.import_checkpoint(tmp_path / "theirs", "sft", "theirs")
     model, ours, _ = checkpoint.load_model("sft", "cpu", "theirs")
     assert ours.get_vocab_size() == tokenizer.get_vocab_size()
     assert [ours.encode(text) for text in TEXTS[:3]] == [tokenizer.encode(text) for text in TEXTS[:3]]
     same(model, ours, theirs)
-    interchange.export_checkpoint(tmp_path / "again", "sft", "theirs")
+    convert.export_checkpoint(tmp_path / "again", "sft", "theirs")
     assert json.loads((tmp_path / "again" / "config.json").read_text())["model_type"] == "nanochat"
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float32)
     assert type(again) is type(theirs)
@@ -275,7 +275,7 @@ def test_transformers_nanochat_and_back(base, tmp_path, tokenizer):
 def exported(trained_world, monkeypatch, tmp_path):
     """A trained model of the present architecture, and its bundle."""
     monkeypatch.setenv("NANOCHAT_DTYPE", "float32")
-    interchange.export_checkpoint(tmp_path / "bundle", "mid", None)
+    convert.export_checkpoint(tmp_path / "bundle", "mid", None)
     return tmp_path / "bundle"
 
 
@@ -302,7 +302,7 @@ def test_bundle_with_its_own_code(exported, monkeypatch, tmp_path):
     hashes = json.loads((exported / "hashes.json").read_text())
     assert hashes["step"] == meta["step"] and "model.safetensors" in hashes["sha256"]
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "elsewhere"))
-    interchange.import_checkpoint(exported, "sft", "back")
+    convert.import_checkpoint(exported, "sft", "back")
     back, tokenizer_back, _ = checkpoint.load_model("sft", "cpu", "back")
     assert tokenizer_back.hash == tokenizer.hash
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in back.state_dict().items())
@@ -313,8 +313,8 @@ def test_random_weights_of_the_present_architecture(base, tmp_path, tokenizer, m
     """As above, but every switch on and every weight large, past short windows."""
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     where, _, _ = write_original(tmp_path / "theirs", tokenizer, True)
-    interchange.import_checkpoint(where, "base", "x")
-    interchange.export_checkpoint(tmp_path / "bundle", "base", "x")
+    convert.import_checkpoint(where, "base", "x")
+    convert.export_checkpoint(tmp_path / "bundle", "base", "x")
     model, tokenizer, _ = checkpoint.load_model("base", "cpu", "x")
     same(model, tokenizer, from_bundle(tmp_path / "bundle"))
 
@@ -351,13 +351,13 @@ def test_tokenizers_convert_both_ways(tmp_path, tokenizer):
 
 def test_what_cannot_be_exported_is_said(trained_world, tmp_path):
     with pytest.raises(ValueError, match=r"llama\.cpp"):
-        interchange.export_checkpoint(tmp_path / "x", "mid", None, format="gguf")
+        convert.export_checkpoint(tmp_path / "x", "mid", None, format="gguf")
     with pytest.raises(ValueError, match="--format code"):
-        interchange.export_checkpoint(tmp_path / "x", "mid", None, format="nanochat")
+        convert.export_checkpoint(tmp_path / "x", "mid", None, format="nanochat")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("mine")
     with pytest.raises(ValueError, match="not empty"):
-        interchange.export_checkpoint(tmp_path / "full", "mid", None)
+        convert.export_checkpoint(tmp_path / "full", "mid", None)
     assert os.listdir(tmp_path / "full") == ["file"]
 
 

@@ -1,0 +1,194 @@
+"""nanochat's GPT for transformers, whole in one file, which `scripts.models export` copies into a bundle.
+
+    AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+
+It is the network of nanochat/gpt.py, written for reading and for equal numbers. It keeps no cache, so each new token
+costs a pass over all tokens before it. Nothing here imports nanochat: a bundle runs where only transformers is.
+Shapes: B rows, T positions, C channels, H query heads, K key-value heads, D head dim, V vocabulary.
+"""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+
+
+class NanochatGPTConfig(PretrainedConfig):
+    """Config whose `gpt` is a dict with the fields of nanochat's own GPTConfig."""
+
+    model_type = "nanochat_gpt"
+
+    def __init__(self, gpt=None, **kwargs):
+        self.gpt = gpt or {}
+        super().__init__(**kwargs)
+
+
+def norm(x):
+    """Apply RMSNorm without parameters over the last dimension."""
+    return F.rms_norm(x, (x.size(-1),))
+
+
+def rotate(x_BTHD, cos_BT1D, sin_BT1D):
+    """Rotate the planes (channel i, channel i + D/2) by the angles of each position (rotary positions)."""
+    a, b = x_BTHD.chunk(2, dim=-1)
+    return torch.cat((a * cos_BT1D - b * sin_BT1D, b * cos_BT1D + a * sin_BT1D), dim=-1)
+
+
+def round_up(n, multiple):
+    """Return the smallest multiple that is at least n."""
+    return -(-n // multiple) * multiple
+
+
+class Attention(nn.Module):
+    """Causal attention with grouped key-value heads; `gated` layers mix a value embedding into their values."""
+
+    def __init__(self, gpt, gated):
+        super().__init__()
+        n_embd = gpt["n_embd"]
+        self.n_head = gpt["n_head"]
+        self.n_kv_head = gpt["n_kv_head"]
+        self.qk_scale = gpt["qk_scale"]
+        self.head_dim = n_embd // self.n_head
+        self.q = nn.Linear(n_embd, n_embd, bias=False)
+        self.k = nn.Linear(n_embd, self.n_kv_head * self.head_dim, bias=False)
+        self.v = nn.Linear(n_embd, self.n_kv_head * self.head_dim, bias=False)
+        self.out = nn.Linear(n_embd, n_embd, bias=False)
+        self.gate = nn.Linear(gpt["value_gate_channels"], self.n_kv_head, bias=False) if gated else None
+
+    def forward(self, x_BTC, ve_BTC, cos_BT1D, sin_BT1D, visible_BTT):
+        B, T, _ = x_BTC.shape
+        q_BTHD = self.q(x_BTC).view(B, T, self.n_head, self.head_dim)
+        k_BTKD = self.k(x_BTC).view(B, T, self.n_kv_head, self.head_dim)
+        v_BTKD = self.v(x_BTC).view(B, T, self.n_kv_head, self.head_dim)
+        if self.gate is not None:
+            # Each key-value head decides from the first channels how much of the token's value embedding it adds.
+            share_BTK = 3 * torch.sigmoid(self.gate(x_BTC[..., : self.gate.in_features]))
+            v_BTKD = v_BTKD + share_BTK.unsqueeze(-1) * ve_BTC.view_as(v_BTKD)
+        # QK-norm after the rotation; the scale sharpens the softmax, as a norm without parameters cannot grow.
+        q_BTHD = norm(rotate(q_BTHD, cos_BT1D, sin_BT1D)) * self.qk_scale
+        k_BTKD = norm(rotate(k_BTKD, cos_BT1D, sin_BT1D)) * self.qk_scale
+        group = self.n_head // self.n_kv_head
+        q_BHTD = q_BTHD.transpose(1, 2)
+        k_BHTD = k_BTKD.repeat_interleave(group, dim=2).transpose(1, 2)
+        v_BHTD = v_BTKD.repeat_interleave(group, dim=2).transpose(1, 2)
+        scores_BHTT = (q_BHTD @ k_BHTD.mT * self.head_dim**-0.5).float()
+        # The lowest finite number and not -inf: a padded row sees no position at all, and must not become NaN.
+        scores_BHTT = scores_BHTT.masked_fill(~visible_BTT[:, None], torch.finfo(torch.float32).min)
+        y_BHTD = scores_BHTT.softmax(-1).to(v_BHTD.dtype) @ v_BHTD
+        return self.out(y_BHTD.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    """Two matrices with ReLU squared between them."""
+
+    def __init__(self, gpt):
+        super().__init__()
+        self.up = nn.Linear(gpt["n_embd"], 4 * gpt["n_embd"], bias=False)
+        self.down = nn.Linear(4 * gpt["n_embd"], gpt["n_embd"], bias=False)
+
+    def forward(self, x_BTC):
+        return self.down(F.relu(self.up(x_BTC)).square())
+
+
+class Block(nn.Module):
+    """One layer."""
+
+    def __init__(self, gpt, gated):
+        super().__init__()
+        self.attn = Attention(gpt, gated)
+        self.mlp = MLP(gpt)
+
+
+class NanochatGPT(PreTrainedModel, GenerationMixin):
+    """The model; its parameters have the names of nanochat's own checkpoints."""
+
+    config_class = NanochatGPTConfig
+    _no_split_modules = ("Block",)
+
+    def __init__(self, config):
+        super().__init__(config)
+        gpt = config.gpt
+        n_layer = gpt["n_layer"]
+        n_embd = gpt["n_embd"]
+        every = gpt["value_embed_every"]
+        padded_vocab_size = round_up(gpt["vocab_size"], 64)
+        kv_channels = gpt["n_kv_head"] * n_embd // gpt["n_head"]
+        gated = [every > 0 and (n_layer - 1 - i) % every == 0 for i in range(n_layer)]
+        self.embed = nn.Embedding(padded_vocab_size, n_embd)
+        self.value_embeds = nn.ModuleDict()
+        for i in range(n_layer):
+            if gated[i]:
+                self.value_embeds[str(i)] = nn.Embedding(padded_vocab_size, kv_channels)
+        self.blocks = nn.ModuleList(Block(gpt, gated[i]) for i in range(n_layer))
+        self.head = nn.Linear(n_embd, padded_vocab_size, bias=False)
+        self.resid_scale = nn.Parameter(torch.ones(n_layer))
+        self.embed_skip = nn.Parameter(torch.zeros(n_layer))
+        if gpt["smear_channels"]:
+            self.smear_gate = nn.Linear(gpt["smear_channels"], 1, bias=False)
+            self.smear_scale = nn.Parameter(torch.zeros(()))
+        if gpt["backout"]:
+            self.backout = nn.Parameter(torch.zeros(()))
+        # How many positions each layer sees, its own included: S = a quarter of the context, L = all; the last all.
+        context = gpt["sequence_len"]
+        short = min(round_up(context // 4 + (context % 4 > 0), 128), context)
+        pattern = gpt["window_pattern"]
+        self.windows = [short if pattern[i % len(pattern)] == "S" else context for i in range(n_layer - 1)]
+        self.windows.append(context)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.embed
+
+    def get_output_embeddings(self):
+        return self.head
+
+    def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **kwargs):
+        """Give `generate` the whole sequence at each step, as there is no cache."""
+        return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+    def forward(self, input_ids, attention_mask=None, labels=None, **kwargs):
+        """Return logits (B, T, V) in fp32, and the mean loss of predicting `labels` if given (-100 is ignored).
+
+        `attention_mask` is 0 at padding, which generation puts on the left; positions count real tokens only."""
+        gpt = self.config.gpt
+        device = input_ids.device
+        _, T = input_ids.shape
+        real_BT = torch.ones_like(input_ids) if attention_mask is None else attention_mask[:, -T:]
+        positions_BT = (real_BT.cumsum(-1) - 1).clamp(min=0)
+        distance_BTT = positions_BT[:, :, None] - positions_BT[:, None, :]
+        causal_TT = torch.ones(T, T, dtype=torch.bool, device=device).tril()
+        visible_BTT = causal_TT & real_BT.bool()[:, None, :]
+
+        head_dim = gpt["n_embd"] // gpt["n_head"]
+        channels = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32)
+        frequencies = gpt["rope_base"] ** -(channels / head_dim)
+        angles_BT1D = (positions_BT[..., None].float() * frequencies)[:, :, None]
+
+        x_BTC = norm(self.embed(input_ids))
+        cos_BT1D = angles_BT1D.cos().to(x_BTC.dtype)
+        sin_BT1D = angles_BT1D.sin().to(x_BTC.dtype)
+        if gpt["smear_channels"]:
+            # Smear: each token gets a gated bit of the embedding of the token before it.
+            previous_BTC = F.pad((x_BTC * real_BT[..., None])[:, :-1], (0, 0, 1, 0))
+            gate_BT1 = torch.sigmoid(self.smear_gate(x_BTC[..., : gpt["smear_channels"]]))
+            x_BTC = x_BTC + self.smear_scale * gate_BT1 * previous_BTC
+        x0_BTC = x_BTC
+        for i, block in enumerate(self.blocks):
+            ve_BTC = self.value_embeds[str(i)](input_ids) if str(i) in self.value_embeds else None
+            x_BTC = self.resid_scale[i] * x_BTC + self.embed_skip[i] * x0_BTC
+            in_window_BTT = visible_BTT & (distance_BTT < self.windows[i])
+            x_BTC = x_BTC + block.attn(norm(x_BTC), ve_BTC, cos_BT1D, sin_BT1D, in_window_BTT)
+            x_BTC = x_BTC + block.mlp(norm(x_BTC))
+            if gpt["backout"] and i == gpt["n_layer"] // 2:
+                middle_BTC = x_BTC
+        if gpt["backout"]:
+            # Backout: early features that only later layers needed are subtracted before the head.
+            x_BTC = x_BTC - self.backout * middle_BTC
+        logits_BTV = self.head(norm(x_BTC))[..., : gpt["vocab_size"]].float()
+        if gpt["softcap"]:
+            logits_BTV = gpt["softcap"] * torch.tanh(logits_BTV / gpt["softcap"])
+        loss = None
+        if labels is not None:
+            loss = F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return CausalLMOutput(loss=loss, logits=logits_BTV)
