@@ -10,6 +10,7 @@
 #   WANDB_RUN          name of a wandb run
 set -euo pipefail
 cd "$(dirname "$0")"
+
 SMOKE=
 for argument in "$@"; do
     case $argument in
@@ -21,85 +22,139 @@ done
 export NANOCHAT_BASE_DIR="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"
 mkdir -p "$NANOCHAT_BASE_DIR/runs"
 
-# 0. Set-up: a virtual environment with pinned packages.
+# ---------------------------------------------------------------------------------------------------------------------
+# Set-up: a virtual environment with pinned packages
+
 [ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv
 .venv/bin/python -m pip install --quiet --constraint dev/constraints.txt --editable .
 export PATH="$PWD/.venv/bin:$PATH"
 
-# 1. What this machine can do decides the size of the run.
+# ---------------------------------------------------------------------------------------------------------------------
+# What this machine can do decides the size of the run
+
 GPUS=$(python -c 'import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0)')
 if [ -n "$SMOKE" ]; then
-    PROFILE=smoke DEPTH=${DEPTH:-2} DATASET=${DATASET:-builtin} SHARDS=1 VOCAB=1024
-    BASE="--max-seq-len 256 --window-pattern L --head-dim 64 --total-batch-size 2048 --num-iterations 60 --eval-every 30 --eval-tokens 16384"
-    MID="--scale .1 --num-iterations 30" SFT="--scale .1 --num-iterations 20"
-    EVAL="--eval-tokens 16384 --max-per-task 20" CHAT="--max-problems 20 --max-new-tokens 32"
+    # a minute: every stage runs, nothing is learnt
+    PROFILE=smoke
+    DEPTH=${DEPTH:-2} DATASET=${DATASET:-builtin} SHARDS=1 VOCAB=1024
+    BASE="--max-seq-len 256 --window-pattern L --head-dim 64 --total-batch-size 2048
+        --num-iterations 60 --eval-every 30 --eval-tokens 16384"
+    MID="--scale .1 --num-iterations 30"
+    SFT="--scale .1 --num-iterations 20"
+    EVAL="--eval-tokens 16384 --max-per-task 20"
+    CHAT="--max-problems 20 --max-new-tokens 32"
 elif [ "$GPUS" -eq 0 ]; then
-    # deep and narrow: choosing a letter takes recall, then a lookup, layer after layer; at the recipe's own rates, which
-    # are 1.41 times these, the text is learnt better, and choosing worse (dev/LOG.md)
-    PROFILE=cpu DEPTH=${DEPTH:-6} DATASET=${DATASET:-builtin} SHARDS=8 VOCAB=4096
-    BASE="--aspect-ratio 32 --head-dim 64 --max-seq-len 512 --window-pattern L --total-batch-size 8192 --num-iterations 300 --eval-every 100 --eval-tokens 65536 --matrix-lr .01414 --embedding-lr .2121 --unembedding-lr .005657"
-    MID="--scale 3 --replay 1 --init-lr-frac 2 --warmdown-ratio .5 --total-batch-size 8192 --num-iterations 330 --eval-every 110" SFT="--init-lr-frac 1 --total-batch-size 8192 --num-iterations 140"
-    EVAL="--eval-tokens 65536" CHAT="--max-problems 200 --max-new-tokens 48"
+    # A quarter of an hour on two cores. Deep and narrow: choosing a letter takes recall, then a lookup, layer after
+    # layer. The rates are the recipe's over 1.41: at its own the text is learnt better, and choosing worse (dev/LOG.md).
+    PROFILE=cpu
+    DEPTH=${DEPTH:-6} DATASET=${DATASET:-builtin} SHARDS=8 VOCAB=4096
+    BASE="--aspect-ratio 32 --head-dim 64 --max-seq-len 512 --window-pattern L --total-batch-size 8192
+        --num-iterations 300 --eval-every 100 --eval-tokens 65536
+        --matrix-lr .01414 --embedding-lr .2121 --unembedding-lr .005657"
+    MID="--scale 3 --replay 1 --init-lr-frac 2 --warmdown-ratio .5 --total-batch-size 8192
+        --num-iterations 330 --eval-every 110"
+    SFT="--init-lr-frac 1 --total-batch-size 8192 --num-iterations 140"
+    EVAL="--eval-tokens 65536"
+    CHAT="--max-problems 200 --max-new-tokens 48"
 elif [ "$GPUS" -lt 8 ]; then
-    PROFILE=gpu DEPTH=${DEPTH:-12} DATASET=${DATASET:-climbmix} SHARDS=40 VOCAB=32768
-    BASE="--eval-every 500 --save-every 1000" MID="--scale 30" SFT="--scale 8" EVAL="" CHAT="--max-problems 1000 --max-new-tokens 512"
+    PROFILE=gpu
+    DEPTH=${DEPTH:-12} DATASET=${DATASET:-climbmix} SHARDS=40 VOCAB=32768
+    BASE="--eval-every 500 --save-every 1000"
+    MID="--scale 30"
+    SFT="--scale 8"
+    EVAL=""
+    CHAT="--max-problems 1000 --max-new-tokens 512"
 else
-    PROFILE=node DEPTH=${DEPTH:-24} DATASET=${DATASET:-climbmix} SHARDS=170 VOCAB=32768
-    BASE="--target-param-data-ratio 8 --device-batch-size 16 --eval-every 1000" MID="--scale 100" SFT="--scale 20"
-    EVAL="" CHAT="--max-problems 2000 --max-new-tokens 512"
+    # the GPT-2-grade model
+    PROFILE=node
+    DEPTH=${DEPTH:-24} DATASET=${DATASET:-climbmix} SHARDS=170 VOCAB=32768
+    BASE="--target-param-data-ratio 8 --device-batch-size 16 --eval-every 1000"
+    MID="--scale 100"
+    SFT="--scale 20"
+    EVAL=""
+    CHAT="--max-problems 2000 --max-new-tokens 512"
 fi
 TAG="d$DEPTH-$PROFILE"
+case $PROFILE-$DATASET in
+    gpu-climbmix | gpu-fineweb-edu | node-climbmix | node-fineweb-edu) NETWORK=1 ;;
+    *) NETWORK= ;;
+esac
 echo "profile $PROFILE: depth $DEPTH, dataset $DATASET, $GPUS GPUs; everything is written to $NANOCHAT_BASE_DIR"
 
-# stage NAME COMMAND...: run it once; its mark holds the command, so that other flags run it, and all after it, anew.
-ANEW=
+# ---------------------------------------------------------------------------------------------------------------------
+# How a stage is run
+
+# stage NAME COMMAND...: run it once. Its mark holds the command, so that other flags run it, and all after it, again.
+AGAIN=
 stage() {
     local name=$1 mark="$NANOCHAT_BASE_DIR/runs/.done-$TAG-$1" began=$SECONDS
     shift
-    if [ -z "$ANEW" ] && [ "$(cat "$mark" 2> /dev/null)" = "$*" ]; then
+    if [ -z "$AGAIN" ] && [ "$(cat "$mark" 2> /dev/null)" = "$*" ]; then
         echo "== $name: done before"
         return
     fi
-    ANEW=1
+    AGAIN=1
     echo "== $name: $*"
     "$@"
     echo "{\"stage\": \"$name\", \"seconds\": $((SECONDS - began))}" >> "$NANOCHAT_BASE_DIR/runs/stages.jsonl"
     echo "$*" > "$mark"
 }
-if [ "$GPUS" -gt 1 ]; then
-    RUN="torchrun --standalone --nproc_per_node=$GPUS -m"
-else
-    RUN="python -m"
-fi
-train() { # NAME MODULE FLAGS...: a training stage on all GPUs, resumed where it was left
+
+# train NAME MODULE FLAGS...: a training stage on all GPUs, resumed where it was left
+RUN="python -m"
+[ "$GPUS" -le 1 ] || RUN="torchrun --standalone --nproc_per_node=$GPUS -m"
+train() {
     stage "$1" $RUN "$2" "${@:3}" --model-tag "$TAG" --resume auto ${WANDB_RUN:+--run "$WANDB_RUN-$1"}
 }
-talk="${TASKS_DIR:+--tasks-dir $TASKS_DIR}"
+tasks="${TASKS_DIR:+--tasks-dir $TASKS_DIR}"
 
-# 2. Text, and a tokenizer made for it; conversations and tasks to train on and to be measured by.
-stage dataset python -m nanochat.dataset --name "$DATASET" -n "$SHARDS"
-case $PROFILE-$DATASET in
-    gpu-climbmix | gpu-fineweb-edu | node-climbmix | node-fineweb-edu) # there is a network
-        [ -n "${TASKS_DIR:-}" ] || stage tasks python -m tasks.public
-        EVAL="--bundle core" ;;
-esac
+# ---------------------------------------------------------------------------------------------------------------------
+# Text and a tokenizer made for it; conversations and tasks to train on and to be measured by
+
+if [ -z "$NETWORK" ]; then
+    stage dataset python -m nanochat.dataset --name "$DATASET" -n "$SHARDS"
+else
+    # Eight shards are enough for the tokenizer. The others arrive while the model trains, which waits where it must.
+    stage dataset python -m nanochat.dataset --name "$DATASET" -n 8
+    [ -n "${TASKS_DIR:-}" ] || stage tasks python -m tasks.public
+    EVAL="--bundle core"
+fi
 stage tokenizer python -m scripts.tok_train --dataset "$DATASET" --vocab-size "$VOCAB"
 stage tok_eval python -m scripts.tok_eval --dataset "$DATASET"
+if [ -n "$NETWORK" ]; then
+    log="$NANOCHAT_BASE_DIR/runs/download.log" manifest="$NANOCHAT_BASE_DIR/datasets/$DATASET/manifest.json"
+    python -m nanochat.dataset --name "$DATASET" -n "$SHARDS" > "$log" 2>&1 &
+    download=$!
+    trap 'kill $download 2> /dev/null || true' EXIT
+    # The manifest lists all shards as soon as the download has begun; before that a run would take eight for all.
+    until [ "$(grep -c '"file"' "$manifest")" -gt "$SHARDS" ]; do
+        kill -0 $download 2> /dev/null || { cat "$log" >&2; exit 2; }
+        sleep 1
+    done
+fi
 
-# 3. Pretraining: the model learns language and the world from plain text.
+# ---------------------------------------------------------------------------------------------------------------------
+# Pretraining: the model learns language and the world from plain text
+
 train base_train scripts.base_train --depth "$DEPTH" --dataset "$DATASET" $BASE
 stage base_eval $RUN scripts.base_eval --model-tag "$TAG" $EVAL
-stage chat_eval_base $RUN scripts.chat_eval --stage base --model-tag "$TAG" $CHAT $talk
+stage chat_eval_base $RUN scripts.chat_eval --stage base --model-tag "$TAG" $CHAT $tasks
 
-# 4. Midtraining: the form of a conversation, tools and multiple choice.
-train mid_train scripts.mid_train --source-tag "$TAG" $MID $talk
-stage chat_eval_mid $RUN scripts.chat_eval --stage mid --model-tag "$TAG" $CHAT $talk
+# ---------------------------------------------------------------------------------------------------------------------
+# Midtraining: the form of a conversation, tools and multiple choice
 
-# 5. Fine-tuning: the conversations it should lead, and who it is.
-train chat_sft scripts.chat_sft --source-tag "$TAG" $SFT $talk
-stage chat_eval_sft $RUN scripts.chat_eval --stage sft --model-tag "$TAG" $CHAT $talk
+train mid_train scripts.mid_train --source-tag "$TAG" $MID $tasks
+stage chat_eval_mid $RUN scripts.chat_eval --stage mid --model-tag "$TAG" $CHAT $tasks
 
-# 6. What came of it.
+# ---------------------------------------------------------------------------------------------------------------------
+# Fine-tuning: the conversations it should lead, and who it is
+
+train chat_sft scripts.chat_sft --source-tag "$TAG" $SFT $tasks
+stage chat_eval_sft $RUN scripts.chat_eval --stage sft --model-tag "$TAG" $CHAT $tasks
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What came of it
+
 python -m scripts.report ${PRICE:+--price "$PRICE"}
 for question in "What is the capital of France?" "What is 37*48?" "How many r are in strawberry?" "Who are you?"; do
     echo "> $question"

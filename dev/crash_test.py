@@ -187,6 +187,7 @@ def main() -> None:
     config = cli.parse(Config, description=__doc__)
     seed = random.SystemRandom().randrange(10**9) if config.seed is None else config.seed
     rng, stages, rows = random.Random(seed), config.stages.split(","), []
+    path = Path(config.out) if config.out else get_base_dir() / "bench" / "crash_test.json"
     os.environ |= {"NANOCHAT_DTYPE": "float32", "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory(prefix="nanochat-crash-") as temporary:
         folder, began = Path(temporary), time.monotonic()
@@ -205,7 +206,6 @@ def main() -> None:
         seconds = time.monotonic() - began
     total = {"stage": "all", **{key: sum(row[key] for row in rows) for key in COLUMNS}, "run seconds": seconds}
     print(f"\nNo checkpoint lost or damaged, every finished run exact; seed {seed}\n\n{table([*rows, total])}")
-    path = Path(config.out) if config.out else get_base_dir() / "bench" / "crash_test.json"
     write_record(path, {"config": dataclasses.asdict(config), "seed": seed, "stages": rows, "all": total})
     print(f"{path} written")
 
