@@ -108,7 +108,8 @@ class HubServer:
         data = fault[1] if fault[0] == "body" else self.files[path]
         start = 0
         wanted = request.headers.get("Range")
-        if wanted and fault[0] != "no_range":
+        same = request.headers.get("If-Range") in (None, f'"{hashlib.md5(data).hexdigest()}"')
+        if wanted and same and fault[0] != "no_range":
             start = int(wanted.removeprefix("bytes=").rstrip("-"))
             request.send_response(206)
             request.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
