@@ -59,7 +59,7 @@ def compile_template(source: str) -> "jinja2.Template":
     class Generation(jinja2.ext.Extension):
         """{% generation %} ... {% endgeneration %} marks what the assistant said, for training; here it is output."""
 
-        tags = frozenset({"generation"})
+        tags = {"generation"}  # noqa: RUF012 (as its base class has it)
 
         def parse(self, parser: Any) -> Scope:
             line = next(parser.stream).lineno

@@ -104,7 +104,7 @@ class NanochatGPT(PreTrainedModel, GenerationMixin):
     """The model; its parameters have the names of nanochat's own checkpoints."""
 
     config_class = NanochatGPTConfig
-    _no_split_modules = ("Block",)
+    _no_split_modules = ["Block"]  # noqa: RUF012 (as its base class has it)
 
     def __init__(self, config):
         super().__init__(config)

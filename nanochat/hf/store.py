@@ -29,13 +29,12 @@ from nanochat.common import STAGES, get_base_dir, read_json, sha256_file
 from nanochat.compute import free_memory, pick_dtype
 from nanochat.engine import Engine
 from nanochat.hf.chat import chat_format
-from nanochat.hf.load import FAMILIES, load, read_config, skeleton, stored_tensors
+from nanochat.hf.load import FAMILIES, INDEX, load, read_config, skeleton, stored_tensors
 from nanochat.hf.parallel import layer_bytes, split_layers, tensor_parallel
 from nanochat.hub import hub_errors
 
 DEVICES = "lay an open-weights model over these, such as cuda:0,cuda:1; unset: over all GPUs if one is too small"
 NEEDED = ("config.json", "tokenizer.json")
-INDEX = "model.safetensors.index.json"
 # What is fetched of a repository. Other files hold the same weights in other formats.
 FILES = (
     *NEEDED,
