@@ -290,12 +290,14 @@ class NamedModel:
             stage, tag = self.name.split("/")
             own_model, own_tokenizer, _ = checkpoint.load_model(stage, device, tag, self.step)
             return Engine(own_model, own_tokenizer, max_batch, int8=int8), ChatFormat(own_tokenizer)
+        dtype = pick_dtype(device)
+        tokenizer: Any
         if ranks > 1:
-            # Every rank reads the whole model into shared pages on the CPU, then moves its part of each matrix.
-            model, tokenizer = load(self.folder, "cpu", pick_dtype(device))
+            # Every rank maps the whole model into the CPU's memory, whose pages they share, then takes its part.
+            model, tokenizer = load(self.folder, "cpu", dtype)
             model = tensor_parallel(model, dist.init_device_mesh(device.type, (ranks,)))
         else:
-            model, tokenizer = load(self.folder, self.places if len(self.places) > 1 else device, pick_dtype(device))
+            model, tokenizer = load(self.folder, self.places if len(self.places) > 1 else device, dtype)
         return Engine(model, tokenizer, max_batch, int8=int8), chat_format(self.folder, tokenizer)
 
 
