@@ -4,6 +4,7 @@ the given depths: is the result right, how long does it take, and how long the p
 compiles it. Then each depth trains through dev.bench train, in bf16 and with --fp8. Without a GPU the table says so.
 """
 
+import functools
 import statistics
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from nanochat import attention, cli, fp8, kernels, loss, recipe
+from nanochat import attention, cli, fp8, fused_mlp, loss, probe, recipe
 from nanochat.common import get_base_dir, write_record
 from nanochat.gpt import GPTConfig
 from scripts.infer_bench import read_bandwidth, table, time_calls
@@ -97,16 +98,17 @@ def _attention(config: Config, model: GPTConfig, device: torch.device) -> Iterat
     for windowed, window in ((False, T), (True, min(model.windows))):
         plain = attention._attend_sdpa if window >= T else torch.compile(attention.attend_naive, dynamic=False)
         attended = sum(min(t + 1, window) for t in range(T))
-        for name, attend in attention._BACKENDS["cuda", windowed]:
+        for name, make in attention.backends("cuda", windowed):
+            make = functools.cache(make)  # load or compile it once, not at each timed call
             yield Check(
                 "attention",
                 name,
                 f"{B}x{T}x{H}x{D}, window {window}",
                 3.5 * 4 * B * H * D * attended,
-                lambda name=name, attend=attend, w=window: attention._works(
-                    name, attend, device, torch.bfloat16, D, 128 if w < T else 512
+                lambda name=name, make=make, w=window: attention.works(
+                    name, make, device, torch.bfloat16, D, 128 if w < T else 512
                 ),
-                lambda q, k, v, attend=attend, w=window: attend(q, k, v, w),
+                lambda q, k, v, make=make, w=window: make()(q, k, v, w),
                 lambda q, k, v, plain=plain, w=window: plain(q, k, v, w),
                 lambda: _normal(*3 * [(B, T, H, D)]),
             )
@@ -116,17 +118,15 @@ def _loss(config: Config, model: GPTConfig, device: torch.device) -> Iterator[Ch
     N, C, V = config.rows * config.seq_len, model.n_embd, config.vocab_size
     targets_N = torch.randint(0, V, (N,), generator=torch.Generator().manual_seed(0)).to(device)
 
-    def head_loss(chunk_gradients: loss.ChunkGradients) -> Callable[..., torch.Tensor]:
-        return lambda x, w: loss._ChunkedLossSum.apply(x, w, targets_N, model.softcap, 4096, chunk_gradients)
-
+    compiled = torch.compile(loss._chunk_gradients, dynamic=False)
     yield Check(
         "loss",
-        "triton",
+        "liger",
         f"{N}x{C}, vocabulary {V}",
         6 * N * C * V,
-        lambda: loss.choose(device, torch.bfloat16, True)[0] == "triton",
-        head_loss(loss._triton_chunk_gradients),
-        head_loss(torch.compile(loss._chunk_gradients, dynamic=False)),
+        lambda: loss.choose(device, torch.bfloat16, True)[0] == "liger",
+        lambda x, w: loss.liger_loss_sum(x, w, targets_N, model.softcap),
+        lambda x, w: loss.chunked_loss_sum(x, w, targets_N, model.softcap, chunk_gradients=compiled),
         lambda: _normal((N, C), (V, C)),
     )
 
@@ -142,9 +142,11 @@ def _mlp(config: Config, model: GPTConfig, device: torch.device) -> Iterator[Che
         "fused",
         f"{N}x{C}",
         6 * N * 8 * C * C,
-        lambda: kernels.agrees("fused MLP", kernels.fused_mlp, kernels.eager_mlp, [x.to(device) for x in inputs(512)]),
-        kernels.fused_mlp,
-        torch.compile(kernels.eager_mlp, dynamic=False),
+        lambda: probe.agrees(
+            "fused MLP", fused_mlp.fused_mlp, fused_mlp.eager_mlp, [x.to(device) for x in inputs(512)]
+        ),
+        fused_mlp.fused_mlp,
+        torch.compile(fused_mlp.eager_mlp, dynamic=False),
         inputs,
     )
 

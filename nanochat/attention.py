@@ -1,15 +1,26 @@
-"""Attention by one call for training and one for cached inference; backends are chosen by probes, not by imports."""
+"""Attention: one call in training, one in cached inference, both held against one plain definition.
+
+`attend_naive` is the definition: causal, grouped-query, with a window. It needs memory for T x T scores per head, so
+training uses a faster backend that `choose` finds: on CPU our own blocks of queries, on CUDA FlashAttention-3, or
+FlexAttention for windows and cuDNN for full attention. A backend is chosen because a probe saw it agree with the
+definition on this machine, not because its package imports.
+
+Inference attends to keys and values in a cache: `cached_attention` and `attend_to_slots`.
+
+Shapes: B sequences, T positions, H query heads, K kv heads (K divides H), D channels per head, S slots of a cache.
+"""
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from nanochat import kernels
+from nanochat import probe
 
-Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
-_BLOCK = 128  # queries to a block on CPU; short windows are multiples of it
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]  # (q_BTHD, k_BTKD, v_BTKD, window)
+BLOCK = 128  # queries per block on CPU; GPTConfig rounds short windows up to a multiple of it
 
 
 def attend_naive(q_BTHD: torch.Tensor, k_BTKD: torch.Tensor, v_BTKD: torch.Tensor, window: int) -> torch.Tensor:
@@ -109,48 +120,69 @@ def _heads_first(x_BTHD: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 def _attend_sdpa(q_BTHD: torch.Tensor, k_BTKD: torch.Tensor, v_BTKD: torch.Tensor, window: int) -> torch.Tensor:
-    """PyTorch's fused kernel; full causal attention only."""
+    """PyTorch's fused kernel, for full causal attention only: with a window it would need a mask of T x T."""
     assert window >= q_BTHD.size(1)
     q, k, v = (_heads_first(x, q_BTHD.size(2)) for x in (q_BTHD, k_BTKD, v_BTKD))
     return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
 
-@functools.cache
-def _triangle(size: int, keep_above: bool, dtype: torch.dtype) -> torch.Tensor:
-    """-inf strictly above the diagonal (causality), or on and below it (the far edge of a window); 0 elsewhere."""
-    hidden = torch.full((size, size), float("-inf"))
-    return (hidden.tril() if keep_above else hidden.triu(1)).to(dtype)
+# CPU. PyTorch's flash kernel for CPU leaves half of the machine idle, and masks for windows cost more than no windows.
+# Here a block of 128 queries attends, by two matrix products around a softmax, to just the keys that some query of
+# it may see; only the two corners of the band that are hidden get a mask. The softmax weights are kept for the
+# backward pass. Twice as fast as the flash kernel (dev/LOG.md), and a window costs what it covers.
+
+
+def _hidden_above_diagonal(size: int, like: torch.Tensor) -> torch.Tensor:
+    """-inf strictly above the diagonal, else 0: the keys later than each query of a block (causality)."""
+    return torch.full((size, size), float("-inf"), dtype=like.dtype).triu(1)
+
+
+def _hidden_up_to_diagonal(size: int, like: torch.Tensor) -> torch.Tensor:
+    """-inf on and below the diagonal, else 0: the keys that have left the window of each query of a block."""
+    return torch.full((size, size), float("-inf"), dtype=like.dtype).tril()
 
 
 def _block_spans(T: int, window: int) -> list[tuple[int, int, int]]:
-    """(first query, end, first key) of each block of queries: the keys are those that some query of it sees."""
-    return [(a, min(a + _BLOCK, T), max(0, a - window)) for a in range(0, T, _BLOCK)]
+    """Return (first query, end, first key) for each block of queries. The last key is the last query's own."""
+    return [(start, min(start + BLOCK, T), max(0, start - window)) for start in range(0, T, BLOCK)]
+
+
+def _kept_weights(N: int, T: int, window: int) -> int:
+    """Return the number of softmax weights of all blocks."""
+    return N * sum((end - start) * (end - first_key) for start, end, first_key in _block_spans(T, window))
+
+
+# An operator of PyTorch with a shape function ("fake"), so that torch.compile keeps a transformer block in one graph.
 
 
 @torch.library.custom_op("nanochat::block_attention", mutates_args=())
 def _block_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> list[torch.Tensor]:
-    """(N, T, D) each, q scaled; N = sequences x heads. Returns the output and the weights, block after block, flat."""
+    """Causal windowed attention for (N, T, D) each, N = sequences x heads, with q scaled already.
+
+    Returns the output (N, T, D), and the weights of all blocks end to end in one flat tensor.
+    """
     N, T, _ = q.shape
-    spans = _block_spans(T, window)
+    later = _hidden_above_diagonal(BLOCK, q)
+    left_behind = _hidden_up_to_diagonal(BLOCK, q)
     out = torch.empty_like(q)
-    weights = q.new_empty(N * sum((b - a) * (b - first) for a, b, first in spans))
+    weights = q.new_empty(_kept_weights(N, T, window))
     taken = 0
-    for a, b, first in spans:
-        scores = torch.bmm(q[:, a:b], k[:, first:b].mT)
-        scores[:, :, a - first :] += _triangle(_BLOCK, False, q.dtype)[: b - a, : b - a]
-        if a >= window:
-            scores[:, :, :_BLOCK] += _triangle(_BLOCK, True, q.dtype)[: b - a]
+    for start, end, first_key in _block_spans(T, window):
+        length = end - start
+        scores = torch.bmm(q[:, start:end], k[:, first_key:end].mT)
+        scores[:, :, start - first_key :] += later[:length, :length]
+        if start >= window:
+            scores[:, :, :BLOCK] += left_behind[:length]
         block = weights[taken : taken + scores.numel()].view(scores.shape)
         torch.softmax(scores, -1, out=block)
-        torch.bmm(block, v[:, first:b], out=out[:, a:b])
+        torch.bmm(block, v[:, first_key:end], out=out[:, start:end])
         taken += scores.numel()
     return [out, weights]
 
 
 @_block_attention.register_fake
 def _(q, k, v, window):
-    size = q.size(0) * sum((b - a) * (b - first) for a, b, first in _block_spans(q.size(1), window))
-    return [torch.empty_like(q), q.new_empty(size)]
+    return [torch.empty_like(q), q.new_empty(_kept_weights(q.size(0), q.size(1), window))]
 
 
 @torch.library.custom_op("nanochat::block_attention_backward", mutates_args=())
@@ -158,17 +190,22 @@ def _block_attention_backward(
     grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, weights: torch.Tensor, window: int
 ) -> list[torch.Tensor]:
     N, T, _ = q.shape
-    dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    end = weights.numel()
-    for a, b, first in reversed(_block_spans(T, window)):
-        block = weights[end - N * (b - a) * (b - first) : end].view(N, b - a, b - first)
-        end -= block.numel()
-        dy = grad[:, a:b].contiguous()
-        dscores = torch._softmax_backward_data(torch.bmm(dy, v[:, first:b].mT), block, -1, q.dtype)
-        torch.bmm(dscores, k[:, first:b], out=dq[:, a:b])
-        # added up by the products themselves, small terms (of late queries) first, as the sums are in q's dtype
-        dv[:, first:b].baddbmm_(block.mT, dy)
-        dk[:, first:b].baddbmm_(dscores.mT, q[:, a:b])
+    dq = torch.empty_like(q)
+    dk = torch.zeros_like(k)
+    dv = torch.zeros_like(v)
+    taken = weights.numel()
+    for start, end, first_key in reversed(_block_spans(T, window)):
+        size = N * (end - start) * (end - first_key)
+        block = weights[taken - size : taken].view(N, end - start, end - first_key)
+        taken -= size
+        dy = grad[:, start:end].contiguous()
+        dweights = torch.bmm(dy, v[:, first_key:end].mT)
+        dscores = torch._softmax_backward_data(dweights, block, -1, q.dtype)
+        torch.bmm(dscores, k[:, first_key:end], out=dq[:, start:end])
+        # Each key is read by several blocks, and the products add to its gradient themselves. The sums are kept in
+        # q's dtype, so the small terms, which come from late queries with many keys, are added first.
+        dv[:, first_key:end].baddbmm_(block.mT, dy)
+        dk[:, first_key:end].baddbmm_(dscores.mT, q[:, start:end])
     return [dq, dk, dv]
 
 
@@ -178,104 +215,129 @@ def _(grad, q, k, v, weights, window):
 
 
 def _save_for_backward(ctx, inputs, output) -> None:
-    ctx.set_materialize_grads(False)  # the weights have none, which would be zeros of their size
-    ctx.save_for_backward(*inputs[:3], output[1])
-    ctx.window = inputs[3]
+    q, k, v, window = inputs
+    _, weights = output
+    ctx.set_materialize_grads(False)  # nobody asks for a gradient of the weights: make no zeros of their size
+    ctx.save_for_backward(q, k, v, weights)
+    ctx.window = window
 
 
 def _backward(ctx, grads):
     q, k, v, weights = ctx.saved_tensors
-    return (*_block_attention_backward(grads[0].contiguous(), q, k, v, weights, ctx.window), None)
+    dq, dk, dv = _block_attention_backward(grads[0].contiguous(), q, k, v, weights, ctx.window)
+    return dq, dk, dv, None
 
 
 _block_attention.register_autograd(_backward, setup_context=_save_for_backward)
 
 
 def _attend_blocks(q_BTHD: torch.Tensor, k_BTKD: torch.Tensor, v_BTKD: torch.Tensor, window: int) -> torch.Tensor:
-    """Causal and windowed attention on CPU: blocks of queries against just the keys that they may see.
-
-    Batched matrix products around a softmax, with the weights kept for the backward pass: twice as fast as the CPU
-    flash kernel (dev/LOG.md), and windows cost what they cover, without masks beyond the two corners of a band.
-    """
+    """Full or windowed causal attention on CPU, by `_block_attention`. A window is a multiple of 128, or covers all."""
     B, T, H, D = q_BTHD.shape
-    assert window >= T or window % _BLOCK == 0, f"a window must be a multiple of {_BLOCK}"
-    heads = [_heads_first(x, H).reshape(B * H, T, D) for x in (q_BTHD * D**-0.5, k_BTKD, v_BTKD)]
-    return _block_attention(*heads, min(window, -(-T // _BLOCK) * _BLOCK))[0].view(B, H, T, D).transpose(1, 2)
+    assert window >= T or window % BLOCK == 0, f"a window must be a multiple of {BLOCK}"
+    # Scaling q instead of the scores touches D numbers per query, not one per key.
+    q = _heads_first(q_BTHD * D**-0.5, H).reshape(B * H, T, D)
+    k = _heads_first(k_BTKD, H).reshape(B * H, T, D)
+    v = _heads_first(v_BTKD, H).reshape(B * H, T, D)
+    whole = -(-T // BLOCK) * BLOCK
+    y, _ = _block_attention(q, k, v, min(window, whole))
+    return y.view(B, H, T, D).transpose(1, 2)
 
 
-@functools.cache
-def _flash3() -> Callable[..., torch.Tensor]:
+# GPU. Each function below returns a backend, and raises ImportError where its package is not installed.
+
+
+def flash3() -> Attend:
+    """FlashAttention-3 (arXiv 2407.08608, Hopper), from its own package or through the hub's package `kernels`."""
     try:
         from flash_attn_interface import flash_attn_func
     except ImportError:
         from kernels import get_kernel
 
         flash_attn_func = get_kernel("kernels-community/flash-attn3", version=1).flash_attn_func
-    return flash_attn_func
+
+    def attend(q_BTHD: torch.Tensor, k_BTKD: torch.Tensor, v_BTKD: torch.Tensor, window: int) -> torch.Tensor:
+        # Its windows count the keys before the query's own.
+        y = flash_attn_func(q_BTHD, k_BTKD, v_BTKD, causal=True, window_size=(window - 1, 0))
+        return y[0] if isinstance(y, tuple) else y  # older versions return the log-sum-exps too
+
+    return attend
 
 
-def _attend_flash3(q_BTHD: torch.Tensor, k_BTKD: torch.Tensor, v_BTKD: torch.Tensor, window: int) -> torch.Tensor:
-    """FlashAttention-3 (arXiv 2407.08608, Hopper) from its own package, or through the hub's package `kernels`."""
-    y = _flash3()(q_BTHD, k_BTKD, v_BTKD, causal=True, window_size=(window - 1, 0))
-    return y[0] if isinstance(y, tuple) else y
-
-
-def _attend_cudnn(q_BTHD: torch.Tensor, k_BTKD: torch.Tensor, v_BTKD: torch.Tensor, window: int) -> torch.Tensor:
+def cudnn() -> Attend:
     """cuDNN's kernel through PyTorch; full causal attention only."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        return _attend_sdpa(q_BTHD, k_BTKD, v_BTKD, window)
+    def attend(q_BTHD: torch.Tensor, k_BTKD: torch.Tensor, v_BTKD: torch.Tensor, window: int) -> torch.Tensor:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return _attend_sdpa(q_BTHD, k_BTKD, v_BTKD, window)
+
+    return attend
 
 
-@functools.cache
-def _flex_kernel(window: int, T: int, device: str) -> Callable[..., torch.Tensor]:
+def flex() -> Attend:
+    """FlexAttention: blocks outside a window are skipped. Full attention goes to what is fastest at that."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    def near(b, h, q, k):
-        return (q >= k) & (q - k < window)
-
-    block_mask = create_block_mask(near, None, None, T, T, device=device)
     kernel = torch.compile(flex_attention, dynamic=False)
-    return functools.partial(kernel, block_mask=block_mask, enable_gqa=True)
+    block_masks: dict[tuple[int, int, torch.device], Any] = {}  # a model has two windows at most, and one length
+
+    def attend(q_BTHD: torch.Tensor, k_BTKD: torch.Tensor, v_BTKD: torch.Tensor, window: int) -> torch.Tensor:
+        T, device = q_BTHD.size(1), q_BTHD.device
+        if window >= T:
+            _, full = choose(device, q_BTHD.dtype, q_BTHD.size(3), windowed=False)
+            return full(q_BTHD, k_BTKD, v_BTKD, window)
+
+        def near(b, h, q, k):
+            return (q >= k) & (q - k < window)
+
+        key = (window, T, device)
+        if key not in block_masks:
+            block_masks[key] = create_block_mask(near, None, None, T, T, device=str(device))
+        q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BTKD, v_BTKD))
+        return kernel(q, k, v, block_mask=block_masks[key], enable_gqa=True).transpose(1, 2)
+
+    return attend
 
 
-def _attend_flex(q_BTHD: torch.Tensor, k_BTKD: torch.Tensor, v_BTKD: torch.Tensor, window: int) -> torch.Tensor:
-    """Windows by FlexAttention's block-sparse kernel; full attention by what is fastest at it."""
-    T = q_BTHD.size(1)
-    if window >= T:
-        return choose(q_BTHD.device, q_BTHD.dtype, q_BTHD.size(3), False)[1](q_BTHD, k_BTKD, v_BTKD, window)
-    q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BTKD, v_BTKD))
-    return _flex_kernel(window, T, str(q.device))(q, k, v).transpose(1, 2)
+def blocks() -> Attend:
+    """Blocks of queries on CPU: see above."""
+    return _attend_blocks
 
 
-# by device, and by whether some layers have windows
-_BACKENDS: dict[tuple[str, bool], tuple[tuple[str, Attend], ...]] = {
-    ("cuda", True): (("flash-attention-3", _attend_flash3), ("flex", _attend_flex)),
-    ("cuda", False): (("flash-attention-3", _attend_flash3), ("cudnn", _attend_cudnn)),
-    ("cpu", True): (("blocks", _attend_blocks),),
-    ("cpu", False): (("blocks", _attend_blocks),),
-}
+def backends(device_type: str, windowed: bool) -> tuple[tuple[str, Callable[[], Attend]], ...]:
+    """Return the candidates for a device, fastest first. windowed: some layers have windows."""
+    if device_type == "cuda":
+        return (("flash-attention-3", flash3), ("flex", flex) if windowed else ("cudnn", cudnn))
+    if device_type == "cpu":
+        return (("blocks", blocks),)
+    return ()
 
 
-def _works(name: str, attend: Attend, device: torch.device, dtype: torch.dtype, head_dim: int, window: int) -> bool:
-    """Run forward and backward once against the definition: a kernel may import well and still fail on launch."""
+def works(name: str, make: Callable[[], Attend], device: torch.device, dtype: torch.dtype, head_dim: int, window: int):
+    """Return whether a backend gives the definition's output and gradients on this device (see probe.py)."""
     generator = torch.Generator().manual_seed(0)
-    values = [torch.randn(1, 300, heads, head_dim, generator=generator).to(device, dtype) for heads in (4, 2, 2)]
-    forms = [lambda q, k, v, form=form: form(q, k, v, window) for form in (attend, attend_naive)]
-    return kernels.agrees(f"attention by {name}", forms[0], forms[1], values)
+    q_BTHD, k_BTKD, v_BTKD = (
+        torch.randn(1, 300, heads, head_dim, generator=generator).to(device, dtype) for heads in (4, 2, 2)
+    )
+    return probe.agrees(
+        f"attention by {name}",
+        lambda q, k, v: make()(q, k, v, window),
+        lambda q, k, v: attend_naive(q, k, v, window),
+        [q_BTHD, k_BTKD, v_BTKD],
+    )
 
 
 @functools.cache
 def choose(device: torch.device, dtype: torch.dtype, head_dim: int, windowed: bool) -> tuple[str, Attend]:
-    """The fastest training backend that works on this device, by name: `attend(q_BTHD, k_BTKD, v_BTKD, window)`.
+    """Return the fastest backend that works on this device, and its name: `attend(q_BTHD, k_BTKD, v_BTKD, window)`.
 
-    Kernels are probed forward and backward, with and without a window. When none passes, full attention falls back
-    to PyTorch's own, and windows to the masked definition, which is right but slow.
+    Backends are probed forward and backward. When none passes, full attention falls back to PyTorch's own kernel, and
+    windows to the masked definition, which is right but slow. The answer is remembered, as probes cost seconds.
     """
-    for name, attend in _BACKENDS.get((device.type, windowed), ()):
-        windows = (128, 512) if windowed else (512,)
-        if all(_works(name, attend, device, dtype, head_dim, window) for window in windows):
-            # foreign kernels break the graph of a compiled block; decorated at import, they would load torch's compiler
-            return name, attend if device.type == "cpu" else torch.compiler.disable(attend, recursive=False)
+    for name, make in backends(device.type, windowed):
+        windows = (128, 512) if windowed else (512,)  # the probe has 300 positions: 512 is full attention
+        if all(works(name, make, device, dtype, head_dim, window) for window in windows):
+            # torch.compile cannot see into foreign kernels: tell it to break the graph of a block there.
+            return name, make() if device.type == "cpu" else torch.compiler.disable(make(), recursive=False)
     return ("masked", attend_naive) if windowed else ("sdpa", _attend_sdpa)

@@ -12,9 +12,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from nanochat import attention, fp8, kernels
+from nanochat import attention, fp8
 from nanochat.attention import Attend
 from nanochat.compute import pick_dtype
+from nanochat.fused_mlp import fused_mlp, fused_mlp_pays
 from nanochat.loss import softcap, softcap_cross_entropy
 
 
@@ -149,7 +150,7 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """Two matrices around a squared ReLU (arXiv 2109.08668), four times as wide inside."""
 
-    fused = False  # set by `GPT.compile_blocks` where `kernels.fused_mlp_pays`
+    fused = False  # set by `GPT.compile_blocks` where `fused_mlp_pays`
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -158,7 +159,7 @@ class MLP(nn.Module):
 
     def forward(self, x_BTC: torch.Tensor) -> torch.Tensor:
         if self.fused and not self.up.fp8:
-            return kernels.fused_mlp(x_BTC, self.up.weight, self.down.weight)
+            return fused_mlp(x_BTC, self.up.weight, self.down.weight)
         return self.down(F.relu(self.up(x_BTC)).square())
 
 
@@ -291,7 +292,7 @@ class GPT(LanguageModel):
     def compile_blocks(self) -> None:
         """Fuse with torch.compile: one graph for each kind of block, shared by all layers, and one for the loss."""
         torch._dynamo.config.recompile_limit = 64  # windows, gates, shapes and gradient modes each make one
-        fused = kernels.fused_mlp_pays(self.device, self.dtype, self.config.n_embd)
+        fused = fused_mlp_pays(self.device, self.dtype, self.config.n_embd)
         for block in self.blocks:
             block.mlp.fused = fused
             block.compile(dynamic=False)

@@ -155,15 +155,14 @@ BROKEN = [
 
 @pytest.mark.parametrize("broken", BROKEN)
 def test_the_probe_passes_over_a_broken_backend(broken, monkeypatch, capsys):
-    good = ("definition", attend_naive)
-    monkeypatch.setitem(attention._BACKENDS, ("cpu", True), (("broken", broken), good))
-    assert choose(CPU, torch.float32, 16, True) == good
+    candidates = (("broken", lambda: broken), ("definition", lambda: attend_naive))
+    monkeypatch.setattr(attention, "backends", lambda device_type, windowed: candidates)
+    assert choose(CPU, torch.float32, 16, True) == ("definition", attend_naive)
     assert "Traceback" not in capsys.readouterr().out
 
 
 def test_without_any_backend_attention_is_still_right(monkeypatch):
-    for windowed in (True, False):
-        monkeypatch.setitem(attention._BACKENDS, ("cpu", windowed), (("broken", fails_on_launch),))
+    monkeypatch.setattr(attention, "backends", lambda *_: (("broken", lambda: fails_on_launch),))
     q, k, v = make(40)
     for windowed, window in ((True, 8), (False, 40)):
         assert_same(choose(CPU, torch.float32, 16, windowed)[1], masked_sdpa, q, k, v, window, 1e-5)
@@ -201,12 +200,10 @@ def test_flash_attention_3_is_called_by_its_own_conventions(source, result, tmp_
     if source == "hub":
         (tmp_path / "kernels.py").write_text(HUB)
     monkeypatch.syspath_prepend(tmp_path)
-    attention._flash3.cache_clear()
     try:
         for window in (5, 33):
-            assert_same(attention._attend_flash3, masked_sdpa, *make(33), window, 1e-5)
+            assert_same(attention.flash3(), masked_sdpa, *make(33), window, 1e-5)
     finally:
-        attention._flash3.cache_clear()
         for name in (*names.values(), "kernels"):
             sys.modules.pop(name, None)
 

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nanochat import loss
-from nanochat.loss import softcap, softcap_cross_entropy
+from nanochat.loss import chunked_loss_sum, softcap, softcap_cross_entropy
 
 
 def make(N, C, V, ignored=0.3, seed=0, scale=1.0):
@@ -85,17 +85,67 @@ def test_compiled_equals_the_dense_form():
 
 
 @pytest.mark.parametrize("N, chunk, sizes", [(10, 256, [10]), (12, 8, [6, 6]), (256, 64, [64] * 4), (11, 4, [4, 4])])
-def test_chunks_are_of_one_size_so_that_a_fast_form_makes_them_all(N, chunk, sizes, monkeypatch):
+def test_chunks_are_of_one_size_so_that_a_compiled_form_makes_them_all(N, chunk, sizes):
     """Fewer tokens than a chunk, or a chunk and a half, must not fall to the eager form; a remainder does."""
     seen = []
 
-    def fast(x_NC, *rest):
+    def compiled(x_NC, *rest):
         seen.append(len(x_NC))
         return loss._chunk_gradients(x_NC, *rest)
 
-    monkeypatch.setattr(loss, "choose", lambda *_: ("fast", fast))
-    assert_equals_dense(*make(N, C=8, V=20), 15.0, "mean", chunk=chunk)
+    x_NC, w_VC, targets_N = make(N, C=8, V=20)
+    got = value_and_gradients(lambda x, w: chunked_loss_sum(x, w, targets_N, 15.0, chunk, compiled), x_NC, w_VC)
+    expected = value_and_gradients(lambda x, w: dense(x, w, targets_N, 15.0, "sum"), x_NC, w_VC)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
     assert seen == sizes
+
+
+# The choice of liger-kernel, by stand-ins: its kernels need a GPU.
+
+
+def dense_sum(x_NC, w_VC, targets_N, cap):
+    return dense(x_NC, w_VC, targets_N, cap, "sum")
+
+
+def forgets_the_softcap(x_NC, w_VC, targets_N, cap):
+    return dense(x_NC, w_VC, targets_N, 0.0, "sum")
+
+
+def counts_ignored_targets(x_NC, w_VC, targets_N, cap):
+    return dense(x_NC, w_VC, targets_N.clamp(min=0), cap, "sum")
+
+
+def has_half_the_gradient(x_NC, w_VC, targets_N, cap):
+    total = dense_sum(x_NC, w_VC, targets_N, cap)
+    return total / 2 + total.detach() / 2
+
+
+def is_not_installed(x_NC, w_VC, targets_N, cap):
+    raise ImportError("No module named 'liger_kernel'")
+
+
+@pytest.mark.parametrize(
+    "form, reason",
+    [
+        (dense_sum, None),
+        (forgets_the_softcap, "wrong results"),
+        (counts_ignored_targets, "wrong results"),
+        (has_half_the_gradient, "wrong results"),
+        (is_not_installed, "No module named"),
+    ],
+)
+def test_a_kernel_is_used_only_where_it_agrees_in_value_and_gradient(form, reason, capsys):
+    assert loss.liger_agrees(torch.device("cpu"), torch.float32, form) == (reason is None)
+    assert (reason or "") in capsys.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+def test_without_a_gpu_liger_is_refused_in_one_line_and_the_chunked_form_is_chosen(capsys):
+    assert not loss.liger_agrees(torch.device("cpu"), torch.float32, loss.liger_loss_sum)
+    assert capsys.readouterr().out.count("\n") == 1
+    assert loss.choose(torch.device("cpu"), torch.float32, False) == ("eager", chunked_loss_sum)
+    assert loss.choose(torch.device("cpu"), torch.float32, True)[0] == "compiled"
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])

@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanochat import kernels
+from nanochat import fused_mlp
 from nanochat.hf import mxfp4
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CUDA = torch.cuda.is_available() and not INTERPRETED
 DEVICE = torch.device("cuda", 0) if CUDA else torch.device("cpu")
 ROOT = Path(__file__).resolve().parent.parent
-needs_triton = pytest.mark.skipif(not kernels.triton, reason="Triton is not installed")
+needs_triton = pytest.mark.skipif(not fused_mlp.triton, reason="Triton is not installed")
 
 
 def test_unpacking_follows_the_format():
@@ -47,7 +47,7 @@ def test_the_kernel_is_right_in_the_interpreter():
 
 
 @pytest.mark.skipif(
-    not kernels.triton or not (CUDA or INTERPRETED), reason="needs Triton, and a GPU or its interpreter"
+    not fused_mlp.triton or not (CUDA or INTERPRETED), reason="needs Triton, and a GPU or its interpreter"
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("P", "N", "G"), [(1, 16, 8), (5, 40, 3), (3, 33, 19)])

@@ -11,7 +11,7 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from nanochat.kernels import jit, triton
+from nanochat.fused_mlp import jit, triton
 
 if triton:
     import triton.language as tl
