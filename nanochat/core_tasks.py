@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from nanochat import hub
 from nanochat.common import atomic_write_json, read_json, sha256_file
+from nanochat.hub import download_url
 
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 UNPACKED_LIMIT = 4 << 30  # bytes; the public bundle has about 160 MB
@@ -152,7 +152,7 @@ def download_bundle(folder: Path, url: str = BUNDLE_URL, **options: Any) -> None
     """Have the zipped bundle at `url` unpacked in `folder`: downloaded the first time, checked every time.
 
     Nobody publishes the archive's hash. So its length is checked against the server's, its content by zip's checksums,
-    and the files later by manifest.json, their SHA-256. options: `hub.download`'s. ValueError: something has changed.
+    and the files later by manifest.json, their SHA-256. options: `download_url`'s. ValueError: something has changed.
     """
     manifest = folder / "manifest.json"
     if folder.exists():
@@ -162,7 +162,8 @@ def download_bundle(folder: Path, url: str = BUNDLE_URL, **options: Any) -> None
             if not (folder / name).is_file() or sha256_file(folder / name) != sha256:
                 raise ValueError(f"{folder / name} is not the file that was downloaded: delete {folder} and run again")
         return
-    archive = hub.download(url, folder.with_name(folder.name + ".zip"), **options)
+    archive = folder.with_name(folder.name + ".zip")
+    download_url(url, archive, **options)
     try:
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
             unpacked = _unpack(archive, Path(temporary, "all"))

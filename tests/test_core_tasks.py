@@ -21,7 +21,7 @@ from nanochat.core_tasks import (
     read_tasks,
 )
 
-FAST = {"timeout": 5.0, "backoff": 0.01}
+FAST = {"timeout": 5.0, "pause": 0.01}
 
 
 def core_task(kind, delimiter=" ", shots=0, path=Path("none.jsonl"), baseline=0.0):
