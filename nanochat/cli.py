@@ -1,4 +1,9 @@
-"""Command lines from dataclasses: flags, `--config FILE.yaml`, one-line errors and exit codes."""
+"""Command lines from dataclasses: flags, `--config FILE.yaml`, one-line errors and exit codes.
+
+A stage states its flags once, as a frozen dataclass whose fields are made by `option`. `parse` builds the argument
+parser from it and returns an instance, so that defaults, types and help texts stand in one place. `run` wraps a
+script's main and turns its end into an exit code.
+"""
 
 import argparse
 import dataclasses
@@ -14,9 +19,12 @@ T = TypeVar("T")
 
 
 def option(default: Any, help: str, choices: Sequence | None = None, flag: str | None = None, bare: Any = None) -> Any:
-    """A dataclass field that is also a flag: default, help, allowed values, short form (`-n`), its value when bare."""
-    meta = {"help": help, "choices": choices, "flag": flag, "bare": bare}
-    return dataclasses.field(default=default, metadata=meta)
+    """Declare a dataclass field that is also a flag.
+
+    choices: allowed values. flag: a short form, such as `-n`. bare: the value of the flag when it stands alone.
+    """
+    metadata = {"help": help, "choices": choices, "flag": flag, "bare": bare}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def require_positive(config: Any, *names: str, zero: bool = False) -> None:
@@ -29,7 +37,7 @@ def require_positive(config: Any, *names: str, zero: bool = False) -> None:
 
 
 def _value_type(annotation: Any) -> type:
-    """`int | None` -> int: the type that a flag's text is read as. A tuple's flag may be given several times."""
+    """Return the type that a flag's text is read as: int for `int | None`, tuple for `tuple[str, ...]`."""
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         annotation = next(a for a in typing.get_args(annotation) if a is not type(None))
     return typing.get_origin(annotation) or annotation
@@ -43,36 +51,48 @@ class Parser(argparse.ArgumentParser):
 
 
 def build_parser(config: type, description: str | None = None) -> argparse.ArgumentParser:
-    """An argument parser with one flag a field of the dataclass `config`; absent flags are left out of the result."""
+    """Make a parser with one flag per field of the dataclass `config`; absent flags are left out of its result."""
     parser = Parser(description=description, argument_default=argparse.SUPPRESS, allow_abbrev=False)
     hints = typing.get_type_hints(config)
     for field in dataclasses.fields(config):
-        kind, meta = _value_type(hints[field.name]), field.metadata
-        names = ["--" + field.name.replace("_", "-")] + ([meta["flag"]] if meta.get("flag") else [])
+        kind = _value_type(hints[field.name])
+        metadata = field.metadata
+        names = ["--" + field.name.replace("_", "-")]
+        if metadata.get("flag"):
+            names.append(metadata["flag"])
         default = "unset" if field.default is None else field.default
-        text = f"{meta.get('help', '')} (default: {default})".replace("%", "%%")
+        text = f"{metadata.get('help', '')} (default: {default})".replace("%", "%%")  # argparse formats it with %
         if kind is bool:
             parser.add_argument(*names, dest=field.name, help=text, action=argparse.BooleanOptionalAction)
         elif kind is tuple:
+            # given several times, each adds a value
             parser.add_argument(*names, dest=field.name, help=text, action="append")
         else:
-            # values that are taken as they are: ("auto",) of `int | Literal["auto"] | None`
+            # words that are taken as they are: ("auto",) of `int | Literal["auto"] | None`
             words = tuple(word for part in typing.get_args(hints[field.name]) for word in typing.get_args(part))
 
             def read(text: str, kind: type = kind, words: tuple[str, ...] = words) -> Any:
                 return text if text in words else kind(text)
 
             read.__name__ = kind.__name__  # argparse names it to the user
-            metavar = None if meta.get("choices") else "|".join((kind.__name__.upper(), *words))
-            value: dict[str, Any] = {"type": read, "choices": meta.get("choices"), "metavar": metavar}
-            if meta.get("bare") is not None:
-                value |= {"nargs": "?", "const": meta["bare"]}
-            parser.add_argument(*names, dest=field.name, help=text, **value)
+            choices = metadata.get("choices")
+            bare = metadata.get("bare")
+            parser.add_argument(
+                *names,
+                dest=field.name,
+                help=text,
+                type=read,
+                choices=choices,
+                metavar=None if choices else "|".join((kind.__name__.upper(), *words)),
+                nargs=None if bare is None else "?",
+                const=bare,
+            )
     parser.add_argument("--config", metavar="FILE.yaml", help="flags from a YAML file; the command line wins")
     return parser
 
 
 def _read_config_file(path: str, config: type) -> dict[str, Any]:
+    """Read flags from a YAML file. Raises ValueError for an unknown key or a value of the wrong type."""
     import yaml
     from pydantic import TypeAdapter, ValidationError
 
@@ -91,8 +111,10 @@ def _read_config_file(path: str, config: type) -> dict[str, Any]:
         name = str(key).lstrip("-").replace("-", "_")
         if name not in fields:
             raise ValueError(f"--config {path}: unknown key '{key}'; known: {', '.join(sorted(fields))}")
-        value = [value] if _value_type(hints[name]) is tuple and isinstance(value, str) else value
-        try:  # text is read, too: YAML takes 1e-3, which has no point, for that
+        if isinstance(value, str) and _value_type(hints[name]) is tuple:
+            value = [value]
+        try:
+            # Numbers in text are read, too: for YAML 1e-3, which has no point, is text.
             strict = not isinstance(value, str | list)
             result[name] = TypeAdapter(hints[name]).validate_python(value, strict=strict)
         except ValidationError as error:
@@ -104,7 +126,7 @@ def _read_config_file(path: str, config: type) -> dict[str, Any]:
 
 
 def parse(config: type[T], argv: Sequence[str] | None = None, description: str | None = None) -> T:
-    """The dataclass `config` filled from the command line, over `--config FILE.yaml`, over its defaults.
+    """Fill the dataclass `config` from the command line, over `--config FILE.yaml`, over its defaults.
 
     A wrong flag or value ends the process with status 2 and one line on stderr.
     """
@@ -117,15 +139,17 @@ def parse(config: type[T], argv: Sequence[str] | None = None, description: str |
 
 
 def fill(config: type[T], given: dict[str, Any]) -> T:
-    """The dataclass `config` from what a parser of `build_parser` found, over the file it names as `config`."""
-    path = given.pop("config", None)
-    return config(**{**(_read_config_file(path, config) if path else {}), **given})
+    """Fill the dataclass `config` from the result of its parser, over the file that it names under "config"."""
+    values = dict(given)
+    path = values.pop("config", None)
+    from_file = _read_config_file(path, config) if path else {}
+    return config(**{**from_file, **values})
 
 
 def run(main: Callable[[], None]) -> typing.NoReturn:
-    """Run a script's `main` and turn its end into an exit code: 0 done, 2 bad input, 130 interrupted.
+    """Run a script's `main` and exit with 0 when done, 2 for bad input, 130 when interrupted.
 
-    A user's mistake (ValueError, a missing file, a full disk) becomes a line on stderr; a bug keeps its traceback.
+    A user's mistake (ValueError, a missing file, a full disk) becomes one line on stderr; a bug keeps its traceback.
     """
     try:
         main()

@@ -1,4 +1,8 @@
-"""Small things every stage needs: where files go, how they are written, and how runs are recorded."""
+"""Small things that every stage needs: where files go, how they are written, and how measurements are recorded.
+
+Whatever must survive a kill or a power cut is written through `atomic_write`; whatever is a measurement goes through
+`write_record`, which adds where it comes from.
+"""
 
 import functools
 import hashlib
@@ -16,8 +20,11 @@ STAGES = ("base", "mid", "sft", "rl")  # of training, in their order; each conti
 
 
 def get_base_dir() -> Path:
-    """The folder that holds everything written: `$NANOCHAT_BASE_DIR`, else `~/.cache/nanochat`."""
-    return Path(os.environ.get("NANOCHAT_BASE_DIR") or Path.home() / ".cache" / "nanochat").expanduser()
+    """Return the folder that holds everything written: `$NANOCHAT_BASE_DIR`, else `~/.cache/nanochat`."""
+    chosen = os.environ.get("NANOCHAT_BASE_DIR")
+    if chosen:
+        return Path(chosen).expanduser()
+    return Path.home() / ".cache" / "nanochat"
 
 
 def print0(*args: Any, **kwargs: Any) -> None:
@@ -27,7 +34,7 @@ def print0(*args: Any, **kwargs: Any) -> None:
 
 
 def fsync_dir(path: Path) -> None:
-    """Make a rename inside `path` durable: a directory entry is data of the directory."""
+    """Make a rename inside `path` durable: a name belongs to its directory's data, not to the file's."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -36,7 +43,10 @@ def fsync_dir(path: Path) -> None:
 
 
 def atomic_write(path: Path | str, data: bytes | str) -> None:
-    """Write `data` so that `path` holds either its old content or all of the new, even after a power cut."""
+    """Write `data` so that `path` holds either its old content or all of the new, even after a power cut.
+
+    The new content goes to a temporary file, which takes the place of the old one in a single rename.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -52,12 +62,12 @@ def atomic_write(path: Path | str, data: bytes | str) -> None:
 
 
 def atomic_write_json(path: Path | str, value: Any) -> None:
-    """`atomic_write` of a JSON value, indented, ending in a newline."""
+    """Write a JSON value atomically, indented, ending in a newline."""
     atomic_write(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path | str) -> Any:
-    """The JSON value in `path`; a damaged file raises ValueError that names it."""
+    """Read the JSON value in `path`. Raises ValueError that names the file when it is damaged."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -65,28 +75,25 @@ def read_json(path: Path | str) -> Any:
 
 
 def read_sections(path: Path) -> dict[str, str]:
-    """The parts of a text file by their headings, `=== HEADING`; what stands before the first belongs to none."""
+    """Read the parts of a text file by their headings, lines of `=== HEADING`; text before the first is ignored."""
     _, *parts = re.split(r"^=== (.+)\n", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
     return {heading: text.removesuffix("\n") for heading, text in zip(parts[::2], parts[1::2])}
 
 
 @functools.cache
 def read_lists(path: Path) -> dict[str, list[str]]:
-    """`read_sections` as lists of lines, without empty ones at their ends."""
+    """Read the parts of a text file as lists of lines. Cached: files of the package do not change while it runs."""
     return {heading: text.strip().split("\n") for heading, text in read_sections(path).items()}
 
 
 def sha256_file(path: Path | str) -> str:
-    """Hex SHA-256 of a file's bytes."""
+    """Return the SHA-256 of a file's bytes in hex."""
     with open(path, "rb") as f:
-        digest = hashlib.sha256()
-        while chunk := f.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def git_commit() -> str:
-    """The commit of this checkout, with `+` when files differ from it; `unknown` outside git."""
+    """Return the commit of this checkout, with `+` when files differ from it; "unknown" outside git."""
     describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--exclude=*", "--abbrev=12"]
     try:
         return subprocess.run([*describe, "--dirty=+"], capture_output=True, text=True, check=True).stdout.strip()
@@ -95,7 +102,7 @@ def git_commit() -> str:
 
 
 def read_if_there(path: Path | str) -> str:
-    """The text of a file; nothing where there is none or it may not be read, as in /proc on another system."""
+    """Return the text of a file, or "" when it cannot be read, as /proc on another system."""
     try:
         return Path(path).read_text()
     except OSError:
@@ -103,22 +110,32 @@ def read_if_there(path: Path | str) -> str:
 
 
 def processor_name() -> str:
-    """The processor as the operating system names it."""
+    """Return the processor's name as the operating system gives it."""
     found = re.search(r"^model name.*?:(.*)", read_if_there("/proc/cpuinfo"), re.MULTILINE)
     return found[1].strip() if found else platform.processor() or platform.machine()
 
 
 def provenance() -> dict[str, Any]:
-    """What a record says of where it comes from: commit, hardware, versions, date (UTC, ISO 8601)."""
+    """Return where a record comes from: commit, hardware, versions, date (UTC, ISO 8601)."""
     import torch
 
     hardware = {"processor": processor_name(), "cores": os.cpu_count()}
     if torch.cuda.is_available():
-        hardware |= {"gpu": torch.cuda.get_device_name(0), "gpus": torch.cuda.device_count()}
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    versions |= {package: metadata.version(package) for package in ("numpy", "tiktoken", "safetensors")}
-    date = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    return {"commit": git_commit(), "hardware": hardware, "versions": versions, "date": date}
+        hardware["gpu"] = torch.cuda.get_device_name(0)
+        hardware["gpus"] = torch.cuda.device_count()
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": metadata.version("numpy"),
+        "tiktoken": metadata.version("tiktoken"),
+        "safetensors": metadata.version("safetensors"),
+    }
+    return {
+        "commit": git_commit(),
+        "hardware": hardware,
+        "versions": versions,
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
 
 
 def write_record(path: Path | str, record: dict[str, Any]) -> None:

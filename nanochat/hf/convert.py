@@ -236,13 +236,6 @@ def _transformers_config(values: dict[str, Any]) -> GPTConfig:
     return GPTConfig(**{**PLAIN_SWITCHES, **own})
 
 
-class _NoOptimizer:
-    """Stands for the optimizer of an imported checkpoint, which has none: training starts with fresh moments."""
-
-    def state_dict(self) -> State:
-        return {}
-
-
 def import_checkpoint(folder: Path, stage: str, tag: str, tokenizer_dir: str | None = None) -> Path:
     """Bring the checkpoint in `folder` into checkpoints/<stage>/<tag> as step 0, and return that folder.
 
@@ -274,7 +267,7 @@ def import_checkpoint(folder: Path, stage: str, tag: str, tokenizer_dir: str | N
         **facts,
     }
     compute = Compute(torch.device("cpu"), torch.float32)
-    checkpoint.save(stage, tag, step=0, model=model, optimizer=_NoOptimizer(), meta=meta, compute=compute)
+    checkpoint.save(stage, tag, step=0, model=model, optimizer=None, meta=meta, compute=compute)
     return checkpoint.checkpoint_dir(stage, tag)
 
 
