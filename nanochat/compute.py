@@ -1,4 +1,9 @@
-"""The machine a process runs on: device, dtype, its place among the ranks, and what the hardware can do."""
+"""The machine that a process runs on: its device, compute dtype and rank, and what the hardware can do.
+
+Every script begins with `Compute.create`, which picks the device, joins the other ranks that torchrun has started, and
+returns a `Compute` that is handed on. On one process its reductions return what they are given, so that the rest of
+the project is written once, for any number of ranks.
+"""
 
 import ctypes
 import os
@@ -20,70 +25,69 @@ T = TypeVar("T")
 
 # Dense bf16 tensor-core peaks in FLOP/s, from the vendors' data sheets.
 # The first name found as whole words in the device's own name wins, so longer names stand before their prefixes.
-_GPU_PEAKS = {
-    "GB200": 2.5e15, "B200": 2.25e15, "H200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12, "H100": 989e12,
-    "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10G": 125e12,
-    "RTX 5090": 209.5e12, "RTX 4090": 165.2e12, "RTX 3090": 71e12,
-}  # fmt: skip
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+GPU_PEAKS = {
+    "GB200": 2.5e15,
+    "B200": 2.25e15,
+    "H200": 989e12,
+    "H100 NVL": 835e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10G": 125e12,
+    "RTX 5090": 209.5e12,
+    "RTX 4090": 165.2e12,
+    "RTX 3090": 71e12,
+}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Dense bf16 peak in FLOP/s of a GPU by its name; None when unknown, so that MFU is shown as n/a, never as 0."""
-    # whole words: an L40 is no L4, an RTX A1000 no A100
-    return next((peak for name, peak in _GPU_PEAKS.items() if re.search(rf"\b{name}\b", device_name)), None)
+    """Return the dense bf16 peak in FLOP/s of a GPU by its name, or None when unknown (MFU is then n/a, never 0)."""
+    for name, peak in GPU_PEAKS.items():
+        # whole words: an L40 is no L4, an RTX A1000 no A100
+        if re.search(rf"\b{name}\b", device_name):
+            return peak
+    return None
 
 
 def cpu_has_bf16() -> bool:
-    """Whether this processor multiplies bf16 matrices in hardware (AVX512-BF16, AMX, or Arm BF16)."""
+    """Return whether this processor multiplies bf16 matrices in hardware (AVX512-BF16, AMX, or Arm BF16)."""
     flags = read_if_there("/proc/cpuinfo")
     return any(f" {name}" in flags for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def usable_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Return how many cores this process may run on."""
+    if hasattr(os, "sched_getaffinity"):  # Linux; a container or taskset may allow fewer than there are
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def can_compile(device: torch.device) -> bool:
     """Return whether torch.compile has what it needs: a C++ compiler on CPU, Triton on CUDA."""
     if device.type == "cpu":
-        return any(shutil.which(name) for name in (os.environ.get("CXX") or "g++", "clang++"))
+        compilers = (os.environ.get("CXX") or "g++", "clang++")
+        return any(shutil.which(name) for name in compilers)
     return device.type == "cuda"
 
 
 def pick_dtype(device: torch.device) -> torch.dtype:
-    """The dtype of `$NANOCHAT_DTYPE` (ValueError for others), else bf16 where the hardware multiplies it, else fp32."""
+    """Return the compute dtype: `$NANOCHAT_DTYPE`, else bf16 where the hardware multiplies it, else fp32.
+
+    Raises ValueError when the variable names no dtype that we know.
+    """
     asked = os.environ.get("NANOCHAT_DTYPE")
     if asked:
-        if asked not in _DTYPES:
-            raise ValueError(f"NANOCHAT_DTYPE={asked}: choose one of {', '.join(_DTYPES)}")
-        return _DTYPES[asked]
+        if asked not in DTYPES:
+            raise ValueError(f"NANOCHAT_DTYPE={asked}: choose one of {', '.join(DTYPES)}")
+        return DTYPES[asked]
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float32
-    return torch.bfloat16 if device.type == "cpu" and cpu_has_bf16() else torch.float32
-
-
-def _keep_freed_memory() -> None:
-    """Have glibc keep freed pages: large activations otherwise return to the kernel and fault in again each step.
-
-    The same as MALLOC_MMAP_MAX_=0, MALLOC_TRIM_THRESHOLD_ and MALLOC_TOP_PAD_, without asking the user to set them.
-    """
-    if platform.libc_ver()[0] != "glibc":
-        return
-    m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4  # <malloc.h>
-    mallopt = ctypes.CDLL(None).mallopt
-    mallopt(m_mmap_max, 0)
-    mallopt(m_trim_threshold, 2**31 - 1)
-    mallopt(m_top_pad, 256 << 20)
-
-
-def _keep_few_kernels() -> None:
-    """Have oneDNN keep 64 kernels: it makes one for each shape of a bf16 product, and keeps 1,024, or 850 MB where
-    lengths vary. Making one takes .3 ms; a training step at T=2048 has 80 shapes. Read when the first product is made.
-    """
-    for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # oneDNN's, and PyTorch's in front of it
-        os.environ.setdefault(cache, "64")
+        has_bf16 = torch.cuda.get_device_capability(device)[0] >= 8  # Ampere and later
+    else:
+        has_bf16 = device.type == "cpu" and cpu_has_bf16()
+    return torch.bfloat16 if has_bf16 else torch.float32
 
 
 def free_memory(device: torch.device) -> int:
@@ -117,7 +121,7 @@ def _room_in_control_groups() -> Iterator[int]:
 
 @dataclass(frozen=True)
 class Compute:
-    """Device, compute dtype and the process's rank. Reductions are no-ops on one process."""
+    """Device, compute dtype and the process's rank. Reductions do nothing on one process."""
 
     device: torch.device
     dtype: torch.dtype
@@ -126,18 +130,23 @@ class Compute:
 
     @classmethod
     def create(cls, device_type: str | None = None) -> "Compute":
-        """Set this process up: choose the device (cuda, then mps, then cpu), pin threads, join the other ranks.
+        """Set this process up: choose the device (cuda, then mps, then cpu), set threads, join the other ranks.
 
         device_type: cuda | mps | cpu; None chooses. Raises ValueError when the device asked for is not there.
         """
+        # torchrun tells each process its place through these variables
         world_size = int(os.environ.get("WORLD_SIZE", 1))
-        rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+        rank = int(os.environ.get("RANK", 0))
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
         available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
         if device_type is None:
             device_type = next(name for name, there in available.items() if there)
         if not available.get(device_type):
             there = ", ".join(name for name, ok in available.items() if ok)
             raise ValueError(f"--device-type {device_type} is not available here: choose one of {there}")
+
         if device_type == "cuda":
             device = torch.device("cuda", local_rank)
             torch.cuda.set_device(device)
@@ -146,24 +155,16 @@ class Compute:
         if device_type == "cpu":
             _keep_freed_memory()
             _keep_few_kernels()
-            local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-            if "OMP_NUM_THREADS" not in os.environ or local_world > 1:
-                torch.set_num_threads(max(1, usable_cores() // local_world))
-        # fp32 matrix products that may round their inputs to bf16/tf32; exact fp32 stays exact on request only
+            # Ranks on one machine share its cores. A number of threads that the user gives is for one process.
+            if "OMP_NUM_THREADS" not in os.environ or local_world_size > 1:
+                torch.set_num_threads(max(1, usable_cores() // local_world_size))
+
         dtype = pick_dtype(device)
+        # A bf16 run may round fp32 products to tf32, too; an fp32 run is there to be exact.
         torch.set_float32_matmul_precision("highest" if dtype == torch.float32 else "high")
         if world_size > 1 and not dist.is_initialized():
-            backend = "nccl" if device_type == "cuda" else "gloo"
-            # a rank that waits this long for another takes it for dead and ends, for torchrun to start it again
-            patience = timedelta(seconds=float(os.environ.get("NANOCHAT_TIMEOUT") or 600))
-            store, place = None, dict[str, Any](rank=rank, world_size=world_size, timeout=patience)
-            if os.environ.get("GROUP_WORLD_SIZE") == "1":
-                # torchrun keeps its store over restarts, and in it the addresses of the dead (torch 2.13). Several
-                # hosts count restarts each for itself: there dev/hosts.sh and dev/slurm.sh have it make a new one.
-                attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-                store = dist.PrefixStore(f"attempt_{attempt}", next(dist.rendezvous("env://", **place))[0])
-            dist.init_process_group(backend, store=store, device_id=device if device_type == "cuda" else None, **place)
-        return cls(device, dtype, rank, world_size)
+            _join_ranks(device, rank, world_size)
+        return cls(device=device, dtype=dtype, rank=rank, world_size=world_size)
 
     @property
     def name(self) -> str:
@@ -183,13 +184,13 @@ class Compute:
             torch.mps.synchronize()
 
     def peak_memory(self) -> int:
-        """Most bytes held so far: device memory on CUDA, resident memory of the process elsewhere."""
+        """Return the most bytes held so far: device memory on CUDA, resident memory of the process elsewhere."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
-        import resource
+        import resource  # not on Windows
 
         used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return used if platform.system() == "Darwin" else used * 1024
+        return used if platform.system() == "Darwin" else used * 1024  # Linux counts in KiB
 
     def barrier(self) -> None:
         """Wait for every rank."""
@@ -203,7 +204,7 @@ class Compute:
         return tensor
 
     def any_rank(self, flag: bool) -> bool:
-        """Whether `flag` holds on any rank: how ranks decide together to stop."""
+        """Return whether `flag` holds on any rank; ranks decide with it to do something together."""
         if self.world_size == 1:
             return flag
         return bool(self.all_reduce_sum(torch.tensor(int(flag), device=self.device)).item())
@@ -233,3 +234,51 @@ class Compute:
         if dist.is_initialized():
             dist.barrier()  # gloo's threads let go of the last tensors, which at exit could abort (PyTorch PR 179291)
             dist.destroy_process_group()
+
+
+def _join_ranks(device: torch.device, rank: int, world_size: int) -> None:
+    """Join the process group: nccl between GPUs, gloo between CPUs."""
+    # A rank that waits this long for another takes it for dead and ends, for torchrun to start it again.
+    timeout = timedelta(seconds=float(os.environ.get("NANOCHAT_TIMEOUT") or 600))
+    store = None
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        # torchrun keeps its store over restarts, and in it the addresses of the dead (torch 2.13): look each attempt's
+        # up under a name of its own. Several hosts count restarts each for itself, so that there dev/hosts.sh and
+        # dev/slurm.sh have torchrun make a new store.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        torchruns_store, _, _ = next(dist.rendezvous("env://", rank=rank, world_size=world_size, timeout=timeout))
+        store = dist.PrefixStore(f"attempt_{attempt}", torchruns_store)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=store,
+        device_id=device if device.type == "cuda" else None,
+        rank=rank,
+        world_size=world_size,
+        timeout=timeout,
+    )
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep freed pages: large activations otherwise return to the kernel and fault in again each step.
+
+    The same as MALLOC_MMAP_MAX_=0, MALLOC_TRIM_THRESHOLD_ and MALLOC_TOP_PAD_, without asking the user to set them.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    m_trim_threshold = -1  # these numbers are <malloc.h>'s
+    m_top_pad = -2
+    m_mmap_max = -4
+    mallopt = ctypes.CDLL(None).mallopt
+    mallopt(m_mmap_max, 0)
+    mallopt(m_trim_threshold, 2**31 - 1)
+    mallopt(m_top_pad, 256 << 20)
+
+
+def _keep_few_kernels() -> None:
+    """Have oneDNN keep 64 kernels, read when the first product is made.
+
+    It makes one for each shape of a bf16 product and keeps 1,024, which is 850 MB where lengths vary. Making one takes
+    0.3 ms; a training step at T=2048 has 80 shapes.
+    """
+    for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # oneDNN's, and PyTorch's in front of it
+        os.environ.setdefault(cache, "64")

@@ -1,4 +1,8 @@
-"""Training on conversations, for midtraining and fine-tuning: render, pack, and hand over to the one loop."""
+"""Training on conversations, for midtraining and fine-tuning: render, pack into rows, and hand over to `train`.
+
+A stage starts from the model of the stage before it. Its rows hold conversations, of which only the assistant's own
+tokens are supervised, and replayed pretraining text, without which a small model forgets what it has read.
+"""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -84,18 +88,22 @@ def conversation_rows(
 
 
 def _rendered(conversations: Conversations, tokenizer: Tokenizer, max_tokens: int) -> Iterator[Rendered]:
-    """Conversations as (ids, mask); one that is malformed, or supervises nothing once truncated, is counted out."""
-    skipped, problem, began = 0, "", time.monotonic()
+    """Yield conversations as (ids, mask), skipping those that are malformed or supervise nothing once truncated."""
+    skipped = 0
+    problem = ""
+    began = time.monotonic()
     for index in range(len(conversations)):
         try:
             ids, mask = render(conversations[index], tokenizer, max_tokens)
         except ValueError as error:
-            skipped, problem = skipped + 1, str(error)
+            skipped += 1
+            problem = str(error)
             continue
         if any(mask):
             yield ids, mask
         else:
-            skipped, problem = skipped + 1, "nothing to learn within the context"
+            skipped += 1
+            problem = "nothing to learn within the context"
         if (index + 1) % 50_000 == 0:
             print0(f"rendered {index + 1:,} of {len(conversations):,}, {time.monotonic() - began:.0f} s")
     if skipped:
@@ -103,7 +111,10 @@ def _rendered(conversations: Conversations, tokenizer: Tokenizer, max_tokens: in
 
 
 def _replayed(dataset: str, tokenizer: Tokenizer, max_tokens: int, n_tokens: int) -> Iterator[Rendered]:
-    """About `n_tokens` tokens of the dataset's training text, from its last shard on back, supervised throughout."""
+    """Yield about `n_tokens` tokens of the dataset's training text as (ids, mask), supervised throughout.
+
+    It is taken from the last shard backwards: a run that does not use up its dataset has not seen the end of it.
+    """
     for path in reversed(list_shards(dataset, "train")):
         for text in iterate_documents([path]):
             if n_tokens <= 0:

@@ -1,4 +1,7 @@
-"""Pretrain a model on text: python -m scripts.base_train --depth 4 (or under torchrun)."""
+"""Pretraining: python -m scripts.base_train --depth 4, or on several GPUs torchrun --nproc_per_node=8 -m ...
+
+It builds a model of the given depth, lets the recipe derive everything else from it, and trains on a dataset's text.
+"""
 
 import functools
 from dataclasses import dataclass

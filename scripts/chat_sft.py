@@ -1,4 +1,7 @@
-"""Fine-tuning: the last, short stage, on conversations of the kind wanted: python -m scripts.chat_sft"""
+"""Supervised fine-tuning: python -m scripts.chat_sft
+
+The last, short stage, on conversations of the kind that is wanted, at a lower learning rate.
+"""
 
 from dataclasses import dataclass
 
@@ -21,12 +24,18 @@ class ChatSFT(FinetuneConfig):
 def main() -> None:
     config = cli.parse(ChatSFT, description=__doc__)
     compute = Compute.create(config.device_type)
-    # other questions than midtraining's: another seed draws other numbers, words and wordings of the training side
+    # Another seed than midtraining's draws other numbers, words and wordings, all from the training side.
     skills = mixture("train", config.scale, config.seed + 1, identity=True)
     held_out = mixture("test", 0.1, config.seed, identity=True)
-    talks = Multiturn(skills, max_turns=3, seed=config.seed)
-    train = join("sft", talks, config.seed, config.tasks_dir, config.custom_json)
-    finetune("sft", "mid", config, train, join("val", held_out, config.seed, config.tasks_dir), compute)
+    conversations = Multiturn(skills, max_turns=3, seed=config.seed)
+    finetune(
+        stage="sft",
+        from_stage="mid",
+        config=config,
+        train_conversations=join("sft", conversations, config.seed, config.tasks_dir, config.custom_json),
+        val_conversations=join("val", held_out, config.seed, config.tasks_dir),
+        compute=compute,
+    )
 
 
 if __name__ == "__main__":

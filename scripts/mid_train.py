@@ -1,4 +1,7 @@
-"""Midtraining: the chat format, tool use and multiple choice, on a mixture: python -m scripts.mid_train"""
+"""Midtraining: python -m scripts.mid_train
+
+The base model continues text. On a mixture of conversations it learns the chat format, tool use and multiple choice.
+"""
 
 from dataclasses import dataclass
 
@@ -22,9 +25,15 @@ def main() -> None:
     compute = Compute.create(config.device_type)
     skills = mixture("train", config.scale, config.seed, identity=False)
     held_out = mixture("test", 0.1, config.seed, identity=False)
-    talks = Multiturn(skills, max_turns=2, seed=config.seed)
-    train = join("mid", talks, config.seed, config.tasks_dir, config.custom_json)
-    finetune("mid", "base", config, train, join("val", held_out, config.seed, config.tasks_dir), compute)
+    conversations = Multiturn(skills, max_turns=2, seed=config.seed)
+    finetune(
+        stage="mid",
+        from_stage="base",
+        config=config,
+        train_conversations=join("mid", conversations, config.seed, config.tasks_dir, config.custom_json),
+        val_conversations=join("val", held_out, config.seed, config.tasks_dir),
+        compute=compute,
+    )
 
 
 if __name__ == "__main__":
