@@ -18,6 +18,7 @@ from nanochat.conversation import render_for_completion
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.hf import convert
+from nanochat.hf.modeling_nanochat import NanochatGPT, NanochatGPTConfig
 from nanochat.hf.tokenizer_convert import find_tokenizer, from_tokenizer_json, read_pickled, to_tokenizer_json
 from nanochat.tokenizer import Tokenizer, load_tokenizer
 
@@ -309,14 +310,25 @@ def test_bundle_with_its_own_code(exported, monkeypatch, tmp_path):
 
 
 @torch.no_grad()
-def test_random_weights_of_the_present_architecture(base, tmp_path, tokenizer, monkeypatch):
+def test_random_weights_of_the_present_architecture(base, tmp_path, tokenizer):
     """As above, but every switch on and every weight large, past short windows."""
-    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     where, _, _ = write_original(tmp_path / "theirs", tokenizer, True)
     convert.import_checkpoint(where, "base", "x")
     convert.export_checkpoint(tmp_path / "bundle", "base", "x")
     model, tokenizer, _ = checkpoint.load_model("base", "cpu", "x")
-    same(model, tokenizer, from_bundle(tmp_path / "bundle"))
+    same(model, tokenizer, NanochatGPT.from_pretrained(tmp_path / "bundle", dtype=torch.float32))
+
+
+def test_modeling_loss_is_that_of_the_next_token():
+    """Against torch's cross-entropy over the model's own logits; -100 is ignored, as transformers' trainers expect."""
+    gpt = dataclasses.asdict(GPTConfig(**SHAPE, vocab_size=300))
+    model = NanochatGPT(NanochatGPTConfig(gpt=gpt)).eval()
+    ids = torch.randint(300, (2, 20), generator=torch.Generator().manual_seed(1))
+    labels = ids.clone()
+    labels[0, :7] = -100
+    out = model(ids, labels=labels)
+    wanted = torch.nn.functional.cross_entropy(out.logits[:, :-1].transpose(1, 2), labels[:, 1:])
+    torch.testing.assert_close(out.loss, wanted)
 
 
 def test_tokenizer_and_template_of_a_bundle(exported):

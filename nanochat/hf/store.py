@@ -313,21 +313,22 @@ def find(name: str, step: int | None = None) -> NamedModel:
 
     Raises ValueError, which says what there is instead, if there is no such model or step."""
     stage, _, tag = name.partition("/")
-    if stage not in STAGES or (tag and name in list_models()):
-        if step is not None:
-            raise ValueError(f"--step {step}: {name} is no checkpoint of your own, only those have steps")
-        full_name, folder = find_folder(name)
-        return NamedModel(full_name, folder, own=False)
-    tag = tag or checkpoint.find_tag(stage)
-    folder = checkpoint.checkpoint_dir(stage, tag)
-    steps = checkpoint.list_steps(stage, tag)
-    if not steps:
-        here = ", ".join(own_checkpoints())
-        raise ValueError(f"no such checkpoint in {folder}: here are {here}; see python -m scripts.models list")
-    if step is not None and step not in steps:
-        raise ValueError(f"no such checkpoint in {folder}: steps there are {', '.join(map(str, steps))}")
-    number = steps[-1] if step is None else step
-    return NamedModel(f"{stage}/{tag}", folder / f"step_{number:06d}", own=True, step=step)
+    if stage in STAGES:
+        tag = tag or checkpoint.find_tag(stage)
+        folder = checkpoint.checkpoint_dir(stage, tag)
+        steps = checkpoint.list_steps(stage, tag)
+        if step is not None and steps and step not in steps:
+            raise ValueError(f"no such checkpoint in {folder}: steps there are {', '.join(map(str, steps))}")
+        if steps:
+            number = steps[-1] if step is None else step
+            return NamedModel(f"{stage}/{tag}", folder / f"step_{number:06d}", own=True, step=step)
+        if name not in list_models():  # an organisation on the hub may have the name of a stage
+            here = ", ".join(own_checkpoints())
+            raise ValueError(f"no such checkpoint in {folder}: here are {here}; see python -m scripts.models list")
+    if step is not None:
+        raise ValueError(f"--step {step}: {name} is no checkpoint of your own, only those have steps")
+    full_name, folder = find_folder(name)
+    return NamedModel(full_name, folder, own=False)
 
 
 def pick_devices(names: str) -> list[torch.device]:
