@@ -7,12 +7,14 @@ their number in the whole step, over all groups, micro-batches and ranks.
 That is GRPO (arXiv 2402.03300) without its division by the group's standard deviation and by each answer's length,
 which bias it (Dr. GRPO, arXiv 2503.20783), and with DAPO's mean over the tokens of a batch (arXiv 2503.14476). A batch
 is used for one update, by the very model that sampled it, so there is no ratio to clip; nor is there a reference model.
+
+Read `reinforce` from top to bottom: save, evaluate, sample and learn, step after step. `Rollouts` decides what is asked
+and samples the answers, `train_step` learns from them. What a checkpoint brings back is in run.py: a step's problems
+and answers follow from (seed, step), so an interrupted run goes on to the bit.
 """
 
 import contextlib
 import dataclasses
-import functools
-import itertools
 import math
 import random
 import time
@@ -22,7 +24,7 @@ from typing import Any
 
 import torch
 
-from nanochat import checkpoint, recipe
+from nanochat import checkpoint, recipe, trainer
 from nanochat.chat_eval import evaluate_task, pass_rates
 from nanochat.cli import option, require_positive
 from nanochat.common import print0
@@ -46,19 +48,11 @@ from nanochat.run import (
     write_run_record,
 )
 from nanochat.tokenizer import Tokenizer
-from nanochat.trainer import (
-    choose_device_batch,
-    explain_out_of_memory,
-    is_due,
-    learning_rate_multiplier,
-    make_optimizer,
-    prepare_model,
-    update_weights,
-    validation_bpb,
-)
 
-MicroBatch = tuple[torch.Tensor, ...]  # inputs_BT, targets_BT, weights_BT
 PASS_AT = (1, 4, 8)  # the last is the number of answers sampled to each test problem
+
+MicroBatch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # inputs_BT, targets_BT, weights_BT
+Problem = tuple[Any, int]  # a tasks.common.Task and the place of one of its conversations
 Tasks = Sequence[Any]  # of tasks.common.Task
 
 
@@ -66,7 +60,7 @@ Tasks = Sequence[Any]  # of tasks.common.Task
 class RLConfig(SourceConfig):
     """Flags of reinforcement learning."""
 
-    problems: int = option(16, "problems a step, over all processes")
+    problems: int = option(16, "problems per step, over all processes")
     samples: int = option(8, "answers sampled to each problem")
     max_new_tokens: int = option(128, "longest answer, in tokens; one that is cut off counts as wrong")
     rollout_batch_size: int = option(128, "answers that a device samples at once")
@@ -88,13 +82,133 @@ class RLConfig(SourceConfig):
             raise ValueError("--fp8 is for training alone, not for sampling: leave it out")
 
 
+def reinforce(config: RLConfig, train: Tasks, test: Tasks, held_out: Conversations, compute: Compute) -> None:
+    """Train the newest SFT model on the tasks `train` and save it as stage rl.
+
+    test: other problems of the same tasks, for evaluation alone. held_out: conversations whose bits per byte say
+    whether the model forgets what it is not rewarded for. Raises ValueError when there is no SFT model.
+    """
+    if config.problems % compute.world_size:
+        raise ValueError(f"--problems {config.problems}: make it a multiple of the {compute.world_size} processes")
+    model, tokenizer, meta = load_source("sft", config, compute)
+    T = model.config.sequence_len
+    rollouts = Rollouts(model, tokenizer, train, test, config, compute)
+    task_names = ", ".join(task.name for task in train)
+    print0(
+        f"rl from {meta['source']}: {config.num_iterations} steps of {config.problems} x {config.samples} answers; "
+        f"{len(rollouts.places):,} problems of {task_names}"
+    )
+    trainer.prepare_model(model, config, compute)
+    total_batch_size = config.problems * config.samples * T  # at most: answers are shorter than the context
+    lr_scales = recipe.learning_rate_scales(total_batch_size, config.init_lr_frac)
+    facts = {
+        "dataset": meta["dataset"],
+        "depth": meta["depth"],
+        "source": meta["source"],
+        # a run goes on only with the same rollouts: see run.IDENTITY
+        "rollouts": {
+            "problems": config.problems,
+            "samples": config.samples,
+            "max_new_tokens": config.max_new_tokens,
+            "tasks": task_names,
+        },
+    }
+    run = Run(
+        stage="rl",
+        tag=config.model_tag or meta["tag"],
+        config=config,
+        model=model,
+        optimizer=trainer.make_optimizer(model, config, lr_scales, config.weight_decay or 0.0, compute),
+        tokenizer=tokenizer,
+        compute=compute,
+        num_iterations=config.num_iterations,
+        meta=describe(config, model, tokenizer, total_batch_size, config.num_iterations, facts),
+    )
+    batch = trainer.choose_device_batch(run, config.problems * config.samples // compute.world_size)
+    val_loader = RowLoader(
+        conversation_rows("rl_val", held_out, tokenizer, T, compute),
+        batch.rows * compute.world_size,
+        batch.rows,
+        seed=0,
+        rank=compute.rank,
+        world_size=compute.world_size,
+        device=compute.device,
+    )
+    progress = start_or_resume(run)
+    first_step = progress.step
+
+    model.eval()  # and so it stays: what is trained must be what has sampled, without dropout
+    with stop_signals() as stop, contextlib.closing(open_log(run, first_step)) as log:
+        while True:
+            step = progress.step
+            last = step == config.num_iterations
+
+            # Save before evaluating: a crash in the evaluation then costs no training.
+            if last or trainer.is_due(step, config.save_every or config.eval_every):
+                save(run, progress)
+            # Unlike pretraining, RL is evaluated at step 0 too: what it gains is the difference to the SFT model.
+            evaluated_before = step == first_step and progress.val_bpb is not None  # by the run that we resume
+            if (last or step == 0 or trainer.is_due(step, config.eval_every)) and not evaluated_before:
+                bpb = trainer.validation_bpb(run, step, val_loader)
+                record_evaluation(run, progress, log, {"val_bpb": bpb, "tasks": rollouts.evaluate(step)})
+            # Prune after evaluating, which may have found a new best checkpoint.
+            if step == progress.saved_step and compute.rank == 0:
+                checkpoint.prune("rl", run.tag, config.keep)
+            if last:
+                break
+            # Signals reach ranks at different times; they stop together, at the same step.
+            if compute.any_rank(stop.requested):
+                save(run, progress)
+                raise KeyboardInterrupt
+
+            log.write(train_step(run, progress, rollouts, batch.rows))
+    write_run_record(run, progress, plan=dataclasses.asdict(batch))
+    compute.close()
+
+
+def train_step(run: Run, progress: Progress, rollouts: "Rollouts", rows: int) -> dict[str, Any]:
+    """Sample a step's answers and learn from them, `rows` answers at a time; return the step's metrics.
+
+    Where no group's rewards differ, on any rank, the step changes nothing. Raises ValueError when the loss is not
+    finite or memory runs out.
+    """
+    began = time.perf_counter()
+    step, compute = progress.step, run.compute
+    lr_mult = trainer.learning_rate_multiplier(run, step)
+    batch = rollouts.batch(step, rows)
+    scores: dict[str, float] = {}
+    mean_loss = 0.0
+    if batch.micro_batches:
+        counts = torch.stack([(targets_BT >= 0).sum() for _, targets_BT, _ in batch.micro_batches])
+        n_targets = compute.all_reduce_sum(counts.sum().float()).clamp(min=1)
+        totals_2 = torch.zeros(2, device=compute.device)  # loss, and mean negative log-likelihood of what is trained
+        with trainer.explain_out_of_memory(rows):
+            for idx_BT, targets_BT, weights_BT in batch.micro_batches:
+                nll_BT = run.model(idx_BT, targets_BT, loss_reduction="none")
+                # -A · log p summed over tokens. Weights are divided by all ranks' tokens, so gradients only add up.
+                loss = (nll_BT * weights_BT).sum()
+                loss.backward()
+                totals_2 += torch.stack([loss.detach(), nll_BT.detach().sum() / n_targets])
+            mean_loss, scores["nll"] = compute.all_reduce_sum(totals_2).tolist()
+            if not math.isfinite(mean_loss):
+                raise diverged(run, step, f"loss is {mean_loss} at step {step}")
+            grad_norm = trainer.update_weights(run, step, lr_mult)
+        if grad_norm is not None:
+            scores["grad_norm"] = grad_norm
+    compute.synchronize()
+    dt = time.perf_counter() - began
+    line = finish_step(run, progress, loss=mean_loss, lr_mult=lr_mult, tokens=batch.tokens, dt=dt)
+    line["mfu"] = None  # the model's training FLOPs say nothing of sampling
+    return {**line, **batch.metrics, **scores}
+
+
 @dataclass(frozen=True)
 class Batch:
-    """A step's work for this rank, and what its line of metrics says besides. With none, the step changes nothing."""
+    """A step's work for this rank. Without micro-batches, on all ranks, the step changes nothing."""
 
     micro_batches: list[MicroBatch]
-    tokens: int  # over all ranks
-    line: dict[str, Any]
+    tokens: int  # sampled, over all ranks
+    metrics: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -110,8 +224,141 @@ class Group:
         return [reward - sum(self.rewards) / len(self.rewards) for reward in self.rewards]
 
 
+class Rollouts:
+    """Samples answers to problems. What a step asks and draws follows from (seed, step) alone.
+
+    places: all training problems, which `train` has. Every rank has the same, and answers its own share of a step's.
+    """
+
+    def __init__(
+        self, model: GPT, tokenizer: Tokenizer, train: Tasks, test: Tasks, config: RLConfig, compute: Compute
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.test = test
+        self.config = config
+        self.compute = compute
+        self.places: list[Problem] = [(task, index) for task in train for index in range(len(task))]
+
+    def problems(self, step: int) -> dict[str, Problem]:
+        """Return a step's problems over all ranks, by name. Each comes once per epoch, each epoch in another order."""
+        first = step * self.config.problems
+        where = [divmod(i, len(self.places)) for i in range(first, first + self.config.problems)]
+        orders = {}
+        for epoch in {epoch for epoch, _ in where}:
+            shuffle = random.Random(f"rl {self.config.seed} {epoch}")
+            orders[epoch] = shuffle.sample(self.places, len(self.places))
+        return {f"{step} {slot}": orders[epoch][place] for slot, (epoch, place) in enumerate(where)}
+
+    def sample(self, problems: dict[str, Problem], n: int) -> list[Group]:
+        """Sample `n` answers to each of this rank's share of the problems; none to one that is malformed or too long.
+
+        An answer follows from the model, the problem, its name and the answer's number, and so not from the batch or
+        the rank that it is sampled in.
+        """
+        self.model.eval()
+        # A new engine, for the weights have changed: nothing that was cached of the old ones may be used.
+        engine = Engine(self.model, self.tokenizer, max_batch=self.config.rollout_batch_size)
+        mine = list(problems.items())[self.compute.rank :: self.compute.world_size]
+        asked = []
+        for name, (task, index) in mine:
+            conversation = task[index]
+            asked.append((task, conversation, self.requests(conversation, name, n)))
+        # Eager: sampling reads batches of ever new lengths.
+        with torch.compiler.set_stance("force_eager"):
+            engine.run([request for _, _, requests in asked for request in requests])
+        groups = []
+        for task, conversation, requests in asked:
+            rewards = [judge(task, conversation, request, self.tokenizer) for request in requests]
+            groups.append(Group(requests, rewards))
+        return groups
+
+    def requests(self, conversation: dict[str, Any], name: str, n: int) -> list[Request]:
+        """Return `n` requests for answers to a conversation's question; none where it cannot be asked."""
+        longest = self.config.max_new_tokens
+        try:
+            prompt = render_for_completion(conversation, self.tokenizer)
+        except ValueError:
+            return []
+        if len(prompt) > self.model.config.sequence_len - longest:
+            return []
+        seed = random.Random(f"rl {self.config.seed} {name}").getrandbits(62)
+        return [Request(prompt, max_tokens=longest, seed=seed, sample=i) for i in range(n)]
+
+    def batch(self, step: int, rows: int) -> Batch:
+        """Sample a step's answers and make them into micro-batches of at most `rows` answers.
+
+        Raises ValueError when no problem of the step leaves room for an answer.
+        """
+        config, device = self.config, self.compute.device
+        began = time.perf_counter()
+        groups = self.sample(self.problems(step), config.samples)
+        answers = [request for group in groups for request in group.requests]
+        counts = [
+            sum(not group.requests for group in groups),
+            len(answers),
+            sum(sum(group.rewards) for group in groups),
+            sum(any(group.advantages) for group in groups),
+            sum(sum(sampled_row(answer)[1]) for answer in answers),
+            sum(answer.finish_reason == "length" for answer in answers),
+        ]
+        totals = self.compute.all_reduce_sum(torch.tensor(counts, dtype=torch.float32, device=device))
+        unusable, n_answers, reward, useful, n_tokens, cut_off = totals.tolist()
+        if not n_answers:
+            raise ValueError(
+                f"--max-new-tokens {config.max_new_tokens} leaves room for no problem of step {step} in "
+                f"{self.model.config.sequence_len} tokens"
+            )
+        micro_batches = make_micro_batches(groups, n_tokens, rows, device)
+        if useful and not micro_batches:
+            # Other ranks have something to learn from, and wait for this one's gradients: they are zero.
+            zeros_BT = torch.zeros(1, 1, dtype=torch.int64, device=device)
+            micro_batches = [(zeros_BT, zeros_BT - 1, zeros_BT.float())]
+        metrics = {
+            "epoch": step * config.problems // len(self.places),
+            "reward": reward / n_answers,
+            "useful": useful / config.problems,  # share of groups whose rewards differ
+            "answer_tokens": n_tokens / n_answers,
+            "cut_off": cut_off / n_answers,
+            "unusable": int(unusable),
+            "sampling_dt": time.perf_counter() - began,
+        }
+        return Batch(micro_batches, tokens=int(n_tokens), metrics=metrics)
+
+    def evaluate(self, step: int) -> dict[str, Any]:
+        """Return of each test task the accuracy of greedy answers and pass@k of sampled ones, with errors."""
+        compute, config = self.compute, self.config
+        records = {}
+        for task in self.test:
+            n = min(config.eval_problems, len(task))
+            record = evaluate_task(
+                task,
+                self.model,
+                self.tokenizer,
+                Engine(self.model, self.tokenizer, max_batch=config.rollout_batch_size),
+                max_problems=n,
+                max_new_tokens=config.max_new_tokens,
+                compute=compute,
+            )
+            record.pop("samples")
+            groups = self.sample({f"test {task.name} {i}": (task, i) for i in range(n)}, PASS_AT[-1])
+            own = [sum(group.rewards) for group in groups]
+            right_N = torch.zeros(n, device=compute.device)
+            right_N[compute.rank :: compute.world_size] = torch.tensor(own, device=compute.device)
+            rights = [int(right) for right in compute.all_reduce_sum(right_N).tolist()]
+            record["pass_at_k"] = pass_rates(rights, PASS_AT[-1], PASS_AT)
+            scores = {"accuracy": record, **{f"pass@{k}": rate for k, rate in record["pass_at_k"].items()}}
+            shown = [f"{name} {100 * s['accuracy']:.1f} ± {100 * s['stderr']:.1f} %" for name, s in scores.items()]
+            print0(f"step {step}: {task.name}, {n} problems: {', '.join(shown)}")
+            records[task.name] = record
+        return records
+
+
 def judge(task: Any, conversation: dict[str, Any], request: Request, tokenizer: Tokenizer) -> float:
-    """1 for an answer that is right, that ends by itself, and whose tool results are the tool's own; else 0."""
+    """Return 1 for an answer that is right, ends by itself, and whose tool results are the tool's own; else 0.
+
+    Without the last rule a model learns to write <|output_start|> itself, and with it any result that it likes.
+    """
     ended = request.stop_token == tokenizer.encode_special("<|assistant_end|>")
     results = {tokenizer.encode_special(mark) for mark in ("<|output_start|>", "<|output_end|>")}
     forged = any(token in results and sampled for token, sampled in zip(request.output, request.mask, strict=True))
@@ -119,221 +366,41 @@ def judge(task: Any, conversation: dict[str, Any], request: Request, tokenizer: 
 
 
 def sampled_row(request: Request) -> tuple[list[int], list[int]]:
-    """Ids of a prompt and its answer, and their mask: 1 = sampled by the model, as is the token that ended it."""
-    end = [] if request.stop_token is None else [request.stop_token]
-    return [*request.tokens, *request.output, *end], [0] * len(request.tokens) + request.mask + [1] * len(end)
+    """Return the ids of a prompt and its answer, and their mask: 1 = sampled by the model.
 
-
-def make_micro_batches(groups: Sequence[Group], n_tokens: int, rows: int, device: torch.device) -> list[MicroBatch]:
-    """(inputs_BT, targets_BT, weights_BT) of all answers that have an advantage, the longest first, `rows` at a time.
-
-    A weight is the answer's advantage over `n_tokens`; the target of a token that was not sampled is -1.
+    The token that ended the answer was sampled too. The tool's results were not, and are never trained on.
     """
-    answers = [(*sampled_row(r), a) for g in groups for r, a in zip(g.requests, g.advantages, strict=True) if a]
+    end = [] if request.stop_token is None else [request.stop_token]
+    ids = [*request.tokens, *request.output, *end]
+    mask = [0] * len(request.tokens) + request.mask + [1] * len(end)
+    return ids, mask
+
+
+def make_micro_batches(groups: Sequence[Group], n_tokens: float, rows: int, device: torch.device) -> list[MicroBatch]:
+    """Return all answers that have an advantage as (inputs_BT, targets_BT, weights_BT), `rows` of them at a time.
+
+    The longest come first, so that rows of a micro-batch need little padding. A weight is the answer's advantage over
+    `n_tokens`; the target of a token that was not sampled is -1.
+    """
+    answers = []
+    for group in groups:
+        for request, advantage in zip(group.requests, group.advantages, strict=True):
+            if advantage:
+                answers.append((*sampled_row(request), advantage))
     answers.sort(key=lambda answer: -len(answer[0]))
     micro_batches = []
     for start in range(0, len(answers), rows):
         part = answers[start : start + rows]
         shape = (len(part), len(part[0][0]) - 1)
-        idx_BT, targets_BT, weights_BT = torch.zeros(shape).long(), torch.full(shape, -1), torch.zeros(shape)
+        idx_BT = torch.zeros(shape, dtype=torch.int64)
+        targets_BT = torch.full(shape, -1)
+        weights_BT = torch.zeros(shape)
         for i, (ids, mask, advantage) in enumerate(part):
             n = len(ids) - 1
             idx_BT[i, :n] = torch.tensor(ids[:-1])
-            targets_BT[i, :n] = torch.tensor([token if own else -1 for token, own in zip(ids[1:], mask[1:])])
+            targets_BT[i, :n] = torch.tensor(
+                [token if own else -1 for token, own in zip(ids[1:], mask[1:], strict=True)]
+            )
             weights_BT[i, :n] = advantage / n_tokens
-        micro_batches.append(tuple(tensor.to(device) for tensor in (idx_BT, targets_BT, weights_BT)))
+        micro_batches.append((idx_BT.to(device), targets_BT.to(device), weights_BT.to(device)))
     return micro_batches
-
-
-class Rollouts:
-    """Samples answers and makes them into batches. What a step asks and draws follows from (seed, step) alone."""
-
-    def __init__(
-        self, model: GPT, tokenizer: Tokenizer, train: Tasks, test: Tasks, config: RLConfig, compute: Compute
-    ) -> None:
-        self.model, self.tokenizer, self.config, self.compute, self.test = model, tokenizer, config, compute, test
-        self.places = [(task, index) for task in train for index in range(len(task))]
-        self._order = functools.lru_cache(maxsize=2)(self._shuffled)
-
-    def _shuffled(self, epoch: int) -> list[tuple[Any, int]]:
-        return random.Random(f"rl {self.config.seed} {epoch}").sample(self.places, len(self.places))
-
-    def problems(self, step: int) -> dict[str, tuple[Any, int]]:
-        """A step's problems over all ranks, (task, index) by a name: all once an epoch, each epoch in another order."""
-        n = self.config.problems
-        where = [divmod(i, len(self.places)) for i in range(step * n, (step + 1) * n)]
-        return {f"{step} {slot}": self._order(epoch)[at] for slot, (epoch, at) in enumerate(where)}
-
-    def sample(self, problems: dict[str, tuple[Any, int]], n: int) -> list[Group]:
-        """`n` answers to each problem that this rank has by the names; none to one that is malformed or too long.
-
-        An answer follows from the model, the problem, its name and the answer's number.
-        """
-        self.model.eval()  # and so it stays: what is trained must be what has sampled, without dropout
-        mine = list(problems.items())[self.compute.rank :: self.compute.world_size]
-        asked = [(task, task[index], name) for name, (task, index) in mine]
-        requests = [self._requests(conversation, name, n) for _, conversation, name in asked]
-        engine = Engine(self.model, self.tokenizer, self.config.rollout_batch_size)  # new: no state outlives a step
-        with torch.compiler.set_stance("force_eager"):
-            engine.run(itertools.chain.from_iterable(requests))
-        return [
-            Group(answers, [judge(task, conversation, answer, self.tokenizer) for answer in answers])
-            for (task, conversation, _), answers in zip(asked, requests)
-        ]
-
-    def _requests(self, conversation: dict[str, Any], name: str, n: int) -> list[Request]:
-        longest, seed = self.config.max_new_tokens, random.Random(f"rl {self.config.seed} {name}").getrandbits(62)
-        try:
-            prompt = render_for_completion(conversation, self.tokenizer)
-        except ValueError:
-            return []
-        fits = len(prompt) <= self.model.config.sequence_len - longest
-        return [Request(prompt, longest, seed=seed, sample=i) for i in range(n if fits else 0)]
-
-    def _batch(self, step: int, rows: int) -> Batch:
-        config, device, began = self.config, self.compute.device, time.perf_counter()
-        groups = self.sample(self.problems(step), config.samples)
-        answers = [request for group in groups for request in group.requests]
-        counts = (
-            sum(not group.requests for group in groups),
-            len(answers),
-            sum(sum(group.rewards) for group in groups),
-            sum(any(group.advantages) for group in groups),
-            sum(sum(sampled_row(answer)[1]) for answer in answers),
-            sum(answer.finish_reason == "length" for answer in answers),
-        )
-        totals = self.compute.all_reduce_sum(torch.tensor(counts, dtype=torch.float32, device=device))
-        unusable, n, right, useful, n_tokens, cut_off = totals.tolist()
-        if not n:
-            T, longest = self.model.config.sequence_len, config.max_new_tokens
-            raise ValueError(f"--max-new-tokens {longest} leaves room for no problem of step {step} in {T} tokens")
-        micro_batches = make_micro_batches(groups, n_tokens, rows, device)
-        if useful and not micro_batches:  # other ranks have some, and wait for this one's gradients
-            zeros_BT = torch.zeros(1, 1, dtype=torch.int64, device=device)
-            micro_batches = [(zeros_BT, zeros_BT - 1, zeros_BT.float())]
-        line = {"epoch": step * config.problems // len(self.places), "reward": right / n, "answer_tokens": n_tokens / n}
-        line |= {"cut_off": cut_off / n, "unusable": int(unusable), "sampling_dt": time.perf_counter() - began}
-        line["useful"] = useful / config.problems  # share of groups whose rewards differ
-        # the model's training FLOPs say nothing of sampling
-        return Batch(micro_batches, int(n_tokens), {**line, "mfu": None})
-
-    def evaluate(self, step: int) -> dict[str, Any]:
-        """`tasks`: of each test task the accuracy of the likeliest answers and pass@k of sampled ones, with errors."""
-        compute, longest, tasks = self.compute, self.config.max_new_tokens, {}
-        for task in self.test:
-            n = min(self.config.eval_problems, len(task))
-            engine = Engine(self.model, self.tokenizer, self.config.rollout_batch_size)
-            record = evaluate_task(task, self.model, self.tokenizer, engine, n, max_new_tokens=longest, compute=compute)
-            record.pop("samples")
-            groups = self.sample({f"test {task.name} {i}": (task, i) for i in range(n)}, PASS_AT[-1])
-            right_N, own = torch.zeros(n, device=compute.device), [sum(group.rewards) for group in groups]
-            right_N[compute.rank :: compute.world_size] = torch.tensor(own, device=compute.device)
-            rights = [int(right) for right in compute.all_reduce_sum(right_N).tolist()]
-            record["pass_at_k"] = pass_rates(rights, PASS_AT[-1], PASS_AT)
-            shown = {"accuracy": record, **{f"pass@{k}": score for k, score in record["pass_at_k"].items()}}
-            scores = (f"{name} {100 * s['accuracy']:.1f} ± {100 * s['stderr']:.1f} %" for name, s in shown.items())
-            print0(f"step {step}: {task.name}, {n} problems: {', '.join(scores)}")
-            tasks[task.name] = record
-        return {"tasks": tasks}
-
-
-def reinforce(config: RLConfig, train: Tasks, test: Tasks, held_out: Conversations, compute: Compute) -> None:
-    """Train the newest SFT model on the tasks `train` and save it as stage rl.
-
-    `test` are other problems of the same tasks, for evaluation alone. The bits per byte of `held_out` say whether the
-    model forgets what it is not rewarded for. Raises ValueError when there is no SFT model.
-    """
-    if config.problems % compute.world_size:
-        raise ValueError(f"--problems {config.problems}: make it a multiple of the {compute.world_size} processes")
-    model, tokenizer, meta = load_source("sft", config, compute)
-    T = model.config.sequence_len
-    rollouts = Rollouts(model, tokenizer, train, test, config, compute)
-    rules = {name: getattr(config, name) for name in ("problems", "samples", "max_new_tokens")}
-    rules["tasks"] = ", ".join(task.name for task in train)
-    print0(
-        f"rl from {meta['source']}: {config.num_iterations} steps of {config.problems} x {config.samples} answers; "
-        f"{len(rollouts.places):,} problems of {rules['tasks']}"
-    )
-    total_batch_size = config.problems * config.samples * T  # at most
-    prepare_model(model, config, compute)
-    facts = {"dataset": meta["dataset"], "depth": meta["depth"], "source": meta["source"], "rollouts": rules}
-    run = Run(
-        stage="rl",
-        tag=config.model_tag or meta["tag"],
-        config=config,
-        model=model,
-        optimizer=make_optimizer(
-            model,
-            config,
-            recipe.learning_rate_scales(total_batch_size, config.init_lr_frac),
-            config.weight_decay or 0.0,
-            compute,
-        ),
-        tokenizer=tokenizer,
-        compute=compute,
-        num_iterations=config.num_iterations,
-        meta=describe(config, model, tokenizer, total_batch_size, config.num_iterations, facts),
-    )
-    batch = choose_device_batch(run, config.problems * config.samples // compute.world_size)
-    val_loader = RowLoader(
-        conversation_rows("rl_val", held_out, tokenizer, T, compute),
-        batch.rows * compute.world_size,
-        batch.rows,
-        0,
-        rank=compute.rank,
-        world_size=compute.world_size,
-        device=compute.device,
-    )
-    progress = start_or_resume(run)
-    first_step = progress.step
-    with stop_signals() as stop, contextlib.closing(open_log(run, first_step)) as log:
-        while True:
-            step = progress.step
-            last = step == config.num_iterations
-            if last or is_due(step, config.save_every or config.eval_every):
-                save(run, progress)
-            evaluated_before = step == first_step and progress.val_bpb is not None
-            if (last or step == 0 or is_due(step, config.eval_every)) and not evaluated_before:
-                bpb = validation_bpb(run, step, val_loader)
-                record_evaluation(run, progress, log, {"val_bpb": bpb, **rollouts.evaluate(step)})
-            if step == progress.saved_step and compute.rank == 0:
-                checkpoint.prune("rl", run.tag, config.keep)
-            if last:
-                break
-            if compute.any_rank(stop.requested):
-                save(run, progress)
-                raise KeyboardInterrupt
-            log.write(_train_step(run, progress, rollouts, batch.rows))
-    write_run_record(run, progress, plan=dataclasses.asdict(batch))
-    compute.close()
-
-
-def _train_step(run: Run, progress: Progress, rollouts: Rollouts, rows: int) -> dict[str, Any]:
-    """Sample a step's answers and learn from them; where no group's rewards differ the step changes nothing."""
-    began = time.perf_counter()
-    step, compute = progress.step, run.compute
-    lr_mult = learning_rate_multiplier(run, step)
-    batch = rollouts._batch(step, rows)
-    scores = {}
-    mean_loss = 0.0
-    if batch.micro_batches:
-        counts = torch.stack([(targets_BT >= 0).sum() for _, targets_BT, _ in batch.micro_batches])
-        n_targets = compute.all_reduce_sum(counts.sum().float()).clamp(min=1)
-        totals_2 = torch.zeros(2, device=compute.device)
-        with explain_out_of_memory(rows):
-            for idx_BT, targets_BT, weights_BT in batch.micro_batches:
-                nll_BT = run.model(idx_BT, targets_BT, loss_reduction="none")
-                loss = (nll_BT * weights_BT).sum()
-                loss.backward()
-                totals_2 += torch.stack([loss.detach(), nll_BT.detach().sum() / n_targets])
-            mean_loss, scores["nll"] = compute.all_reduce_sum(totals_2).tolist()
-            if not math.isfinite(mean_loss):
-                raise diverged(run, step, f"loss is {mean_loss} at step {step}")
-            grad_norm = update_weights(run, step, lr_mult)
-        if grad_norm is not None:
-            scores["grad_norm"] = grad_norm
-    compute.synchronize()
-    line = finish_step(
-        run, progress, loss=mean_loss, lr_mult=lr_mult, tokens=batch.tokens, dt=time.perf_counter() - began
-    )
-    return {**line, **batch.line, **scores}

@@ -1,10 +1,8 @@
 """Chat tasks and ChatCORE of a checkpoint: python -m scripts.chat_eval --stage sft"""
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-
-from tqdm import tqdm
+from typing import Any
 
 from nanochat import cli
 from nanochat.chat_eval import chat_core, evaluate_task
@@ -45,12 +43,14 @@ class Config:
         if self.pass_k is not None and self.pass_k > self.num_samples:
             raise ValueError(f"--pass-k {self.pass_k}: needs --num-samples {self.pass_k} or more")
         known = [*builtin.SCORED, *public.SCORED]
-        if unknown := [name for name in (self.tasks or "").split(",") if self.tasks is not None and name not in known]:
-            raise ValueError(f"--tasks: no task {', '.join(unknown)}; choose from {', '.join(known)}")
+        if self.tasks is not None:
+            unknown = [name for name in self.tasks.split(",") if name not in known]
+            if unknown:
+                raise ValueError(f"--tasks: no task {', '.join(unknown)}; choose from {', '.join(known)}")
 
     @property
     def task_names(self) -> list[str]:
-        """The tasks asked for, or all that this machine has; ValueError for a wrong folder."""
+        """The tasks asked for, or all that this machine has. Raises ValueError when --tasks-dir is not there."""
         if self.tasks is not None:
             return list(dict.fromkeys(self.tasks.split(",")))
         if self.tasks_dir is not None and not Path(self.tasks_dir).is_dir():
@@ -78,10 +78,12 @@ def main() -> None:
     engine = Engine(model, tokenizer, max_batch=config.batch_size)
     print0(f"{config.stage} {meta['tag']} step {meta['step']}")
     print0(f"{'task':13} {'accuracy':>16} {'n':>6} {'chance':>7} {'centred':>8}")
-    records, samples, skipped = {}, [], {}
-    sampling = ("max_problems", "batch_size", "max_new_tokens", "temperature", "top_k", "num_samples", "pass_k", "seed")
+    records: dict[str, dict[str, Any]] = {}
+    samples: list[dict[str, Any]] = []
+    skipped: dict[str, str] = {}
     for name in names:
-        task, problem = None, "another process could not read it"
+        task = None
+        problem = "another process could not read it"
         try:
             task = config.task(name)
         except (ValueError, OSError) as error:
@@ -90,9 +92,21 @@ def main() -> None:
             skipped[name] = problem
             print0(f"{name} skipped: {problem}")
             continue
-        options = {key: getattr(config, key) for key in sampling}
-        bar = partial(tqdm, desc=name, leave=False, disable=None if compute.rank == 0 else True)
-        record = evaluate_task(task, model, tokenizer, engine, **options, compute=compute, progress=bar)
+        record = evaluate_task(
+            task,
+            model,
+            tokenizer,
+            engine,
+            max_problems=config.max_problems,
+            batch_size=config.batch_size,
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            num_samples=config.num_samples,
+            pass_k=config.pass_k,
+            seed=config.seed,
+            compute=compute,
+        )
         samples += [{"task": name, **sample} for sample in record.pop("samples")]
         records[name] = record
         accuracy = f"{100 * record['accuracy']:.1f} ± {100 * record['stderr']:.1f} %"

@@ -31,6 +31,7 @@ class ChatRL(RLConfig):
 
 
 def main() -> None:
+    """Train, and save as stage rl."""
     config = cli.parse(ChatRL, description=__doc__)
     compute = Compute.create(config.device_type)
     held_out = mixture("test", 0.1, config.seed, identity=True)

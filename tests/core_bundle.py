@@ -1,12 +1,15 @@
 """What the tests of CORE share: bundles made for them, tiny models, and where the real rows are."""
 
 import json
+import math
+import random
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from nanochat.core_eval import read_tasks
 from nanochat.gpt import GPT, GPTConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,13 +32,32 @@ def tiny_model(vocab_size, sequence_len, n_layer=1):
 
 
 class Foreign:
-    """A model of another library as the evaluation sees it: nothing but `model(idx_BT) -> logits_BTV`."""
+    """A model of another library as the oracle calls it: `model(idx_BT) -> logits_BTV`."""
 
     def __init__(self, model, context):
-        self.model, self.config = model, SimpleNamespace(sequence_len=context)
+        self.model = model
+        self.config = SimpleNamespace(sequence_len=context)
 
     def __call__(self, idx_BT):
         return self.model(idx_BT).logits
+
+
+class Fixed:
+    """A model whose logits follow from the position alone, and which notes what it reads."""
+
+    def __init__(self, logits_TV):
+        self.logits_TV = logits_TV
+        self.config = SimpleNamespace(sequence_len=len(logits_TV))
+        self.device = torch.device("cpu")
+        self.read = []
+
+    def __call__(self, idx_BT):
+        self.read += idx_BT.tolist()
+        return self.logits_TV[: idx_BT.size(1)].expand(len(idx_BT), -1, -1)
+
+    def decode(self, idx_N, context, wanted_R):
+        self.read.append(idx_N.tolist())
+        return self.logits_TV[context.positions[wanted_R]]
 
 
 def random_gpt2(vocab_size, context):
@@ -62,3 +84,69 @@ def write_bundle(folder, tasks):
     (folder / "core.yaml").write_text("\n".join(lines))
     (folder / "eval_meta_data.csv").write_text("\n".join(table) + "\n")
     return folder
+
+
+@torch.no_grad()
+def oracle_core(model, tokenizer, bundle, max_per_task):
+    """The protocol once more from its definition: by task the outcome of each row, and all log-likelihoods."""
+    limit, results = model.config.sequence_len, {}
+
+    def log_probabilities(ids):  # of each token but the first, given those before it
+        logits = model(torch.tensor([ids]))[0].double()
+        return logits[:-1].log_softmax(-1)
+
+    def tokens(text):
+        return [tokenizer.get_bos_token_id(), *tokenizer.encode(text)]
+
+    for task in read_tasks(bundle):
+        rows = [json.loads(line) for line in task.path.read_text(encoding="utf-8").split("\n") if line]
+        random.Random(1337).shuffle(rows)
+        kept = rows[:max_per_task]
+        outcomes, likelihoods = "", []
+        for i, row in enumerate(kept):
+            pool = kept if len(kept) - 1 >= task.shots else rows
+            others = [r for j, r in enumerate(pool) if j != i]
+            shown = random.Random(1234 + i).sample(others, min(task.shots, len(others)))
+            prompt, d = "", task.delimiter
+            for r in shown:
+                if task.kind == "multiple_choice":
+                    prompt += f"{r['query']}{d}{r['choices'][r['gold']]}\n\n"
+                elif task.kind == "schema":
+                    prompt += f"{r['context_options'][r['gold']]}{d}{r['continuation']}\n\n"
+                else:
+                    prompt += f"{r['context'].strip()}{d}{r['continuation']}\n\n"
+            if task.kind == "language_modeling":
+                bare = tokens((prompt + row["context"].strip() + d).rstrip())
+                full = tokens(prompt + row["context"].strip() + d + row["continuation"])
+                scored = len(full) - next((k for k in range(len(bare)) if bare[k] != full[k]), len(bare))
+                full = full[-limit:]
+                scored = min(scored, len(full) - 1)
+                logp = log_probabilities(full)
+                outcomes += str(int(logp.argmax(-1).tolist()[-scored:] == full[-scored:]))
+                likelihoods.append(sum(logp[t - 1, full[t]].item() for t in range(len(full) - scored, len(full))))
+                continue
+            if task.kind == "multiple_choice":
+                options = [tokens(prompt + row["query"] + d + choice) for choice in row["choices"]]
+                shared = 0
+                while all(shared < len(o) and o[shared] == options[0][shared] for o in options):
+                    shared += 1
+                lengths = [len(o) - shared for o in options]
+            else:
+                options = [tokens(prompt + context + d + row["continuation"]) for context in row["context_options"]]
+                shared = 0
+                while all(shared < len(o) and o[-1 - shared] == options[0][-1 - shared] for o in options):
+                    shared += 1
+                lengths = [shared] * len(options)
+            best, best_loss = 0, None
+            for k, (option, length) in enumerate(zip(options, lengths)):
+                option = option[-limit:]
+                length = min(length, len(option) - 1)
+                logp = log_probabilities(option)
+                picked = [logp[t - 1, option[t]].item() for t in range(len(option) - length, len(option))]
+                likelihoods.append(sum(picked))
+                loss = -sum(picked) / length if length else math.nan
+                if best_loss is None or loss < best_loss:
+                    best, best_loss = k, loss
+            outcomes += str(int(best == row["gold"]))
+        results[task.label] = outcomes, likelihoods
+    return results

@@ -8,6 +8,7 @@ from fractions import Fraction
 
 import pytest
 import torch
+from core_bundle import Fixed
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_run import run, run_ranks, script
@@ -89,13 +90,10 @@ def test_categorical_batches_choose_as_one_prompt_at_a_time(model, tokenizer, ba
 
 
 def test_only_the_letters_offered_are_compared(model, tokenizer):
-    def favours(idx_BT):  # BOS above all, then C, then A
-        logits_BTV = torch.zeros(*idx_BT.shape, tokenizer.get_vocab_size())
-        for token, value in ((tokenizer.get_bos_token_id(), 9.0), (tokenizer.encode("C")[0], 5.0)):
-            logits_BTV[..., token] = value
-        return logits_BTV
-
-    favours.device = "cpu"
+    logits_TV = torch.zeros(9, tokenizer.get_vocab_size())
+    logits_TV[:, tokenizer.get_bos_token_id()] = 9.0
+    logits_TV[:, tokenizer.encode("C")[0]] = 5.0
+    favours = Fixed(logits_TV)
     letters = [list("ABCD"), list("AB"), list("BA")]
     assert choose_letters(favours, tokenizer, [[1], [1, 2], [3]], letters) == ["C", "A", "B"]  # ties: the first
     with pytest.raises(ValueError, match="one token"):
@@ -118,9 +116,7 @@ def test_generative_answers_are_decoded_and_judged(model, tokenizer):
 
 def test_the_real_engine_and_an_untrained_model_run_to_the_end(model, tokenizer):
     engine = Engine(model, tokenizer, max_batch=4)
-    record = evaluate_task(
-        Arithmetic("test"), model, tokenizer, engine, max_problems=6, batch_size=4, max_new_tokens=8, progress=list
-    )
+    record = evaluate_task(Arithmetic("test"), model, tokenizer, engine, max_problems=6, batch_size=4, max_new_tokens=8)
     assert record["n"] == 6 and record["accuracy"] == 0 and len(record["samples"]) == 3
 
 

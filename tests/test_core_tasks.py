@@ -11,7 +11,8 @@ import pytest
 from core_bundle import BUNDLE, CHOICE, CLOZE, SCHEMA, needs_bundle, write_bundle
 from hub_server import HubServer
 
-from nanochat.core_tasks import (
+from nanochat import hub
+from nanochat.core_eval import (
     CoreTask,
     build_prompts,
     download_bundle,
@@ -20,8 +21,6 @@ from nanochat.core_tasks import (
     read_rows,
     read_tasks,
 )
-
-FAST = {"timeout": 5.0, "pause": 0.01}
 
 
 def core_task(kind, delimiter=" ", shots=0, path=Path("none.jsonl"), baseline=0.0):
@@ -214,14 +213,15 @@ def files(tmp_path):
 
 
 @pytest.fixture
-def server(files):
+def server(files, monkeypatch):
+    monkeypatch.setattr(hub.time, "sleep", lambda seconds: None)  # between attempts
     with HubServer() as server:
         server.files["b.zip"] = zipped(files)
         yield server
 
 
 def fetch(server, folder):
-    download_bundle(folder, server.file_url("b.zip"), **FAST)
+    download_bundle(folder, server.file_url("b.zip"))
     return folder
 
 
@@ -287,7 +287,7 @@ def test_a_bad_archive_leaves_nothing_behind(server, files, tmp_path, change, me
 
 
 def test_an_archive_that_unpacks_to_too_much_is_refused(server, files, tmp_path, monkeypatch):
-    monkeypatch.setattr("nanochat.core_tasks.UNPACKED_LIMIT", 1000)
+    monkeypatch.setattr("nanochat.core_eval.UNPACKED_LIMIT", 1000)
     with pytest.raises(ValueError, match="unpacks to more"):
         fetch(server, tmp_path / "bundle")
     assert not (tmp_path / "bundle").exists()
