@@ -7,7 +7,7 @@ import shutil
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
-from tiny_run import BASE, SKILLS, STEPS, losses, run, script
+from tiny_run import BASE, SKILLS, STEPS, call, losses, run, script
 
 from nanochat import checkpoint
 from nanochat.dataset import iterate_documents, list_shards
@@ -15,6 +15,13 @@ from nanochat.tokenizer import Tokenizer
 
 TRAIN = ["scripts.base_train", *BASE, *STEPS, "--num-iterations", "2", "--eval-every", "0"]
 MID = ["scripts.mid_train", *SKILLS, *STEPS, "--num-iterations", "2", "--eval-every", "0"]
+
+
+@pytest.fixture(autouse=True)
+def exact(monkeypatch):
+    """What a script called in this process sets for it, such as threads and precision, stays as other tests have it."""
+    monkeypatch.setenv("NANOCHAT_DTYPE", "float32")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="module")
@@ -74,12 +81,12 @@ WRONG_FLAGS = [
 
 @pytest.mark.parametrize(("flags", "named"), WRONG_FLAGS, ids=lambda value: " ".join(value) if value[0] != "-" else "")
 def test_wrong_flags_of_base_train(shared, flags, named):
-    assert named in script(*TRAIN, *flags).error_line
+    assert named in call(*TRAIN, *flags).error_line
 
 
 @pytest.mark.parametrize("flags", [["--target-flops", "0"], ["--target-param-data-ratio", "-1"]])
 def test_a_horizon_of_nothing(shared, flags):
-    assert flags[0] in script("scripts.base_train", *BASE, "--no-compile", *flags).error_line
+    assert flags[0] in call("scripts.base_train", *BASE, "--no-compile", *flags).error_line
 
 
 @pytest.mark.parametrize(
@@ -98,7 +105,7 @@ def test_a_horizon_of_nothing(shared, flags):
 )
 def test_wrong_flags_of_finetuning(shared, flags, named):
     for module in ("scripts.mid_train", "scripts.chat_sft"):
-        line = script(module, *SKILLS, *STEPS, "--num-iterations", "2", *flags).error_line
+        line = call(module, *SKILLS, *STEPS, "--num-iterations", "2", *flags).error_line
         assert named in line or (named in "nobody step_000005: steps there are 4, 8" and "step" in line)
 
 
@@ -116,18 +123,25 @@ def test_wrong_flags_of_finetuning(shared, flags, named):
 )
 def test_wrong_config_files(shared, tmp_path, text, named):
     (tmp_path / "my.yaml").write_text(text)
-    line = script("scripts.base_train", *STEPS, "--config", str(tmp_path / "my.yaml")).error_line
+    line = call("scripts.base_train", *STEPS, "--config", str(tmp_path / "my.yaml")).error_line
     assert named in line
     assert "my.yaml" in line or "--num-iterations" in line
 
 
-def test_a_wrong_dtype(shared):
-    assert "NANOCHAT_DTYPE=float8" in script(*TRAIN, NANOCHAT_DTYPE="float8").error_line
+def test_a_wrong_dtype(shared, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_DTYPE", "float8")
+    assert "NANOCHAT_DTYPE=float8" in call(*TRAIN).error_line
+
+
+def test_training_in_float16(shared, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_DTYPE", "float16")
+    for command in (TRAIN, MID):
+        assert "float16 is for inference only: train in bfloat16 or float32" in call(*command).error_line
 
 
 def test_resuming_what_is_not_there(shared):
-    assert "start without --resume" in script(*TRAIN, "--model-tag", "none", "--resume").error_line
-    assert "steps there are none" in script(*TRAIN, "--model-tag", "none", "--resume", "3").error_line
+    assert "start without --resume" in call(*TRAIN, "--model-tag", "none", "--resume").error_line
+    assert "steps there are none" in call(*TRAIN, "--model-tag", "none", "--resume", "3").error_line
 
 
 @pytest.mark.parametrize(
@@ -139,7 +153,7 @@ def test_resuming_what_is_not_there(shared):
     ],
 )
 def test_resuming_with_other_flags(shared, flags, named):
-    line = script(*TRAIN, "--num-iterations", "8", "--model-tag", "d2", "--resume", *flags).error_line
+    line = call(*TRAIN, "--num-iterations", "8", "--model-tag", "d2", "--resume", *flags).error_line
     assert "--resume" in line and named in line
     assert checkpoint.list_steps("base", "d2") == [4, 8], "and nothing was moved"
 
@@ -160,22 +174,22 @@ def test_wandb_that_cannot_be_reached(shared, tmp_path):
 def test_a_missing_tokenizer(trained_world):
     shutil.rmtree(trained_world / "tokenizer")
     for command in (TRAIN, MID, ["scripts.base_eval"], ["scripts.chat_eval", "--stage", "mid"]):
-        assert "python -m scripts.tok_train" in script(*command).error_line
+        assert "python -m scripts.tok_train" in call(*command).error_line
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[1]", '{"format": "other"}'])
 def test_a_damaged_tokenizer(tiny_world, content):
     (tiny_world / "tokenizer" / "tokenizer.json").write_text(content)
-    assert "tokenizer.json" in script(*TRAIN).error_line
+    assert "tokenizer.json" in call(*TRAIN).error_line
 
 
 def test_another_tokenizer_than_the_checkpoints(trained_world):
     (trained_world / "tokenizer" / "tokenizer.json").unlink()
     Tokenizer.train_from_iterator(["some other text"] * 9, 280).save(trained_world / "tokenizer")
     for command in (MID, ["scripts.base_eval"], ["scripts.chat_eval", "--stage", "mid"]):
-        line = script(*command).error_line
+        line = call(*command).error_line
         assert "was trained with tokenizer" in line and "back as tokenizer.json" in line
-    line = script(*TRAIN, "--num-iterations", "8", "--resume").error_line
+    line = call(*TRAIN, "--num-iterations", "8", "--resume").error_line
     assert "tokenizer" in line or "model_config" in line
 
 
@@ -186,7 +200,7 @@ def test_a_missing_stage(tiny_world):
         (["scripts.base_eval"], "scripts.base_train"),
         (["scripts.chat_eval"], "scripts.chat_sft"),
     ):
-        assert f"run python -m {remedy} first" in script(*command).error_line
+        assert f"run python -m {remedy} first" in call(*command).error_line
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optim.000.safetensors", "meta.json"])
@@ -195,21 +209,21 @@ def test_a_truncated_checkpoint(trained_world, name):
     folder = trained_world / "checkpoints" / "base" / "d2"
     path = folder / "step_000008" / name
     path.write_bytes(path.read_bytes()[:-50])
-    line = script(*MID, "--source-step", "8").error_line
+    line = call(*MID, "--source-step", "8").error_line
     assert str(path) in line
     assert "from base/d2 step 4" in run(*MID, "--model-tag", "new").out
     assert "resumed base/d2 at step 4" in run(*TRAIN, "--num-iterations", "8", "--resume").out
     for left in folder.glob("step_*/meta.json"):
         left.write_text("")
-    assert "no whole checkpoint" in script(*MID).error_line
+    assert "no whole checkpoint" in call(*MID).error_line
 
 
 def test_no_dataset_and_no_shard(tiny_world):
     train = list_shards("corpus", "train")
     train[0].unlink()
-    assert "shard_00000.parquet" in script(*TRAIN).error_line
+    assert "shard_00000.parquet" in call(*TRAIN).error_line
     (train[0].parent / "manifest.json").unlink()
-    assert "python -m nanochat.dataset --name corpus" in script(*TRAIN).error_line
+    assert "python -m nanochat.dataset --name corpus" in call(*TRAIN).error_line
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -218,21 +232,17 @@ def test_a_shard_that_is_damaged(tiny_world, split):
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-    assert path.name in script(*TRAIN).error_line
+    assert path.name in call(*TRAIN).error_line
 
 
-@pytest.mark.parametrize("name", ["ids.bin", "offsets.bin", "meta.json", "plan"])
+@pytest.mark.parametrize("name", ["rows.bin", "meta.json"])
 @pytest.mark.parametrize("damage", ["short", "garbage"])
-def test_a_token_shard_that_is_damaged(tiny_world, name, damage):
+def test_rows_that_are_damaged(tiny_world, name, damage):
     run(*TRAIN)
-    folder = next(path for path in list_shards("corpus", "train")[0].parent.glob("tokens_*/shard_00000_*"))
-    [plan] = folder.glob("plan_*.npz")
-    path = plan if name == "plan" else folder / name
-    if name == "offsets.bin":
-        plan.unlink()  # which was made from the offsets and does without them
-    data = path.read_bytes()
-    path.write_bytes(data[:-9] if damage == "short" else b"\xff" * len(data))
-    line = script(*TRAIN).error_line
+    folder = next(path for path in list_shards("corpus", "train")[0].parent.glob("rows_*/shard_00000*"))
+    data = (folder / name).read_bytes()
+    (folder / name).write_bytes(data[:-9] if damage == "short" else b"\xff" * len(data))
+    line = call(*TRAIN).error_line
     assert str(folder) in line and "delete" in line
 
 
@@ -241,27 +251,27 @@ def test_an_empty_folder(tiny_world, tmp_path, files):
     (tmp_path / "empty").mkdir()
     for file in files:
         (tmp_path / "empty" / file).write_text("text")
-    line = script("nanochat.dataset", "--name", str(tmp_path / "empty")).error_line
+    line = call("nanochat.dataset", "--name", str(tmp_path / "empty")).error_line
     assert str(tmp_path / "empty") in line and "put your text there" in line
-    assert "not prepared" in script(*TRAIN, "--dataset", str(tmp_path / "empty")).error_line
+    assert "not prepared" in call(*TRAIN, "--dataset", str(tmp_path / "empty")).error_line
 
 
 def test_a_folder_of_empty_documents(tiny_world, tmp_path):
     (tmp_path / "blank").mkdir()
     (tmp_path / "blank" / "a.jsonl").write_text('{"text": ""}\n{"text": " \\u0000 "}\n')
-    assert str(tmp_path / "blank") in script("nanochat.dataset", "--name", str(tmp_path / "blank")).error_line
+    assert str(tmp_path / "blank") in call("nanochat.dataset", "--name", str(tmp_path / "blank")).error_line
 
 
 def test_a_broken_line_in_a_folder(tiny_world, tmp_path):
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "a.jsonl").write_text('{"text": "fine"}\n{"text": "cut sh')
-    line = script("nanochat.dataset", "--name", str(tmp_path / "broken")).error_line
+    line = call("nanochat.dataset", "--name", str(tmp_path / "broken")).error_line
     assert "a.jsonl" in line and "line 2" in line
 
 
 @pytest.mark.parametrize("size", ["0", "-5", "264"])
 def test_a_vocabulary_smaller_than_bytes_and_specials(shared, size):
-    line = script("scripts.tok_train", "--dataset", "corpus", "--vocab-size", size).error_line
+    line = call("scripts.tok_train", "--dataset", "corpus", "--vocab-size", size).error_line
     assert "vocab" in line and "265" in line
 
 
@@ -316,4 +326,4 @@ def test_malformed_conversations_are_skipped_and_counted(trained_world, tmp_path
 def test_a_damaged_parquet_of_conversations(shared, tmp_path):
     (tmp_path / "smoltalk").mkdir()
     (tmp_path / "smoltalk" / "train.parquet").write_bytes(b"PAR1 nothing")
-    assert "train.parquet" in script(*MID, "--tasks-dir", str(tmp_path)).error_line
+    assert "train.parquet" in call(*MID, "--tasks-dir", str(tmp_path)).error_line

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from nanochat import compute
 from nanochat.compute import Compute, cpu_has_bf16, peak_flops, pick_dtype
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -140,3 +141,24 @@ def test_two_real_ranks_reduce_together():
     for process in ranks:
         out, err = process.communicate(timeout=120)
         assert (process.returncode, out) == (0, "[3.0, 20.0] [True, False, True]\n"), err
+
+
+def test_the_free_memory_of_this_machine(monkeypatch):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert 1 << 20 < compute.free_memory(torch.device("cpu")) < installed
+    groups = "4:memory:/a/b\n2:cpu:/\n0::/c\n"
+    files = {
+        "/proc/self/cgroup": groups,
+        "/sys/fs/cgroup/memory/a/memory.limit_in_bytes": "90000\n",
+        "/sys/fs/cgroup/memory/a/memory.stat": "cache 7\nrss 1\ntotal_rss 20000\n",
+        "/sys/fs/cgroup/c/memory.max": "80000\n",
+        "/sys/fs/cgroup/c/memory.stat": "anon 30000\nfile 7\n",
+        "/sys/fs/cgroup/memory.max": "max\n",
+    }
+    monkeypatch.setattr(compute, "read_if_there", lambda path: files.get(str(path), ""))
+    assert compute.free_memory(torch.device("cpu")) == 50000
+    del files["/sys/fs/cgroup/c/memory.max"]
+    assert compute.free_memory(torch.device("cpu")) == 70000
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert compute.free_memory(torch.device("cpu")) == 35000

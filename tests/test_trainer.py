@@ -1,5 +1,6 @@
 """The one loop: killed, told to stop, diverging and resumed; and what it writes down."""
 
+import dataclasses
 import json
 import math
 import os
@@ -17,7 +18,7 @@ from nanochat import checkpoint, recipe, trainer
 from nanochat.compute import Compute, can_compile
 from nanochat.dataloader import RowLoader
 from nanochat.gpt import build_model
-from nanochat.run import TrainConfig
+from nanochat.run import Run, TrainConfig
 from nanochat.token_shards import TextRows
 from nanochat.tokenizer import load_tokenizer
 
@@ -358,6 +359,127 @@ def test_it_learns(tiny_world, monkeypatch, dtype):
     assert loss[-1] < loss[0] - 1.5
     first, last = (line["val_bpb"] for line in metrics("base", "d2") if "val_bpb" in line)
     assert last < first
+
+
+# --- rows at once
+
+
+def make_run(**flags):
+    """A run on a model, for the helpers of the loop."""
+    config = TrainConfig(**{"compile": False, **flags})
+    model = make_model()
+    optimizer = trainer.make_optimizer(model, config, dict.fromkeys(recipe.LEARNING_RATES, 1.0), 0.0, CPU)
+    return Run(
+        stage="base",
+        tag="t",
+        config=config,
+        model=model,
+        optimizer=optimizer,
+        tokenizer=load_tokenizer(),
+        compute=CPU,
+        num_iterations=6,
+        meta={},
+    )
+
+
+@pytest.mark.parametrize(("share", "rows"), [(8, 8), (24, 24), (64, 32), (96, 32), (37, 1), (93, 31)])
+def test_a_cpu_takes_the_largest_divisor_up_to_32(tiny_world, share, rows):
+    batch = trainer.choose_device_batch(make_run(), share)
+    assert (batch.rows, batch.accumulation, batch.checkpointing) == (rows, share // rows, False)
+
+
+def test_a_given_number_of_rows_is_taken_as_it_is(tiny_world):
+    for recompute in (None, True, False):
+        run = make_run(device_batch_size=3, activation_checkpointing=recompute)
+        batch = trainer.choose_device_batch(run, 24)
+        assert (batch.rows, batch.accumulation, run.model.checkpointing) == (3, 8, bool(recompute))
+
+
+@pytest.mark.parametrize(
+    ("fits", "fits_recomputing", "expected"),
+    [
+        (99, 99, (24, False)),
+        (23, 99, (12, False)),
+        (5, 99, (3, False)),
+        (1, 99, (1, False)),
+        (0, 99, (24, True)),
+        (0, 6, (6, True)),
+        (0, 0, None),
+    ],
+)
+def test_on_a_gpu_rows_are_halved_until_they_fit_and_then_activations_recomputed(
+    tiny_world, monkeypatch, fits, fits_recomputing, expected
+):
+    run = dataclasses.replace(make_run(), compute=Compute(torch.device("cuda"), torch.bfloat16))
+
+    def attempt(run, rows):
+        return 1000 if rows <= (fits_recomputing if run.model.checkpointing else fits) else None
+
+    monkeypatch.setattr(trainer, "try_device_batch", attempt)
+    if expected is None:
+        with pytest.raises(ValueError, match="out of memory with 1 rows at once: try a smaller --device-batch-size"):
+            trainer.choose_device_batch(run, 24)
+        return
+    batch = trainer.choose_device_batch(run, 24)
+    assert (batch.rows, batch.checkpointing, batch.peak) == (*expected, 1000)
+    assert run.model.checkpointing == batch.checkpointing
+
+
+def test_an_attempt_leaves_no_gradients_and_reports_running_out(tiny_world, monkeypatch):
+    run = make_run()
+    forward = run.model.forward
+
+    def limited(idx_BT, targets_BT, **options):
+        if len(idx_BT) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(idx_BT, targets_BT, **options)
+
+    monkeypatch.setattr(run.model, "forward", limited)
+    weights = {name: value.clone() for name, value in run.model.state_dict().items()}
+    assert trainer.try_device_batch(run, 2) > 0
+    assert trainer.try_device_batch(run, 4) is None
+    assert all(parameter.grad is None for parameter in run.model.parameters())
+    assert all(torch.equal(value, weights[name]) for name, value in run.model.state_dict().items())
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_recomputation_changes_no_bit(dropout):
+    idx_BT = torch.randint(0, 600, (2, 65), generator=torch.Generator().manual_seed(3))
+    results = []
+    for recompute in (False, True):
+        model = build_model(recipe.model_config(2, 600, 64, 16, 16, dropout=dropout), CPU.device, train=True)
+        model.init_weights(torch.Generator().manual_seed(0))
+        for block in model.blocks:  # zero projections would hide what comes before them
+            torch.nn.init.normal_(block.attn.out.weight, std=0.02, generator=torch.Generator().manual_seed(1))
+            torch.nn.init.normal_(block.mlp.down.weight, std=0.02, generator=torch.Generator().manual_seed(2))
+        model.checkpointing = recompute
+        torch.manual_seed(5)
+        loss = model(idx_BT[:, :-1], idx_BT[:, 1:])
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in model.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_what_a_run_says_of_its_size_time_and_cost(tiny_world):
+    flags = [*STAGES["base"][1], "--num-iterations", "20", "--price", "3600", "--device-batch-size", "4"]
+    out = run("scripts.base_train", *flags).out
+    model = make_model()
+    parameters = sum(p.numel() for p in model.parameters())
+    assert f"base d2: {parameters:,} parameters" in out
+    assert f"{model.flops_per_token() / 1e6:,.1f} MFLOPs per token" in out
+    assert "20 steps of 512 tokens = 10,240" in out and "2 x 4 rows per step and device" in out
+    minutes, dollars = re.search(r"about ([\d.]+) min and \$([\d.,]+) left at the speed", out).groups()
+    assert float(dollars) == pytest.approx(60 * float(minutes), abs=3.1)
+    seconds = [line["dt"] for line in metrics("base", "d2") if "loss" in line]
+    assert float(dollars) == pytest.approx(10 * sum(seconds[5:10]) / 5, rel=0.05, abs=0.02)
+
+
+def test_ranks_take_the_same_rows(tiny_world):
+    flags = [*STAGES["base"][1], "--num-iterations", "3", "--device-batch-size", "auto"]
+    first, second = run_ranks(2, "scripts.base_train", *flags)
+    assert (first.code, second.code) == (0, 0), (first, second)
+    assert "2 x cpu" in first.out and "1 x 4 rows" in first.out
+    assert "rows" not in second.out, "the first rank speaks for all"
 
 
 # --- how it is told what to do

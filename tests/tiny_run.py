@@ -1,6 +1,8 @@
 """Runs the project's scripts as processes of their own, quickly: forked from one that has imported torch already."""
 
 import contextlib
+import importlib
+import io
 import itertools
 import json
 import multiprocessing
@@ -16,6 +18,10 @@ from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+
+import pytest
+
+from nanochat import cli
 
 _PRELOAD = ("pytest", "torch._dynamo", "pyarrow.parquet", "yaml", "tqdm", "nanochat.trainer", "nanochat.engine")
 _NUMBERS = itertools.count()
@@ -121,6 +127,19 @@ def start_script(module: str, *argv: str, **environment: str) -> Running:
 def script(module: str, *argv: str, **environment: str) -> Result:
     """`python -m module argv`, to its end."""
     return start_script(module, *argv, **environment).wait()
+
+
+def call(module: str, *argv: str) -> Result:
+    """`python -m module argv` in this process: for mistakes that end a script before it has done anything."""
+    out, err = io.StringIO(), io.StringIO()
+    before = sys.argv
+    sys.argv = [module, *argv]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as end:
+            cli.run(importlib.import_module(module).main)
+    finally:
+        sys.argv = before
+    return Result(end.value.code, out.getvalue(), err.getvalue())
 
 
 def run(module: str, *argv: str, **environment: str) -> Result:
