@@ -1,12 +1,20 @@
-"""Conversation to token ids and loss mask, and back: the one place that knows the chat format.
+"""The chat format: a conversation to token ids and a loss mask.
 
     <|bos|>
     <|user_start|> text <|user_end|>
     <|assistant_start|> text <|python_start|> code <|python_end|> <|output_start|> result <|output_end|> text
     <|assistant_end|>
 
-The assistant produces its text, its `<|python_start|> code <|python_end|>` and its `<|assistant_end|>`, and is trained
-on exactly these (mask 1). The start of its turn and the results of its tools are given to it (mask 0).
+The mask is 1 on the tokens that the model is trained to produce:
+
+* the assistant's text, its code with <|python_start|> and <|python_end|>, and <|assistant_end|>, which ends its turn;
+* not the user's text: the model answers it and never writes it;
+* not <|assistant_start|>: the engine puts it there, and the model goes on from it;
+* not the tool's output: when the model chats, the engine runs the code and inserts the result. A model trained on
+  results would learn to invent them instead of waiting for the tool.
+
+A row starts with <|bos|> because pretraining put it in front of every document: it says that nothing comes before.
+Special tokens cannot be typed: the tokenizer reads `<|user_end|>` inside a message as plain characters.
 """
 
 from bisect import bisect_left
@@ -16,7 +24,7 @@ from typing import Any
 from nanochat.tokenizer import Tokenizer
 
 ROLES = ("user", "assistant")
-# Kind of a part of an assistant's message -> the marks around it, and whether the assistant produces it.
+# type of a part of an assistant's message -> special token before it, special token after it, is it trained on?
 PARTS: dict[str, tuple[str | None, str | None, bool]] = {
     "text": (None, None, True),
     "python": ("<|python_start|>", "<|python_end|>", True),
@@ -24,15 +32,15 @@ PARTS: dict[str, tuple[str | None, str | None, bool]] = {
 }
 Message = dict[str, Any]
 Part = dict[str, str]
-Rendered = tuple[list[int], list[int]]  # ids, and their mask
+Rendered = tuple[list[int], list[int]]  # ids and mask, of equal length
 
 
 def validate(conversation: dict[str, Any], allow_empty_reply: bool = False) -> None:
-    """Raise ValueError, naming message and problem, unless `conversation` is well-formed.
+    """Check that `conversation` is {"messages": [...]}: an optional system message, then user and assistant in turns.
 
-    That is: {"messages": [...]} of an optional system message, then user and assistant in turns, each with non-empty
-    content: text, or a list of parts {"type", "text"}, of which `python` and `python_output` are the assistant's own.
-    `allow_empty_reply` accepts assistant messages without content, as a history may hold but training must not.
+    Content is text or a list of parts {"type", "text"}; `python` and `python_output` are the assistant's alone. Raises
+    ValueError, which names the message and the problem, if not, or if content is empty. With `allow_empty_reply`, an
+    assistant message may be empty: a chat's history can hold one, training data must not.
     """
     messages = conversation.get("messages") if isinstance(conversation, dict) else None
     if not isinstance(messages, list) or not messages:
@@ -40,72 +48,53 @@ def validate(conversation: dict[str, Any], allow_empty_reply: bool = False) -> N
     for i, message in enumerate(messages):
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
             raise ValueError(f'message {i}: must be {{"role": ..., "content": ...}}, not {message!r:.80}')
-    turns = messages[1:] if messages[0]["role"] == "system" else messages
-    if not turns:
+    first_turn = 1 if messages[0]["role"] == "system" else 0
+    if len(messages) == first_turn:
         raise ValueError("message 1: a user message must follow the system message")
-    first = len(messages) - len(turns)
     for i, message in enumerate(messages):
-        role, content = message["role"], message["content"]
-        if i >= first and role != (expected := ROLES[(i - first) % 2]):
+        role = message["role"]
+        expected = ROLES[(i - first_turn) % 2]
+        if i >= first_turn and role != expected:
             raise ValueError(f"message {i}: role {role!r} where {expected!r} must come (optional system, then turns)")
-        if problem := _content_problem(content, role == "assistant", allow_empty_reply):
+        problem = _content_problem(message["content"], role == "assistant", allow_empty_reply)
+        if problem:
             raise ValueError(f"message {i} ({role}): {problem}")
 
 
 def _content_problem(content: Any, is_assistant: bool, allow_empty_reply: bool) -> str | None:
-    """What is wrong with a message's content, or None."""
+    """Return what is wrong with a message's content, or None."""
     if not isinstance(content, (str, list)):
         return f"content must be text or a list of parts, not {type(content).__name__}"
     if not content:
         return None if is_assistant and allow_empty_reply else "content is empty"
+    known = PARTS if is_assistant else ("text",)
     for part in _parts(content):
         if not isinstance(part, dict) or not isinstance(part.get("text"), str):
             return f'a part must be {{"type": ..., "text": text}}, not {part!r:.80}'
         kind = part.get("type")
-        if not isinstance(kind, str) or kind not in (PARTS if is_assistant else ("text",)):
-            return f"unknown part type {kind!r}; known here: {', '.join(PARTS if is_assistant else ('text',))}"
+        if not isinstance(kind, str) or kind not in known:
+            return f"unknown part type {kind!r}; known here: {', '.join(known)}"
         if not part["text"] and kind != "python_output":  # a program may print nothing
             return f"a {kind} part is empty"
     return None
 
 
 def _parts(content: str | list[Part]) -> list[Part]:
-    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    return content
 
 
 def plain_text(message: Message) -> str:
-    """The text of a message, whether it is whole or in parts."""
+    """Return the text of a message, whether its content is a string or parts."""
     return "".join(part["text"] for part in _parts(message["content"]))
 
 
-def _render(messages: list[Message], tokenizer: Tokenizer) -> Rendered:
-    """Ids and mask of valid messages, whole; the system text comes before the first user's."""
-    if messages[0]["role"] == "system":
-        system, user, *rest = messages
-        messages = [{"role": "user", "content": f"{plain_text(system)}\n\n{plain_text(user)}"}, *rest]
-    ids, mask = [tokenizer.get_bos_token_id()], [0]
-
-    def add(tokens: list[int], supervised: bool = False) -> None:
-        ids.extend(tokens)
-        mask.extend([int(supervised)] * len(tokens))
-
-    special = tokenizer.encode_special
-    for message in messages:
-        if message["role"] == "user":
-            add(tokenizer.encode(plain_text(message), prepend="<|user_start|>", append="<|user_end|>"))
-            continue
-        add([special("<|assistant_start|>")])
-        for part in _parts(message["content"]):
-            start, end, supervised = PARTS[part["type"]]
-            add(tokenizer.encode(part["text"], prepend=start, append=end), supervised)
-        add([special("<|assistant_end|>")], supervised=True)
-    return ids, mask
-
-
 def render(conversation: dict[str, Any], tokenizer: Tokenizer, max_tokens: int | None = None) -> Rendered:
-    """Ids of a conversation and their mask, 1 where the assistant itself must produce the token.
+    """Return the ids of a conversation, and its mask: 1 where the assistant must produce the token.
 
-    Both lists are cut on the right to `max_tokens`. The mask is of the ids, not of the shifted targets.
+    Both lists are truncated to `max_tokens`. The mask belongs to the ids, not to the targets, which are shifted by one.
+    Raises ValueError if the conversation is malformed.
     """
     validate(conversation)
     ids, mask = _render(conversation["messages"], tokenizer)
@@ -113,25 +102,56 @@ def render(conversation: dict[str, Any], tokenizer: Tokenizer, max_tokens: int |
 
 
 def render_for_completion(conversation: dict[str, Any], tokenizer: Tokenizer) -> list[int]:
-    """Ids that end after `<|assistant_start|>`, for the assistant to continue; a last assistant message is left out."""
+    """Return ids that end after <|assistant_start|>, for the model to continue. A last assistant message is left out.
+
+    Raises ValueError if the conversation is malformed.
+    """
     validate(conversation, allow_empty_reply=True)
     messages = conversation["messages"]
     if messages[-1]["role"] == "assistant":
         messages = messages[:-1]
-    return [*_render(messages, tokenizer)[0], tokenizer.encode_special("<|assistant_start|>")]
+    ids, _ = _render(messages, tokenizer)
+    return [*ids, tokenizer.encode_special("<|assistant_start|>")]
+
+
+def _render(messages: list[Message], tokenizer: Tokenizer) -> Rendered:
+    if messages[0]["role"] == "system":
+        # The format has no system turn: its text is put before the first question.
+        system, user, *rest = messages
+        messages = [{"role": "user", "content": f"{plain_text(system)}\n\n{plain_text(user)}"}, *rest]
+    ids = [tokenizer.get_bos_token_id()]
+    mask = [0]
+
+    def add(tokens: list[int], trained: bool) -> None:
+        ids.extend(tokens)
+        mask.extend([int(trained)] * len(tokens))
+
+    for message in messages:
+        if message["role"] == "user":
+            turn = tokenizer.encode(plain_text(message), prepend="<|user_start|>", append="<|user_end|>")
+            add(turn, trained=False)
+            continue
+        add([tokenizer.encode_special("<|assistant_start|>")], trained=False)
+        for part in _parts(message["content"]):
+            start, end, trained = PARTS[part["type"]]
+            add(tokenizer.encode(part["text"], prepend=start, append=end), trained=trained)
+        add([tokenizer.encode_special("<|assistant_end|>")], trained=True)
+    return ids, mask
 
 
 def drop_oldest_turns(
     messages: list[Message], tokenizer: Any, budget: int, render: Callable[[list[Message]], list[int]] | None = None
 ) -> list[Message]:
-    """The newest messages of which `render` (unset: `render_for_completion`) makes at most `budget` (>= 8) tokens.
+    """Return the newest messages that fit into `budget` (at least 8) tokens, as `render` counts them.
 
-    Whole pairs of user and assistant go first, the oldest before the newer; the system message stays. A last question
-    that is too long alone keeps its end; a system text that leaves it less than a quarter of the budget goes.
+    Pairs of question and answer are dropped, the oldest first; the system message stays. If the last question alone is
+    too long, its end is kept. If the system message leaves that question less than a quarter of the budget, it is
+    dropped, too. `render` defaults to `render_for_completion`. Raises ValueError if the messages are malformed.
     """
     validate({"messages": messages}, allow_empty_reply=True)
     has_system = messages[0]["role"] == "system"
-    system, turns = messages[:has_system], messages[has_system:]
+    system = messages[:has_system]
+    turns = messages[has_system:]
     if turns[-1]["role"] == "assistant":
         turns = turns[:-1]
 
@@ -139,16 +159,22 @@ def drop_oldest_turns(
         ids = render(candidate) if render else render_for_completion({"messages": candidate}, tokenizer)
         return len(ids) - budget
 
-    last = len(turns) // 2  # pairs before the last question
-    dropped = bisect_left(range(last), True, key=lambda pairs: excess(system + turns[2 * pairs :]) <= 0)
+    # Fewer pairs are fewer tokens, so bisection finds how many must go.
+    pairs_before_last = len(turns) // 2
+    dropped = bisect_left(range(pairs_before_last), True, key=lambda pairs: excess(system + turns[2 * pairs :]) <= 0)
     kept = system + turns[2 * dropped :]
-    if dropped < last or excess(kept) <= 0:
+    if dropped < pairs_before_last or excess(kept) <= 0:
         return kept
+
+    # The last question alone is too long.
     text = plain_text(turns[-1])
     if excess([*system, {"role": "user", "content": text[-1]}]) > -(budget // 4):
         system = []
-    while (over := excess([*system, {"role": "user", "content": text}])) > 0 and len(text) > 1:
-        # The first token that stays may begin inside a character: that character goes too.
+    while len(text) > 1:
+        over = excess([*system, {"role": "user", "content": text}])
+        if over <= 0:
+            break
+        # The first token that stays may begin inside a character (U+FFFD once decoded): that character goes, too.
         shorter = tokenizer.decode(tokenizer.encode(text)[over:]).lstrip("\ufffd")
         text = shorter if 0 < len(shorter) < len(text) else text[(len(text) + 1) // 2 :]
     return [*system, {"role": "user", "content": text}]
