@@ -50,12 +50,13 @@ def hub_errors(repo: str) -> Iterator[None]:
 
 def _explain(repo: str, error: BaseException) -> OSError | ValueError:
     """Return the error to raise for a failed request, by its status code."""
-    response = getattr(error, "response", None)
-    if response is None:
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if not isinstance(error, HfHubHTTPError):  # no answer came
         return ConnectionError(
             f"{repo}: the hub cannot be reached ({type(error).__name__}): check the network; {AGAIN}"
         )
-    status = response.status_code
+    status = error.response.status_code
     if status in (401, 403, 404):
         remedy = "is your HF_TOKEN right, and have you accepted the terms on the repository's page?"
         if not os.environ.get("HF_TOKEN"):
@@ -97,7 +98,7 @@ def list_dataset(repo: str, mirror: str | None = None) -> tuple[str, dict[str, H
         large = [entry for entry in tree if getattr(entry, "lfs", None)]
         return commit, {entry.path: HubFile(entry.path, entry.size, entry.lfs.sha256) for entry in large}
 
-    return _persistently(ask, repo)
+    return persistently(ask, repo)
 
 
 def fetch_dataset_files(
@@ -122,14 +123,14 @@ def fetch_dataset_files(
         )
 
     there_before = {file.path for file in files if (folder / file.path).exists()}
-    _persistently(fetch, repo)
+    persistently(fetch, repo)
     for file in files:
         if file.path not in there_before and sha256_file(folder / file.path) != file.sha256:
             (folder / file.path).unlink()
             raise ConnectionError(f"{folder / file.path} arrived damaged and was deleted: {AGAIN}")
 
 
-def _persistently(attempt: Callable[[], T], repo: str) -> T:
+def persistently(attempt: Callable[[], T], repo: str) -> T:
     """Return `attempt()`, tried again after failures that may pass. (The library retries some of them, not all.)"""
     for pause in (0.5, 2, 8, None):
         try:

@@ -31,7 +31,7 @@ from nanochat.engine import Engine
 from nanochat.hf.chat import chat_format
 from nanochat.hf.load import FAMILIES, INDEX, load, read_config, skeleton, stored_tensors
 from nanochat.hf.parallel import layer_bytes, split_layers, tensor_parallel
-from nanochat.hub import hub_errors
+from nanochat.hub import persistently
 
 DEVICES = "lay an open-weights model over these, such as cuda:0,cuda:1; unset: over all GPUs if one is too small"
 NEEDED = ("config.json", "tokenizer.json")
@@ -145,10 +145,13 @@ def download(
         if not _is_complete(folder):
             raise ValueError(f"{name} is not here, or not wholly: download it without --offline")
         return folder
-    with hub_errors(repo):
+
+    def fetch() -> Path:
         _check_before_download(repo, revision, include)
         patterns = list(include or FILES)
-        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, max_workers=workers))
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, max_workers=workers))
+
+    folder = persistently(fetch, repo)
     _verify_files(repo, folder)
     return folder
 
