@@ -89,14 +89,17 @@ def list_dataset(repo: str, mirror: str | None = None) -> tuple[str, dict[str, H
     mirror: the address of another hub; None: `$HF_ENDPOINT`, else Hugging Face.
     """
     from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import RepoFile
 
     def ask() -> tuple[str, dict[str, HubFile]]:
         api = HfApi(endpoint=mirror)
-        commit = api.dataset_info(repo).sha
-        tree = api.list_repo_tree(repo, repo_type="dataset", revision=commit, recursive=True)
-        # Large files are kept in LFS, under their SHA-256. Others, and folders, have none.
-        large = [entry for entry in tree if getattr(entry, "lfs", None)]
-        return commit, {entry.path: HubFile(entry.path, entry.size, entry.lfs.sha256) for entry in large}
+        commit = api.dataset_info(repo).sha or "main"
+        files = {}
+        for entry in api.list_repo_tree(repo, repo_type="dataset", revision=commit, recursive=True):
+            # Large files are kept in LFS, under their SHA-256. Others, and folders, have none.
+            if isinstance(entry, RepoFile) and entry.lfs is not None:
+                files[entry.path] = HubFile(entry.path, entry.size, entry.lfs.sha256)
+        return commit, files
 
     return persistently(ask, repo)
 
