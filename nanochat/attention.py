@@ -41,76 +41,104 @@ def cached_attention(
     window: int,
     sinks_H: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attention of new queries to a cache in which slot s holds position s. Returns (B, T, H, D).
+    """Attention of new queries to keys of which slot s holds position s, by its definition. Returns (B, T, H, D).
 
-    positions_BT says where each query stands, row by row; rows may differ in length. A query at position p sees
-    slots p - window + 1 .. p; a negative position marks padding, whose output means nothing (but is finite).
-    sinks_H: one more logit a head, unscaled, that takes its share of the softmax and gives nothing (gpt-oss).
+    positions_BT: where each query stands; rows may differ in length. A query at position p sees slots p - window + 1
+    .. p. A negative position marks padding, whose output means nothing (but is finite).
+    sinks_H: one more logit per head, unscaled, that takes its share of the softmax and gives nothing (gpt-oss).
     """
     distance_BTS = positions_BT.clamp(min=0)[:, :, None] - torch.arange(k_BSKD.size(1), device=q_BTHD.device)
     hidden_BTS = (distance_BTS < 0) | (distance_BTS >= window)
     mask_B1MS = mask(hidden_BTS, q_BTHD.size(2) // k_BSKD.size(2), q_BTHD.dtype).float()
-    return attend_to_slots(q_BTHD, k_BSKD, v_BSKD, mask_B1MS, q_BTHD.size(3) ** -0.5, sinks_H)
+    keys_GDS = k_BSKD.permute(0, 2, 3, 1).flatten(0, 1)
+    values_GSD = v_BSKD.transpose(1, 2).flatten(0, 1)
+    return attend_to_slots(q_BTHD, keys_GDS, values_GSD, mask_B1MS, q_BTHD.size(3) ** -0.5, sinks_H)
 
 
-def _exact(device: torch.device, dtype: torch.dtype, invariant: bool) -> bool:
-    """Whether products must be given a certain shape for their sums to go in a certain order."""
-    return invariant and device.type == "cpu" and dtype == torch.float32
+def _order_matters(device: torch.device, dtype: torch.dtype, deterministic: bool) -> bool:
+    """Return whether products must be given a certain shape for their sums to be taken in a certain order."""
+    return deterministic and device.type == "cpu" and dtype == torch.float32
 
 
-def mask(hidden_BTS: torch.Tensor, group: int, dtype: torch.dtype, invariant: bool = True) -> torch.Tensor:
-    """What `attend_to_slots` adds to scores: -inf where `hidden`, else 0; (B, 1, M, S) with a row for each of the
-    M = T·group queries that share a kv head, and further ones where products want them."""
+def mask(hidden_BTS: torch.Tensor, group: int, dtype: torch.dtype, deterministic: bool = True) -> torch.Tensor:
+    """Return what `attend_to_slots` adds to scores, (B, 1, M, S): -inf where `hidden`, else 0.
+
+    It has a row for each of the M = T·group queries that share a kv head, and in fp32 on CPU as many more as make
+    a multiple of eight (see `attend_to_slots`).
+    """
     mask_BTS = torch.zeros_like(hidden_BTS, dtype=dtype).masked_fill_(hidden_BTS, float("-inf"))
     mask_BMS = mask_BTS[:, :, None].expand(-1, -1, group, -1).flatten(1, 2)
-    if _exact(hidden_BTS.device, dtype, invariant):
+    if _order_matters(hidden_BTS.device, dtype, deterministic):
         mask_BMS = F.pad(mask_BMS, (0, 0, 0, -mask_BMS.size(1) % 8))
     return mask_BMS[:, None]
 
 
 def attend_to_slots(
     q_BTHD: torch.Tensor,
-    k_BSKD: torch.Tensor,
-    v_BSKD: torch.Tensor,
+    keys_GDS: torch.Tensor,
+    values_GSD: torch.Tensor,
     mask_B1MS: torch.Tensor,
     scale: float,
     sinks_H: torch.Tensor | None = None,
-    invariant: bool = True,
+    deterministic: bool = True,
 ) -> torch.Tensor:
-    """softmax(scale · q·keys + mask) · values, as two matrix products around a softmax, N = B·K of them at once.
+    """softmax(scale · q·keys + mask) · values, as two batched matrix products around a softmax; G = B·K of them.
 
-    Returns (B, T, H, D). Keys that lie with their slots innermost make it 5 times as fast on CPU in bf16 (dev/LOG.md).
-    The softmax is taken in the mask's dtype, or q's where that is longer. A trace, but for fp32, leaves B and S open.
+    Returns (B, T, H, D). The softmax is taken in the mask's dtype, or q's where that is longer.
 
-    invariant: a query's result has the same bits whatever other queries, rows and hidden slots there are (on CPU, for
-    slots in multiples of 128). In bf16 it always has; in fp32 the order of a sum changes with the shape of a product,
-    unless its rows are a multiple of 8, and sums over slots go in parts of 128.
+    deterministic: a query's result has the same bits whatever other queries, rows and hidden slots there are (on CPU,
+    for slots in multiples of 128). In bf16 it always has. In fp32 the order of a sum changes with the shape of
+    a product, unless its rows are a multiple of eight, and sums over slots are taken in parts of 128.
     """
-    (T, H, D), K, rows = map(int, q_BTHD.shape[1:]), int(k_BSKD.size(2)), int(mask_B1MS.size(2))
-    G, M = H // K, T * H // K
-    keys_NDS, values_NSD = k_BSKD.permute(0, 2, 3, 1).flatten(0, 1), v_BSKD.transpose(1, 2).flatten(0, 1)
-    q_NMD = (q_BTHD if T == 1 else q_BTHD.unflatten(2, (K, G)).transpose(1, 2)).reshape(-1, M, D)
-    if rows > M:
-        q_NMD = F.pad(q_NMD, (0, 0, 0, rows - M))
-    scores_BKMS = torch.add(mask_B1MS, torch.bmm(q_NMD, keys_NDS).unflatten(0, (-1, K)), alpha=scale)
-    if sinks_H is not None:
-        sinks = sinks_H.to(scores_BKMS.dtype).view(1, K, 1, G).expand(len(q_BTHD), K, T, G).reshape(-1, K, M, 1)
-        scores_BKMS = torch.cat((F.pad(sinks, (0, 0, 0, rows - M)), scores_BKMS), dim=-1)
-    weights_NMS = scores_BKMS.softmax(-1).flatten(0, 1)
-    if sinks_H is not None:
-        weights_NMS = weights_NMS[..., 1:]
-    if weights_NMS.dtype != values_NSD.dtype:
-        weights_NMS = weights_NMS.to(values_NSD.dtype)
-    if _exact(q_BTHD.device, q_BTHD.dtype, invariant):
-        pairs = zip(weights_NMS.split(128, dim=2), values_NSD.split(128, dim=1), strict=True)
-        y_NMD = torch.bmm(*next(pairs))
-        for part_NMS, part_NSD in pairs:
-            y_NMD = torch.baddbmm(y_NMD, part_NMS, part_NSD)
+    B, T, H, D = q_BTHD.shape
+    K = keys_GDS.size(0) // B
+    group = H // K
+    M = T * group
+    rows = mask_B1MS.size(2)
+    if T == 1:
+        q_GMD = q_BTHD.reshape(B * K, group, D)
     else:
-        y_NMD = torch.bmm(weights_NMS, values_NSD)
+        q_GMD = q_BTHD.unflatten(2, (K, group)).transpose(1, 2).reshape(B * K, M, D)
     if rows > M:
-        y_NMD = y_NMD[:, :M]
-    return (y_NMD if T == 1 else y_NMD.reshape(-1, K, T, G, D).transpose(1, 2)).reshape(-1, T, H, D)
+        q_GMD = F.pad(q_GMD, (0, 0, 0, rows - M))
+    scores_BKMS = torch.add(mask_B1MS, torch.bmm(q_GMD, keys_GDS).unflatten(0, (B, K)), alpha=scale)
+    if sinks_H is not None:
+        sinks_1K1G1 = sinks_H.to(scores_BKMS.dtype).view(1, K, 1, group, 1)
+        sinks_BKM1 = sinks_1K1G1.expand(B, K, T, group, 1).reshape(B, K, M, 1)
+        scores_BKMS = torch.cat((F.pad(sinks_BKM1, (0, 0, 0, rows - M)), scores_BKMS), dim=-1)
+    weights_GMS = scores_BKMS.softmax(-1).flatten(0, 1)
+    if sinks_H is not None:
+        weights_GMS = weights_GMS[..., 1:]
+    weights_GMS = weights_GMS.to(values_GSD.dtype)
+    if _order_matters(q_BTHD.device, q_BTHD.dtype, deterministic):
+        pairs = zip(weights_GMS.split(128, dim=2), values_GSD.split(128, dim=1), strict=True)
+        y_GMD = torch.bmm(*next(pairs))
+        for part_GMS, part_GSD in pairs:
+            y_GMD = torch.baddbmm(y_GMD, part_GMS, part_GSD)
+    else:
+        y_GMD = torch.bmm(weights_GMS, values_GSD)
+    if rows > M:
+        y_GMD = y_GMD[:, :M]
+    if T == 1:
+        return y_GMD.reshape(B, 1, H, D)
+    return y_GMD.reshape(B, K, T, group, D).transpose(1, 2).reshape(B, T, H, D)
+
+
+def attend_fused(
+    q_BTHD: torch.Tensor, keys_GDS: torch.Tensor, values_GSD: torch.Tensor, mask_B1MS: torch.Tensor
+) -> torch.Tensor:
+    """`attend_to_slots` by PyTorch's fused kernel, for prefill on a GPU: no scores are ever written to memory.
+
+    Query heads that share a kv head become further queries of it, so keys and values are not repeated.
+    """
+    B, T, H, _ = q_BTHD.shape
+    K = keys_GDS.size(0) // B
+    q_BKMD = q_BTHD.unflatten(2, (K, H // K)).transpose(1, 2).flatten(2, 3)
+    keys_BKSD = keys_GDS.transpose(1, 2).unflatten(0, (B, K))
+    values_BKSD = values_GSD.unflatten(0, (B, K))
+    mask_BKMS = mask_B1MS.expand(-1, K, -1, -1)
+    y_BKMD = F.scaled_dot_product_attention(q_BKMD, keys_BKSD, values_BKSD, attn_mask=mask_BKMS)
+    return y_BKMD.unflatten(2, (T, H // K)).transpose(1, 2).flatten(2, 3)
 
 
 def _heads_first(x_BTHD: torch.Tensor, heads: int) -> torch.Tensor:

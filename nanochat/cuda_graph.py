@@ -1,139 +1,105 @@
-"""One forward of a model over what a step reads. Decoding is many small operations, each of which Python asks for: on a
-GPU it is replayed as a CUDA graph, one for each shape, and on CPU as a trace, one for all shapes."""
+"""One forward of a model over what an engine step reads, and on a GPU the replay of decoding as a CUDA graph.
 
-import copy
-import functools
+Decoding one token per row is hundreds of tiny kernels, and launching them takes longer than running them. A CUDA graph
+holds all launches of a step and replays them at once, but for fixed shapes: so many rows of so many slots. One graph is
+captured for each shape in powers of two; the rows that fill up a batch are idle and their results are dropped. Idle
+rows write to the cache too, so all running requests come along, those that are still being read included: what is
+written of those is overwritten when they are read.
+"""
+
 import itertools
-import warnings
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 
 from nanochat.kv_cache import CacheBatch, KVCache, Part
-from nanochat.packed import PackedGPT
-from nanochat.request import Request
-
-
-@functools.cache
-def _traces_of(*shape: Any) -> list[Any]:
-    """The trace that all models of a shape share, once there is one: TorchScript never frees it, weights are inputs."""
-    return []
+from nanochat.language_model import LanguageModel
+from nanochat.scheduler import Request
 
 
 class Forward:
-    """The model over the next tokens of requests; request i of those that run has row i of the cache.
+    """The model over the next tokens of requests; request i of those that run has row i of the cache."""
 
-    On a GPU a step of decoding is bound by the launches of its kernels. A graph holds them all for a fixed shape: so
-    many rows (a power of two, those at the end idle) of so many slots. It is captured at its first use, and again when
-    the cache has moved. Idle rows write to their slots too, so all rows that hold something come along: what is written
-    of those that are still being read is written again.
-    """
-
-    def __init__(self, model: Any, cache: KVCache) -> None:
-        self.model, self.cache = model, cache
-        self.graphs = cache.device.type == "cuda" and getattr(model, "graphs", True)
-        self.flat = bool(cache.windows)  # whether it reads unequally many tokens of rows at once (see engine.py)
+    def __init__(self, model: LanguageModel, cache: KVCache) -> None:
+        self.model = model
+        self.cache = cache
+        self._here = torch.empty(0, device=cache.device)
+        self.graphs = cache.device.type == "cuda" and model.graphs
         self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]] = {}
-        self._captured = -1  # the cache's version in the graphs
-        on_cpu = cache.device.type == "cpu" and isinstance(model, PackedGPT)
-        self.traces = on_cpu and all(each.rows == 1 for each in model.products)
-        if self.traces:
-            shape = model.config, model.dtype, model.products[0].form, cache.invariant, cache.context, *cache.rings
-            self._traces, self._weights = _traces_of(*shape), dict(model.named_buffers())
+        self._version = -1  # of the cache's memory, whose addresses are in the graphs
 
     def __call__(self, running: Sequence[Request], work: Sequence[tuple[Request, int]]) -> torch.Tensor:
-        """Logits (B, V) of each request in `work` after so many more of its tokens; those of one token come first."""
-        ones = [request.slot for request, n in work if n == 1]
-        if not ones or not (self.graphs or (self.traces and len(ones) == len(running) and self.cache.layers)):
-            return self._read(work)
-        columns = [(request.pending(1)[0], request.previous, request.n_read, request.slot) for request in running]
-        length = 1 + max(request.n_read for request in running)
-        if self.traces:
-            return self._run_trace(torch.tensor(columns).T, self.cache.views(len(columns), length))
-        columns += [(0, 0, 0, row) for row in range(len(columns), 1 << (len(columns) - 1).bit_length())]
-        inputs_4N = torch.tensor(columns).T.contiguous().to(self.cache.device, non_blocking=True)
-        self.cache.reserve(len(columns), length)
-        logits = [self._replay(inputs_4N, length)[ones]]
-        if len(ones) < len(work):
-            logits.append(self._read(work[len(ones) :]))
-        return torch.cat(logits)
+        """Return logits (B, V) after so many more tokens of each request; those that read one token come first."""
+        n_decode = sum(n == 1 for _, n in work)
+        with torch.cuda.device_of(self._here):  # kernels and graphs go to the current device
+            if not self.graphs or not n_decode:
+                return self._read(work)
+            decoded = self._replay(running)[[request.slot for request, _ in work[:n_decode]]]
+            if n_decode == len(work):
+                return decoded
+            return torch.cat((decoded, self._read(work[n_decode:])))
 
     def _read(self, work: Sequence[tuple[Request, int]]) -> torch.Tensor:
-        inputs: tuple[list[int], ...] = [], [], [], []
+        tokens: list[int] = []
+        previous: list[int] = []
+        positions: list[int] = []
+        rows: list[int] = []
         parts: list[Part] = []
         for request, n in work:
-            tokens, start, row = request.pending(n), request.n_read, request.slot
-            columns = tokens, (request.previous, *tokens[:-1]), range(start, start + n), [row] * n
-            for line, new in zip(inputs, columns, strict=True):
-                line.extend(new)
-            part = Part(row, 1, n, start + n)
+            start = request.n_read
+            row = request.slot
+            new = request.pending(n)
+            tokens += new
+            previous += (request.previous, *new[:-1])
+            positions += range(start, start + n)
+            rows += [row] * n
             if parts and n == parts[-1].n_tokens and row == parts[-1].first_row + parts[-1].n_rows:
                 last = parts.pop()
-                part = Part(last.first_row, last.n_rows + 1, n, max(last.length, start + n))
-            parts.append(part)
-        return self._run(torch.tensor(inputs).to(self.cache.device, non_blocking=True), parts)
+                parts.append(Part(last.first_row, last.n_rows + 1, n, max(last.length, start + n)))
+            else:
+                parts.append(Part(row, 1, n, start + n))
+        inputs_4N = torch.tensor((tokens, previous, positions, rows)).to(self.cache.device, non_blocking=True)
+        return self._run(inputs_4N, parts)
 
     def _run(self, inputs_4N: torch.Tensor, parts: Sequence[Part]) -> torch.Tensor:
-        """Logits after the last token of each row. inputs: of each token itself, the one before it (-1 = none), its
-        position and its row."""
-        if self.flat:
-            idx_N, previous_N, positions_N, rows_N = inputs_4N.unbind()
-            batch = CacheBatch(self.cache, parts, rows_N, positions_N)
-            ends = list(itertools.accumulate(part.n_tokens for part in parts for _ in range(part.n_rows)))
-            wanted_R = None if len(ends) == len(idx_N) else torch.tensor(ends, device=self.cache.device) - 1
-            return self.model(idx_N, previous_N, positions_N, batch, wanted_R)
-        logits = []
-        for part, part_4N in zip(parts, inputs_4N.split([part.n_rows * part.n_tokens for part in parts], 1)):
-            idx_BT, previous_BT, positions_BT, _ = part_4N.reshape(4, part.n_rows, part.n_tokens)
-            rows = self.cache.rows(part.first_row, part.first_row + part.n_rows, part.length)
-            rows.last_token_B.copy_(previous_BT[:, 0])
-            logits.append(self.model(idx_BT, cache=rows, positions_BT=positions_BT, last_only=True)[:, -1])
-        return torch.cat(logits)
-
-    def _run_trace(self, inputs_4N: torch.Tensor, memory: list[torch.Tensor]) -> torch.Tensor:
-        """One token of each row, (rows, V), by the operations that it takes in Python, so with the same bits."""
-        inputs = inputs_4N, tuple(memory), tuple(self._weights.values())
-        if not self._traces:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                self._traces.append(torch.jit.trace(self._decode, inputs, check_trace=False, _store_inputs=False))
-            self._have_model_read(self._weights.values())
-        with torch.jit.optimized_execution(False):
-            return self._traces[0](*inputs)
-
-    def _decode(self, inputs_4N: torch.Tensor, memory: Sequence[torch.Tensor], weights: Iterable[torch.Tensor]) -> Any:
-        """What is traced: a function of tensors alone."""
-        self._have_model_read(weights)
+        """Return logits after the last token of each row; inputs: token, token before it, position and row."""
         idx_N, previous_N, positions_N, rows_N = inputs_4N.unbind()
-        cache = copy.copy(self.cache)
-        cache.layers = list(zip(memory[::2], memory[1::2], strict=True))
-        batch = CacheBatch(cache, [Part(0, -1, 1, cache.context or 1 << 30)], rows_N, positions_N)
-        return self.model(idx_N, previous_N, positions_N, batch)
+        context = CacheBatch(self.cache, parts, rows_N, positions_N, previous_N)
+        ends = list(itertools.accumulate(part.n_tokens for part in parts for _ in range(part.n_rows)))
+        wanted_R = None if len(ends) == len(idx_N) else torch.tensor(ends, device=self.cache.device) - 1
+        return self.model.decode(idx_N, context, wanted_R)
 
-    def _have_model_read(self, weights: Iterable[torch.Tensor]) -> None:
-        for name, weight in zip(self._weights, weights, strict=True):
-            owner, _, attribute = name.rpartition(".")
-            setattr(self.model.get_submodule(owner), attribute, weight)
-
-    def _replay(self, inputs_4N: torch.Tensor, length: int) -> torch.Tensor:
-        """One token of each row, (rows, V), idle ones included."""
-        if self._captured != self.cache.version:
+    def _replay(self, running: Sequence[Request]) -> torch.Tensor:
+        """Return logits after one more token of each row, (rows, V), idle rows included."""
+        columns = [(request.pending(1)[0], request.previous, request.n_read, request.slot) for request in running]
+        columns += [(0, 0, 0, row) for row in range(len(columns), 1 << (len(columns) - 1).bit_length())]
+        inputs_4N = torch.tensor(columns).T.contiguous().to(self.cache.device, non_blocking=True)
+        length = 1 + max(request.n_read for request in running)
+        self.cache.reserve(len(columns), length)
+        if self._version != self.cache.version:
             self._graphs.clear()
-            self._captured = self.cache.version
-        shape = inputs_4N.size(1), 1 << (length - 1).bit_length()
+            self._version = self.cache.version
+        shape = len(columns), 1 << (length - 1).bit_length()
         if shape not in self._graphs:
-            static, parts = inputs_4N.clone(), [Part(0, shape[0], 1, min(shape[1], self.cache.n_slots - 1))]
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):  # libraries set themselves up outside of the graph
-                self._run(static, parts)
-            torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                logits = self._run(static, parts)
-            self._graphs[shape] = graph, static, logits
-        graph, static, logits = self._graphs[shape]
-        static.copy_(inputs_4N)
+            self._graphs[shape] = self._capture(inputs_4N, shape)
+        graph, static_4N, logits = self._graphs[shape]
+        static_4N.copy_(inputs_4N)
         graph.replay()
         return logits
+
+    def _capture(
+        self, inputs_4N: torch.Tensor, shape: tuple[int, int]
+    ) -> tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]:
+        """Return a graph of one decoding step, the tensor that it reads and the logits that it writes."""
+        rows, length = shape
+        static_4N = inputs_4N.clone()
+        parts = [Part(0, rows, 1, min(length, self.cache.n_slots - 1))]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # once without capture: libraries set themselves up outside of the graph
+            self._run(static_4N, parts)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = self._run(static_4N, parts)
+        return graph, static_4N, logits

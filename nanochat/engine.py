@@ -1,18 +1,15 @@
 """Generation: many requests at once, each at its own position, with the calculator inside the batch.
 
-    step() = schedule, run the model, take a token for each request that was read to its end
+    step() = schedule, run the model, postprocess: a token for each request that was read to its end
 
-A model is anything with `.config.sequence_len`, `.config.vocab_size`, `.device` and
-`model(idx_BT, cache=..., positions_BT=..., last_only=True) -> logits_B1V`, called for rows that read equally many
-tokens. Its layers give their new keys and values to `cache.update` (kv_cache.CacheRows). One with `.cache_needs`, a
-`LayerNeed` a layer, is `model(idx_N, previous_N, positions_N, cache, wanted_R) -> logits_RV` instead, called once a
-step for all that it reads, and its layers call `cache.attend` (kv_cache.CacheBatch), whose windows cost no more memory
-than they show. A GPT is made such a one first (packed.py).
+The scheduler (scheduler.py) says which requests run and how much of each is read; the KV cache (kv_cache.py) holds what
+was read; `Forward` (cuda_graph.py) runs the model, of any family (language_model.py), over all tokens of the step at
+once; sampling.py draws the tokens; detokenizer.py makes text of them.
 
-The same request with the same seed gives the same tokens alone and in any company, in any slot, whatever of it was
-known before, in whatever chunks it is read, and after it had to give up its slot. On CPU that holds bit by bit for a
-GPT (`deterministic`); for other models, on other devices or without the mode, but for rounding, as far as their own
-products depend on the shape of what they multiply.
+The same request with the same seed gives the same tokens alone and in any company, in any row, whatever of it was
+in the prefix cache, in whatever chunks it is read, and after a preemption. On CPU that holds bit by bit
+(`deterministic`); on a GPU, or without the mode, but for rounding, as products there sum in an order that depends on
+their shape.
 """
 
 import itertools
@@ -23,23 +20,21 @@ import torch
 
 from nanochat.cuda_graph import Forward
 from nanochat.detokenizer import AnswerDecoder, ToolCall
-from nanochat.gpt import GPT
-from nanochat.kv_cache import KVCache
-from nanochat.packed import PackedGPT
-from nanochat.prefix_cache import BLOCK, PrefixCache
-from nanochat.request import Request
+from nanochat.kv_cache import BLOCK, KVCache
+from nanochat.language_model import LanguageModel
+from nanochat.packed import prepack
 from nanochat.sampling import sample, score
-from nanochat.scheduler import Scheduler
+from nanochat.scheduler import Request, Scheduler
 from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
 from nanochat.tools import calculate
 
 __all__ = ["AnswerDecoder", "Engine", "Request", "ToolCall", "Update"]
 
-SAVE_EVERY = 64  # tokens of an answer between copies to the prefix cache; rings hold as many besides their window
+SAVE_EVERY = 64  # tokens of an answer between copies to the prefix cache; rings have room for as many
 
 
 class Update(NamedTuple):
-    """What a step brought a request: new tokens, what they complete for its decoder, and why it ended, if it did."""
+    """News of one request after a step: its new tokens, the events its decoder made of them, and why it ended."""
 
     request: Request
     tokens: list[int]
@@ -47,48 +42,18 @@ class Update(NamedTuple):
     finish_reason: str | None
 
 
-class CacheSlots:
-    """The scheduler's view of a cache: rows, of which some begin with what is known already."""
-
-    def __init__(self, cache: KVCache, prefixes: PrefixCache) -> None:
-        self.cache, self.prefixes = cache, prefixes
-        self.n_queried = self.n_reused = 0  # tokens of requests that began, and how many of them were known
-
-    def fits(self, sizes: Sequence[int]) -> bool:
-        """Whether sequences of so many tokens have room at the same time."""
-        return self.cache.fits(sizes)
-
-    def attach(self, request: Request, running: Sequence[Request], twin: Request | None) -> int:
-        """Begin `request` in its row; returns how many of its first tokens are there already. The last is always read,
-        for its logits."""
-        limit = request.size - 1
-        self.cache.reserve(request.slot + 1, max(r.size for r in (*running, request)))
-        shared = min(twin.n_read, len(request.tokens), limit) if twin else 0
-        if twin and shared and self.cache.rewinds(twin.n_read, shared):
-            self.cache.copy_row(twin.slot, request.slot, shared)
-            request.chain = twin.chain[: shared // BLOCK]
-        else:
-            request.chain = self.prefixes.load(request.slot, request.pending(limit), limit)
-            shared = BLOCK * len(request.chain)
-        self.n_queried, self.n_reused = self.n_queried + request.size, self.n_reused + shared
-        return shared
-
-    def move(self, source: int, target: int, size: int) -> None:
-        """Give the first `size` positions of row `source` to row `target`."""
-        self.cache.copy_row(source, target, size)
-
-
 class Engine:
-    """Runs requests in batches of at most `max_batch`; the others wait, first come first served. Not thread-safe.
+    """Runs requests in batches of at most `max_batch`; the others wait, first come, first served. Not thread-safe.
 
-    step_tokens: at most so many tokens are read in a step, those that are continued included; see scheduler.py.
-    cache_tokens, prefix_tokens: memory for running requests (None = for `max_batch` contexts) and for known beginnings,
-    in tokens of `bytes_per_token`. deterministic: see above. int8: 8-bit weights of a GPT, on CPU, else ValueError.
+    The model's weights are used as they are now: after further training, make another engine.
+    step_tokens: at most so many tokens are read in a step, those that are continued included (see scheduler.py).
+    cache_tokens, prefix_tokens: room for running requests (None = for `max_batch` contexts) and for prefixes, in tokens
+    of `bytes_per_token`. deterministic: see above. int8: 8-bit weights on CPU. Raises ValueError where int8 cannot be.
     """
 
     def __init__(
         self,
-        model: Any,
+        model: LanguageModel,
         tokenizer: Tokenizer,
         max_batch: int = 32,
         *,
@@ -100,36 +65,41 @@ class Engine:
     ) -> None:
         if max_batch < 1:
             raise ValueError(f"--max-batch {max_batch} must be at least 1")
-        packed = type(model) is GPT  # one whose parameters are cut over ranks (FSDP) is a subclass
-        self.model = PackedGPT(model, deterministic, int8) if packed else model
-        if int8 and not packed:
-            raise ValueError("int8 weights are for this project's own models")
-        self.tokenizer, self.max_batch, self.context = tokenizer, max_batch, model.config.sequence_len
-        self.vocab_size = getattr(model.config, "vocab_size", None) or tokenizer.get_vocab_size()
-        self.needs = getattr(self.model, "cache_needs", ())
+        self.model = prepack(model, int8=int8, deterministic=deterministic)
+        self.tokenizer = tokenizer
+        self.max_batch = max_batch
+        self.context = model.config.sequence_len
+        self.vocab_size = model.config.vocab_size
+        self.needs = model.cache_needs
         step_tokens = max(step_tokens, 2 * max_batch)
-        chunk = max(step_tokens, SAVE_EVERY)
-        self.cache = KVCache(model.device, self.needs, self.context, chunk, cache_tokens, deterministic)
-        self.slots = CacheSlots(self.cache, PrefixCache(self.cache, prefix_tokens))
-        self.scheduler = Scheduler(self.slots, max_batch, step_tokens)
-        self.waiting, self.running = self.scheduler.waiting, self.scheduler.running
+        self.cache = KVCache(
+            model.device,
+            self.needs,
+            self.context,
+            chunk=max(step_tokens, SAVE_EVERY),
+            max_tokens=cache_tokens,
+            prefix_tokens=prefix_tokens,
+            deterministic=deterministic,
+        )
+        self.scheduler = Scheduler(self.cache, max_batch, step_tokens)
+        self.waiting = self.scheduler.waiting
+        self.running = self.scheduler.running
         self.forward = Forward(self.model, self.cache)
-        self.n_prompt_tokens = self.n_output_tokens = 0
-        # a foreign tokenizer lacks some of them
+        self.n_prompt_tokens = 0
+        self.n_output_tokens = 0
+        # tokenizers of other projects lack some of these
         self._special = {name: tokenizer.special_tokens.get(name) for name in SPECIAL_TOKENS}
-        self._stop_tokens = {self._special["<|assistant_end|>"], self._special["<|bos|>"]}
-        self._stop_tokens |= getattr(tokenizer, "stop_tokens", frozenset())
+        self._stop_tokens = {self._special["<|bos|>"], *tokenizer.stop_tokens}  # a new document ends every answer
 
     @property
     def busy(self) -> bool:
-        """Whether any request waits or runs."""
+        """Return whether any request waits or runs."""
         return bool(self.waiting or self.running)
 
     @property
-    def bytes_per_token(self) -> int | None:
-        """Cache memory of one token; None for a model that does not say what it needs. Windows cap it."""
-        size = sum(2 * need.kv_heads * need.head_dim for need in self.needs)
-        return size * self.model.dtype.itemsize if size else None
+    def bytes_per_token(self) -> int:
+        """Cache memory of one token. Windowed layers stop growing at their window."""
+        return sum(2 * need.kv_heads * need.head_dim for need in self.needs) * self.model.dtype.itemsize
 
     def stats(self) -> dict[str, int]:
         """Gauges and counters since the start, as servers show them."""
@@ -139,14 +109,16 @@ class Engine:
             "cache_tokens": sum(request.n_read for request in self.running),
             "prompt_tokens": self.n_prompt_tokens,
             "output_tokens": self.n_output_tokens,
-            "prefix_queried_tokens": self.slots.n_queried,
-            "prefix_reused_tokens": self.slots.n_reused,
+            "prefix_queried_tokens": self.cache.n_queried,
+            "prefix_reused_tokens": self.cache.n_reused,
             "preemptions": self.scheduler.n_preempted,
         }
 
     def check(self, request: Request) -> None:
-        """Raise ValueError when `request` can never run: its prompt leaves no room in the context or cache, or has
-        tokens that the model does not know."""
+        """Raise ValueError when `request` can never run.
+
+        Its prompt leaves no room in the context or the cache, or has tokens that the model does not know.
+        """
         n = len(request.tokens)
         if n >= self.context:
             raise ValueError(f"a prompt of {n} tokens leaves no room in the context of {self.context}")
@@ -166,8 +138,8 @@ class Engine:
         self.n_prompt_tokens += len(request.tokens)
 
     def forget(self) -> None:
-        """Forget what is known of beginnings of prompts."""
-        self.slots.prefixes.clear()
+        """Empty the prefix cache."""
+        self.cache.prefixes.clear()
 
     @torch.inference_mode()
     def abort(self, request: Request) -> None:
@@ -178,16 +150,19 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Update]:
-        """Continue every request that was read to its end by a token, and read on in the others."""
+        """Continue by one token every request that was read to its end, and read on in the others."""
+        # schedule
         decode, prefill = self.scheduler.schedule()
-        work = sorted([*((r, 1) for r in decode), *prefill], key=lambda each: (each[1] > 1, each[0].slot))
+        work = [(request, 1) for request in decode] + prefill
+        work.sort(key=lambda each: (each[1] > 1, each[0].slot))  # single tokens first, neighbouring rows together
         if not work:
             return []
+        # run
         self.cache.reserve(len(self.running), max(request.size for request in self.running))
-        with torch.cuda.device_of(self.cache.last_token):  # kernels and graphs go to the current device
-            logits_BV = self.forward(self.running, work)
+        logits_BV = self.forward(self.running, work)
         for request, n in work:
             request.n_read += n
+        # postprocess
         places = [place for place, (request, _) in enumerate(work) if not request.n_pending]
         logits_BV = logits_BV if len(places) == len(work) else logits_BV[places]
         updates = self._extend([work[place][0] for place in places], logits_BV) if places else []
@@ -233,13 +208,15 @@ class Engine:
         seed: int = 42,
         **settings: Any,
     ) -> Iterator[tuple[list[int], list[int]]]:
-        """Continue one prompt `num_samples` times; yields (token_column, mask_column), one entry a sample.
+        """Continue one prompt `num_samples` times; yield (token_column, mask_column), one entry per sample.
 
-        mask: 1 = sampled, 0 = forced by a tool. A sample's column of its end holds the end token, sampled; columns
-        after that are filled with <|assistant_end|> and mask 0. settings: further ones of a Request.
+        mask: 1 = sampled, 0 = forced by a tool. The last column of a sample holds the token that ended it, sampled;
+        columns after that are filled with <|assistant_end|> and mask 0. settings: further fields of `Request`.
         """
-        first = tokens, max_tokens, temperature, top_k, seed
-        requests = [Request(*first, sample, **settings) for sample in range(num_samples)]
+        requests = [
+            Request(tokens, max_tokens, temperature, top_k, seed=seed, sample=sample, **settings)
+            for sample in range(num_samples)
+        ]
         padding = self._special["<|assistant_end|>"] or 0, 0
         try:
             for request in requests:
@@ -251,7 +228,7 @@ class Engine:
                 self.abort(request)
 
     def _follow(self, request: Request) -> Iterator[tuple[int, int]]:
-        """Tokens of a request as they come, each with its mask, and the one that ends it."""
+        """Yield tokens of a request as they come, each with its mask, and the one that ended it."""
         for column in itertools.count():
             while len(request.output) <= column and request.finish_reason is None:
                 self.step()
@@ -264,19 +241,21 @@ class Engine:
     def generate_batch(
         self, tokens: Sequence[int], num_samples: int = 1, **settings: Any
     ) -> tuple[list[list[int]], list[list[int]]]:
-        """As `generate`, at once: (sequences, masks), the prompt (mask 0) included and the end token left out."""
-        requests = [Request(tokens, sample=i, **settings) for i in range(num_samples)]
+        """As `generate`, all at once: return (sequences, masks), with the prompt (mask 0), without the end token."""
+        requests = [Request(tokens, sample=sample, **settings) for sample in range(num_samples)]
         self.run(requests)
-        return [[*tokens, *r.output] for r in requests], [[0] * len(tokens) + r.mask for r in requests]
+        sequences = [[*tokens, *request.output] for request in requests]
+        masks = [[0] * len(tokens) + request.mask for request in requests]
+        return sequences, masks
 
     def complete(self, prompts: Iterable[Sequence[int]], max_tokens: int | None = None) -> list[list[int]]:
-        """The likeliest tokens after each prompt, `max_batch` at a time, each place refilled as it falls free."""
-        requests = [Request(tokens, max_tokens, 0.0) for tokens in prompts]
+        """Return the likeliest tokens after each prompt; a row of the batch that falls free is given to the next."""
+        requests = [Request(tokens, max_tokens, temperature=0.0) for tokens in prompts]
         self.run(requests)
         return [request.output for request in requests]
 
     def _extend(self, requests: Sequence[Request], logits_BV: torch.Tensor) -> list[Update]:
-        """Give each request its next token, and what a tool answers to it."""
+        """Draw the next token of each request, and append it, with what a tool answers to it."""
         numbers = [request.random.random() if request.temperature else 0.0 for request in requests]
         tokens = sample(logits_BV, requests, numbers).tolist()
         scores = score(logits_BV, requests, tokens)
@@ -295,9 +274,10 @@ class Engine:
         return updates
 
     def _accept(self, request: Request, token: int) -> list[int]:
-        """Take a sampled token; returns what it adds to the output: itself, and a tool's answer, which is forced."""
+        """Take a sampled token; return what it adds to the output: itself, and a tool's answer, which is forced."""
         if token in self._stop_tokens:
-            request.finish_reason, request.stop_token = "stop", token
+            request.finish_reason = "stop"
+            request.stop_token = token
             return []
         room = min(request.max_tokens or self.context, self.context - len(request.tokens)) - len(request.output)
         new = [token, *self._use_tool(request, token)][:room]
@@ -308,7 +288,7 @@ class Engine:
         return new
 
     def _use_tool(self, request: Request, token: int) -> list[int]:
-        """Follow the calculator's marks; after a valid expression its result is forced upon the model."""
+        """Collect an expression between the calculator's marks; return its result, marks included, if it is valid."""
         if token == self._special["<|python_start|>"]:
             request.expression = []
         elif request.expression is not None and token == self._special["<|python_end|>"]:
@@ -322,8 +302,8 @@ class Engine:
         return []
 
     def _remember(self, request: Request) -> None:
-        """Have the prefix cache keep what was read of a request, now and then."""
+        """Let the prefix cache keep what was read of a request: while it is prompt, every 64 tokens, and at its end."""
         known = BLOCK * len(request.chain)
         if request.n_read - known >= SAVE_EVERY or request.state == "prefill" or request.finish_reason is not None:
             read = [*request.tokens, *request.output][: request.n_read]
-            self.slots.prefixes.save(request.slot, read, request.chain)
+            self.cache.prefixes.save(request.slot, read, request.chain)

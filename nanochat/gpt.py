@@ -1,6 +1,10 @@
-"""The model, only the model: a decoder-only transformer with the switches that section "The model" of the README names.
+"""The language model, and only the model: a decoder-only transformer, told from top to bottom.
 
-Shapes: B sequences, T positions, C channels (width), H query heads, K kv heads, D head dim, V vocabulary.
+One forward serves training and generation; `language_model.py` says how. The parts come in the order in which a token
+meets them: norm, rotary positions, attention, MLP, block, model.
+
+Shapes: B sequences, T positions, C channels (width), H query heads, K kv heads, D head dim, P = D/2 planes of rotation,
+V vocabulary. Leading dimensions have no letter where they may be (B, T), in training, or (N), tokens of any rows.
 """
 
 import functools
@@ -12,22 +16,26 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from nanochat import attention, fp8
+from nanochat import attention
 from nanochat.attention import Attend
 from nanochat.compute import pick_dtype
 from nanochat.fused_mlp import fused_mlp, fused_mlp_pays
-from nanochat.loss import softcap, softcap_cross_entropy
+from nanochat.language_model import Gate, LanguageModel, LayerNeed, Linear, Together, WholeRows
+
+# RMSNorm adds this to the mean square. Compiled graphs take float32's epsilon for bf16 input, eager PyTorch takes
+# bf16's (0.008): stating it makes the two agree, and training agree with the engine.
+NORM_EPS = torch.finfo(torch.float32).eps
 
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """Shape of the model and its switches; older, plainer nanochat models are other values of the same fields."""
+    """Shape of the model and its switches. Older, plainer nanochat models are other values of the same fields."""
 
     sequence_len: int = 2048
     vocab_size: int = 32768
     n_layer: int = 12
     n_head: int = 6
-    n_kv_head: int = 6
+    n_kv_head: int = 6  # fewer than n_head: query heads share kv heads (GQA, arXiv 2305.13245), the cache shrinks
     n_embd: int = 768
     window_pattern: str = "SSSL"  # tiled over the layers, S = short, L = long; the last layer is always long
     rope_base: float = 100_000.0
@@ -66,7 +74,7 @@ class GPTConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "GPTConfig":
-        """The config that `dataclasses.asdict` wrote; an unknown key raises ValueError."""
+        """Build the config that `dataclasses.asdict` wrote. Raises ValueError for an unknown key."""
         unknown = sorted(set(values) - {field.name for field in fields(cls)})
         if unknown:
             raise ValueError(f"unknown model config key {', '.join(unknown)}: made by another version of this project?")
@@ -79,7 +87,7 @@ class GPTConfig:
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of the embedding and head: the vocabulary rounded up to a multiple of 64."""
+        """Rows of the embedding and head: the vocabulary rounded up to a multiple of 64, which tensor cores like."""
         return -(-self.vocab_size // 64) * 64
 
     @property
@@ -90,33 +98,40 @@ class GPTConfig:
         return (*(short if kind == "S" else self.sequence_len for kind in tiled[:-1]), self.sequence_len)
 
     def has_value_embed(self, layer: int) -> bool:
-        """Whether this layer mixes a value embedding into its values (arXiv 2410.17897)."""
+        """Return whether this layer mixes a value embedding into its values (arXiv 2410.17897)."""
         return self.value_embed_every > 0 and (self.n_layer - 1 - layer) % self.value_embed_every == 0
 
 
 def norm(x: torch.Tensor) -> torch.Tensor:
     """RMSNorm over the last dimension, without parameters (arXiv 1910.07467)."""
-    return F.rms_norm(x, (x.size(-1),))
+    C = x.size(-1)
+    if torch.is_inference_mode_enabled() and x.device.type == "cpu" and not torch.compiler.is_compiling():
+        # Decoding on CPU is bound by the number of operations, and F.rms_norm is ten of them there (a quarter of a d4's
+        # time). LayerNorm is one, and the mean of (x, -x) is zero: what is left of it is RMSNorm, to the bit.
+        mirrored = torch.cat((x, -x), dim=-1)
+        return torch.native_layer_norm(mirrored, (2 * C,), None, None, NORM_EPS)[0][..., :C]
+    return F.rms_norm(x, (C,), eps=NORM_EPS)
 
 
-def rotate(x_BTHD: torch.Tensor, cos_BT1D: torch.Tensor, sin_BT1D: torch.Tensor) -> torch.Tensor:
-    """Rotary positions (arXiv 2104.09864): the halves of D are the two coordinates of D/2 rotating planes."""
-    a, b = x_BTHD.chunk(2, dim=-1)
-    return torch.cat((a * cos_BT1D - b * sin_BT1D, b * cos_BT1D + a * sin_BT1D), dim=-1)
+def rotation(positions: torch.Tensor, radians_P: torch.Tensor, dtype: torch.dtype, scale: float = 1.0):
+    """Return cos and sin of the rotary angles, (..., 1, D) each, for `rotate`; P = D/2 planes, radians per position.
+
+    Both are computed in fp32, because bf16 cannot tell position 1000 from 1001, and then rounded to `dtype`.
+    """
+    angles_P = positions[..., None, None].float() * radians_P
+    cos_P = angles_P.cos() * scale
+    sin_P = angles_P.sin() * scale
+    return torch.cat((cos_P, cos_P), dim=-1).to(dtype), torch.cat((-sin_P, sin_P), dim=-1).to(dtype)
 
 
-class Linear(nn.Linear):
-    """A matrix without bias, kept in fp32 and used in the dtype of its input, or in training in fp8."""
+def rotate(x_HD: torch.Tensor, cos_1D: torch.Tensor, sin_1D: torch.Tensor) -> torch.Tensor:
+    """Rotary positions (RoPE, arXiv 2104.09864): channel i of the first half and of the second half are one plane.
 
-    fp8 = False  # set by `fp8.convert`
-
-    def __init__(self, n_in: int, n_out: int) -> None:
-        super().__init__(n_in, n_out, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.fp8 and self.training:
-            return fp8.linear(x, self.weight)
-        return F.linear(x, self.weight.to(x.dtype))
+    (a, b) -> (a·cos - b·sin, b·cos + a·sin), written as one product with cos and one, of the swapped halves, with
+    (-sin, sin): decoding is bound by the number of operations, and this is the form with the fewest.
+    """
+    a, b = x_HD.chunk(2, dim=-1)
+    return torch.addcmul(x_HD * cos_1D, torch.cat((b, a), dim=-1), sin_1D)
 
 
 class Attention(nn.Module):
@@ -124,47 +139,61 @@ class Attention(nn.Module):
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
-        self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
-        self.qk_scale, self.window = config.qk_scale, config.windows[layer]
+        self.heads = [config.n_head, config.n_kv_head]
+        self.head_dim = config.head_dim
+        self.qk_scale = config.qk_scale
+        self.window = config.windows[layer]
         kv_channels = config.n_kv_head * config.head_dim
         self.q = Linear(config.n_embd, config.n_embd)
         self.k = Linear(config.n_embd, kv_channels)
         self.v = Linear(config.n_embd, kv_channels)
         self.out = Linear(config.n_embd, config.n_embd)
-        self.gate = Linear(config.value_gate_channels, config.n_kv_head) if config.has_value_embed(layer) else None
+        self.gate = Gate(config.value_gate_channels, config.n_kv_head) if config.has_value_embed(layer) else None
+        gates = () if self.gate is None else ((self.gate,),)
+        self.qkvg: Any = Together((self.q, self.k), (self.v,), *gates)
 
-    def forward(self, x_BTC, ve_BTC, cos_BT1D, sin_BT1D, attend: Attend) -> torch.Tensor:
-        B, T, _ = x_BTC.shape
-        q_BTHD = self.q(x_BTC).view(B, T, self.n_head, self.head_dim)
-        k_BTKD = self.k(x_BTC).view(B, T, self.n_kv_head, self.head_dim)
-        v_BTKD = self.v(x_BTC).view(B, T, self.n_kv_head, self.head_dim)
-        if self.gate is not None:
-            gate_BTK1 = 3 * torch.sigmoid(self.gate(x_BTC[..., : self.gate.in_features])).unsqueeze(-1)
-            v_BTKD = v_BTKD + gate_BTK1 * ve_BTC.view_as(v_BTKD)
-        q_BTHD = norm(rotate(q_BTHD, cos_BT1D, sin_BT1D)) * self.qk_scale
-        k_BTKD = norm(rotate(k_BTKD, cos_BT1D, sin_BT1D)) * self.qk_scale
-        y_BTHD = attend(q_BTHD, k_BTKD, v_BTKD, self.window)
-        return self.out(y_BTHD.reshape(B, T, -1))
+    def forward(self, x_C, ve_KD, cos_1D, sin_1D, attend: Attend) -> torch.Tensor:
+        if ve_KD is None:
+            *qk, v = self.qkvg(x_C)
+            v_KD = v.unflatten(-1, (-1, self.head_dim))
+        else:
+            *qk, v, gate_K = self.qkvg(x_C)
+            v_KD = v.unflatten(-1, (-1, self.head_dim))
+            # A value embedding gives each token a value that depends on the token alone, without any mixing before it:
+            # cheap parameters (a lookup costs no FLOPs) that carry the token's identity into deep layers. A gate per
+            # kv head, read from the first few channels, says how much of it is wanted; it begins near 3·σ(0) = 1.5.
+            v_KD = torch.addcmul(v_KD, torch.sigmoid(gate_K).unsqueeze(-1), ve_KD.view_as(v_KD), value=3)
+        # QK-norm bounds the attention logits, which otherwise grow until training diverges (arXiv 2302.05442). On unit
+        # vectors alone the softmax could not become sharp: each side is scaled by 1.2, as if the logits' scale were
+        # 1.44 (reference: nanochat, which found it better than 1 at every depth tried).
+        turned = [norm(rotate(x.unflatten(-1, (-1, self.head_dim)), cos_1D, sin_1D)) * self.qk_scale for x in qk]
+        q_HD, k_KD = turned if len(turned) == 2 else turned[0].split(self.heads, dim=-2)
+        y_HD = attend(q_HD, k_KD, v_KD, self.window)
+        return self.out(y_HD.flatten(-2))
 
 
 class MLP(nn.Module):
     """Two matrices around a squared ReLU (arXiv 2109.08668), four times as wide inside."""
 
-    fused = False  # set by `GPT.compile_blocks` where `fused_mlp_pays`
+    fused = False  # set by `GPT.compile_blocks` where the fused kernel is the faster one
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.up = Linear(config.n_embd, 4 * config.n_embd)
         self.down = Linear(4 * config.n_embd, config.n_embd)
 
-    def forward(self, x_BTC: torch.Tensor) -> torch.Tensor:
+    def forward(self, x_C: torch.Tensor) -> torch.Tensor:
         if self.fused and not self.up.fp8:
-            return fused_mlp(x_BTC, self.up.weight, self.down.weight)
-        return self.down(F.relu(self.up(x_BTC)).square())
+            return fused_mlp(x_C, self.up.weight, self.down.weight)
+        return self.down(F.relu(self.up(x_C)).square())
 
 
 class Block(nn.Module):
-    """Attention, then MLP, each on the normed residual, which is rescaled and joined by the embedding first."""
+    """Attention, then MLP, each on the normed residual.
+
+    Before both the residual is rescaled and joined by a share of the embedding: scale·x + skip·x0, both learned per
+    layer. Deep layers then still see which token they stand on, and each layer sets how loud its input is.
+    """
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
@@ -172,53 +201,11 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.dropout = config.dropout
 
-    def forward(self, x_BTC, x0_BTC, ve_BTC, scale_1, skip_1, cos_BT1D, sin_BT1D, attend: Attend) -> torch.Tensor:
-        x_BTC = scale_1 * x_BTC + skip_1 * x0_BTC
-        y_BTC = self.attn(norm(x_BTC), ve_BTC, cos_BT1D, sin_BT1D, attend)
-        x_BTC = x_BTC + F.dropout(y_BTC, self.dropout, self.training)
-        return x_BTC + F.dropout(self.mlp(norm(x_BTC)), self.dropout, self.training)
-
-
-class LanguageModel(nn.Module):
-    """Logits or loss over a model's `hidden` and its `head_weight`, (V, C); its config may have a `softcap`."""
-
-    config: Any
-    hidden: Any
-    head_weight: Any
-    compiled = False
-
-    def positions(self, idx_BT: torch.Tensor, cache: Any | None, positions_BT: torch.Tensor | None) -> torch.Tensor:
-        """Where tokens stand: what is said of it beside a cache, else from 0 on. ValueError beyond the context."""
-        if cache is None:
-            if idx_BT.size(1) > self.config.sequence_len:
-                raise ValueError(f"{idx_BT.size(1)} tokens exceed the model's context of {self.config.sequence_len}")
-            positions_BT = torch.arange(idx_BT.size(1), device=idx_BT.device)[None]
-        assert positions_BT is not None, "with a cache, say where the tokens stand"
-        return positions_BT
-
-    def forward(
-        self,
-        idx_BT: torch.Tensor,
-        targets_BT: torch.Tensor | None = None,
-        *,
-        loss_reduction: str = "mean",
-        cache: Any | None = None,
-        positions_BT: torch.Tensor | None = None,
-        last_only: bool = False,
-    ) -> torch.Tensor:
-        """Logits (B, T, V) in fp32, or with targets the loss in nats; a target of -1 is ignored.
-
-        loss_reduction: "mean" | "sum" | "none" (per token, (B, T)). cache: keys and values of earlier positions (see
-        kv_cache.py); positions_BT says where idx_BT stands in it, -1 marks padding. last_only: the last column's
-        logits alone, (B, 1, V). Raises ValueError when idx_BT is longer than the context.
-        """
-        x_BTC, cap = self.hidden(idx_BT, cache, positions_BT), getattr(self.config, "softcap", 0.0)
-        if targets_BT is None:
-            x_BTC = x_BTC[:, -1:] if last_only else x_BTC
-            return softcap(F.linear(x_BTC, self.head_weight.to(x_BTC.dtype)), cap)
-        x_NC, targets_N = x_BTC.flatten(0, 1), targets_BT.flatten().to(x_BTC.device)
-        loss = softcap_cross_entropy(x_NC, self.head_weight, targets_N, cap, loss_reduction, compiled=self.compiled)
-        return loss.view(targets_BT.shape) if loss_reduction == "none" else loss
+    def forward(self, x_C, x0_C, ve_KD, scale_1, skip_1, cos_1D, sin_1D, attend: Attend) -> torch.Tensor:
+        x_C = torch.addcmul(skip_1 * x0_C, x_C, scale_1)
+        y_C = self.attn(norm(x_C), ve_KD, cos_1D, sin_1D, attend)
+        x_C = x_C + F.dropout(y_C, self.dropout, self.training)
+        return x_C + F.dropout(self.mlp(norm(x_C)), self.dropout, self.training)
 
 
 class GPT(LanguageModel):
@@ -233,7 +220,9 @@ class GPT(LanguageModel):
         self, config: GPTConfig, dtype: torch.dtype = torch.float32, embed_dtype: torch.dtype | None = None
     ) -> None:
         super().__init__()
-        self.config, self.dtype = config, dtype
+        self.config = config
+        self.dtype = dtype
+        self.softcap = config.softcap
         embed_dtype = embed_dtype or dtype
         kv_channels = config.n_kv_head * config.head_dim
         self.embed = nn.Embedding(config.padded_vocab_size, config.n_embd, dtype=embed_dtype)
@@ -241,11 +230,13 @@ class GPT(LanguageModel):
         tables = {str(n): nn.Embedding(config.padded_vocab_size, kv_channels, dtype=embed_dtype) for n in layers}
         self.value_embeds = nn.ModuleDict(tables)
         self.blocks: Any = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        # The head is not tied to the embedding: the two want different learning rates and initial sizes.
         self.head = Linear(config.n_embd, config.padded_vocab_size)
+        self.readout = Together((self.head,))
         self.resid_scale = nn.Parameter(torch.empty(config.n_layer))
         self.embed_skip = nn.Parameter(torch.empty(config.n_layer))
         if config.smear_channels:
-            self.smear_gate = Linear(config.smear_channels, 1)
+            self.smear_gate = Gate(config.smear_channels, 1)
             self.smear_scale = nn.Parameter(torch.empty(()))
         if config.backout:
             self.backout = nn.Parameter(torch.empty(()))
@@ -253,7 +244,7 @@ class GPT(LanguageModel):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return self.embed.weight.device
 
     @property
@@ -261,11 +252,21 @@ class GPT(LanguageModel):
         """The matrix that gives the logits, (V, C)."""
         return self.head.weight[: self.config.vocab_size]
 
+    @property
+    def cache_needs(self) -> list[LayerNeed]:
+        """What each layer keeps of a token in the KV cache."""
+        config = self.config
+        return [LayerNeed(config.n_kv_head, config.head_dim, window) for window in config.windows]
+
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Set every parameter to its initial value (README, "The model"), drawing from `generator`."""
-        config, width = self.config, self.config.n_embd
-        bound = (3 / width) ** 0.5  # a uniform of standard deviation 1/√width
+        """Set every parameter to its initial value, drawing from `generator`.
+
+        Projections back into the residual are zero, so that at first every layer passes its input on unchanged and
+        gradients reach all layers alike. The head is tiny, so that the first loss is that of a uniform guess.
+        """
+        config = self.config
+        bound = (3 / config.n_embd) ** 0.5  # a uniform on ±√3·σ has standard deviation σ, here 1/√width
         nn.init.normal_(self.embed.weight, std=0.8, generator=generator)
         nn.init.normal_(self.head.weight, std=0.001, generator=generator)
         for table in self.value_embeds.parameters():
@@ -278,11 +279,9 @@ class GPT(LanguageModel):
             nn.init.zeros_(block.mlp.down.weight)
             if block.attn.gate is not None:
                 nn.init.uniform_(block.attn.gate.weight, 0, 0.02, generator=generator)
-        steps = torch.linspace(0, 1, config.n_layer, device=self.device)
-        for name in ("resid_scale", "embed_skip"):
-            ends = [getattr(config, f"{name}_first"), getattr(config, f"{name}_last")]
-            first, last = torch.tensor(ends, device=self.device)
-            getattr(self, name).copy_(torch.lerp(first, last, steps))
+        depth = torch.linspace(0, 1, config.n_layer, device=self.device)  # 0 at the first layer, 1 at the last
+        self.resid_scale.copy_(config.resid_scale_first + (config.resid_scale_last - config.resid_scale_first) * depth)
+        self.embed_skip.copy_(config.embed_skip_first + (config.embed_skip_last - config.embed_skip_first) * depth)
         if config.smear_channels:
             nn.init.uniform_(self.smear_gate.weight, 0, 0.02, generator=generator)
             self.smear_scale.fill_(1.0)
@@ -299,69 +298,54 @@ class GPT(LanguageModel):
         self.compiled = True
 
     def flops_per_token(self) -> int:
-        """Training FLOPs a token: 6 a matrix weight, 12·H·D a position attended to (PaLM, appendix B)."""
+        """Return training FLOPs per token: 6 per matrix weight, 12·H·D per position attended to (PaLM, appendix B)."""
         matrices = sum(p.numel() for p in self.blocks.parameters()) + self.head.weight.numel()
         attended = sum(min(window, self.config.sequence_len) for window in self.config.windows)
         return 6 * matrices + 12 * self.config.n_embd * attended
 
-    def _smear(self, x_BTC: torch.Tensor, previous_BTC: torch.Tensor) -> torch.Tensor:
-        gate_BT1 = torch.sigmoid(self.smear_gate(x_BTC[..., : self.config.smear_channels]))
-        return x_BTC + self.smear_scale * gate_BT1 * previous_BTC
+    def whole_rows(self, idx_BT: torch.Tensor) -> WholeRows:
+        """Return the context of rows that are read from their first token on, with the fastest kernel that works."""
+        windowed = min(self.config.windows) < idx_BT.size(1)
+        return WholeRows(idx_BT, attention.choose(self.device, self.dtype, self.config.head_dim, windowed)[1])
 
-    def _previous(self, idx_BT: torch.Tensor, x_BTC: torch.Tensor, cache: Any | None) -> torch.Tensor:
-        """The embedding of the token before each token; zero before the first."""
-        if cache is None:
-            return F.pad(x_BTC[:, :-1], (0, 0, 1, 0))
-        before_B1 = cache.last_token_B[:, None]
-        first_B1C = norm(self.embed(before_B1.clamp(min=0)).to(self.dtype)) * (before_B1 >= 0).unsqueeze(-1)
-        return torch.cat((first_B1C, x_BTC[:, :-1]), dim=1)
-
-    def hidden(self, idx_BT: torch.Tensor, cache: Any = None, positions_BT: torch.Tensor | None = None) -> torch.Tensor:
-        """The normed residual that the head reads, (B, T, C); arguments as in `forward`."""
-        config, positions_BT = self.config, self.positions(idx_BT, cache, positions_BT)
-        cos_BT1D, sin_BT1D = self._rotation(positions_BT)
-        x_BTC = norm(self.embed(idx_BT).to(self.dtype))
+    def hidden(self, idx: torch.Tensor, context: Any) -> torch.Tensor:
+        """Return the normed residual that the head reads, (..., C), of tokens (B, T) or (N) in their context."""
+        config = self.config
+        planes = torch.arange(0, config.head_dim, 2, device=idx.device, dtype=torch.float32)
+        cos_1D, sin_1D = rotation(context.positions, config.rope_base ** (-planes / config.head_dim), self.dtype)
+        x_C = norm(self.embed(idx).to(self.dtype))
         if config.smear_channels:
-            x_BTC = self._smear(x_BTC, self._previous(idx_BT, x_BTC, cache))
-        x0_BTC = x_BTC.view_as(x_BTC)  # the same tensor twice would be one more graph to compile for the first block
-        whole = None  # attention to these tokens alone, where there are no earlier ones
-        if cache is None or _from_the_first(positions_BT):
-            windowed = min(config.windows) < idx_BT.size(1)
-            whole = attend = attention.choose(self.device, self.dtype, config.head_dim, windowed)[1]
+            x_C = self._smear(x_C, context)
+        x0_C = x_C.view_as(x_C)  # the same tensor twice would be one more graph to compile for the first block
+        scales = self.resid_scale.unbind()
+        skips = self.embed_skip.unbind()
+        middle_C = x_C
         for layer, block in enumerate(self.blocks):
-            ve_BTC = self.value_embeds[str(layer)](idx_BT).to(self.dtype) if config.has_value_embed(layer) else None
-            if cache is not None:
-                attend = functools.partial(_attend_cached, cache, layer, positions_BT, whole)
+            ve_KD = self.value_embeds[str(layer)](idx).to(self.dtype) if config.has_value_embed(layer) else None
             again = self.checkpointing and torch.is_grad_enabled()
             run = functools.partial(checkpoint, block, use_reentrant=False) if again else block
-            x_BTC = run(
-                x_BTC, x0_BTC, ve_BTC, self.resid_scale[layer], self.embed_skip[layer], cos_BT1D, sin_BT1D, attend
-            )
-            if config.backout and layer == config.n_layer // 2:
-                middle_BTC = x_BTC
+            x_C = run(x_C, x0_C, ve_KD, scales[layer], skips[layer], cos_1D, sin_1D, context.layer(layer))
+            if layer == config.n_layer // 2:
+                middle_C = x_C
         if config.backout:
-            x_BTC = x_BTC - self.backout * middle_BTC
-        return norm(x_BTC)
+            # The first half of the network gathers context, much of which only helps the second half to think and
+            # says nothing of the next token: a learned fraction of the mid-layer residual is taken out again.
+            x_C = x_C - self.backout * middle_C
+        return norm(x_C)
 
-    def _rotation(self, positions_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin of each position's angles, (B, T, 1, D/2), made in fp32 and rounded to the compute dtype."""
-        D = self.config.head_dim
-        planes = torch.arange(0, D, 2, device=positions_BT.device, dtype=torch.float32) / D
-        angles_BTD = positions_BT[..., None].float() * self.config.rope_base**-planes
-        return angles_BTD.cos().to(self.dtype)[:, :, None], angles_BTD.sin().to(self.dtype)[:, :, None]
+    def _smear(self, x_C: torch.Tensor, context: Any) -> torch.Tensor:
+        """Add to each token a gated bit of the previous token's embedding.
 
-
-def _from_the_first(positions_BT: torch.Tensor) -> bool:
-    """Whether each row begins at its first token. A step of one token is not asked: the answer waits for the device."""
-    column_T = torch.arange(positions_BT.size(1), device=positions_BT.device)
-    return len(column_T) > 1 and bool(((positions_BT == column_T) | (positions_BT < 0)).all())
-
-
-def _attend_cached(cache, layer: int, positions_BT, whole: Attend | None, q_BTHD, k_BTKD, v_BTKD, window: int):
-    k_BSKD, v_BSKD = cache.update(layer, k_BTKD, v_BTKD, positions_BT)
-    if whole is not None:
-        return whole(q_BTHD, k_BTKD, v_BTKD, window)
-    return attention.cached_attention(q_BTHD, k_BSKD, v_BSKD, positions_BT, window)
+        Bigrams are most of what a first attention layer would learn; this gives them for almost no compute, and lets
+        induction heads form in one layer fewer.
+        """
+        if context.previous_N is None:
+            before_C = F.pad(x_C[:, :-1], (0, 0, 1, 0))  # nothing stands before the first token of a row
+        else:
+            known_N1 = (context.previous_N >= 0)[:, None]
+            before_C = norm(self.embed(context.previous_N.clamp(min=0)).to(self.dtype)) * known_N1
+        gate_1 = torch.sigmoid(self.smear_gate(x_C))
+        return torch.addcmul(x_C, self.smear_scale * gate_1, before_C)
 
 
 def build_model(config: GPTConfig, device: torch.device | str, *, train: bool) -> GPT:

@@ -1,25 +1,27 @@
-"""Keys and values of what each running request has read so far, so that a new token costs one position of work.
+"""The KV cache: keys and values of what each running request has read, and prefixes that requests share.
+
+    KVCache       one row of slots per running request; windowed layers keep a ring
+    CacheBatch    the context of one forward: writes new keys and values, and attends to what the rows hold
+    PrefixCache   blocks of 16 tokens that were read before, so that requests that begin alike read them once
 
 Shapes: R rows, B of them in a rectangle of T new positions each, N = all new positions of a forward, S slots, H query
-heads, K kv heads, D head dim.
+heads, K kv heads, D head dim, G = B·K.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import functools
+import itertools
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
 from nanochat import attention
+from nanochat.language_model import LayerNeed
 
-ROUND = 128  # slots are read in multiples of it, for the order of attention's sums
-
-
-class LayerNeed(NamedTuple):
-    """What one layer of a model keeps of each position, and how many positions, its own included, it looks back."""
-
-    kv_heads: int
-    head_dim: int
-    window: int
+ROUND = 128  # slots are read in multiples of this, which fixes the order in which attention sums
+BLOCK = 16  # tokens of a block of the prefix cache
+Key = tuple[int, tuple[int, ...]]  # the name of the block before (0 = none), and a block's tokens
 
 
 def _up(n: int) -> int:
@@ -27,206 +29,240 @@ def _up(n: int) -> int:
 
 
 def allocate(like: torch.Tensor, n_rows: int, n_slots: int, kv_heads: int, head_dim: int) -> tuple[torch.Tensor, ...]:
-    """Keys and values, (R, S, K, D), of zeros. In memory keys have their slots innermost and values their channels, as
-    products with them want it (see `attention.attend_to_slots`)."""
-    keys_RSKD = like.new_zeros(n_rows, kv_heads, head_dim, n_slots).permute(0, 3, 1, 2)
-    return keys_RSKD, like.new_zeros(n_rows, kv_heads, n_slots, head_dim).transpose(1, 2)
+    """Return keys and values, (R, S, K, D) each, of zeros, in the dtype and on the device of `like`.
+
+    On CPU keys have their slots innermost in memory, which makes q·k five times as fast in bf16 (dev/LOG.md); fused
+    attention on a GPU wants their channels there.
+    """
+    values_RSKD = like.new_zeros(n_rows, kv_heads, n_slots, head_dim).transpose(1, 2)
+    if like.device.type != "cpu":
+        return torch.zeros_like(values_RSKD), values_RSKD
+    return like.new_zeros(n_rows, kv_heads, head_dim, n_slots).permute(0, 3, 1, 2), values_RSKD
 
 
 class KVCache:
-    """One row a request. Slot s of a row holds its position s; layers with a window keep a ring, in which slot s holds
-    the newest position p with p % ring = s. Rows are equally long, as long as the longest needs, by doubling.
+    """Rows of slots, one row per running request. All rows are as long as the longest needs, by doubling.
 
-    A layer's memory is made on its first write, in the shape and dtype of what is written. `needs` has to be known for
-    rings alone, which have room for a window and `chunk` positions more, the most that one forward may add. max_tokens:
-    rows times slots, at most. invariant: see `attention.attend_to_slots`.
+    Slot s of a row holds its position s. A layer with a window keeps a ring instead, in which slot s holds the newest
+    position p with p % ring = s; it has room for the window and for `chunk` positions, the most that one forward adds.
+
+    A layer's memory is made on its first write, in the shape, dtype and place of what is written. max_tokens: rows
+    times slots, at most (None: no limit). prefix_tokens: room of the prefix cache. deterministic: see attention.py.
     """
 
     def __init__(
         self,
         device: torch.device,
-        needs: Sequence[LayerNeed] = (),
-        context: int | None = None,
+        needs: Sequence[LayerNeed],
+        context: int,
         chunk: int = ROUND,
         max_tokens: int | None = None,
-        invariant: bool = True,
+        prefix_tokens: int = 0,
+        deterministic: bool = True,
     ) -> None:
-        self.device, self.context, self.max_tokens, self.invariant = device, context, max_tokens, invariant
-        self.last_token = torch.full((1,), -1, dtype=torch.int64, device=device)  # of each row; -1 = none yet
+        self.device = device
+        self.context = context
+        self.max_tokens = max_tokens
+        self.deterministic = deterministic
         self.layers: list[tuple[torch.Tensor, ...]] = []  # keys and values, (R, S, K, D)
-        self._seen: tuple[tuple[int, ...], list[torch.Tensor]] = (), []
-        self.n_rows, self.n_slots, self.version = 1, ROUND, 0  # version: how often memory has moved
         self.windows = [need.window for need in needs]
         rings = [_up(window + chunk) for window in self.windows]
-        self.rings = [None if context is None or ring >= context else ring for ring in rings]
+        self.rings = [None if ring >= context else ring for ring in rings]
+        self.n_rows = 1
+        self.n_slots = ROUND
+        self.version = 0  # how often memory has moved: views and CUDA graphs of an older version are stale
+        self.prefixes = PrefixCache(self, prefix_tokens)
+        self.n_queried = 0  # tokens of requests that began,
+        self.n_reused = 0  # and how many of those were in the cache already
+        self._views: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]] = {}
+
+    # What the scheduler asks (see scheduler.Slots).
 
     def fits(self, sizes: Sequence[int]) -> bool:
-        """Whether rows of so many tokens may be held at the same time."""
+        """Return whether sequences of so many tokens have room at the same time."""
         return self.max_tokens is None or len(sizes) * self._length(max(sizes, default=0)) <= self.max_tokens
 
-    def rows(self, start: int, stop: int, length: int) -> "CacheRows":
-        """Rows start..stop-1 with their first `length` slots, as the `cache` argument of one model forward."""
-        self.reserve(stop, length)
-        return CacheRows(self, slice(start, stop), length)
+    def attach(self, request: Any, running: Sequence[Any], twin: Any | None) -> int:
+        """Begin `request` in its row; return how many of its first tokens are in the cache already.
 
-    def copy_row(self, source: int, target: int, length: int) -> None:
+        They come from `twin`, a running request with the same prompt, or from the prefix cache. The last token is
+        always read, for its logits.
+        """
+        limit = request.size - 1
+        self.reserve(request.slot + 1, max(each.size for each in (*running, request)))
+        shared = min(twin.n_read, len(request.tokens), limit) if twin else 0
+        if twin and shared and self.can_truncate(twin.n_read, shared):
+            self.move(twin.slot, request.slot, shared)
+            request.chain = twin.chain[: shared // BLOCK]
+        else:
+            request.chain = self.prefixes.load(request.slot, request.pending(limit), limit)
+            shared = BLOCK * len(request.chain)
+        self.n_queried += request.size
+        self.n_reused += shared
+        return shared
+
+    def move(self, source: int, target: int, length: int) -> None:
         """Make row `target` equal to row `source` in its first `length` positions."""
         self.reserve(target + 1, length)
-        self.last_token[target] = self.last_token[source]
-        for layer, memory in enumerate(self.layers):
-            n = self.ring(layer) or length
+        for memory, ring in zip(self.layers, self.rings, strict=False):
             for each_RSKD in memory:
-                each_RSKD[target, :n] = each_RSKD[source, :n]
+                each_RSKD[target, : ring or length] = each_RSKD[source, : ring or length]
 
-    def rewinds(self, read: int, length: int) -> bool:
-        """Whether a row that has read so many tokens still holds what its first `length` alone would have left."""
-        lost = (ring - window for ring, window in zip(self.rings, self.windows) if ring is not None)
-        return read - length <= min(lost, default=read)
+    def can_truncate(self, read: int, length: int) -> bool:
+        """Can a row of `read` tokens be truncated to `length`? Not if a ring has overwritten what its window needs."""
+        spare = (ring - window for ring, window in zip(self.rings, self.windows, strict=True) if ring is not None)
+        return read - length <= min(spare, default=read)
 
-    def ring(self, layer: int) -> int | None:
-        """The ring's size in a layer that keeps one, else None."""
-        return self.rings[layer] if layer < len(self.rings) else None
+    # Memory.
 
-    def slots(self, layer: int, positions: torch.Tensor) -> torch.Tensor:
-        """Where a layer keeps these positions."""
-        ring = self.ring(layer)
-        return positions if ring is None else positions % ring
-
-    def memory(self, layer: int, k: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """A layer's keys and values, (R, S, K, D), made if this is their first use, for keys like these (..., K, D)."""
+    def memory(self, layer: int, like: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return a layer's keys and values, (R, S, K, D), made on their first use for keys like these (..., K, D)."""
         if layer == len(self.layers):
-            n_slots = min(self.n_slots, self.ring(layer) or self.n_slots)
-            self.layers.append(allocate(k, self.n_rows, n_slots, *k.shape[-2:]))
+            n_slots = min(self.n_slots, self.rings[layer] or self.n_slots)
+            self.layers.append(allocate(like, self.n_rows, n_slots, *like.shape[-2:]))
         return self.layers[layer]
 
-    def write(
-        self, layer: int, places: tuple[torch.Tensor, torch.Tensor], k: torch.Tensor, v: torch.Tensor
-    ) -> tuple[torch.Tensor, ...]:
-        """Put keys and values (..., K, D) in a layer's (rows, slots), (...) each; returns all of it, (R, S, K, D)."""
-        keys_RSKD, values_RSKD = self.memory(layer, k)
-        keys_RSKD.index_put_(places, k)
-        values_RSKD.index_put_(places, v)
-        return keys_RSKD, values_RSKD
+    def slots(self, layer: int, positions: torch.Tensor) -> torch.Tensor:
+        """Return where a layer keeps these positions."""
+        ring = self.rings[layer]
+        return positions if ring is None else positions % ring
 
-    def views(self, n_rows: int, length: int) -> list[torch.Tensor]:
-        """The first rows, as far as `length` tokens reach: keys and values of each layer in turn, all in one list."""
-        key = n_rows, _up(length), self.version
-        if key != self._seen[0]:  # steps that follow share them
-            self._seen = key, [each_RSKD[:n_rows, : key[1]] for memory in self.layers for each_RSKD in memory]
-        return self._seen[1]
+    def write(
+        self, layer: int, rows_N: torch.Tensor, slots_N: torch.Tensor, k_NKD: torch.Tensor, v_NKD: torch.Tensor
+    ) -> None:
+        """Put keys and values of new positions in a layer's memory."""
+        keys_RSKD, values_RSKD = self.memory(layer, k_NKD)
+        keys_RSKD.index_put_((rows_N, slots_N), k_NKD)
+        values_RSKD.index_put_((rows_N, slots_N), v_NKD)
+
+    def views(self, layer: int, first_row: int, n_rows: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return keys (G, D, S) and values (G, S, D) of some rows up to `length`, as attention's products want them.
+
+        They are kept until memory moves: cutting them out anew costs a small model as much as attending to them.
+        """
+        key = layer, first_row, n_rows, _up(length)
+        if key not in self._views:
+            if len(self._views) >= 16 * len(self.layers):
+                self._views.clear()
+            keys_RSKD, values_RSKD = self.layers[layer]
+            rows = slice(first_row, first_row + n_rows)
+            keys_GDS = keys_RSKD[rows, : _up(length)].permute(0, 2, 3, 1).flatten(0, 1)
+            self._views[key] = keys_GDS, values_RSKD[rows, : _up(length)].transpose(1, 2).flatten(0, 1)
+        return self._views[key]
 
     def _length(self, size: int) -> int:
-        """Slots of rows that hold `size` tokens: a power of two, at most the context, with one that nobody reads, as
-        padding is written to position -1, the last slot."""
-        slots = max(ROUND, 1 << size.bit_length())
-        return slots if self.context is None else min(slots, _up(self.context + 1))
+        """Return the slots of rows that hold `size` tokens: a power of two, but no more than the context needs."""
+        return min(max(ROUND, 1 << size.bit_length()), _up(self.context + 1))
 
     def reserve(self, n_rows: int, size: int) -> None:
-        """Make room for so many rows, the longest of `size` tokens; what is held stays. Memory doubles as needed, up to
-        `max_tokens`, where longer rows mean fewer."""
+        """Make room for so many rows, the longest of `size` tokens; what is held stays.
+
+        Memory doubles as needed, up to `max_tokens`, where longer rows mean fewer of them.
+        """
         slots = self._length(size)
         if n_rows <= self.n_rows and slots <= self.n_slots:
             return
-        rows, slots = self.n_rows, max(self.n_slots, slots)
-        if n_rows > rows:
-            rows = max(n_rows, 2 * rows)
+        rows = self.n_rows if n_rows <= self.n_rows else max(n_rows, 2 * self.n_rows)
+        slots = max(self.n_slots, slots)
         if self.max_tokens is not None and rows * slots > self.max_tokens:
             slots = slots if n_rows * slots <= self.max_tokens else self._length(size)
             rows = max(n_rows, self.max_tokens // slots)
         kept = min(rows, self.n_rows)
         for layer, old in enumerate(self.layers):
-            self.layers[layer] = allocate(old[0], rows, min(slots, self.ring(layer) or slots), *old[0].shape[2:])
-            for each_RSKD, old_RSKD in zip(self.layers[layer], old, strict=True):
-                common = min(each_RSKD.size(1), old_RSKD.size(1))
-                each_RSKD[:kept, :common] = old_RSKD[:kept, :common]
-        last_token = self.last_token.new_full((rows,), -1)
-        last_token[:kept] = self.last_token[:kept]
-        self.last_token, self.n_rows, self.n_slots, self.version = last_token, rows, slots, self.version + 1
-
-
-class CacheRows:
-    """Neighbouring rows of a KVCache that read equally many tokens: what a model sees of it in one forward."""
-
-    def __init__(self, cache: KVCache, rows: slice, length: int) -> None:
-        self._cache, self._rows, self._length = cache, rows, length
-        self._row_B1 = torch.arange(rows.start, rows.stop, device=cache.device)[:, None]
-        self.last_token_B = cache.last_token[rows]  # that each row read, int64; -1 before the first
-
-    def update(
-        self, layer: int, k_BTKD: torch.Tensor, v_BTKD: torch.Tensor, positions_BT: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write a layer's new keys and values at their positions (-1 = padding, lost); return all, (B, S, K, D), slot s
-        being position s: not for layers that keep a ring. Views, nothing is copied out."""
-        assert self._cache.ring(layer) is None, "a ring has no slot for each position: use CacheBatch"
-        self._row_B1 = self._row_B1.to(k_BTKD.device)  # a layer's memory lies where the layer does
-        memory = self._cache.write(layer, (self._row_B1, positions_BT), k_BTKD, v_BTKD)
-        keys_BSKD, values_BSKD = (each_RSKD[self._rows, : _up(self._length)] for each_RSKD in memory)
-        return keys_BSKD, values_BSKD
-
-    def advance(self, idx_BT: torch.Tensor, positions_BT: torch.Tensor) -> None:
-        """Note the last token of each row that was read; padding, where there is any, stands at the end of a row."""
-        n_read_B1 = (positions_BT >= 0).sum(dim=1, keepdim=True)
-        last_B = idx_BT.gather(1, (n_read_B1 - 1).clamp(min=0))[:, 0]
-        self.last_token_B.copy_(torch.where(n_read_B1[:, 0] > 0, last_B, self.last_token_B))
+            n_slots = min(slots, self.rings[layer] or slots)
+            self.layers[layer] = allocate(old[0], rows, n_slots, *old[0].shape[2:])
+            for new_RSKD, old_RSKD in zip(self.layers[layer], old, strict=True):
+                common = min(n_slots, old_RSKD.size(1))
+                new_RSKD[:kept, :common] = old_RSKD[:kept, :common]
+        self.n_rows = rows
+        self.n_slots = slots
+        self.version += 1
+        self._views.clear()
 
 
 class Part(NamedTuple):
-    """`n_rows` neighbouring rows that read `n_tokens` each, none past position `length` - 1. Where n_rows is -1 it
-    is all rows and slots that there are: a trace leaves open how many."""
+    """`n_rows` neighbouring rows that read `n_tokens` each, none past position `length` - 1."""
 
     first_row: int
     n_rows: int
     n_tokens: int
     length: int
 
-    def of(self, each_RSKD: torch.Tensor) -> torch.Tensor:
-        """What a layer keeps of these rows, as far as they reach."""
-        return each_RSKD if self.n_rows < 0 else each_RSKD[self.first_row :][: self.n_rows, : _up(self.length)]
-
 
 class CacheBatch:
-    """Rows of a KVCache that read unequally many tokens in one forward, flat: part after part, row after row in it.
+    """The context of one forward over new tokens of many rows (see language_model.py): part after part, row after row.
 
     rows_N, positions_N: where each token goes, with room made by `KVCache.reserve`; along a row positions count up.
+    previous_N: the token before each, -1 before the first of a row.
     """
 
-    def __init__(self, cache: KVCache, parts: Sequence[Part], rows_N: torch.Tensor, positions_N: torch.Tensor) -> None:
-        self._cache, self.parts, self._rows_N, self._positions_N = cache, parts, rows_N, positions_N
-        # slots of the new tokens, and of each part what its queries see, for layers that look the same way back
-        self._seen: dict[tuple[int | None, int], tuple[torch.Tensor, list[torch.Tensor]]] = {}
+    def __init__(
+        self,
+        cache: KVCache,
+        parts: Sequence[Part],
+        rows_N: torch.Tensor,
+        positions_N: torch.Tensor,
+        previous_N: torch.Tensor,
+    ) -> None:
+        self.positions = positions_N
+        self.previous_N = previous_N
+        self.cache = cache
+        self._parts = parts
+        self.rows_N = rows_N
+        # rows and slots of the new tokens, and what each part's queries see: the same for all layers with one window
+        self._looks: dict[tuple[Any, ...], tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]] = {}
 
-    def attend(self, layer: int, q_NHD: torch.Tensor, k_NKD: torch.Tensor, v_NKD: torch.Tensor) -> torch.Tensor:
-        """Write new keys and values, and have the queries attend to all that their layer's window shows of their rows.
+    def layer(self, layer: int) -> attention.Attend:
+        """Return the function by which queries of this layer meet keys and values."""
+        return functools.partial(self._attend, layer)
 
-        Queries and keys come with attention's scale in them. Returns (N, H·D).
-        """
-        cache, (H, D) = self._cache, map(int, q_NHD.shape[1:])
-        looks = cache.ring(layer), cache.windows[layer]
-        memory = cache.memory(layer, k_NKD)
-        if looks not in self._seen:
-            self._seen[looks] = self._look(*looks, memory[0], H // int(k_NKD.size(1)))
-        slots_N, masks = self._seen[looks]
-        cache.write(layer, (self._rows_N, slots_N), k_NKD, v_NKD)
+    def _attend(
+        self,
+        layer: int,
+        q_NHD: torch.Tensor,
+        k_NKD: torch.Tensor,
+        v_NKD: torch.Tensor,
+        window: int,
+        sinks_H: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Write new keys and values, and attend to all that the window shows of each row; return (N, H, D)."""
+        cache = self.cache
+        look = cache.rings[layer], window, q_NHD.device
+        if look not in self._looks:
+            self._looks[look] = self._look(layer, window, q_NHD, k_NKD)
+        rows_N, slots_N, masks = self._looks[look]
+        cache.write(layer, rows_N, slots_N, k_NKD, v_NKD)
         outputs = []
-        for part, q, mask_B1MS in zip(self.parts, self._split(q_NHD), masks, strict=True):
-            q_BTHD = q.view(part.n_rows, part.n_tokens, H, D)
-            k, v = map(part.of, memory)
-            y_BTHD = attention.attend_to_slots(q_BTHD, k, v, mask_B1MS, 1.0, None, cache.invariant)
-            outputs.append(y_BTHD.reshape(-1, H * D))
+        for part, q_part, mask in zip(self._parts, self._split(q_NHD), masks, strict=True):
+            q_BTHD = q_part.unflatten(0, (part.n_rows, part.n_tokens))
+            keys_GDS, values_GSD = cache.views(layer, part.first_row, part.n_rows, part.length)
+            if q_NHD.device.type == "cuda" and part.n_tokens > 1 and sinks_H is None:
+                y_BTHD = attention.attend_fused(q_BTHD, keys_GDS, values_GSD, mask)
+            else:
+                y_BTHD = attention.attend_to_slots(
+                    q_BTHD, keys_GDS, values_GSD, mask, q_BTHD.size(3) ** -0.5, sinks_H, cache.deterministic
+                )
+            outputs.append(y_BTHD.flatten(0, 1))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _split(self, each_N: torch.Tensor) -> Sequence[torch.Tensor]:
-        return each_N.split([part.n_rows * part.n_tokens for part in self.parts]) if len(self.parts) > 1 else [each_N]
+        if len(self._parts) == 1:
+            return [each_N]
+        return each_N.split([part.n_rows * part.n_tokens for part in self._parts])
 
     def _look(
-        self, ring: int | None, window: int, keys_RSKD: torch.Tensor, group: int
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Where layers with this ring write the new positions, and the mask of what each part's queries see."""
+        self, layer: int, window: int, q_NHD: torch.Tensor, k_NKD: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+        """Return rows and slots to write the new positions to, and the mask of what each part's queries see."""
+        ring = self.cache.rings[layer]
+        self.cache.memory(layer, k_NKD)
+        device = q_NHD.device
+        positions_N = self.positions.to(device)
         masks = []
-        for part, positions in zip(self.parts, self._split(self._positions_N), strict=True):
+        for part, positions in zip(self._parts, self._split(positions_N), strict=True):
             positions_BT1 = positions.view(part.n_rows, part.n_tokens, 1)
-            S = part.of(keys_RSKD).size(1)
-            held_BTS = torch.arange(S, device=positions.device)  # the position that each slot holds
+            n_slots = self.cache.views(layer, part.first_row, part.n_rows, part.length)[0].size(2)
+            held_BTS = torch.arange(n_slots, device=device)  # the position that each slot holds
             if ring is not None and part.length > ring:
                 newest_B11 = positions_BT1[:, -1:]
                 held_BTS = newest_B11 - (newest_B11 - held_BTS) % ring
@@ -234,6 +270,99 @@ class CacheBatch:
             if window < part.length:
                 hidden_BTS = hidden_BTS | (held_BTS <= positions_BT1 - window)
             if ring is not None:
-                hidden_BTS = hidden_BTS | (held_BTS < 0)
-            masks.append(attention.mask(hidden_BTS, group, keys_RSKD.dtype, self._cache.invariant))
-        return self._positions_N if ring is None else self._positions_N % ring, masks
+                hidden_BTS = hidden_BTS | (held_BTS < 0)  # a slot of the ring that nothing was written to yet
+            group = q_NHD.size(1) // k_NKD.size(1)
+            masks.append(attention.mask(hidden_BTS, group, q_NHD.dtype, self.cache.deterministic))
+        return self.rows_N.to(device), self.cache.slots(layer, positions_N), masks
+
+
+class PrefixCache:
+    """Keys and values of prefixes that were read before, at most `max_tokens` of them; the oldest go first.
+
+    A prefix is a chain of blocks of 16 tokens. A block is found by the block before it and its tokens, which are
+    compared and not hashed, so nobody can craft a prompt that is answered from another's. Blocks are copies, made as
+    a row is read: a layer with a window has its part copied before its ring is overwritten, so a chain can end at any
+    block.
+    """
+
+    def __init__(self, cache: KVCache, max_tokens: int) -> None:
+        self.cache = cache
+        self.n_blocks = max_tokens // BLOCK
+        self._blocks: OrderedDict[Key, tuple[int, int]] = OrderedDict()  # name and place of each; the oldest first
+        self._names = itertools.count(1)  # never used again
+        self._memory: list[tuple[torch.Tensor, ...]] = []  # of each layer: keys and values, (P, 16, K, D)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._blocks.clear()
+        self._memory.clear()
+
+    def load(self, row: int, tokens: Sequence[int], limit: int) -> list[Key]:
+        """Fill a row with the longest known prefix of `tokens`, at most `limit` of them; return its chain."""
+        chain: list[Key] = []
+        places: list[int] = []
+        name = 0
+        for end in range(BLOCK, limit + 1, BLOCK):
+            key = (name, tuple(tokens[end - BLOCK : end]))
+            if key not in self._blocks:
+                break
+            name, place = self._blocks[key]
+            chain.append(key)
+            places.append(place)
+        self._touch(chain)
+        if not chain:
+            return chain
+        for layer, known in enumerate(self._memory):
+            # a ring holds the end of the prefix alone
+            first = max(0, len(chain) - (self.cache.rings[layer] or len(tokens)) // BLOCK)
+            memory = self.cache.memory(layer, known[0])
+            for slots, blocks in self._runs(layer, first, places[first:]):
+                for each_RSKD, known_PSKD in zip(memory, known, strict=True):
+                    each_RSKD[row, slots].unflatten(0, (-1, BLOCK)).copy_(known_PSKD[blocks])
+        return chain
+
+    def save(self, row: int, tokens: Sequence[int], chain: list[Key]) -> None:
+        """Keep the whole blocks of `tokens`, all of which `row` has read; `chain`, of those known before, grows."""
+        name: int | None = self._blocks.get(chain[-1], (None, 0))[0] if chain else 0
+        fresh: dict[Key, int] = {}  # names of blocks that are not known yet; what follows one is not known either
+        for end in range(BLOCK * (len(chain) + 1), BLOCK * min(len(tokens) // BLOCK, self.n_blocks) + 1, BLOCK):
+            if name is None:  # the block before was dropped
+                break
+            key = (name, tuple(tokens[end - BLOCK : end]))
+            if key not in self._blocks:
+                fresh[key] = next(self._names)
+            name = fresh[key] if key in fresh else self._blocks[key][0]
+            chain.append(key)
+        self._touch(chain)
+        places = list(range(len(self._blocks), min(self.n_blocks, len(self._blocks) + len(fresh))))
+        places += [self._blocks.popitem(last=False)[1][1] for _ in range(len(fresh) - len(places))]
+        places.sort()  # neighbours are copied together
+        for key, place in zip(fresh, places, strict=True):
+            self._blocks[key] = fresh[key], place
+        self._touch(chain)
+        if fresh:
+            self._copy(row, len(chain) - len(fresh), places)
+
+    def _touch(self, chain: Sequence[Key]) -> None:
+        """Make a chain the newest, its first block newest of all: without it the others cannot be found."""
+        for key in reversed(chain):
+            if key in self._blocks:
+                self._blocks.move_to_end(key)
+
+    def _runs(self, layer: int, first: int, places: Sequence[int]) -> Iterator[tuple[slice, slice]]:
+        """Yield slots of a row, and places here, of the row's blocks from `first` on: neighbours in both together."""
+        ring = (self.cache.rings[layer] or 0) // BLOCK
+        pairs = [((first + i) % ring if ring else first + i, place) for i, place in enumerate(places)]
+        starts = [i for i, (slot, place) in enumerate(pairs) if not i or pairs[i - 1] != (slot - 1, place - 1)]
+        for start, end in itertools.pairwise([*starts, len(pairs)]):
+            slot, place = pairs[start]
+            yield slice(BLOCK * slot, BLOCK * (slot + end - start)), slice(place, place + end - start)
+
+    def _copy(self, row: int, first: int, places: Sequence[int]) -> None:
+        """Copy blocks of a row, from its `first` on, to these places."""
+        for layer, memory in enumerate(self.cache.layers):
+            if layer == len(self._memory):
+                self._memory.append(allocate(memory[0], self.n_blocks, BLOCK, *memory[0].shape[2:]))
+            for slots, blocks in self._runs(layer, first, places):
+                for each_RSKD, known_PSKD in zip(memory, self._memory[layer], strict=True):
+                    known_PSKD[blocks].copy_(each_RSKD[row, slots].unflatten(0, (-1, BLOCK)))

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from nanochat.request import Request, TokenScore
+from nanochat.scheduler import Request, TokenScore
 
 _LARGEST_BELOW_ONE = 1 - 2**-24  # in fp32, which rounds larger doubles up to 1
 _NUCLEUS = 256  # tokens among which top-p looks first; a sort of the whole vocabulary costs more than a small model

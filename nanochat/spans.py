@@ -2,24 +2,24 @@
 
 What is read twice is read once: where spans begin alike, as the options of a question do, the keys and values of that
 prefix are kept, and only what differs is read for each. The head's logits are made for that rest alone. Any
-`model(idx_BT) -> logits_BTV` will do; gpt.py's calls, with `cache`, `positions_BT`, `last_only`, spare the repetition.
+`model(idx_BT) -> logits_BTV` will do; a `LanguageModel` spares the repetition.
 
 Shapes: B sequences of a batch, T positions, V vocabulary, N scored tokens of a batch.
 """
 
-import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from nanochat.kv_cache import KVCache
+from nanochat.kv_cache import CacheBatch, KVCache, Part
+from nanochat.language_model import LanguageModel
 
 CHUNK = 2048  # positions of a prompt read at a time, which bounds the scores of attention over a cache
 SHARED = 0.75  # least part of the longest prompt that a common prefix must be: what follows it is read one by one
-Model = Callable[..., torch.Tensor]
+Model = Any
 
 
 class Span(NamedTuple):
@@ -101,21 +101,31 @@ def _batches(groups: list[_Group], max_tokens: int) -> Iterator[list[_Group]]:
 
 
 def _read_on(
-    model: Model, cache: KVCache, rows: Sequence[Sequence[int]], starts: Sequence[int], keep: bool
+    model: Model,
+    cache: KVCache,
+    rows: Sequence[Sequence[int]],
+    starts: Sequence[int],
+    before: Sequence[int],
+    keep: bool,
 ) -> torch.Tensor:
-    """Logits (B, T, V) of rows of tokens that follow what the cache holds before `starts`.
+    """Logits (B, T, V) of rows of tokens that follow what the cache holds before `starts`; `before`: the token there.
 
     keep: the tokens become a part of what the cache holds, and nobody wants their logits.
     """
-    idx_BT, column_1T = pad_right(rows), torch.arange(max(map(len, rows)))[None]
-    start_B1, length_B1 = torch.tensor(starts)[:, None], torch.tensor([len(row) for row in rows])[:, None]
-    positions_BT = torch.where(column_1T < length_B1, start_B1 + column_1T, -1)
-    slots = cache.rows(0, len(rows), int(positions_BT.max()) + 1)
-    idx_BT, positions_BT = (x.to(cache.last_token.device) for x in (idx_BT, positions_BT))
-    logits_BTV = model(idx_BT, cache=slots, positions_BT=positions_BT, last_only=keep)
+    lengths = [len(row) for row in rows]
+    parts = [
+        Part(first_row=i, n_rows=1, n_tokens=n, length=at + n)
+        for i, (at, n) in enumerate(zip(starts, lengths, strict=True))
+    ]
+    tokens = [token for row in rows for token in row]
+    positions = [at + t for at, n in zip(starts, lengths, strict=True) for t in range(n)]
+    places = [i for i, n in enumerate(lengths) for _ in range(n)]
+    previous = [token for first, row in zip(before, rows, strict=True) if row for token in (first, *row[:-1])]
+    idx_N, positions_N, rows_N, previous_N = torch.tensor((tokens, positions, places, previous), device=cache.device)
+    context = CacheBatch(cache, [part for part in parts if part.n_tokens], rows_N, positions_N, previous_N)
     if keep:
-        slots.advance(idx_BT, positions_BT)
-    return logits_BTV
+        return model.decode(idx_N, context, torch.zeros(1, dtype=torch.long, device=cache.device))
+    return pad_sequence(model.decode(idx_N, context).split(lengths), batch_first=True)
 
 
 def _read(model: Model, batch: list[_Group], cached: bool) -> Iterator[tuple[list[_Group], int, torch.Tensor]]:
@@ -125,14 +135,20 @@ def _read(model: Model, batch: list[_Group], cached: bool) -> Iterator[tuple[lis
         yield batch, 0, model(pad_right([group.tails[0][0] for group in batch]).to(device))
         return
     batch = sorted(batch, key=lambda group: -len(group.tails))  # those that have a k-th tail are the first ones
-    cache, prefixes = KVCache(device), [group.prefix for group in batch]
-    cache.rows(0, len(batch), max(group.length for group in batch))  # takes all memory at once
+    # tails are read over one another, for which the cache has to hold the whole prefix, windows or not
+    context = model.config.sequence_len
+    cache = KVCache(device, [need._replace(window=context) for need in model.cache_needs], context)
+    prefixes = [group.prefix for group in batch]
+    cache.reserve(len(batch), max(group.length for group in batch))  # takes all memory at once
     for at in range(0, max(map(len, prefixes)), CHUNK):
-        _read_on(model, cache, [prefix[at : at + CHUNK] for prefix in prefixes], [at] * len(batch), keep=True)
+        rows = [prefix[at : at + CHUNK] for prefix in prefixes]
+        before = [prefix[at - 1] if 0 < at < len(prefix) else -1 for prefix in prefixes]
+        _read_on(model, cache, rows, [at] * len(batch), before, keep=True)
     for k in range(len(batch[0].tails)):  # each over the one before: no query looks past its own position
         active = [group for group in batch if len(group.tails) > k]
         tails, starts = [group.tails[k][0] for group in active], [len(group.prefix) for group in active]
-        yield active, k, _read_on(model, cache, tails, starts, keep=False)
+        before = [group.prefix[-1] if group.prefix else -1 for group in active]
+        yield active, k, _read_on(model, cache, tails, starts, before, keep=False)
 
 
 @torch.inference_mode()
@@ -141,8 +157,7 @@ def score_spans(model: Model, spans: Sequence[Span], max_tokens: int | None = No
 
     max_tokens: positions of a batch; None = what suits the device.
     """
-    known = inspect.signature(getattr(model, "forward", model)).parameters
-    cached = {"cache", "positions_BT", "last_only"} <= known.keys()
+    cached = isinstance(model, LanguageModel)
     if max_tokens is None:
         on_cpu = torch.device(getattr(model, "device", "cpu")).type == "cpu"
         max_tokens = 2048 if on_cpu else 16384

@@ -184,6 +184,12 @@ class Tokenizer(Codec):
         """The number of ids, special tokens included."""
         return self.encoding.n_vocab
 
+    @property
+    def stop_tokens(self) -> frozenset[int]:
+        """Ids that end an answer."""
+        names = ("<|assistant_end|>", "<|bos|>")
+        return frozenset(self.special_tokens[name] for name in names if name in self.special_tokens)
+
     def get_bos_token_id(self) -> int:
         """The id that begins every document and conversation."""
         return self.encode_special("<|bos|>")

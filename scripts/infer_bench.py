@@ -23,7 +23,7 @@ from nanochat.engine import Engine, Request
 from nanochat.gpt import build_model
 from nanochat.hf.load import load_model
 
-NO_TOKENIZER = types.SimpleNamespace(special_tokens={})  # an answer ends by its length alone
+NO_TOKENIZER = types.SimpleNamespace(special_tokens={}, stop_tokens=frozenset())  # only its length ends an answer
 
 
 @dataclass(frozen=True)

@@ -125,20 +125,6 @@ def test_of_the_next_turn_of_a_chat(model):
     assert answer(request) == alone(model, longer)
 
 
-def test_traced_steps_have_the_bits_of_those_in_python(model):
-    """One trace serves as rows come and go, slots grow and rings turn over. (fp32 is traced without the mode alone.)"""
-    answers = []
-    for traces in (True, False):
-        engine = Engine(model, TOKENIZER, 8, deterministic=False)
-        assert engine.forward.traces
-        engine.forward.traces = traces
-        requests = [ask(prompt(n), 10 + n % 50) for n in (1, 5, 120, 250, 300, 480)]
-        engine.run(requests)
-        answers.append([answer(request) for request in requests])
-        assert not traces or len(engine.forward._traces) == 1
-    assert answers[0] == answers[1]
-
-
 def test_with_every_setting_beside_every_other(model):
     """Penalties, biases, limits, log-probabilities and greedy rows in one batch; each is as it is alone."""
     settings = [

@@ -10,7 +10,9 @@ from random_model import random_model
 
 from nanochat.chat_format import ChatFormat
 from nanochat.engine import AnswerDecoder, Engine, Request, ToolCall
+from nanochat.gpt import GPT
 from nanochat.kv_cache import Part
+from nanochat.language_model import LayerNeed
 from nanochat.tokenizer import Tokenizer
 
 TEXTS = ["What is 12*12? The result is 144. How many r are in strawberry? Three of them, say it: 3. 🎉🦄é\n"] * 20
@@ -22,19 +24,26 @@ def tokenizer():
 
 
 class ScriptedModel:
-    """Obeys the model protocol and says what `script(tokens so far)` returns; it remembers only through the cache."""
+    """Obeys the protocol of models and says what `script(tokens so far)` returns; only the cache remembers them."""
+
+    whole = graphs = False  # there is nothing to pack
+    device = torch.device("cpu")
+    dtype = torch.float32
 
     def __init__(self, vocab_size, script, sequence_len=256):
-        self.config = types.SimpleNamespace(sequence_len=sequence_len)
-        self.device, self.vocab_size, self.script = torch.device("cpu"), vocab_size, script
+        self.config = types.SimpleNamespace(sequence_len=sequence_len, vocab_size=vocab_size)
+        self.cache_needs = [LayerNeed(1, 1, sequence_len)]
+        self.script = script
 
-    def __call__(self, idx_BT, *, cache, positions_BT, last_only):
-        content = idx_BT[:, :, None, None].float()
-        read_BS, _ = cache.update(0, content, content, positions_BT)
-        logits = torch.full((len(idx_BT), 1, self.vocab_size), -1e4)
-        for row, positions in enumerate(positions_BT.tolist()):
-            history = [int(token) for token in read_BS[row, : positions[-1] + 1].flatten()]
-            logits[row, 0, self.script(history)] = 0.0
+    def decode(self, idx_N, context, wanted_R=None):
+        content = idx_N[:, None, None].float()
+        context.layer(0)(content, content, content, self.config.sequence_len)
+        read_RS = context.cache.layers[0][0][:, :, 0, 0]
+        wanted = range(len(idx_N)) if wanted_R is None else wanted_R.tolist()
+        logits = torch.full((len(wanted), self.config.vocab_size), -1e4)
+        for line, n in enumerate(wanted):
+            history = read_RS[context.rows_N[n], : context.positions[n] + 1].int().tolist()
+            logits[line, self.script(history)] = 0.0
         return logits
 
 
@@ -90,8 +99,8 @@ def test_a_row_does_not_depend_on_its_neighbours(tokenizer):
 def test_samples_share_a_prefill_and_differ_from_the_first_token(tokenizer):
     model = random_model(tokenizer.get_vocab_size())
     lengths, engine = [], Engine(model, tokenizer)
-    forward = engine.forward.model
-    engine.forward.model = lambda idx_N, *rest: lengths.append(len(idx_N)) or forward(idx_N, *rest)
+    decode = engine.model.decode
+    engine.model.decode = lambda idx_N, *rest: lengths.append(len(idx_N)) or decode(idx_N, *rest)
     prompt = tokenizer.encode("How many r are in strawberry?", prepend="<|bos|>")
     sequences, masks = engine.generate_batch(prompt, num_samples=16, max_tokens=8, temperature=1.0, seed=3)
     assert lengths[:3] == [len(prompt), 16, 16]
@@ -108,8 +117,8 @@ def test_a_step_is_one_forward(tokenizer):
     """Of prompts of all lengths, and of what is continued beside them; the answers are those of the plain loop."""
     model, read = random_model(tokenizer.get_vocab_size()), []
     engine = Engine(model, tokenizer, max_batch=8, step_tokens=100)
-    forward = engine.forward.model
-    engine.forward.model = lambda idx_N, *rest: read.append(len(idx_N)) or forward(idx_N, *rest)
+    decode = engine.model.decode
+    engine.model.decode = lambda idx_N, *rest: read.append(len(idx_N)) or decode(idx_N, *rest)
     prompts = [tokenizer.encode("How many r are in strawberry? "[: 3 + 4 * i], prepend="<|bos|>") for i in range(6)]
     requests = [Request(prompt, 9, temperature=0.0) for prompt in prompts]
     for request in requests[:4]:
@@ -401,19 +410,33 @@ def test_int8_weights_are_near_and_refused_where_they_cannot_be(tokenizer):
     assert max(abs(scores[0][token] - scores[1][token]) for token in both) < 0.5
     with pytest.raises(ValueError, match="bfloat16"):
         Engine(random_model(), tokenizer, int8=True)
-    with pytest.raises(ValueError, match="own models"):
-        scripted = scripted_engine(tokenizer, {})
-        Engine(scripted.model, tokenizer, int8=True)
+    with pytest.raises(ValueError, match="int8 weights need"):
+        Engine(scripted_engine(tokenizer, {}).model, tokenizer, int8=True)
 
 
-def test_a_model_that_is_not_packed_gives_the_same(tokenizer):
-    """Whatever obeys the protocol: the GPT itself, behind a wrapper that hides what it is."""
+def test_a_model_that_is_not_packed_gives_the_same(tokenizer, monkeypatch):
     model = random_model(tokenizer.get_vocab_size())
-    plain = types.SimpleNamespace(config=model.config, device=model.device)
-    plain_class = type("Plain", (), {"__call__": lambda self, *args, **kwargs: model(*args, **kwargs), **vars(plain)})
     prompts = [tokenizer.encode("How many r " * (1 + 9 * i), prepend="<|bos|>") for i in range(5)]
     expected = Engine(model, tokenizer, max_batch=3).complete(prompts, max_tokens=30)
-    assert Engine(plain_class(), tokenizer, max_batch=3, step_tokens=40).complete(prompts, max_tokens=30) == expected
+    monkeypatch.setattr(GPT, "whole", False)
+    engine = Engine(model, tokenizer, max_batch=3, step_tokens=40)
+    assert engine.model is model
+    assert engine.complete(prompts, max_tokens=30) == expected
+
+
+def test_an_engine_keeps_the_weights_of_its_making(tokenizer):
+    """Training may go on meanwhile: neither the model nor the engine sees anything of the other."""
+    model = random_model(tokenizer.get_vocab_size())
+    names = set(model.state_dict())
+    prompt = tokenizer.encode("How many r are in it?", prepend="<|bos|>")
+    engine = Engine(model, tokenizer)
+    before = engine.complete([prompt], max_tokens=20)
+    assert set(model.state_dict()) == names
+    with torch.no_grad():
+        for block in model.blocks:
+            block.mlp.up.weight.add_(1.0)
+    assert engine.complete([prompt], max_tokens=20) == before
+    assert Engine(model, tokenizer).complete([prompt], max_tokens=20) != before
 
 
 def test_the_shapes_of_graphs_give_the_same(tokenizer):
@@ -423,11 +446,16 @@ def test_the_shapes_of_graphs_give_the_same(tokenizer):
     expected = Engine(model, tokenizer).complete(prompts, max_tokens=40)
     engine, shapes = Engine(model, tokenizer, max_batch=5, step_tokens=32), set()
 
-    def replay(inputs_4N, length):
-        rows, slots = inputs_4N.size(1), min(1 << (length - 1).bit_length(), engine.cache.n_slots - 1)
-        shapes.add((rows, slots))
-        return engine.forward._run(inputs_4N, [Part(0, rows, 1, slots)])
+    def capture(inputs_4N, shape):
+        """Something that, replayed, runs the step over the inputs that were copied to it."""
+        rows, length = shape
+        parts = [Part(0, rows, 1, min(length, engine.cache.n_slots - 1))]
+        static_4N = inputs_4N.clone()
+        logits = engine.forward._run(static_4N, parts).clone()
+        graph = types.SimpleNamespace(replay=lambda: logits.copy_(engine.forward._run(static_4N, parts)))
+        shapes.add(shape)
+        return graph, static_4N, logits
 
-    engine.forward.graphs, engine.forward._replay = True, replay
+    engine.forward.graphs, engine.forward._capture = True, capture
     assert engine.complete(prompts, max_tokens=40) == expected
     assert {rows for rows, _ in shapes} <= {1, 2, 4, 8} and len(shapes) >= 4

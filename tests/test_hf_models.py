@@ -55,7 +55,7 @@ CASES = {
     "gpt-oss-yarn-truncated": ("gpt_oss", {"rope_parameters": {**YARN, "truncate": True}, "num_key_value_heads": 4}),
     "gpt-oss-other": ("gpt_oss", {"swiglu_limit": 2.0, "num_experts_per_tok": 1, "layer_types": FULL}),
 }
-NO_TOKENIZER = types.SimpleNamespace(special_tokens={})  # the engine needs its special tokens' ids alone
+NO_TOKENIZER = types.SimpleNamespace(special_tokens={}, stop_tokens=frozenset())  # all that the engine needs
 
 
 def prompts(*lengths, seed=1):

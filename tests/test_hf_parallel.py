@@ -98,8 +98,8 @@ def test_placed_layers_say_the_same(kind, tmp_path, monkeypatch):
             and engine.model.head_weight.device == TWO[0 if "tied" in kind or kind == "gpt2" else 1]
         )
         assert engine.complete(PROMPTS, 10) == wanted
-        assert engine.slots.n_reused, "known beginnings"
-        for each in (engine.cache.layers, engine.slots.prefixes._memory):
+        assert engine.cache.n_reused, "known beginnings"
+        for each in (engine.cache.layers, engine.cache.prefixes._memory):
             assert [k.device for k, _ in each] == [v.device for _, v in each] == list(found.places)
         assert not engine.model.graphs, "no CUDA graph where a device ends"
 
@@ -116,7 +116,7 @@ def test_what_layers_share_crosses_once(folder, monkeypatch):
         devices.crossings.clear()
         engine.step()
         assert devices.crossings == [
-            ("lazy:0", "lazy:1", shape) for shape in ((1, 1, 64), (1, 1, 1, 8), (1, 1, 1, 8), (1, 1), (1, 1))
+            ("lazy:0", "lazy:1", shape) for shape in ((1, 64), (1, 1, 16), (1, 1, 16), (1,), (1,))
         ]
 
 

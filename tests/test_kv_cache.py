@@ -8,47 +8,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_model import random_model
 
-from nanochat.kv_cache import ROUND, CacheBatch, KVCache, LayerNeed, Part
-from nanochat.packed import PackedGPT
-from nanochat.prefix_cache import BLOCK, PrefixCache
+from nanochat.kv_cache import BLOCK, ROUND, CacheBatch, KVCache, Part, PrefixCache
+from nanochat.language_model import LayerNeed
+from nanochat.packed import prepack
 
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("pattern", ["L", "SL", "SSSL"])
-@pytest.mark.parametrize("n_kv_head", [1, 2, 4])
-@torch.inference_mode()
-def test_cached_logits_equal_the_full_forward(pattern, n_kv_head):
-    """Three rows, read in ragged chunks past the window and the cache's first size, then token by token."""
-    model = random_model(window_pattern=pattern, n_kv_head=n_kv_head)
-    idx_BT = torch.randint(61, (3, 250), generator=torch.Generator().manual_seed(1))
-    expected_BTV = model(idx_BT)
-    cache = KVCache(model.device)
-    read = [0, 0, 0]
-    for chunk in [(150, 7, 40), (1, 60, 33), (0, 90, 80)] + [(1, 1, 1)] * 70:
-        width = max(chunk)
-        positions = [[at + t if t < n else -1 for t in range(width)] for at, n in zip(read, chunk, strict=True)]
-        positions_BT = torch.tensor(positions)
-        tokens_BT = idx_BT.gather(1, positions_BT.clamp(min=0))
-        read = [at + n for at, n in zip(read, chunk, strict=True)]
-        rows = cache.rows(0, 3, max(read))
-        logits_BTV = model(tokens_BT, cache=rows, positions_BT=positions_BT)
-        rows.advance(tokens_BT, positions_BT)
-        for row, n in enumerate(chunk):
-            there = expected_BTV[row, read[row] - n : read[row]]
-            torch.testing.assert_close(logits_BTV[row, :n], there, atol=1e-4, rtol=1e-4)
-    assert expected_BTV.std(dim=-1).min() > 0.1  # the logits say something
-
-
-def read_packed(packed, cache, idx_BT, at, counts):
-    """The packed model over the next tokens of each row, `counts` of them, flat: those from `at` on."""
+def read(model, cache, idx_BT, at, counts):
+    """Logits of the next tokens of each row, `counts` of them, flat: those from `at` on."""
     parts = [Part(row, 1, n, start + n) for row, (start, n) in enumerate(zip(at, counts, strict=True)) if n]
     places = [(row, at[row] + t) for row, n in enumerate(counts) for t in range(n)]
     rows_N, positions_N = torch.tensor(places).unbind(1)
     previous_N = torch.where(positions_N > 0, idx_BT[rows_N, positions_N - 1], -1)
     cache.reserve(len(counts), max(part.length for part in parts))
-    batch = CacheBatch(cache, parts, rows_N, positions_N)
-    return places, packed(idx_BT[rows_N, positions_N], previous_N, positions_N, batch)
+    context = CacheBatch(cache, parts, rows_N, positions_N, previous_N)
+    return places, model.decode(idx_BT[rows_N, positions_N], context)
 
 
 SWITCHES = [
@@ -60,16 +35,18 @@ SWITCHES = [
 ]
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
 @pytest.mark.parametrize("switches", SWITCHES, ids=str)
 @torch.inference_mode()
-def test_packed_logits_equal_the_full_forward(switches):
+def test_cached_logits_equal_the_full_forward(switches, packed):
     """In any chunks, far past the rings' size; the rings hold a window and a chunk, and no more."""
     model = random_model(**{"sequence_len": 500, **switches})
     idx_BT = torch.randint(61, (3, 480), generator=torch.Generator().manual_seed(1))
-    expected_BTV, packed = model(idx_BT), PackedGPT(model)
-    cache, at = KVCache(CPU, packed.cache_needs, 500, chunk=100), [0, 0, 0]
+    expected_BTV = model(idx_BT)
+    reader = prepack(model) if packed else model
+    cache, at = KVCache(CPU, model.cache_needs, 500, chunk=100), [0, 0, 0]
     for counts in [(100, 3, 60), (1, 1, 1), (1, 70, 0), (99, 99, 99), (100, 100, 20), (90, 97, 0)] + [(1, 1, 30)] * 10:
-        places, logits_NV = read_packed(packed, cache, idx_BT, at, counts)
+        places, logits_NV = read(reader, cache, idx_BT, at, counts)
         torch.testing.assert_close(logits_NV, expected_BTV[tuple(zip(*places, strict=True))], atol=1e-4, rtol=1e-4)
         at = [start + n for start, n in zip(at, counts, strict=True)]
     assert at == [401, 380, 480]
@@ -81,8 +58,8 @@ def test_packed_logits_equal_the_full_forward(switches):
 def test_packed_in_bf16_is_as_near_to_fp32_as_the_model_is():
     model, exact = random_model(dtype=torch.bfloat16), random_model()
     idx_BT = torch.randint(61, (1, 200), generator=torch.Generator().manual_seed(1))
-    packed = PackedGPT(model)
-    _, logits_TV = read_packed(packed, KVCache(CPU, packed.cache_needs, 384, chunk=200), idx_BT, [0], [200])
+    cache = KVCache(CPU, model.cache_needs, 384, chunk=200)
+    _, logits_TV = read(prepack(model), cache, idx_BT, [0], [200])
     errors = [(each - exact(idx_BT)).square().mean().sqrt() for each in (logits_TV, model(idx_BT))]
     assert errors[0] < 1.1 * errors[1] < 0.3
 
@@ -91,10 +68,10 @@ def test_packed_in_bf16_is_as_near_to_fp32_as_the_model_is():
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.randoms(), st.sampled_from([None, 1024, 2048]), st.sampled_from([None, 700]), st.booleans())
+@given(st.randoms(), st.sampled_from([None, 1024, 2048]), st.sampled_from([1500, 700]), st.booleans())
 def test_rows_hold_what_was_written(draw, max_tokens, context, windows):
     """Against a dictionary, through growing, cutting anew, copying and moving of rows, in fp32 by bits."""
-    needs = [LayerNeed(2, 3, 100), LayerNeed(2, 3, 700)] if windows else ()
+    needs = [LayerNeed(2, 3, 100 if windows else context), LayerNeed(2, 3, 700)]
     cache = KVCache(CPU, needs, context, 50, max_tokens)
     content: list[dict[int, float]] = []  # of each row, by position
 
@@ -103,12 +80,12 @@ def test_rows_hold_what_was_written(draw, max_tokens, context, windows):
         content[row].update(values)
         k_BTKD = torch.tensor([*values.values()], dtype=torch.float64)[None, :, None, None].expand(1, -1, 2, 3)
         for layer in range(2):
-            places = torch.full((1, len(positions)), row), cache.slots(layer, torch.tensor([positions]))
-            cache.write(layer, places, k_BTKD, -k_BTKD)
+            rows_BT = torch.full((1, len(positions)), row)
+            cache.write(layer, rows_BT, cache.slots(layer, torch.tensor([positions])), k_BTKD, -k_BTKD)
 
     def check(row):
         for layer, (keys, values) in enumerate(cache.layers):
-            ring = cache.ring(layer)
+            ring = cache.rings[layer]
             kept = [p for p in content[row] if ring is None or p > max(content[row]) - ring]
             slots = cache.slots(layer, torch.tensor(kept))
             expected = torch.tensor([content[row][p] for p in kept], dtype=torch.float64)
@@ -123,7 +100,7 @@ def test_rows_hold_what_was_written(draw, max_tokens, context, windows):
             write(len(content) - 1, list(range(n)))
         elif action == "grow" and content:
             row, n = draw.randrange(len(content)), draw.randrange(1, 50)
-            sizes[row] = min(sizes[row] + n, context or 1000)
+            sizes[row] = min(sizes[row] + n, context)
             new = list(range(max(content[row]) + 1, sizes[row]))
             if new and cache.fits(sizes):
                 cache.reserve(len(content), max(sizes))
@@ -132,25 +109,25 @@ def test_rows_hold_what_was_written(draw, max_tokens, context, windows):
             row = draw.randrange(len(content))
             if cache.fits([*sizes, sizes[row]]):
                 cache.reserve(len(content) + 1, max(sizes))
-                cache.copy_row(row, len(content), sizes[row])
+                cache.move(row, len(content), sizes[row])
                 content.append(dict(content[row]))
         elif action == "drop" and content:
             row = draw.randrange(len(content))
             last = content.pop()
             if row < len(content):
-                cache.copy_row(len(content), row, max(last) + 1)
+                cache.move(len(content), row, max(last) + 1)
                 content[row] = last
         for row in range(len(content)):
             check(row)
         assert max_tokens is None or cache.n_rows * cache.n_slots <= max_tokens
-        assert context is None or cache.n_slots <= context + 2 * ROUND
+        assert cache.n_slots <= context + 2 * ROUND
 
 
-def test_rewinding_needs_what_the_window_shows():
+def test_truncating_needs_what_the_window_shows():
     cache = KVCache(CPU, [LayerNeed(1, 2, 128), LayerNeed(1, 2, 2048)], 2048, chunk=100)
     assert cache.rings == [256, None]
-    assert cache.rewinds(1000, 872) and not cache.rewinds(1000, 871)
-    assert KVCache(CPU).rewinds(1000, 1)
+    assert cache.can_truncate(1000, 872) and not cache.can_truncate(1000, 871)
+    assert KVCache(CPU, [LayerNeed(1, 2, 2048)], 2048).can_truncate(1000, 1)
 
 
 # --- known beginnings ---
@@ -169,7 +146,7 @@ def fill(cache, row, tokens, positions):
     cache.reserve(row + 1, max(positions, default=0) + 1)
     for layer in range(2):
         slots_1T = cache.slots(layer, torch.tensor([list(positions)], dtype=torch.int64))
-        cache.write(layer, (torch.full_like(slots_1T, row), slots_1T), k_BTKD, -k_BTKD)
+        cache.write(layer, torch.full_like(slots_1T, row), slots_1T, k_BTKD, -k_BTKD)
 
 
 def row_tokens(cache, row, layer, positions):

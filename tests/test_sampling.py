@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat.request import Request
 from nanochat.sampling import penalise, sample, score
+from nanochat.scheduler import Request
 
 LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0, 0.5, 3.0, 1.5, float("-inf"), 0.2, 2.5])
 

@@ -14,8 +14,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from nanochat.request import Request
-from nanochat.scheduler import HEAD_START, Scheduler
+from nanochat.scheduler import HEAD_START, Request, Scheduler
 
 
 class Slots:

@@ -78,15 +78,15 @@ def test_every_precision_scores_near_its_own_plain_form(dtype, tolerance):
 def test_what_is_shared_is_read_once_and_logits_are_made_for_the_rest_alone():
     model, rng = tiny_model(50, 512), random.Random(0)
     read, made = [], []
-    forward = model.forward
+    decode = model.decode
 
-    def spy(idx_BT, *args, cache=None, positions_BT=None, last_only=False):
-        logits_BTV = forward(idx_BT, *args, cache=cache, positions_BT=positions_BT, last_only=last_only)
-        read.append(int((positions_BT >= 0).sum()))
-        made.append(logits_BTV.shape[0] * logits_BTV.shape[1])
-        return logits_BTV
+    def spy(idx_N, *args):
+        logits_RV = decode(idx_N, *args)
+        read.append(len(idx_N))
+        made.append(len(logits_RV))
+        return logits_RV
 
-    model.forward = spy
+    model.decode = spy
     spans = []
     for _ in range(8):  # rows of four options of 5 tokens
         head = rng.choices(range(50), k=400)

@@ -8,7 +8,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from nanochat.hf.layers import OpenModel, Settings, attend, bring
+from nanochat.hf.layers import OpenModel, Settings, TiedHead, bring
+from nanochat.language_model import LayerNeed, Linear, Together
 
 _MASKS = re.compile(r"h\.\d+\.attn\.(masked_)?bias")  # the hub's file carries the causal mask
 
@@ -49,15 +50,20 @@ class GPT2Config:
         )
 
 
-class Conv1D(nn.Module):
+class Conv1D(Linear):
     """A matrix with bias, stored (in, out)."""
 
     def __init__(self, n_in: int, n_out: int) -> None:
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.empty(n_in, n_out)), nn.Parameter(torch.empty(n_out))
+        super().__init__(n_in, n_out, bias=True)
+        self.weight = nn.Parameter(torch.empty(n_in, n_out))
 
-    def forward(self, x_BTC: torch.Tensor) -> torch.Tensor:
-        return F.linear(x_BTC, self.weight.t(), self.bias)
+    @property
+    def matrix_OC(self) -> torch.Tensor:
+        """The matrix as (outputs, inputs)."""
+        return self.weight.t()
+
+    def forward(self, x_C: torch.Tensor) -> torch.Tensor:
+        return F.linear(x_C, self.weight.t(), self.bias)
 
 
 class Attention(nn.Module):
@@ -66,13 +72,13 @@ class Attention(nn.Module):
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
         self.n_head = config.n_head
+        self.window = config.sequence_len
         self.c_attn = Conv1D(config.n_embd, 3 * config.n_embd)
         self.c_proj = Conv1D(config.n_embd, config.n_embd)
 
-    def forward(self, x_BTC, positions_BT, window: int, cache: Any, layer: int) -> torch.Tensor:
-        B, T, C = x_BTC.shape
-        q_BTHD, k_BTHD, v_BTHD = self.c_attn(x_BTC).view(B, T, 3, self.n_head, C // self.n_head).unbind(2)
-        return self.c_proj(attend(q_BTHD, k_BTHD, v_BTHD, positions_BT, window, cache, layer).reshape(B, T, C))
+    def forward(self, x_C: torch.Tensor, attend: Any) -> torch.Tensor:
+        q_HD, k_HD, v_HD = self.c_attn(x_C).unflatten(-1, (3, self.n_head, -1)).unbind(-3)
+        return self.c_proj(attend(q_HD, k_HD, v_HD, self.window).flatten(-2))
 
 
 class Block(nn.Module):
@@ -80,19 +86,21 @@ class Block(nn.Module):
 
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
-        C, inner = config.n_embd, config.n_inner
-        self.ln_1, self.ln_2 = (nn.LayerNorm(C, config.eps) for _ in range(2))
+        self.ln_1 = nn.LayerNorm(config.n_embd, config.eps)
+        self.ln_2 = nn.LayerNorm(config.n_embd, config.eps)
         self.attn = Attention(config)
-        self.mlp = nn.ModuleDict({"c_fc": Conv1D(C, inner), "c_proj": Conv1D(inner, C)})
+        self.mlp = nn.ModuleDict(
+            {"c_fc": Conv1D(config.n_embd, config.n_inner), "c_proj": Conv1D(config.n_inner, config.n_embd)}
+        )
 
-    def forward(self, x_BTC, positions_BT, window: int, cache: Any, layer: int) -> torch.Tensor:
-        x_BTC = x_BTC + self.attn(self.ln_1(x_BTC), positions_BT, window, cache, layer)
-        inner_BTI = F.gelu(self.mlp["c_fc"](self.ln_2(x_BTC)), approximate="tanh")
-        return x_BTC + self.mlp["c_proj"](inner_BTI)
+    def forward(self, x_C: torch.Tensor, attend: Any) -> torch.Tensor:
+        x_C = x_C + self.attn(self.ln_1(x_C), attend)
+        inner_I = F.gelu(self.mlp["c_fc"](self.ln_2(x_C)), approximate="tanh")
+        return x_C + self.mlp["c_proj"](inner_I)
 
 
 class GPT2(OpenModel):
-    """The model, without values until `hf_load` fills it."""
+    """The model, without values until `hf/load.py` fills it."""
 
     config_type = GPT2Config
 
@@ -104,19 +112,25 @@ class GPT2(OpenModel):
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, config.eps)
         self.stack = [self.wte, self.wpe], self.h, self.ln_f
-        self.lm_head = None if config.tied else nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = None if config.tied else Linear(config.n_embd, config.vocab_size)
+        self.readout = Together((self.lm_head or TiedHead(self.wte),))
 
     @staticmethod
     def rename(name: str) -> str | None:
-        """See OpenModel."""
+        """Return the model's name of a tensor in a file; None = not needed."""
         name = name.removeprefix("transformer.")
         return None if _MASKS.fullmatch(name) else name
 
-    def hidden(self, idx_BT: torch.Tensor, cache: Any = None, positions_BT: torch.Tensor | None = None) -> torch.Tensor:
-        """The normed residual that the head reads, (B, T, C)."""
-        positions_BT = self.positions(idx_BT, cache, positions_BT)
-        x_BTC = self.wte(idx_BT) + self.wpe(positions_BT.clamp(min=0))
+    @property
+    def cache_needs(self) -> list[LayerNeed]:
+        """What each layer keeps of a token in the KV cache."""
+        config = self.config
+        return [LayerNeed(config.n_head, config.n_embd // config.n_head, config.sequence_len)] * config.n_layer
+
+    def hidden(self, idx: torch.Tensor, context: Any) -> torch.Tensor:
+        """Return the normed residual that the head reads, (..., C)."""
+        x_C = self.wte(idx) + self.wpe(context.positions)
         for layer, block in enumerate(self.h):
-            x_BTC, positions_BT = bring(block.ln_1, x_BTC, positions_BT)
-            x_BTC = block(x_BTC, positions_BT, self.config.sequence_len, cache, layer)
-        return self.ln_f(*bring(self.ln_f, x_BTC))
+            (x_C,) = bring(block.ln_1, x_C)
+            x_C = block(x_C, context.layer(layer))
+        return self.ln_f(*bring(self.ln_f, x_C))

@@ -1,6 +1,6 @@
 """gpt-oss (OpenAI 2025, arXiv 2508.10925): a Llama-like decoder with sinks, alternating windows, YaRN, and experts.
 
-The experts' matrices come plain, or in MXFP4, which stays packed in memory and is unpacked at each use.
+The experts' matrices come plain, or in MXFP4, which stays packed in memory and is unpacked one expert at a time.
 """
 
 from dataclasses import dataclass
@@ -8,12 +8,33 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
-import nanochat.hf.mxfp4 as mxfp4
 from nanochat.hf.layers import Settings
 from nanochat.hf.llama import Llama, LlamaConfig, shape
+from nanochat.language_model import Linear
 
-_FEW_PAIRS = 128  # of a token and an expert: as many as the kernel for packed matrices takes at once
+BLOCK = 32  # values of MXFP4 that share a scale
+
+
+def byte_values() -> torch.Tensor:
+    """Return the two values that each byte of MXFP4 holds, the first in its low half: (256, 2) in fp32."""
+    magnitudes = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], device="cpu")
+    values = torch.cat((magnitudes, -magnitudes))  # by four-bit code: the highest bit is the sign
+    byte = torch.arange(256, device="cpu")
+    return torch.stack((values[byte & 15], values[byte >> 4]), dim=1)
+
+
+def dequantize(
+    blocks_NGB: torch.Tensor, scales_NG: torch.Tensor, values: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """Unpack MXFP4 (OCP Microscaling Formats 1.0): blocks of 32 four-bit floats that share a power of two.
+
+    (..., N, G, 16) u8 blocks and (..., N, G) u8 scales, biased by 127 -> (..., N, 32 G) in `dtype`; `values`: what
+    `byte_values` returns.
+    """
+    plain = F.embedding(blocks_NGB.int(), values).flatten(-2)
+    return torch.ldexp(plain, scales_NG.int()[..., None] - 127).flatten(-2).to(dtype)
 
 
 @dataclass(frozen=True)
@@ -44,8 +65,8 @@ class GptOssConfig(LlamaConfig):
             alpha=settings.number("swiglu_alpha", 1.702),
             limit=settings.number("swiglu_limit", 7.0),
         )
-        if config.packed and (config.n_embd % mxfp4.BLOCK or config.n_inner % mxfp4.BLOCK):
-            raise ValueError(f"config.json: MXFP4 needs sizes that {mxfp4.BLOCK} divides")
+        if config.packed and (config.n_embd % BLOCK or config.n_inner % BLOCK):
+            raise ValueError(f"config.json: MXFP4 needs sizes that {BLOCK} divides")
         return config
 
 
@@ -58,46 +79,38 @@ class Experts(nn.Module):
         E, C, inner = config.n_expert, config.n_embd, config.n_inner
         for name, n_in, n_out in (("gate_up_proj", C, 2 * inner), ("down_proj", inner, C)):
             if config.packed:
-                groups = (E, n_out, n_in // mxfp4.BLOCK)
-                self.register_buffer(f"{name}_blocks", torch.empty(*groups, mxfp4.BLOCK // 2, dtype=torch.uint8))
+                groups = (E, n_out, n_in // BLOCK)
+                self.register_buffer(f"{name}_blocks", torch.empty(*groups, BLOCK // 2, dtype=torch.uint8))
                 self.register_buffer(f"{name}_scales", torch.empty(groups, dtype=torch.uint8))
             else:
                 self.register_parameter(name, nn.Parameter(torch.empty(E, n_in, n_out)))
             self.register_parameter(f"{name}_bias", nn.Parameter(torch.empty(E, n_out)))
+        if config.packed:
+            self.register_buffer("byte_values", byte_values(), persistent=False)
 
-    def _one(self, name: str, x_RC: torch.Tensor, expert: int) -> torch.Tensor:
-        """Rows times one expert's matrix, which is unpacked for it."""
-        bias = getattr(self, f"{name}_bias")[expert]
+    def _product(self, name: str, x_RC: torch.Tensor, expert: int) -> torch.Tensor:
+        """Return rows times one expert's matrix, which is unpacked for this product alone."""
+        bias = self.get_parameter(f"{name}_bias")[expert]
         if not self.config.packed:
-            return torch.addmm(bias, x_RC, getattr(self, name)[expert])
-        blocks, scales = (getattr(self, f"{name}_{part}")[expert] for part in ("blocks", "scales"))
-        return torch.addmm(bias, x_RC, mxfp4.dequantize(blocks, scales, x_RC.dtype).t())
-
-    def _pairs(self, name: str, x_PC: torch.Tensor, expert_P: torch.Tensor) -> torch.Tensor:
-        """Each row times the packed matrix of its own expert."""
-        blocks, scales, bias = (getattr(self, f"{name}_{part}") for part in ("blocks", "scales", "bias"))
-        return mxfp4.matvec(x_PC, blocks, scales, expert_P) + bias[expert_P]
+            return torch.addmm(bias, x_RC, self.get_parameter(name)[expert])
+        blocks = self.get_buffer(f"{name}_blocks")[expert]
+        scales = self.get_buffer(f"{name}_scales")[expert]
+        return torch.addmm(bias, x_RC, dequantize(blocks, scales, self.byte_values, x_RC.dtype).t())
 
     def _activate(self, both: torch.Tensor) -> torch.Tensor:
         """The clamped SwiGLU with an offset; gate and up stand in even and odd columns."""
-        gate, up = both[..., ::2].clamp(max=self.config.limit), both[..., 1::2]
-        up = up.clamp(-self.config.limit, self.config.limit)
+        gate = both[..., ::2].clamp(max=self.config.limit)
+        up = both[..., 1::2].clamp(-self.config.limit, self.config.limit)
         return (up + 1) * gate * torch.sigmoid(self.config.alpha * gate)
 
     def forward(self, x_NC: torch.Tensor, expert_NK: torch.Tensor, weight_NK: torch.Tensor) -> torch.Tensor:
-        """The weighted sum of each token's K experts, (N, C)."""
-        N, K = expert_NK.shape
-        kernel = self.config.packed and mxfp4.kernel_works(x_NC.device, x_NC.dtype)
-        if kernel and (N * K <= _FEW_PAIRS or torch.cuda.is_current_stream_capturing()):
-            inner = self._activate(self._pairs("gate_up_proj", x_NC.repeat_interleave(K, 0), expert_NK.flatten()))
-            out_NKC = self._pairs("down_proj", inner, expert_NK.flatten()).view(N, K, -1)
-            return (out_NKC * weight_NK[..., None]).sum(1)
+        """Return the weighted sum of each token's K experts, (N, C)."""
         y_NC = torch.zeros_like(x_NC)
         for expert in expert_NK.unique().tolist():
             token_R, place_R = (expert_NK == expert).nonzero(as_tuple=True)
-            inner = self._activate(self._one("gate_up_proj", x_NC[token_R], expert))
-            out_RC = self._one("down_proj", inner, expert) * weight_NK[token_R, place_R, None]
-            y_NC.index_add_(0, token_R, out_RC)
+            inner_RI = self._activate(self._product("gate_up_proj", x_NC[token_R], expert))
+            out_RC = self._product("down_proj", inner_RI, expert)
+            y_NC.index_add_(0, token_R, out_RC * weight_NK[token_R, place_R, None])
         return y_NC
 
 
@@ -107,23 +120,19 @@ class MoE(nn.Module):
     def __init__(self, config: GptOssConfig) -> None:
         super().__init__()
         self.n_expert_per_token = config.n_expert_per_token
-        self.router = nn.Linear(config.n_embd, config.n_expert)
+        self.router = Linear(config.n_embd, config.n_expert, bias=True)
         self.experts = Experts(config)
 
-    def forward(self, x_BTC: torch.Tensor) -> torch.Tensor:
-        x_NC = x_BTC.flatten(0, 1)
+    def forward(self, x_C: torch.Tensor) -> torch.Tensor:
+        x_NC = x_C.flatten(0, -2)
         logits_NK, expert_NK = self.router(x_NC).topk(self.n_expert_per_token, dim=-1)
         weight_NK = logits_NK.float().softmax(-1).to(x_NC.dtype)
-        return self.experts(x_NC, expert_NK, weight_NK).view_as(x_BTC)
+        return self.experts(x_NC, expert_NK, weight_NK).view_as(x_C)
 
 
 class GptOss(Llama):
-    """The model, without values until `hf_load` fills it."""
+    """The model, without values until `hf/load.py` fills it."""
 
-    config_type, mlp = GptOssConfig, MoE
-
-    @property
-    def graphs(self) -> bool:
-        """As in `OpenModel`; without the kernel for packed experts the CPU asks which experts there are."""
-        head = self.head_weight
-        return super().graphs and self.config.packed and mxfp4.kernel_works(head.device, head.dtype)
+    config_type = GptOssConfig
+    mlp = MoE
+    graphs = False  # each layer asks which experts its tokens were sent to, and waits for the answer

@@ -1,4 +1,4 @@
-"""What the open-weights families share: checked reading of config.json, rotary frequencies, attention, the logits.
+"""What the open-weights families share: checked reading of config.json, rotary frequencies, attention, devices.
 
 Shapes as in gpt.py: B sequences, T positions, C channels, H query heads, K kv heads, D head dim, V vocabulary.
 """
@@ -9,14 +9,17 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 from nanochat import attention
-from nanochat.gpt import LanguageModel
+from nanochat.language_model import LanguageModel, Linear, WholeRows
 
 
 class Settings:
-    """A config.json whose values are checked as they are read: what is missing, of another kind or out of range
-    raises ValueError by name. null counts as absent."""
+    """A config.json whose values are checked as they are read; null counts as absent.
+
+    Raises ValueError that names the value when it is missing, of another kind or out of range.
+    """
 
     def __init__(self, values: dict[str, Any], where: str = "config.json") -> None:
         if not isinstance(values, dict):
@@ -51,7 +54,7 @@ class Settings:
         return self._read(name, (bool,), "true or false", default)
 
     def expect(self, name: str, *known: Any) -> None:
-        """Refuse any value but `known`, of which the first is the default: the others mean maths that is not here."""
+        """Refuse any value but `known`, of which the first is the default: others mean other maths."""
         value = self.values.get(name, known[0])
         if value not in known:
             raise ValueError(f"{self.where}: '{name}' {value!r:.40} is not supported, only {known[0]!r}")
@@ -70,7 +73,7 @@ class Settings:
 
 
 def rotary_frequencies(settings: Settings, head_dim: int, theta: float) -> tuple[tuple[float, ...], float]:
-    """Radians a position for each of the D/2 planes, and the factor on cos and sin, as config.json asks for them.
+    """Return radians per position for each of the D/2 planes, and the factor on cos and sin, as config.json says.
 
     Both spellings are read: `rope_parameters`, and `rope_theta` beside `rope_scaling`. theta: the family's default.
     Kinds: default; linear (positions / factor); llama3 (long waves only, meta-llama/llama-models); yarn
@@ -100,7 +103,7 @@ def rotary_frequencies(settings: Settings, head_dim: int, theta: float) -> tuple
         return tuple((plain * kept + plain / factor * (1 - kept)).tolist()), 1.0
 
     def plane(turns: float) -> float:
-        """Where in 0..D/2 the plane lies that makes so many turns over the original context."""
+        """Return the place in 0..D/2 of the plane that makes so many turns over the original context."""
         return head_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
     first, last = plane(rope.number("beta_fast", 32.0)), plane(rope.number("beta_slow", 1.0))
@@ -115,42 +118,33 @@ def rotary_frequencies(settings: Settings, head_dim: int, theta: float) -> tuple
     return tuple((plain / factor * slow + plain * (1 - slow)).tolist()), scale
 
 
-def attend(
-    q_BTHD: torch.Tensor,
-    k_BTKD: torch.Tensor,
-    v_BTKD: torch.Tensor,
-    positions_BT: torch.Tensor,
-    window: int,
-    cache: Any | None,
-    layer: int,
-    sinks_H: torch.Tensor | None = None,
+def attend_whole(
+    q_BTHD: torch.Tensor, k_BTKD: torch.Tensor, v_BTKD: torch.Tensor, window: int, sinks_H: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Attention of a layer, over the engine's cache where there is one; everything else is as in attention.py."""
-    if cache is not None:
-        k_BTKD, v_BTKD = cache.update(layer, k_BTKD, v_BTKD, positions_BT)
-    elif sinks_H is None and window >= q_BTHD.size(1):
-        fastest = attention.choose(q_BTHD.device, q_BTHD.dtype, q_BTHD.size(3), False)[1]
+    """Attention in rows that are read whole: by the fastest kernel, or with windows or sinks by the definition."""
+    if sinks_H is None and window >= q_BTHD.size(1):
+        _, fastest = attention.choose(q_BTHD.device, q_BTHD.dtype, q_BTHD.size(3), False)
         return fastest(q_BTHD, k_BTKD, v_BTKD, window)
-    return attention.cached_attention(q_BTHD, k_BTKD, v_BTKD, positions_BT, window, sinks_H)
+    positions_1T = torch.arange(q_BTHD.size(1), device=q_BTHD.device)[None]
+    return attention.cached_attention(q_BTHD, k_BTKD, v_BTKD, positions_1T, window, sinks_H)
 
 
 def bring(norm: Any, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """What a layer is given, `tensors` of any shape, where the layer lies, seen by its first norm: moved once, where
-    one device's layers end (hf_parallel.py)."""
+    """Return `tensors` on the device of a layer, which its first norm shows; they move once, where devices change."""
     home = norm.weight.device
     return tensors if tensors[0].device == home else tuple(each.to(home) for each in tensors)
 
 
 class OpenModel(LanguageModel):
-    """A model of any family, over its `stack`, made of its config; its parameters bear the names they have in files."""
+    """A model of any family, over its `stack`; its parameters have the names that they have in the family's files."""
 
     config_type: Any  # its `from_json` reads config.json
     stack: tuple[list[Any], nn.ModuleList, nn.Module]  # what reads the tokens, embedding first; layers; the last norm
-    lm_head: nn.Linear | None  # None: the embedding is the head, too
+    lm_head: Linear | None  # None: the embedding is the head, too
 
     @staticmethod
     def rename(name: str) -> str | None:
-        """A tensor's name in a file -> in the model; None = not needed."""
+        """Return the model's name of a tensor in a file; None = not needed."""
         raise NotImplementedError
 
     @property
@@ -169,10 +163,41 @@ class OpenModel(LanguageModel):
 
     @property
     def device(self) -> torch.device:
-        """Where tokens come in."""
+        """The device where tokens come in."""
         return self.stack[0][0].weight.device
 
     @property
-    def graphs(self) -> bool:
-        """Whether decoding may be replayed as a CUDA graph: not where a device ends, or ranks share matrices."""
+    def dtype(self) -> torch.dtype:
+        """The dtype of weights and activations."""
+        return self.stack[0][0].weight.dtype
+
+    @property
+    def whole(self) -> bool:
+        """Return whether all weights are plain tensors on one device; not so after `hf/parallel.py`."""
         return len({(type(p), p.device) for p in self.parameters()}) == 1
+
+    @property
+    def graphs(self) -> bool:
+        """Return whether decoding may be replayed as a CUDA graph."""
+        return self.whole
+
+    def whole_rows(self, idx_BT: torch.Tensor) -> WholeRows:
+        """Return the context of rows that are read from their first token on."""
+        return WholeRows(idx_BT, attend_whole)
+
+
+class TiedHead:
+    """The embedding, used as the head."""
+
+    bias = None
+
+    def __init__(self, embedding: nn.Embedding) -> None:
+        self.embedding = embedding
+
+    @property
+    def matrix_OC(self) -> torch.Tensor:
+        """The matrix as (outputs, inputs)."""
+        return self.embedding.weight
+
+    def __call__(self, x_C: torch.Tensor) -> torch.Tensor:
+        return F.linear(x_C, self.embedding.weight)

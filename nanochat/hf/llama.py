@@ -12,8 +12,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from nanochat.gpt import rotate
-from nanochat.hf.layers import OpenModel, Settings, attend, bring, rotary_frequencies
+from nanochat.gpt import rotate, rotation
+from nanochat.hf.layers import OpenModel, Settings, TiedHead, bring, rotary_frequencies
+from nanochat.language_model import LayerNeed, Linear, Together
 
 
 @dataclass(frozen=True)
@@ -50,13 +51,21 @@ class LlamaConfig:
         elif family != "mistral" and settings.flag("use_sliding_window"):
             first = settings.integer("max_window_layers", 28, low=0)
         found = shape(settings, 10_000.0, lambda layer: layer >= first)
-        found |= {"qkv_bias": biased or family == "qwen2", "out_bias": biased, "mlp_bias": settings.flag("mlp_bias")}
-        return cls(**found, qk_norm=family == "qwen3", sinks=False)
+        return cls(
+            **found,
+            qkv_bias=biased or family == "qwen2",
+            out_bias=biased,
+            mlp_bias=settings.flag("mlp_bias"),
+            qk_norm=family == "qwen3",
+            sinks=False,
+        )
 
 
 def shape(settings: Settings, theta: float, sliding: Callable[[int], bool]) -> dict[str, Any]:
-    """The fields of LlamaConfig that every family states in the same words; ValueError for misfits. theta: its default
-    base of rotation; sliding: which layers have a window where config.json does not name them."""
+    """Return the fields of LlamaConfig that every family states in the same words. Raises ValueError for misfits.
+
+    theta: the family's default base of rotation. sliding: which layers have a window where config.json names none.
+    """
     settings.expect("hidden_act", "silu")
     layers, context = settings.integer("num_hidden_layers", high=1000), settings.integer("max_position_embeddings")
     width, heads = settings.integer("hidden_size"), settings.integer("num_attention_heads", high=1 << 16)
@@ -89,24 +98,33 @@ class Attention(nn.Module):
 
     def __init__(self, config: LlamaConfig, layer: int) -> None:
         super().__init__()
-        self.config, self.layer = config, layer
-        D, n_q, n_kv = config.head_dim, config.n_head * config.head_dim, config.n_kv_head * config.head_dim
-        self.q_proj = nn.Linear(config.n_embd, n_q, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(config.n_embd, n_kv, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(config.n_embd, n_kv, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(n_q, config.n_embd, bias=config.out_bias)
-        self.q_norm, self.k_norm = (nn.RMSNorm(D, config.eps) if config.qk_norm else nn.Identity() for _ in range(2))
+        self.head_dim = config.head_dim
+        self.window = config.windows[layer]
+        q_channels = config.n_head * config.head_dim
+        kv_channels = config.n_kv_head * config.head_dim
+        self.q_proj = Linear(config.n_embd, q_channels, bias=config.qkv_bias)
+        self.k_proj = Linear(config.n_embd, kv_channels, bias=config.qkv_bias)
+        self.v_proj = Linear(config.n_embd, kv_channels, bias=config.qkv_bias)
+        self.o_proj = Linear(q_channels, config.n_embd, bias=config.out_bias)
+        self.heads = [config.n_head, config.n_kv_head]
+        self.qk_norm = config.qk_norm
+        if config.qk_norm:
+            self.q_norm = nn.RMSNorm(config.head_dim, config.eps)
+            self.k_norm = nn.RMSNorm(config.head_dim, config.eps)
+        self.qkv: Any = Together((self.q_proj, self.k_proj), (self.v_proj,))
         self.sinks = nn.Parameter(torch.empty(config.n_head)) if config.sinks else None
 
-    def forward(self, x_BTC, cos_BT1D, sin_BT1D, positions_BT, cache: Any) -> torch.Tensor:
-        config, (B, T, _) = self.config, x_BTC.shape
-        q_BTHD = self.q_norm(self.q_proj(x_BTC).view(B, T, -1, config.head_dim))
-        k_BTKD = self.k_norm(self.k_proj(x_BTC).view(B, T, -1, config.head_dim))
-        v_BTKD = self.v_proj(x_BTC).view(B, T, -1, config.head_dim)
-        q_BTHD, k_BTKD = rotate(q_BTHD, cos_BT1D, sin_BT1D), rotate(k_BTKD, cos_BT1D, sin_BT1D)
-        window = config.windows[self.layer]
-        y_BTHD = attend(q_BTHD, k_BTKD, v_BTKD, positions_BT, window, cache, self.layer, self.sinks)
-        return self.o_proj(y_BTHD.reshape(B, T, -1))
+    def forward(self, x_C, cos_1D, sin_1D, attend: Any) -> torch.Tensor:
+        *qk, v = self.qkv(x_C)
+        qk = [x.unflatten(-1, (-1, self.head_dim)) for x in qk]
+        v_KD = v.unflatten(-1, (-1, self.head_dim))
+        if self.qk_norm:
+            q_HD, k_KD = qk if len(qk) == 2 else qk[0].split(self.heads, dim=-2)
+            qk = [self.q_norm(q_HD), self.k_norm(k_KD)]
+        qk = [rotate(x_HD, cos_1D, sin_1D) for x_HD in qk]
+        q_HD, k_KD = qk if len(qk) == 2 else qk[0].split(self.heads, dim=-2)
+        y_HD = attend(q_HD, k_KD, v_KD, self.window, self.sinks)
+        return self.o_proj(y_HD.flatten(-2))
 
 
 class MLP(nn.Module):
@@ -114,12 +132,14 @@ class MLP(nn.Module):
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.n_embd, config.n_inner, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(config.n_embd, config.n_inner, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.n_inner, config.n_embd, bias=config.mlp_bias)
+        self.gate_proj = Linear(config.n_embd, config.n_inner, bias=config.mlp_bias)
+        self.up_proj = Linear(config.n_embd, config.n_inner, bias=config.mlp_bias)
+        self.down_proj = Linear(config.n_inner, config.n_embd, bias=config.mlp_bias)
+        self.gate_up: Any = Together((self.gate_proj,), (self.up_proj,))
 
-    def forward(self, x_BTC: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x_BTC)) * self.up_proj(x_BTC))
+    def forward(self, x_C: torch.Tensor) -> torch.Tensor:
+        gate, up = self.gate_up(x_C)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class Block(nn.Module):
@@ -127,12 +147,14 @@ class Block(nn.Module):
 
     def __init__(self, config: LlamaConfig, layer: int, mlp: nn.Module) -> None:
         super().__init__()
-        self.self_attn, self.mlp = Attention(config, layer), mlp
-        self.input_layernorm, self.post_attention_layernorm = (nn.RMSNorm(config.n_embd, config.eps) for _ in range(2))
+        self.self_attn = Attention(config, layer)
+        self.mlp = mlp
+        self.input_layernorm = nn.RMSNorm(config.n_embd, config.eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.n_embd, config.eps)
 
-    def forward(self, x_BTC, cos_BT1D, sin_BT1D, positions_BT, cache: Any) -> torch.Tensor:
-        x_BTC = x_BTC + self.self_attn(self.input_layernorm(x_BTC), cos_BT1D, sin_BT1D, positions_BT, cache)
-        return x_BTC + self.mlp(self.post_attention_layernorm(x_BTC))
+    def forward(self, x_C, cos_1D, sin_1D, attend: Any) -> torch.Tensor:
+        x_C = x_C + self.self_attn(self.input_layernorm(x_C), cos_1D, sin_1D, attend)
+        return x_C + self.mlp(self.post_attention_layernorm(x_C))
 
 
 class Decoder(nn.Module):
@@ -142,38 +164,45 @@ class Decoder(nn.Module):
         super().__init__()
         self.embed_tokens: Any = nn.Embedding(config.vocab_size, config.n_embd)
         self.layers = nn.ModuleList(Block(config, layer, mlp(config)) for layer in range(config.n_layer))
-        self.norm, self.scale = nn.RMSNorm(config.n_embd, config.eps), config.rotary_scale
-        rotary_D = torch.tensor(config.rotary, device="cpu")
-        self.embed_tokens.register_buffer("rotary_D", rotary_D, persistent=False)  # where positions come in
+        self.norm = nn.RMSNorm(config.n_embd, config.eps)
+        self.scale = config.rotary_scale
+        # it belongs to the embedding so that it is on the device where tokens come in
+        radians_P = torch.tensor(config.rotary, device="cpu")
+        self.embed_tokens.register_buffer("radians_P", radians_P, persistent=False)
 
-    def forward(self, idx_BT: torch.Tensor, positions_BT: torch.Tensor, cache: Any | None) -> torch.Tensor:
-        x_BTC = self.embed_tokens(idx_BT)
-        angles_BT1D = (positions_BT[..., None].float() * self.embed_tokens.rotary_D)[:, :, None]
-        cos, sin = ((turn(angles_BT1D) * self.scale).to(x_BTC.dtype) for turn in (torch.cos, torch.sin))
-        given = [cos, sin, positions_BT]
-        for block in self.layers:
-            x_BTC, *given = bring(block.input_layernorm, x_BTC, *given)
-            x_BTC = block(x_BTC, *given, cache)
-        return self.norm(*bring(self.norm, x_BTC))
+    def forward(self, idx: torch.Tensor, context: Any) -> torch.Tensor:
+        x_C = self.embed_tokens(idx)
+        cos_1D, sin_1D = rotation(context.positions, self.embed_tokens.radians_P, x_C.dtype, self.scale)
+        for layer, block in enumerate(self.layers):
+            x_C, cos_1D, sin_1D = bring(block.input_layernorm, x_C, cos_1D, sin_1D)
+            x_C = block(x_C, cos_1D, sin_1D, context.layer(layer))
+        return self.norm(*bring(self.norm, x_C))
 
 
 class Llama(OpenModel):
-    """The model, without values until `hf_load` fills it."""
+    """The model, without values until `hf/load.py` fills it."""
 
     config_type: type[LlamaConfig] = LlamaConfig
     mlp: Callable[[Any], nn.Module] = MLP  # makes what follows attention in a block
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        self.config, self.model = config, Decoder(config, self.mlp)
+        self.config = config
+        self.model = Decoder(config, self.mlp)
         self.stack = [self.model.embed_tokens], self.model.layers, self.model.norm
-        self.lm_head = None if config.tied else nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = None if config.tied else Linear(config.n_embd, config.vocab_size)
+        self.readout = Together((self.lm_head or TiedHead(self.model.embed_tokens),))
 
     @staticmethod
     def rename(name: str) -> str | None:
-        """See OpenModel."""
+        """Return the model's name of a tensor in a file; None = not needed."""
         return None if name.endswith("rotary_emb.inv_freq") else name
 
-    def hidden(self, idx_BT: torch.Tensor, cache: Any = None, positions_BT: torch.Tensor | None = None) -> torch.Tensor:
-        """The normed residual that the head reads, (B, T, C)."""
-        return self.model(idx_BT, self.positions(idx_BT, cache, positions_BT), cache)
+    @property
+    def cache_needs(self) -> list[LayerNeed]:
+        """What each layer keeps of a token in the KV cache."""
+        return [LayerNeed(self.config.n_kv_head, self.config.head_dim, window) for window in self.config.windows]
+
+    def hidden(self, idx: torch.Tensor, context: Any) -> torch.Tensor:
+        """Return the normed residual that the head reads, (..., C)."""
+        return self.model(idx, context)

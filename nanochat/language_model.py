@@ -1,0 +1,156 @@
+"""What all models share: one forward for training, evaluation and generation, whatever the family.
+
+The modules of a model do not care about leading dimensions: training gives them rows (B, T, C), the engine gives them a
+flat list of tokens (N, C) taken from many requests. All that differs between the two is in a small context object:
+
+    context.positions        where the tokens stand, (1, T) or (N)
+    context.previous_N       the token before each; None where it is the left neighbour in the row
+    context.layer(i)         attend(q, k, v, window) of layer i: how queries meet keys and values
+
+`WholeRows` is the context of rows that are read from their first token on; `kv_cache.CacheBatch` is the engine's.
+
+    model(idx_BT) -> logits_BTV, model(idx_BT, targets_BT) -> loss      training, evaluation
+    model.decode(idx_N, context, wanted_R) -> logits_RV                 the engine
+    model.cache_needs                                                   what each layer keeps of a token
+
+Shapes: B sequences, T positions, N tokens of any rows, R those that are wanted, C channels, V vocabulary, O outputs;
+no letter for leading dimensions that may be (B, T) or (N).
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from nanochat import fp8
+from nanochat.attention import Attend
+from nanochat.loss import softcap, softcap_cross_entropy
+
+
+class LayerNeed(NamedTuple):
+    """What one layer keeps of each position in the KV cache, and how many positions it looks back, its own included."""
+
+    kv_heads: int
+    head_dim: int
+    window: int
+
+
+class Linear(nn.Linear):
+    """A matrix that is used in the dtype of its input: weights stay in fp32 in training, activations may be bf16.
+
+    There is no autocast anywhere: this cast and the embeddings' dtype say all about precision.
+    """
+
+    fp8 = False  # set by `fp8.convert`: multiply in fp8 while training
+
+    def __init__(self, n_in: int, n_out: int, bias: bool = False) -> None:
+        super().__init__(n_in, n_out, bias=bias)
+
+    @property
+    def matrix_OC(self) -> torch.Tensor:
+        """The matrix as (outputs, inputs), for `packed.prepack`."""
+        return self.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.fp8 and self.training:
+            return fp8.linear(x, self.weight)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
+
+
+class Gate(Linear):
+    """A small matrix that reads the first few channels of its input: how much of something is let through.
+
+    The sigmoid is the caller's.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x[..., : self.in_features])
+
+
+class Together:
+    """Matrices that read the same input: `q, k, v = Together((q, k), (v,))(x)`.
+
+    In training each is a product of its own, because torch.compile does not gain from one. For inference
+    `packed.prepack` puts one single product in its place, and the outputs of a group come as one tensor, side by side:
+    `qk, v = ...`. Callers take either. The matrices stay attributes of the module that owns them, so this is no
+    nn.Module and appears in no state dict.
+    """
+
+    def __init__(self, *groups: Sequence[Any]) -> None:
+        self.groups = groups
+
+    def __call__(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
+        return [matrix(x) for group in self.groups for matrix in group]
+
+
+class WholeRows:
+    """Context of rows that are read whole, from position 0 on: training, evaluation, scoring.
+
+    attend: the attention kernel, `attend(q_BTHD, k_BTKD, v_BTKD, window)`. It is one and the same function for all
+    layers, so that all blocks of a kind share one compiled graph.
+    """
+
+    previous_N = None  # the token before each is its left neighbour in the row
+
+    def __init__(self, idx_BT: torch.Tensor, attend: Attend) -> None:
+        self.positions = torch.arange(idx_BT.size(1), device=idx_BT.device)[None]
+        self.attend = attend
+
+    def layer(self, layer: int) -> Attend:
+        """Return the function by which queries of this layer meet keys and values."""
+        return self.attend
+
+
+class LanguageModel(nn.Module):
+    """Logits and losses of every model, over what a subclass gives."""
+
+    config: Any
+    hidden: Any  # hidden(idx, context): the normed residual that the head reads, (..., C)
+    whole_rows: Any  # whole_rows(idx_BT): the context of rows that are read from their first token on
+    cache_needs: Any  # a LayerNeed for each layer
+    head_weight: Any  # the matrix that gives the logits, (V, C)
+    readout: Any  # Together((head,)): the same as a product
+    softcap = 0.0  # logits lie between -softcap and softcap; 0 = off
+    compiled = False
+    whole = True  # all weights are plain tensors on one device, so that they may be prepacked
+    graphs = True  # decoding never waits for the device, so that it may be replayed as a CUDA graph
+
+    def forward(
+        self, idx_BT: torch.Tensor, targets_BT: torch.Tensor | None = None, *, loss_reduction: str = "mean"
+    ) -> torch.Tensor:
+        """Return logits (B, T, V) in fp32, or with targets the loss in nats; a target of -1 is ignored.
+
+        loss_reduction: "mean" | "sum" | "none" (per token, (B, T)). Raises ValueError when idx_BT is longer than the
+        context.
+        """
+        if idx_BT.size(1) > self.config.sequence_len:
+            raise ValueError(f"{idx_BT.size(1)} tokens exceed the model's context of {self.config.sequence_len}")
+        x_BTC = self.hidden(idx_BT, self.whole_rows(idx_BT))
+        if targets_BT is None:
+            return self.logits(x_BTC)
+        targets_N = targets_BT.flatten().to(x_BTC.device)
+        loss = softcap_cross_entropy(
+            x_BTC.flatten(0, 1), self.head_weight, targets_N, self.softcap, loss_reduction, compiled=self.compiled
+        )
+        return loss.view(targets_BT.shape) if loss_reduction == "none" else loss
+
+    def decode(self, idx_N: torch.Tensor, context: Any, wanted_R: torch.Tensor | None = None) -> torch.Tensor:
+        """Return logits (R, V) in fp32 after the `wanted` ones of N tokens that continue rows of a cache (None = all).
+
+        context: says where the tokens stand and holds what came before them (kv_cache.CacheBatch).
+        """
+        x_NC = self.hidden(idx_N, context)
+        return self.logits(x_NC if wanted_R is None else x_NC[wanted_R.to(x_NC.device)])
+
+    def logits(self, x_C: torch.Tensor) -> torch.Tensor:
+        """Return logits (..., V) in fp32 of what `hidden` returned."""
+        (z_V,) = self.readout(x_C)
+        z_V = z_V[..., : self.config.vocab_size]
+        if self.softcap and torch.is_inference_mode_enabled():
+            # cap·tanh(z/cap), written with exp and in place: half the time on CPU, but no gradient where exp overflows
+            z_V = z_V.float().mul(2 / self.softcap).exp_().add_(1)
+            return self.softcap - z_V.reciprocal_().mul_(2 * self.softcap)
+        return softcap(z_V, self.softcap)
