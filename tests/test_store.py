@@ -187,10 +187,16 @@ def test_verify_and_remove(server):
 
 def test_other_models_and_damaged_ones_in_the_cache_are_left_alone(server, tmp_path):
     folder = store.download(NAME)
-    for name, text in {"bert": '{"model_type": "bert"}', "bad": "{"}.items():
+    damaged = {
+        "bert": ("config.json", '{"model_type": "bert"}'),
+        "bad": ("config.json", "{"),
+        "index": ("model.safetensors.index.json", '{"weight_map": [1]}'),
+        "escape": ("model.safetensors.index.json", '{"weight_map": {"a": "../x.safetensors"}}'),
+    }
+    for name, (file, text) in damaged.items():
         other = tmp_path / "cache" / f"models--me--{name}"
         shutil.copytree(folder, other / "snapshots" / "abc")
-        (other / "snapshots" / "abc" / "config.json").write_text(text)
+        (other / "snapshots" / "abc" / file).write_text(text)
         (other / "refs").mkdir()
         (other / "refs" / "main").write_text("abc")
     assert list(store.list_models()) == [NAME]

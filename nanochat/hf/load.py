@@ -81,7 +81,7 @@ def stored_tensors(folder: Path | str) -> dict[str, StoredTensor]:
     index_path = folder / INDEX
     weight_map: dict[str, str] | None = None
     if index_path.is_file():
-        weight_map = _read_weight_map(index_path)
+        weight_map = read_weight_map(index_path)
         files = sorted(set(weight_map.values()))
     elif (folder / "model.safetensors").is_file():
         files = ["model.safetensors"]
@@ -99,8 +99,10 @@ def stored_tensors(folder: Path | str) -> dict[str, StoredTensor]:
     return found
 
 
-def _read_weight_map(path: Path) -> dict[str, str]:
-    """Return the index's map from tensors to files. A file name with a folder in it could lead anywhere: refused."""
+def read_weight_map(path: Path) -> dict[str, str]:
+    """Return the index's map from tensors to files.
+
+    Raises ValueError for a damaged index, and for a file name with a folder in it, which could lead anywhere."""
     index = read_json(path)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:

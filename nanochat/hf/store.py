@@ -25,11 +25,11 @@ import torch.distributed as dist
 
 from nanochat import checkpoint
 from nanochat.chat_format import ChatFormat
-from nanochat.common import STAGES, get_base_dir, read_json, sha256_file
+from nanochat.common import STAGES, get_base_dir, sha256_file
 from nanochat.compute import free_memory, pick_dtype
 from nanochat.engine import Engine
 from nanochat.hf.chat import chat_format
-from nanochat.hf.load import FAMILIES, INDEX, load, read_config, skeleton, stored_tensors
+from nanochat.hf.load import FAMILIES, INDEX, load, read_config, read_weight_map, skeleton, stored_tensors
 from nanochat.hf.parallel import layer_bytes, split_layers, tensor_parallel
 from nanochat.hub import persistently
 
@@ -76,14 +76,12 @@ def _snapshot(repo: str, revision: str) -> Path:
 
 
 def _is_complete(folder: Path) -> bool:
-    """Return whether a folder has everything that running a model takes."""
+    """Return whether a folder has everything that running a model takes. Raises ValueError for a damaged index."""
     if not all((folder / name).is_file() for name in NEEDED):
         return False
     if not (folder / INDEX).is_file():
         return (folder / "model.safetensors").is_file()
-    index = read_json(folder / INDEX)
-    shards = set(index.get("weight_map", {}).values()) if isinstance(index, dict) else set()
-    return bool(shards) and all((folder / str(shard)).is_file() for shard in shards)
+    return all((folder / shard).is_file() for shard in read_weight_map(folder / INDEX).values())
 
 
 def _is_supported(folder: Path) -> bool:
