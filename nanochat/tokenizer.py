@@ -1,7 +1,12 @@
-"""Byte-level BPE: rustbpe trains it, tiktoken runs it, one `tokenizer.json` holds it.
+"""Byte-pair encoding (BPE): text to token ids and back.
 
-Any text, and any bytes, become ids and come back unchanged. Special tokens are never read from text: only `prepend`,
-`append` and `encode_special` make them, so nobody can type a turn of the conversation into a message.
+BPE starts from the 256 bytes and merges, again and again, the two neighbouring tokens that occur most often together.
+A pattern first splits text into words, numbers and signs, and no merge crosses such a piece. rustbpe learns the merges,
+tiktoken applies them, and one file, tokenizer.json, holds them. Since every byte is a token, any text and any bytes
+become ids and come back unchanged.
+
+Special tokens mark the structure of a conversation. They are never read from text: only `prepend`, `append` and
+`encode_special` make them, so nobody can type a turn of the conversation into a message.
 
     python -m nanochat.tokenizer train FILE... --out DIR
     cat FILE | python -m nanochat.tokenizer encode | python -m nanochat.tokenizer decode
@@ -25,8 +30,17 @@ import tiktoken
 from nanochat import cli
 from nanochat.common import atomic_write_json, get_base_dir, print0, read_json
 
-_NAMES = "bos user_start user_end assistant_start assistant_end python_start python_end output_start output_end"
-SPECIAL_TOKENS = tuple(f"<|{name}|>" for name in _NAMES.split())
+SPECIAL_TOKENS = (
+    "<|bos|>",  # begins every document and conversation
+    "<|user_start|>",
+    "<|user_end|>",
+    "<|assistant_start|>",
+    "<|assistant_end|>",
+    "<|python_start|>",  # the assistant calls its tool
+    "<|python_end|>",
+    "<|output_start|>",  # what the tool answered
+    "<|output_end|>",
+)
 
 # GPT-4's pattern (tiktoken's cl100k_base), but numbers in groups of at most two digits, which suits small vocabularies.
 # Whitespace comes in pieces of at most 256: without a bound, a run of a million spaces overflows the stack of the regex
@@ -42,46 +56,55 @@ FILE_NAME = "tokenizer.json"
 
 
 class Codec(ABC):
-    """Text to ids and back, whatever does the work."""
+    """Text to ids and back: what our own tokenizer and those of open-weights models have in common."""
 
-    title: str  # what users know it by
+    title: str  # how error messages name it
     special_tokens: dict[str, int]
 
     @abstractmethod
     def encode_rows(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text."""
+        """Return the ids of each text."""
 
     @abstractmethod
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        """The exact bytes of `ids`."""
+        """Return the exact bytes of `ids`."""
 
     def encode_special(self, name: str) -> int:
-        """The id of a special token; ValueError when this tokenizer has none of that name."""
+        """Return the id of a special token. Raises ValueError if this tokenizer has none of that name."""
         if name not in self.special_tokens:
             raise ValueError(f"{self.title} has no special token {name}")
         return self.special_tokens[name]
 
     def encode(self, text: str | Sequence[str], prepend: Mark | None = None, append: Mark | None = None) -> list[Any]:
-        """Ids of a text, or a list of ids for each text of a list (in threads), between special tokens by name or id.
+        """Return the ids of a text, or for a list of texts a list of ids for each, encoded in threads.
 
-        Special tokens spelled out in the text are plain characters; lone surrogates become U+FFFD.
+        `prepend` and `append` are special tokens, by name or id, around each text. Special tokens that are spelled out
+        in the text are plain characters; lone surrogates become U+FFFD.
         """
-        ids = (self.encode_special(mark) if isinstance(mark, str) else mark for mark in (prepend, append))
-        first, last = ([] if i is None else [i] for i in ids)
-        rows = [first + row + last for row in self.encode_rows([text] if isinstance(text, str) else text)]
+        first = self._mark(prepend)
+        last = self._mark(append)
+        texts = [text] if isinstance(text, str) else text
+        rows = [first + ids + last for ids in self.encode_rows(texts)]
         return rows[0] if isinstance(text, str) else rows
 
+    def _mark(self, mark: Mark | None) -> list[int]:
+        if mark is None:
+            return []
+        return [self.encode_special(mark) if isinstance(mark, str) else mark]
+
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`, special tokens by name; bytes that are not UTF-8 become U+FFFD."""
+        """Return the text of `ids`, special tokens by name. Bytes that are not UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
 
 class Tokenizer(Codec):
-    """The project's own, over a `tiktoken.Encoding`."""
+    """The project's own tokenizer: a `tiktoken.Encoding` with our special tokens."""
 
     def __init__(self, encoding: tiktoken.Encoding) -> None:
-        self.encoding, self.title = encoding, f"tokenizer '{encoding.name}'"
+        self.encoding = encoding
+        self.title = f"tokenizer '{encoding.name}'"
         self.special_tokens: dict[str, int] = dict(encoding._special_tokens)
+        # The encodings of GPT-2 and GPT-4 have one special token that separates documents. It serves as BOS.
         if "<|bos|>" not in self.special_tokens and "<|endoftext|>" in self.special_tokens:
             self.special_tokens["<|bos|>"] = self.special_tokens["<|endoftext|>"]
 
@@ -89,7 +112,8 @@ class Tokenizer(Codec):
     def train_from_iterator(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
         """Learn a vocabulary of `vocab_size` ids: 256 bytes, merges by frequency, and the nine special tokens.
 
-        Text of too little variety for that many merges gives a smaller vocabulary and says so; none raises ValueError.
+        Text of too little variety for that many merges gives a smaller vocabulary, and a line says so. Raises
+        ValueError if there is no text, or if `vocab_size` is below 265.
         """
         import rustbpe
 
@@ -113,7 +137,7 @@ class Tokenizer(Codec):
 
     @classmethod
     def from_directory(cls, directory: Path | str, name: str = FILE_NAME) -> "Tokenizer":
-        """The tokenizer that `save` wrote to `directory`; a missing or altered file raises ValueError."""
+        """Return the tokenizer that `save` wrote to `directory`. Raises ValueError if it is missing or altered."""
         path = Path(directory) / name
         if not path.is_file():
             raise ValueError(f"no tokenizer at {path}: run python -m scripts.tok_train")
@@ -134,9 +158,9 @@ class Tokenizer(Codec):
 
     @classmethod
     def from_pretrained(cls, name: str) -> "Tokenizer":
-        """One of tiktoken's encodings (`gpt2`, `cl100k_base`, ...); its <|endoftext|> serves as <|bos|>.
+        """Return one of tiktoken's encodings (`gpt2`, `cl100k_base`, ...); its <|endoftext|> serves as <|bos|>.
 
-        tiktoken downloads an encoding once and keeps it; ValueError when it is neither kept nor within reach.
+        tiktoken downloads an encoding once and keeps it. Raises ValueError if it is not kept and cannot be downloaded.
         """
         try:
             return cls(tiktoken.get_encoding(name))
@@ -159,21 +183,27 @@ class Tokenizer(Codec):
 
     def _to_dict(self) -> dict[str, Any]:
         ranks = sorted(self.encoding._mergeable_ranks.items(), key=lambda item: item[1])
-        named = {"format": FORMAT, "version": VERSION, "name": self.encoding.name, "hash": self.hash}
-        split = {"pattern": self.encoding._pat_str, "special_tokens": self.special_tokens}
-        merges = {base64.b64encode(token).decode(): rank for token, rank in ranks}
-        return {**named, **split, "ranks": merges, "token_bytes": self.token_bytes}
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "name": self.encoding.name,
+            "hash": self.hash,
+            "pattern": self.encoding._pat_str,
+            "special_tokens": self.special_tokens,
+            "ranks": {base64.b64encode(token).decode(): rank for token, rank in ranks},
+            "token_bytes": self.token_bytes,
+        }
 
     @functools.cached_property
     def hash(self) -> str:
-        """Hex SHA-256 of split pattern, merges and special tokens: equal hashes encode equally."""
+        """SHA-256 of split pattern, merges and special tokens, in hex. Equal hashes encode equally."""
         return _content_hash(self.encoding._pat_str, self.encoding._mergeable_ranks, self.special_tokens)
 
     @functools.cached_property
     def token_bytes(self) -> list[int]:
-        """How many bytes of text each id stands for; 0 for special tokens. The unit of bits per byte.
+        """The number of bytes that each id stands for, 0 for special tokens. Bits per byte are counted with it.
 
-        Counted on raw bytes: many tokens are a part of a UTF-8 character, whose length as a `str` is another.
+        Taken from the raw bytes: many tokens are a part of a UTF-8 character, which a `str` cannot hold.
         """
         lengths = [0] * self.get_vocab_size()
         for token, rank in self.encoding._mergeable_ranks.items():
@@ -181,7 +211,7 @@ class Tokenizer(Codec):
         return lengths
 
     def get_vocab_size(self) -> int:
-        """The number of ids, special tokens included."""
+        """Return the number of ids, special tokens included."""
         return self.encoding.n_vocab
 
     @property
@@ -191,17 +221,17 @@ class Tokenizer(Codec):
         return frozenset(self.special_tokens[name] for name in names if name in self.special_tokens)
 
     def get_bos_token_id(self) -> int:
-        """The id that begins every document and conversation."""
+        """Return the id that begins every document and conversation."""
         return self.encode_special("<|bos|>")
 
     def encode_rows(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text, in threads where there are several."""
+        """Return the ids of each text. Several texts are encoded in threads: tiktoken releases the GIL."""
         if len(texts) == 1:
             return [self.encoding.encode_ordinary(texts[0])]
         return self.encoding.encode_ordinary_batch(list(texts), num_threads=os.cpu_count() or 1)
 
     def encode_bytes(self, data: bytes) -> list[int]:
-        """Ids of any bytes: of text where they are UTF-8, byte by byte where not. `decode_bytes` restores them."""
+        """Return ids for any bytes: as text where they are UTF-8, byte by byte elsewhere."""
         ids: list[int] = []
         # "surrogateescape" turns each invalid byte b into the character U+DC00 + b.
         for piece in re.split("([\udc80-\udcff])", data.decode("utf-8", errors="surrogateescape")):
@@ -212,7 +242,7 @@ class Tokenizer(Codec):
         return ids
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        """The exact bytes of `ids`; ValueError for an id outside the vocabulary."""
+        """Return the exact bytes of `ids`. Raises ValueError if an id is not in the vocabulary."""
         try:
             return self.encoding.decode_bytes(ids)
         except (KeyError, OverflowError) as error:
@@ -222,14 +252,15 @@ class Tokenizer(Codec):
 
 
 def kept_name(content_hash: str) -> str:
-    """The file of a tokenizer that is no longer the newest."""
+    """Return the file name of a tokenizer that is no longer the newest: checkpoints name it by its hash."""
     return f"{content_hash[:12]}.json"
 
 
 def load_tokenizer(content_hash: str | None = None) -> Tokenizer:
-    """The tokenizer that `scripts.tok_train` made last, or the kept one of this hash; ValueError if there is none."""
-    folder, name = get_base_dir() / "tokenizer", kept_name(content_hash or "")
-    return Tokenizer.from_directory(folder, name if (folder / name).is_file() else FILE_NAME)
+    """Return the newest tokenizer of `scripts.tok_train`, or the one of this hash. Raises ValueError if missing."""
+    folder = get_base_dir() / "tokenizer"
+    kept = kept_name(content_hash or "")
+    return Tokenizer.from_directory(folder, kept if (folder / kept).is_file() else FILE_NAME)
 
 
 def _encoding(name: str, pattern: str, ranks: dict[bytes, int], specials: dict[str, int]) -> tiktoken.Encoding:
@@ -242,7 +273,7 @@ def _content_hash(pattern: str, ranks: dict[bytes, int], specials: dict[str, int
 
 
 def replace_surrogates(text: str) -> str:
-    """As tiktoken does: surrogate pairs become their character, lone surrogates U+FFFD."""
+    """Make surrogate pairs their character and lone surrogates U+FFFD, as tiktoken does."""
     return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
@@ -251,7 +282,7 @@ def _read_bytes(path: str) -> bytes:
 
 
 def _read_texts(paths: Sequence[str], size: int = 1 << 14) -> Iterator[str]:
-    """The files' text in pieces of `size` characters, so that no file has to fit in memory."""
+    """Yield the files' text in pieces of `size` characters, so that no file has to fit in memory."""
     for path in paths:
         source = sys.stdin.fileno() if path == "-" else path
         with open(source, encoding="utf-8", errors="replace", newline="", closefd=path != "-") as f:
@@ -260,7 +291,7 @@ def _read_texts(paths: Sequence[str], size: int = 1 << 14) -> Iterator[str]:
 
 
 def main() -> None:
-    """`train`, `encode` and `decode` for plain files and pipes."""
+    """Run the commands `train`, `encode` and `decode` on plain files and pipes."""
     parser = cli.Parser(prog="python -m nanochat.tokenizer", description="Byte-pair encoding for files and pipes.")
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", help="learn a vocabulary from text files")
@@ -283,7 +314,8 @@ def main() -> None:
         tokenizer = Tokenizer.from_directory(args.tokenizer)
         print(" ".join(map(str, tokenizer.encode_bytes(_read_bytes(args.file)))))
     else:
-        tokenizer, words = Tokenizer.from_directory(args.tokenizer), _read_bytes(args.file).split()
+        tokenizer = Tokenizer.from_directory(args.tokenizer)
+        words = _read_bytes(args.file).split()
         if wrong := next((word for word in words if not word.isdigit()), None):
             raise ValueError(f"{args.file}: {wrong.decode(errors='replace')!r} is not a token id")
         sys.stdout.buffer.write(tokenizer.decode_bytes([int(word) for word in words]))

@@ -71,7 +71,7 @@ class Arithmetic(MadeTask):
         return single_turn(question, parts, expression=expression)
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        """Whether the calculator was called and the last number after its output is the right result."""
+        """Return whether the calculator was called and the last number after its output is the right result."""
         truth = calculate(conversation["expression"])
         numbers = re.findall(r"(?<![\d)])-?\d+(?:\.\d+)?", after_tools(completion).replace(",", ""))
         called = "<|python_start|>" in completion and "<|output_end|>" in completion

@@ -8,17 +8,32 @@ from tasks.identity import Identity
 from tasks.spellingbee import Spelling, SpellingBee
 from tasks.world import LetterList, WorldChoice, WorldFacts
 
-SCORED: dict[str, Callable[[str], Task]] = {"arithmetic": Arithmetic, "spellingbee": SpellingBee, "world": WorldFacts}
-SCORED |= {"choice": WorldChoice, "identity": Identity}
+SCORED: dict[str, Callable[[str], Task]] = {
+    "arithmetic": Arithmetic,
+    "spellingbee": SpellingBee,
+    "world": WorldFacts,
+    "choice": WorldChoice,
+    "identity": Identity,
+}
 
 
 def mixture(split: str, scale: float, seed: int, identity: bool) -> TaskMixture:
-    """Conversations of all skills, shuffled; `scale` 1 is 1,000 of each larger one, 0 a ValueError.
+    """Return conversations of all skills, shuffled. At `scale` 1 there are 1,000 world facts.
 
-    identity: also who the model is, and small talk.
+    identity: add who the model is, and small talk. Raises ValueError if `scale` is not above 0.
     """
     if not scale > 0:
         raise ValueError(f"--scale {scale}: must be above 0")
-    sizes: dict[type[MadeTask], int] = {Arithmetic: 1300, SpellingBee: 1500, Spelling: 250}
-    sizes |= {WorldFacts: 1000, WorldChoice: 2500, LetterList: 1300, **({Identity: 2500} if identity else {})}
-    return TaskMixture([task(split, max(20, round(n * scale)), seed) for task, n in sizes.items()], seed)
+    # Conversations of each skill at scale 1. Choices take most: binding a letter to its choice is learned last.
+    sizes: dict[type[MadeTask], int] = {
+        Arithmetic: 1300,
+        SpellingBee: 1500,
+        Spelling: 250,
+        WorldFacts: 1000,
+        WorldChoice: 2500,
+        LetterList: 1300,
+    }
+    if identity:
+        sizes[Identity] = 2500
+    tasks = [task(split, size=max(20, round(n * scale)), seed=seed) for task, n in sizes.items()]
+    return TaskMixture(tasks, seed)

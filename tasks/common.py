@@ -1,4 +1,12 @@
-"""What a chat task is: numbered conversations with a judge; and how tasks are sliced, mixed and chained."""
+"""Chat tasks: numbered conversations, each with a function that judges a completion.
+
+A task is used twice. Its "train" split is rendered into rows that midtraining and fine-tuning learn from. Its "test"
+split is shown to the model up to the last question, and `evaluate` says whether the answer is right. Every conversation
+is a function of the task's arguments and its index, so runs, ranks and resumed runs see the same ones.
+
+`TaskMixture` shuffles tasks together, `TaskSequence` puts one after another, and `Multiturn` joins single exchanges
+into longer conversations.
+"""
 
 import random
 import string
@@ -14,9 +22,9 @@ Conversation = dict[str, Any]
 class Task:
     """Conversations by index, and `evaluate` to judge a completion.
 
-    A subclass sets `name` and writes `example(i)`, a function of the task's arguments and i alone, for i in
-    range(total). `eval_type` is "generative" (the completion is text that the model wrote) or "categorical" (it is
-    one of conversation["letters"], the most probable one). `baseline` is the accuracy of guessing, 0 to 1.
+    A subclass sets `name` and writes `example(i)` for i in range(total). `eval_type` is "generative" (the completion is
+    text that the model wrote) or "categorical" (it is the most probable of conversation["letters"], found without
+    sampling). `baseline` is the accuracy of guessing, from 0 to 1.
     """
 
     name = "task"
@@ -34,42 +42,47 @@ class Task:
         return self.example(self._indices[index])
 
     def example(self, index: int) -> Conversation:
-        """Conversation `index`."""
+        """Return conversation `index`."""
         raise NotImplementedError
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        """Whether `completion` (the assistant's decoded text, tool calls included) answers the conversation rightly.
+        """Return whether `completion`, the assistant's decoded text with its tool calls, is right.
 
-        Here: whether it is the reference's last answer, such as a letter.
+        By default it is right if it is the reference's last answer, such as a letter.
         """
         return completion.strip() == conversation["messages"][-1]["content"]
 
 
 class MadeTask(Task):
-    """Conversations made up as they are asked for, by `make(rng, item)`; another `seed` draws others.
+    """Conversations that are made when they are asked for, by `make(rng, item)`; another `seed` makes others.
 
-    There are `size` of them, unset: `train_size` or `test_size`. A subclass that has `items(split)` to ask is given
-    these in turn, in a shuffled order, and its sizes count passes over them.
+    There are `size` of them, by default `train_size` or `test_size`. A subclass with `items(split)` is given these in
+    turn, in a shuffled order; its default sizes then count passes over the items.
     """
 
     train_size = test_size = 1000
 
     def __init__(self, split: str, size: int | None = None, seed: int = 0) -> None:
-        self.split, self.seed, self.deck = require_split(split), seed, list(self.items(split))
+        self.split = require_split(split)
+        self.seed = seed
+        self.deck = list(self.items(split))
         random.Random(f"{self.name} {split}").shuffle(self.deck)
-        default = (self.train_size if split == "train" else self.test_size) * (len(self.deck) or 1)
-        super().__init__(default if size is None else size)
+        default_size = self.train_size if split == "train" else self.test_size
+        if self.deck:
+            default_size *= len(self.deck)
+        super().__init__(default_size if size is None else size)
 
     def items(self, split: str) -> Iterable[Any]:
-        """What a split asks about; nothing where everything is drawn."""
+        """Return what a split asks about; nothing if everything is drawn at random."""
         return ()
 
     def example(self, index: int) -> Conversation:
         item = self.deck[index % len(self.deck)] if self.deck else None
-        return self.make(random.Random(f"{self.name} {self.seed} {self.split} {index}"), item)
+        rng = random.Random(f"{self.name} {self.seed} {self.split} {index}")
+        return self.make(rng, item)
 
     def make(self, rng: random.Random, item: Any) -> Conversation:
-        """A conversation, about `item` where there are items; all that is drawn is drawn from `rng`."""
+        """Return a conversation, about `item` if there are items. Everything random is drawn from `rng`."""
         raise NotImplementedError
 
 
@@ -88,9 +101,9 @@ class TaskSequence(Task):
 
 
 class TaskMixture(TaskSequence):
-    """Tasks shuffled together, the same way for the same seed in any process; at most `limit` conversations of them.
+    """Tasks shuffled together, in the same order for the same seed; at most `limit` conversations of them.
 
-    A task that is named twice has every conversation twice.
+    A task that is listed twice contributes each conversation twice.
     """
 
     name = "mixture"
@@ -102,40 +115,47 @@ class TaskMixture(TaskSequence):
 
 
 class Multiturn(Task):
-    """Conversations of 1 to `max_turns` exchanges, joined from single ones of `task`; for training only.
+    """Conversations of 1 to `max_turns` exchanges, joined from single exchanges of `task`; for training only.
 
-    Each conversation of `task` opens one; those that follow are drawn at random.
+    Each conversation of `task` opens one; the exchanges that follow are drawn at random. A model that has only seen
+    single questions answers the first of a chat well, and the second badly.
     """
 
     name = "multiturn"
 
     def __init__(self, task: Task, max_turns: int = 4, seed: int = 0) -> None:
-        self.task, self.max_turns, self.seed = task, max_turns, seed
+        self.task = task
+        self.max_turns = max_turns
+        self.seed = seed
         super().__init__(len(task))
 
     def example(self, index: int) -> Conversation:
         rng = random.Random(f"multiturn {self.seed} {index}")
         later = [rng.randrange(len(self.task)) for _ in range(rng.randrange(self.max_turns))]
-        return {"messages": [message for place in (index, *later) for message in self.task[place]["messages"]]}
+        messages = [message for place in (index, *later) for message in self.task[place]["messages"]]
+        return {"messages": messages}
 
 
 def require_split(split: str, known: Sequence[str] = ("train", "test")) -> str:
-    """`split`, if it is a known one; else ValueError."""
+    """Return `split`. Raises ValueError if it is not one of `known`."""
     if split not in known:
         raise ValueError(f"unknown split '{split}'; known: {', '.join(known)}")
     return split
 
 
 def single_turn(question: str, answer: str | list[dict[str, str]], /, **extra: Any) -> Conversation:
-    """A conversation of one question and its answer (text or parts); `extra` keys are for the judge."""
-    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    """Return a conversation of one question and its answer (text or parts). `extra` keys are for `evaluate`."""
+    messages = [
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": answer},
+    ]
     return {"messages": messages, **extra}
 
 
 def multiple_choice(question: str, choices: Sequence[str], place: int) -> Conversation:
-    """A question with lettered choices, answered with the letter of `choices[place]` alone.
+    """Return a question with lettered choices, whose answer is the letter of `choices[place]` alone.
 
-    Raises ValueError when there is nothing to choose from, or no such choice.
+    Raises ValueError if there are not 2 to 26 choices, or if `place` is not one of them.
     """
     if not 2 <= len(choices) <= 26 or not all(isinstance(text, str) and text for text in choices):
         raise ValueError(f"choices must be 2 to 26 texts, not {choices!r:.80}")
@@ -146,7 +166,7 @@ def multiple_choice(question: str, choices: Sequence[str], place: int) -> Conver
 
 
 def name_skipped(source: str, problems: Sequence[str], total: int) -> int:
-    """Print what is wrong with the first five items that a source of `total` loses, a line each; their number."""
+    """Print the first five `problems`, and how many of the source's `total` items are skipped. Return that number."""
     for problem in problems[:5]:
         print0(problem)
     if problems:
@@ -155,5 +175,5 @@ def name_skipped(source: str, problems: Sequence[str], total: int) -> int:
 
 
 def after_tools(completion: str) -> str:
-    """What the completion says after its last tool output (all of it where no tool was called)."""
+    """Return the completion's text after its last tool output: all of it if no tool was called."""
     return completion.rpartition("<|output_end|>")[2]

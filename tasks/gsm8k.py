@@ -56,5 +56,5 @@ class GSM8K(ParquetTask):
         return single_turn(row["question"], solution_parts(row["answer"]), result=str(result))
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        """Whether the number after the last `####` is the reference's."""
+        """Return whether the number after the last `####` is the reference's."""
         return final_number(completion) == Fraction(conversation["result"])

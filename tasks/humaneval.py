@@ -57,7 +57,7 @@ class HumanEval(ParquetTask):
         return single_turn(question, fenced[1], prompt=prompt, entry_point=entry_point, test=tests)
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        """Whether the completed function passes its tests."""
+        """Return whether the completed function passes its tests."""
         from nanochat import execution
 
         prompt, entry_point = conversation["prompt"], conversation["entry_point"]

@@ -38,5 +38,5 @@ class Identity(MadeTask):
         return single_turn(_styled(wording, rng), answer, pattern=pattern)
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        """Whether the completion says what an answer to this intent must say."""
+        """Return whether the completion says what an answer to this intent must say."""
         return re.search(conversation["pattern"], completion, re.IGNORECASE) is not None

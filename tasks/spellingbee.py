@@ -51,7 +51,7 @@ class SpellingBee(MadeTask):
         return single_turn(template.format(l=shown, w=f"{quote}{word}{quote}"), parts, word=word, letter=letter)
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        """Whether the first number after the last tool output is the count."""
+        """Return whether the first number after the last tool output is the count."""
         number = re.search(r"\d+", after_tools(completion))
         return number is not None and int(number[0]) == conversation["word"].count(conversation["letter"])
 
@@ -67,5 +67,5 @@ class Spelling(MadeTask):
         return single_turn(rng.choice(read_lists(WORDINGS)["spelling"]).format(w=word), "-".join(word), word=word)
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        """Whether the completion is the word's letters joined by hyphens."""
+        """Return whether the completion is the word's letters joined by hyphens."""
         return completion.strip().rstrip(".") == "-".join(conversation["word"])

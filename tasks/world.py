@@ -51,7 +51,7 @@ class WorldFacts(MadeTask):
         return single_turn(fact.question(rng), fact.sentence, **known)
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        """Whether the completion names the answer, and no other of its category (but what the subject names)."""
+        """Return whether the completion names the answer, and no other of its category (but what the subject names)."""
         category, answer = conversation["category"], {_bare(conversation["answer"], conversation["category"])}
         named = _named(completion, category) - (_named(conversation["subject"], category) - answer)
         return named == answer
