@@ -1,26 +1,28 @@
 """Chat in the browser, and the OpenAI API: `python -m scripts.chat_web`, then open the address it prints.
 
-`--model NAME` serves any model on this machine, and more than one when it is given several times.
+`--model NAME` serves any model on this machine, and several of them when it is given several times. `--replicas N` runs
+N engines of each model, one per GPU. The port is open while the models load; until then it answers 503.
 """
 
-import contextlib
 import logging
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
 
 from nanochat import cli
 from nanochat.cli import option
 from nanochat.common import STAGES
-from nanochat.compute import Compute
+from nanochat.compute import Compute, usable_cores
+from nanochat.engine import Engine
 from nanochat.hf import store
-from nanochat.serve import replicas
-from nanochat.serve.app import create_app, drain, make_server, read_api_keys
-from nanochat.serve.service import Models, ServerConfig
+from nanochat.serve.app import create_app_for
+from nanochat.serve.loop import Models, ServerConfig
+from nanochat.serve.server import drain, make_server
 
 
 @dataclass(frozen=True)
@@ -33,90 +35,103 @@ class Config(ServerConfig):
     stage: str = option("sft", "without --model: training stage of a model of your own", choices=STAGES)
     model_tag: str | None = option(None, "which model of that stage; unset: the newest")
     step: int | None = option(None, "which step; unset: the last")
-    replicas: int | None = option(None, "servers, each with a GPU or its share of the cores, behind this address")
+    replicas: int = option(1, "engines of each model: one per GPU, or each with its share of the cores")
     int8: bool = option(False, "weights of a model of this project in 8 bits, on CPU")
     drain_seconds: float = option(30.0, "at SIGTERM, how long answers that were begun may take to end")
     access_log: bool = option(True, "a line of JSON on stderr for each request, without what was said")
     device_type: str | None = option(None, "cuda, mps or cpu; unset: the best there is")
     devices: str | None = option(None, store.DEVICES)
 
+    def __post_init__(self) -> None:
+        """Raise ValueError for flags with which nothing could be served."""
+        super().__post_init__()
+        cli.require_positive(self, "replicas")
+        cli.require_positive(self, "port", "drain_seconds", zero=True)
+        if self.port > 65535:  # the system would take it modulo 65,536
+            raise ValueError(f"--port {self.port}: must be 65535 at most")
+        if self.replicas > 1 and self.devices:
+            raise ValueError("--replicas gives each engine a device of its own: leave --devices out")
 
-def here(config: Config, names: Sequence[str]) -> tuple[Any, Any, Callable[[], None]]:
-    """(models, application, what loads them) of a server in this process."""
-    device, number = Compute.create(config.device_type).device, os.environ.get(replicas.VARIABLE)
-    who = f"replica {number}: " if number else ""
-    found = store.find_all(names, device, config.step, config.devices)
+
+def replica_devices(n: int, device: torch.device) -> list[torch.device]:
+    """Return the devices of n replicas: a GPU each, or the CPU, whose cores they share.
+
+    Raises ValueError when there are fewer GPUs. On CPU this sets the number of threads that each engine computes with,
+    unless $OMP_NUM_THREADS says it.
+    """
+    if n == 1:
+        return [device]
+    if device.type == "cpu":
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, usable_cores() // n))
+        return [device] * n
+    n_gpus = torch.cuda.device_count()
+    if n > n_gpus:
+        raise ValueError(f"--replicas {n}: each takes a GPU of its own, and here are {n_gpus}: ask for fewer")
+    return [torch.device("cuda", i) for i in range(n)]
+
+
+def load_models(
+    config: Config, found: Sequence[store.NamedModel], devices: Sequence[torch.device], models: Models
+) -> None:
+    """Load each model once per device and let it answer as soon as it is there."""
     for each in found:
-        print(f"{who}{each.placement}", file=sys.stderr)
-    models = Models(config, [each.name for each in found])
-    if number:
-        threading.Thread(target=replicas.end_with_front, args=(models,), daemon=True).start()
-
-    def load() -> None:
-        for each in found:
-            models.add(each.name, *each.load(device, config.max_batch, config.int8))
-
-    return models, create_app(models), load
-
-
-def in_replicas(config: Config, names: Sequence[str], n: int) -> tuple[Any, Any, Callable[[], None]]:
-    """The same of n servers in processes of their own, which are told what this one was; else ValueError."""
-    if config.devices:
-        raise ValueError("--replicas gives each server a device of its own: leave --devices out")
-    read_api_keys(config.api_keys)  # a mistake is told once, not by each of them
-    n_models = len({store.find(name, config.step).name for name in names})
-    command = [sys.executable, "-m", "scripts.chat_web", *sys.argv[1:], "--host", "127.0.0.1", "--port", "0"]
-    most_open = n * n_models * (config.max_batch + config.max_waiting)
-    servers = replicas.Replicas(command, replicas.environments(n, config.device_type), most_open)
-    return servers, replicas.create_front(servers, config.max_body), servers.start
+        engines: list[Engine] = []
+        for device in devices:
+            # A replica has all of the model on its own device, whatever `find_all` planned for a single engine.
+            one = replace(each, places=(device,)) if len(devices) > 1 else each
+            engine, chat_format = one.load(device, config.max_batch, config.int8)
+            engines.append(engine)
+            if len(devices) > 1:
+                print(f"{each.name}: replica {len(engines) - 1} is ready on {device}", file=sys.stderr)
+        models.add(each.name, engines, chat_format)
 
 
 def main() -> None:
-    """Serve models until Ctrl-C, or until SIGTERM and the end of what was begun. The port is open while they load."""
+    """Serve models until Ctrl-C, or until SIGTERM and the end of the answers that were begun."""
     config = cli.parse(Config, description=__doc__)
-    cli.require_positive(config, "replicas")
-    cli.require_positive(config, "port", "drain_seconds", zero=True)
-    if config.port > 65535:  # the system would take what is left of it
-        raise ValueError(f"--port {config.port}: must be 65535 at most")
-    names = config.model or ("/".join(filter(None, (config.stage, config.model_tag))),)
-    is_replica = replicas.VARIABLE in os.environ
-    n, patience = 1 if is_replica else config.replicas or 1, config.drain_seconds
-    models, app, load_all = here(config, names) if n == 1 else in_replicas(config, names, n)
-    server = make_server(app, config.host, config.port, **replicas.TRUST if is_replica else {})
     logging.basicConfig(format="%(message)s")
     logging.getLogger("nanochat.access").setLevel(logging.INFO if config.access_log else logging.WARNING)
+    device = Compute.create(config.device_type).device
+    devices = replica_devices(config.replicas, device)
+    names = config.model or ("/".join(filter(None, (config.stage, config.model_tag))),)
+    found = store.find_all(names, device, config.step, config.devices)
+    for each in found:
+        print(each.placement, file=sys.stderr)
+    models = Models(config, [each.name for each in found], config.replicas)
+    server = make_server(create_app_for(models), config.host, config.port)
     failures: list[Exception] = []
 
     def load() -> None:
         try:
-            load_all()
+            load_models(config, found, devices, models)
             print(f"chat at http://{config.host}:{server.effective_port}  (Ctrl-C stops)", flush=True)
         except Exception as error:
             failures.append(error)
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)  # ends server.run() in the main thread
 
-    def wait_and_end() -> None:
-        if not drain(server, models, patience + 10 * (n > 1)):  # replicas keep to it themselves
-            logging.warning("answers were cut off after %g seconds", patience)
+    def drain_and_stop() -> None:
+        if not drain(server, models, config.drain_seconds):
+            logging.warning("answers were cut off after %g seconds", config.drain_seconds)
             models.close()
-            drain(server, models, 1.0)  # their readers are told
+            drain(server, models, 1.0)  # let the clients hear of it
         os.kill(os.getpid(), signal.SIGINT)
 
-    def begin_to_end(signum: int, frame: object) -> None:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # who cannot wait says it twice, but
-        # a replica hears it from systemd and from its front, which kills it if it must
-        signal.signal(signal.SIGTERM, signal.SIG_IGN if is_replica else signal.default_int_handler)
-        threading.Thread(target=wait_and_end, daemon=True).start()
+    def on_sigterm(signum: int, frame: object) -> None:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a second SIGTERM ends at once
+        threading.Thread(target=drain_and_stop, daemon=True).start()
 
     loader = threading.Thread(target=load, daemon=True)
-    signal.signal(signal.SIGTERM, begin_to_end)
-    # KeyboardInterrupt ends run(); also where it was ignored
-    signal.signal(signal.SIGINT, signal.default_int_handler if n == 1 else begin_to_end)
-    with contextlib.suppress(KeyboardInterrupt):  # before run() hears of it
+    signal.signal(signal.SIGTERM, on_sigterm)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job begins with SIGINT ignored
+    try:
         loader.start()
-        server.run()
+        server.run()  # catches KeyboardInterrupt itself
+    except KeyboardInterrupt:
+        pass  # before server.run() began
     models.close()
-    if loader.is_alive():  # it may be deep inside torch, which a thread that is ended there takes the process with
+    if loader.is_alive():
+        # The thread may be deep inside torch, and ending it there at interpreter exit aborts the process.
         os._exit(0)
     if failures:
         raise failures[0]

@@ -18,7 +18,7 @@ HELLO = [{"role": "user", "content": "Hello"}]
 
 @pytest.fixture(scope="module")
 def server():
-    with running_server(max_waiting=400) as (engine, port):
+    with running_server(max_waiting=400) as (engine, port, _):
         yield engine, port
 
 
@@ -77,7 +77,10 @@ def test_official_client_hears_of_errors(openai, client):
     with pytest.raises(openai.NotFoundError) as caught:
         client.chat.completions.create(model="gpt-9", messages=HELLO)
     assert caught.value.code == "model_not_found"
-    with running_server() as (engine, port), openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="x") as own:
+    with (
+        running_server() as (engine, port, _),
+        openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="x") as own,
+    ):
         chunks = own.chat.completions.create(model="tiny", messages=HELLO, stream=True, max_tokens=500)
         engine.step = lambda: 1 / 0
         with pytest.raises(openai.APIError, match="engine stopped"):
@@ -133,7 +136,7 @@ def test_schemathesis(tmp_path):
     pytest.importorskip("schemathesis", reason="not installed: pip install schemathesis")
     checks = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
     checks += ",response_headers_conformance,negative_data_rejection,unsupported_method"
-    with running_server(max_tokens=4) as (_, port):
+    with running_server(max_tokens=4) as (_, port, _):
         url = f"http://127.0.0.1:{port}/openapi.json"
         options = ["--checks", checks, "--max-examples", "25", "--seed", "1", "--phases", "examples,coverage,fuzzing"]
         run = [sys.executable, "-m", "schemathesis.cli", "run", url, *options, "--mode", "all", "--no-color"]

@@ -1,7 +1,6 @@
 """The terminal chat and the server's script as a user runs them: processes, pipes, a terminal, a real checkpoint."""
 
 import dataclasses
-import http.client
 import itertools
 import json
 import os
@@ -24,7 +23,6 @@ from nanochat.chat_format import ChatFormat
 from nanochat.compute import Compute
 from nanochat.detokenizer import Reasoning, ToolCall
 from nanochat.engine import Engine
-from scripts import chat_web
 from scripts.chat_cli import HELP, Chat, Config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -282,83 +280,3 @@ def test_wrong_commands_are_answered_and_change_nothing(tmp_path, capsys):
     assert "No such file" in capsys.readouterr().out and len(chat.messages) == 2
     chat.talk(iter(["/system Be brief.", "/temp 1.5", "/system", "/quit"]).__next__)
     assert chat.config == Config(temperature=1.5)
-
-
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
-def test_the_server_script_serves_and_ends_cleanly(base_dir, how):
-    argv, environment = command(base_dir, "chat_web", "--port", "0", "--host", "localhost")
-    process = subprocess.Popen(
-        argv, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    try:
-        address = process.stdout.readline().split()[2].removeprefix("http://")
-        connection = http.client.HTTPConnection(address, timeout=30)
-        connection.request("GET", "/v1/models")
-        assert b'"sft/tiny"' in connection.getresponse().read()
-        process.send_signal(how)
-        assert process.wait(20) == 0 and "Traceback" not in process.stderr.read()
-    finally:
-        process.kill()
-        process.communicate()
-
-
-def test_the_server_ends_while_it_loads(base_dir):
-    """However deep inside torch that is: a thread that is ended there took the process with it, by SIGABRT."""
-    slow = "lambda *_: [torch.mm(a, a) for a in [torch.ones(700, 700)] for _ in range(10**6)]"
-    code = f"import torch; from nanochat.hf import store; store.NamedModel.load = {slow}\n"
-    argv, environment = command(base_dir, "chat_web", "--port", "0")
-    argv[1:3] = ["-c", f"{code}from scripts.chat_web import main; main()"]
-    process = subprocess.Popen(argv, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
-    try:
-        process.stderr.readline()
-        time.sleep(2)
-        process.send_signal(signal.SIGTERM)
-        assert (process.wait(60), process.stderr.read()) == (0, "")
-    finally:
-        process.kill()
-        process.communicate()
-
-
-def test_a_port_is_a_port(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["chat_web", "--port", "99999"])
-    with pytest.raises(ValueError, match="--port 99999"):  # the system would listen on 34463
-        chat_web.main()
-
-
-def post(address, body, timeout=60):
-    """The response, with its body still to be read."""
-    connection = http.client.HTTPConnection(address, timeout=timeout)
-    connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
-    return connection.getresponse()
-
-
-@pytest.mark.parametrize("patience", [30, 0.3])
-def test_sigterm_under_load(base_dir, patience):
-    """What was begun ends, or is told that it was cut off; new requests get 503; nothing is left."""
-    flags = ["--port", "0", "--max-batch", "2", "--drain-seconds", str(patience)]
-    argv, environment = command(base_dir, "chat_web", *flags)
-    process = subprocess.Popen(
-        argv, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    try:
-        address = process.stdout.readline().split()[2].removeprefix("http://")
-        body = {"messages": [{"role": "user", "content": "Tell me a story"}], "stream": True}
-        if patience < 1:  # an answer that takes to the end of the context
-            body |= {"logit_bias": {"33": 100}, "max_tokens": 700}
-        responses = [post(address, {**body, "seed": i}) for i in range(6)]
-        begun = [response.read(1) for response in responses]
-        process.send_signal(signal.SIGTERM)
-        time.sleep(0.05 if patience < 1 else 0.2)
-        late = post(address, {**body, "seed": 99})
-        assert late.status == 503 and late.getheader("Retry-After") and b"shutting down" in late.read()
-        texts = [(first + response.read()).decode() for first, response in zip(begun, responses, strict=True)]
-        if patience > 1:
-            assert all(text.endswith("data: [DONE]\n\n") and '"stop"' in text for text in texts)
-        else:
-            assert any('"server_error"' in text.split("\n\n")[-2] for text in texts)
-        assert process.wait(20) == 0 and "Traceback" not in process.stderr.read()
-        with pytest.raises(ConnectionRefusedError):
-            post(address, body)
-    finally:
-        process.kill()
-        process.communicate()

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import pytest
 import tiny_chat
-
 from dev.serving_size import Config, cache_bytes, size
+
 from nanochat.engine import Engine, Request
 from nanochat.gpt import GPT, GPTConfig
 from scripts import chat_web
@@ -64,7 +64,7 @@ def test_the_table_of_sizes_is_what_the_command_prints():
 
 
 def test_names_and_flags_exist():
-    with tiny_chat.running_server() as (_, port):
+    with tiny_chat.running_server() as (_, port, _):
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
         connection.request("GET", "/metrics")
         exposed = connection.getresponse().read().decode()
@@ -111,12 +111,13 @@ def proxied(tmp_path, monkeypatch):
     """nginx with the text of the page before two servers: (ask, their engines and engine loops)."""
     if not (shutil.which("nginx") and shutil.which("openssl")):
         pytest.skip("nginx and openssl are not installed")
-    apps, create = [], tiny_chat.create_app
-    monkeypatch.setattr(tiny_chat, "create_app", lambda *arguments: apps.append(create(*arguments)) or apps[-1])
     pem = [str(tmp_path / name) for name in ("own.key", "own.pem")]
     sign = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost"]
     subprocess.run([*sign, "-keyout", pem[0], "-out", pem[1]], check=True, capture_output=True, timeout=120)
-    with tiny_chat.running_server(model_name="one") as (one, a), tiny_chat.running_server(model_name="two") as (two, b):
+    with (
+        tiny_chat.running_server(model_name="one") as (one, a, _),
+        tiny_chat.running_server(model_name="two") as (two, b, _),
+    ):
         port = free_port()
         text = block("nginx").replace(":8001", f":{a}").replace(":8002", f":{b}").replace("443", f"127.0.0.1:{port}")
         places = {"/var/log/nginx": str(tmp_path), "/etc/nginx/chat.example.org.key": pem[0]}

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-
 
 @pytest.fixture(scope="module")
 def server():
-    with running_server() as (engine, port):
+    with running_server() as (engine, port, _):
         yield engine, f"http://127.0.0.1:{port}/"
 
 
@@ -183,7 +183,7 @@ def test_reasoning_is_folded_and_stays_here(browser, tmp_path, screenshot):
     import tiny_hf
 
     oss, sent, context = tiny_hf.scripted_gpt_oss(tmp_path / "oss"), [], browser.new_context()
-    with running_server(more={"me/oss": oss}) as (_, port):
+    with running_server(more={"me/oss": oss}) as (_, port, _):
         page = context.new_page()
         page.on("request", lambda request: sent.append(request.post_data_json) if request.method == "POST" else None)
         page.goto(f"http://127.0.0.1:{port}/")
@@ -392,7 +392,7 @@ def test_errors_are_said_in_words(open_page):
 
 def test_a_server_that_has_gone(browser):
     """A real one, stopped: said in words, and what was asked is not lost."""
-    with running_server() as (_, port):
+    with running_server() as (_, port, _):
         context = browser.new_context()
         page = context.new_page()
         page.goto(f"http://127.0.0.1:{port}/")
@@ -407,7 +407,7 @@ def test_a_server_that_comes_back(browser):
     """At the same address, with another model: what failed is asked again, of a model that is there."""
     context = browser.new_context()
     page = context.new_page()
-    with running_server() as (_, port):
+    with running_server() as (_, port, _):
         page.goto(f"http://127.0.0.1:{port}/")
         ask(page, "Hello", 1)
     ask(page, "What is 37*48?", 2)
@@ -459,7 +459,7 @@ def test_what_the_browser_kept_may_be_damaged(open_page):
 def test_the_page_works_with_keys(browser, monkeypatch):
     """The browser asks for a password, which is a key, and sends it along from then on."""
     monkeypatch.setenv("NANOCHAT_API_KEYS", "a-long-key")
-    with running_server() as (_, port):
+    with running_server() as (_, port, _):
         for key, status in (("a-long-key", 200), ("another-key", 401)):
             context = browser.new_context(http_credentials={"username": "me", "password": key})
             page = context.new_page()

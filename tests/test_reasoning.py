@@ -8,11 +8,10 @@ import torch
 
 pytest.importorskip("transformers", reason="the oracle, transformers, is not installed")
 import tiny_hf
+from nanochat.serve.service import Models, ServerConfig
 from tiny_chat import running_server, text_of
 
 from nanochat.compute import Compute
-from nanochat.serve.app import create_app
-from nanochat.serve.service import Models, ServerConfig
 from scripts.chat_cli import Chat, Config, build_request
 
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -26,7 +25,7 @@ def oss(tmp_path_factory):
 @pytest.fixture(scope="module")
 def port(oss):
     """Of a server of two models: the tiny one, trained here, and a gpt-oss whose words are known."""
-    with running_server(more={"me/oss": oss}) as (_, port):
+    with running_server(more={"me/oss": oss}) as (_, port, _):
         yield port
 
 
@@ -109,7 +108,7 @@ def test_models_by_name(port):
 
 def test_a_model_that_is_being_loaded(oss):
     models = Models(ServerConfig(), ["me/oss"])
-    client = create_app(models).test_client()
+    client = create_app_for(models).test_client()
     try:
         assert (client.get("/health").status_code, client.get("/health").json) == (503, {"status": "loading"})
         assert client.get("/").status_code == 200 and client.get("/v1/models").json["data"] == []
@@ -117,7 +116,8 @@ def test_a_model_that_is_being_loaded(oss):
         early = client.post("/v1/chat/completions", json=body)
         assert early.status_code == 503 and early.headers["Retry-After"] and "being loaded" in early.text
         assert client.post("/v1/chat/completions", json={**body, "model": "x"}).status_code == 404
-        models.add("me/oss", *oss)
+        engine, chat_format = oss
+        models.add("me/oss", [engine], chat_format)
         assert (client.get("/health").status_code, client.get("/health").json) == (200, {"status": "ok"})
         reply = client.post("/v1/chat/completions", json=body).json
         assert reply["choices"][0]["message"]["content"] == tiny_hf.ANSWER
@@ -126,7 +126,7 @@ def test_a_model_that_is_being_loaded(oss):
 
 
 def test_one_dead_engine_leaves_the_others(tmp_path):
-    with running_server(more={"me/oss": tiny_hf.scripted_gpt_oss(tmp_path)}) as (engine, port):
+    with running_server(more={"me/oss": tiny_hf.scripted_gpt_oss(tmp_path)}) as (engine, port, _):
         engine.step = lambda: 1 / 0
         assert ask(port, "POST", "/v1/chat/completions", {"messages": HELLO})[0] == 503
         assert ask(port, "GET", "/health") == (503, '{"status":"the engine died: tiny"}\n')

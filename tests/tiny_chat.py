@@ -2,18 +2,23 @@
 
 import contextlib
 import functools
+import http.client
+import json
 import random
 import threading
-from collections.abc import Iterator
-from typing import Any
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 
+from nanochat.chat_format import ChatFormat
 from nanochat.conversation import render
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.serve.app import create_app, make_server
-from nanochat.serve.service import ServerConfig
+from nanochat.serve.app import create_app_for
+from nanochat.serve.loop import Models, ServerConfig
+from nanochat.serve.server import make_server
 from nanochat.tokenizer import Tokenizer
 
 CODE = "Like this:\n```python\nfor i in range(3):\n    print(i < 2)\n```\nIt prints `True` twice."
@@ -73,24 +78,129 @@ def tiny_chat() -> tuple[GPT, Tokenizer]:
 
 @contextlib.contextmanager
 def running_server(
-    max_batch: int = 8, model_name: str = "tiny", more: dict[str, Any] | None = None, port: int = 0, **options: Any
-) -> Iterator[tuple[Engine, int]]:
-    """(engine, port) of a real server of the tiny model, on a free port unless one is given, stopped at the end;
-    options of ServerConfig.
+    max_batch: int = 8,
+    model_name: str = "tiny",
+    replicas: int = 1,
+    more: dict[str, Any] | None = None,
+    port: int = 0,
+    **options: Any,
+) -> Iterator["Server"]:
+    """A real server of the tiny model, on a free port unless one is given, stopped at the end.
 
-    more: engines and formats of other models, by name.
+    more: (engine, chat format) of other models, by name. options: those of ServerConfig.
     """
-    app = create_app(Engine(*tiny_chat(), max_batch=max_batch), model_name, ServerConfig(**options))
-    for name, (engine, form) in (more or {}).items():
-        app.extensions["models"].add(name, engine, form)
-    server = make_server(app, "127.0.0.1", port)
+    models = Models(ServerConfig(**options), [model_name, *(more or {})], replicas)
+    engines = [Engine(*tiny_chat(), max_batch=max_batch) for _ in range(replicas)]
+    models.add(model_name, engines, ChatFormat(engines[0].tokenizer))
+    for name, (engine, chat_format) in (more or {}).items():
+        models.add(name, [engine], chat_format)
+    server = make_server(create_app_for(models), "127.0.0.1", port)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     try:
-        yield app.extensions["models"].get(None).engine, server.effective_port
+        yield Server(engines[0], server.effective_port, models)
     finally:
         with contextlib.suppress(OSError):  # its thread woke by itself and closed the trigger before it was pulled
             server.trigger.pull_trigger(lambda: [each.close() for each in list(server._map.values())])
         thread.join(10)
         server.task_dispatcher.shutdown()
-        app.extensions["models"].close()
+        models.close()
+
+
+class Server(NamedTuple):
+    """A server that runs in this process, and the parts that tests look into."""
+
+    engine: Engine
+    port: int
+    models: Models
+
+    def ask(self, method: str, path: str, body: Any = None, headers: Any = None) -> tuple[int, dict[str, str], str]:
+        """(status, headers, text) of one request; a body that is not bytes is sent as JSON."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
+        try:
+            connection.request(method, path, data, {"Content-Type": "application/json", **(headers or {})})
+            response = connection.getresponse()
+            return response.status, dict(response.getheaders()), response.read().decode()
+        finally:
+            connection.close()
+
+    def get(self, path: str) -> Any:
+        """The JSON of a page that must be there."""
+        status, _, text = self.ask("GET", path)
+        assert status == 200, text
+        return json.loads(text)
+
+    def chat(self, *contents: Any, **options: Any) -> tuple[int, dict[str, Any]]:
+        """(status, completion) after messages alternating from the user's."""
+        messages = [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
+        status, _, text = self.ask("POST", "/v1/chat/completions", {"messages": messages, **options})
+        return status, json.loads(text)
+
+    def say(self, *contents: Any, **options: Any) -> str:
+        """The text of an answer that must come."""
+        status, reply = self.chat(*contents, **options)
+        assert status == 200, reply
+        return reply["choices"][0]["message"]["content"]
+
+    def stream(self, question: str, **options: Any) -> list[Any]:
+        """The events of a streamed answer, without the [DONE] that must end them (an error need not)."""
+        body = {"messages": [{"role": "user", "content": question}], "stream": True, **options}
+        status, headers, text = self.ask("POST", "/v1/chat/completions", body)
+        assert status == 200 and headers["Content-Type"].startswith("text/event-stream")
+        events = text.split("\n\n")
+        assert events.pop() == "" and all(event.startswith("data: ") for event in events)
+        if '"error"' not in events[-1]:
+            assert events.pop() == "data: [DONE]"
+        return [json.loads(event.removeprefix("data: ")) for event in events]
+
+    def begin(self, question: str = "Tell me a story", **options: Any) -> tuple[Any, Any]:
+        """(connection, response) of a streamed answer of which the first event has come."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        body = {"messages": [{"role": "user", "content": question}], "stream": True, **options}
+        connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        assert response.status == 200 and response.readline().startswith(b"data: ")
+        return connection, response
+
+    def metrics(self) -> dict[str, float]:
+        """Sample -> value of /metrics."""
+        lines = [line for line in self.ask("GET", "/metrics")[2].splitlines() if not line.startswith("#")]
+        return {line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1]) for line in lines}
+
+
+def leave(begun: tuple[Any, Any]) -> None:
+    """Close the socket of an answer, wherever it is: connection and response both hold it."""
+    for each in begun:
+        each.close()
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 30) -> Any:
+    """What `condition` gives, once it is true; false if it never is."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return value
+
+
+@contextlib.contextmanager
+def held(*engines: Engine) -> Iterator[threading.Event]:
+    """Engines that stand still until the event is set, or to the end of the block."""
+    release = threading.Event()
+    steps = [engine.step for engine in engines]
+
+    def hold(engine: Any, step: Any) -> None:
+        def wait() -> Any:
+            release.wait(30)
+            return step()
+
+        engine.step = wait
+
+    for engine, step in zip(engines, steps, strict=True):
+        hold(engine, step)
+    try:
+        yield release
+    finally:
+        release.set()
+        for engine, step in zip(engines, steps, strict=True):
+            engine.step = step  # type: ignore[method-assign]

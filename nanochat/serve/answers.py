@@ -1,174 +1,293 @@
-"""What the API gives: deliveries of the engine as OpenAI's objects, whole or as server-sent events.
+"""The way back: from an engine's deliveries to OpenAI's objects, whole or as a stream of server-sent events.
 
-Beyond the OpenAI format: when the model uses its calculator, the answer carries `tool_trace`, beside its text and never
-inside it: in a stream {"expression": "37*48", "result": "1776"} at the place of the call (result null when the
-expression was not valid), otherwise a list of the same. What a model says to itself before it answers is
-`reasoning_content`, beside `content`, as DeepSeek's API has it. In a session the end of the answer carries `session`.
+An `Answer` belongs to one HTTP request. It takes its deliveries from the engine or from the response cache. When the
+last has come it counts tokens, fills the cache, and writes the session. `ChatForm` and `TextForm` are how the two
+endpoints word the same deliveries.
 """
 
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from nanochat.detokenizer import Event, Reasoning, ToolCall
+from nanochat.detokenizer import Event, Reasoning, ToolCall, content_of
 from nanochat.engine import Request
-from nanochat.serve.loop import Delivery
-from nanochat.serve.schema import ApiError
+from nanochat.sampling import TokenScore
+from nanochat.serve.loop import Delivery, Model
+from nanochat.serve.schema import (
+    ApiError,
+    ChatLogprobs,
+    ScoredToken,
+    SessionInfo,
+    TextLogprobs,
+    TokenLogprob,
+    ToolTrace,
+    Usage,
+)
+from nanochat.serve.sessions import SessionTurn
 from nanochat.tokenizer import Tokenizer
 
 
+def _text(events: Sequence[Event]) -> str:
+    return "".join(event for event in events if not isinstance(event, Reasoning | ToolCall))
+
+
+def _trace(event: ToolCall) -> ToolTrace:
+    return {"expression": event.expression, "result": event.result}
+
+
+def _token_text(tokenizer: Tokenizer, token: int) -> str:
+    return tokenizer.decode_bytes([token]).decode("utf-8", "replace")
+
+
+def _token_logprob(tokenizer: Tokenizer, token: int, logprob: float) -> TokenLogprob:
+    data = list(tokenizer.decode_bytes([token]))
+    return {"token": _token_text(tokenizer, token), "logprob": logprob, "bytes": data}
+
+
 class ChatForm:
-    """Objects of /v1/chat/completions."""
+    """Wording of /v1/chat/completions."""
 
-    whole_object, chunk_object, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl-"
+    object = "chat.completion"
+    chunk_object = "chat.completion.chunk"
+    id_prefix = "chatcmpl-"
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
-
-    def _token(self, token: int, logprob: float) -> dict[str, Any]:
-        data = self.tokenizer.decode_bytes([token])
-        return {"token": data.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(data)}
-
-    def logprobs(self, scores: Sequence[Any], offset: int = 0) -> dict[str, Any]:
-        """OpenAI's form of TokenScores. offset: length of the text of the tokens before."""
-        content = [
-            {**self._token(s.token, s.logprob), "top_logprobs": [self._token(*each) for each in s.top.items()]}
-            for s in scores
-        ]
-        return {"content": content, "refusal": None}
-
-    def begin(self) -> dict[str, Any] | None:
-        """What a stream says of a choice before its first text."""
+    def first_piece(self) -> dict[str, Any] | None:
+        """Return what a stream says of a choice before its first text, if anything."""
         return {"delta": {"role": "assistant", "content": ""}}
 
-    def piece(self, event: Event | None) -> dict[str, Any]:
-        """A choice's part of a chunk; None: the end, which brings no text."""
-        if event is None:
-            return {"delta": {}}
+    def piece(self, event: Event) -> dict[str, Any]:
+        """Return what a chunk says of an event."""
         if isinstance(event, ToolCall):
-            return {"delta": {"tool_trace": event._asdict()}}
-        return {"delta": {"reasoning_content" if isinstance(event, Reasoning) else "content": event}}
+            return {"delta": {"tool_trace": _trace(event)}}
+        if isinstance(event, Reasoning):
+            return {"delta": {"reasoning_content": event}}
+        return {"delta": {"content": event}}
+
+    def last_piece(self) -> dict[str, Any]:
+        """Return what the chunk with the finish reason says; the text is over by then."""
+        return {"delta": {}}
 
     def whole(self, events: Sequence[Event]) -> dict[str, Any]:
-        """A choice with its whole answer."""
-        text, trace = _text_and_trace(events)
-        return {"message": {"role": "assistant", "content": text, **trace}}
+        """Return a choice with its whole answer."""
+        message: dict[str, Any] = {"role": "assistant", "content": _text(events)}
+        reasoning = "".join(event for event in events if isinstance(event, Reasoning))
+        if reasoning:
+            message["reasoning_content"] = reasoning
+        trace = [_trace(event) for event in events if isinstance(event, ToolCall)]
+        if trace:
+            message["tool_trace"] = trace
+        return {"message": message}
+
+    def logprobs(self, tokenizer: Tokenizer, scores: Sequence[TokenScore], offset: int) -> ChatLogprobs:
+        """Return log-probabilities as OpenAI words them. offset: length of the text of the tokens before."""
+        content: list[ScoredToken] = []
+        for score in scores:
+            top = [_token_logprob(tokenizer, token, logprob) for token, logprob in score.top.items()]
+            content.append({**_token_logprob(tokenizer, score.token, score.logprob), "top_logprobs": top})
+        return {"content": content, "refusal": None}
 
 
-class TextForm(ChatForm):
-    """Objects of /v1/completions."""
+class TextForm:
+    """Wording of /v1/completions."""
 
-    whole_object = chunk_object = "text_completion"
-    prefix = "cmpl-"
+    object = "text_completion"
+    chunk_object = "text_completion"
+    id_prefix = "cmpl-"
 
-    def logprobs(self, scores: Sequence[Any], offset: int = 0) -> dict[str, Any]:
-        names = [self._token(s.token, s.logprob)["token"] for s in scores]
-        return {
-            "tokens": names,
-            "token_logprobs": [s.logprob for s in scores],
-            "top_logprobs": [{self._token(t, p)["token"]: p for t, p in s.top.items()} for s in scores],
-            "text_offset": list(itertools.accumulate(map(len, names[:-1]), initial=offset)) if names else [],
-        }
+    def first_piece(self) -> None:
+        """Return None: a text begins with its first piece."""
 
-    def begin(self) -> None:
-        return None
+    def piece(self, event: Event) -> dict[str, Any]:
+        """Return what a chunk says of an event."""
+        if isinstance(event, ToolCall):
+            return {"text": "", "tool_trace": _trace(event)}
+        return {"text": event}
 
-    def piece(self, event: Event | None) -> dict[str, Any]:
-        return {"text": "", "tool_trace": event._asdict()} if isinstance(event, ToolCall) else {"text": event or ""}
+    def last_piece(self) -> dict[str, Any]:
+        """Return what the chunk with the finish reason says."""
+        return {"text": ""}
 
     def whole(self, events: Sequence[Event]) -> dict[str, Any]:
-        text, trace = _text_and_trace(events)
-        return {"text": text, **trace}
+        """Return a choice with its whole text."""
+        choice: dict[str, Any] = {"text": _text(events)}
+        trace = [_trace(event) for event in events if isinstance(event, ToolCall)]
+        if trace:
+            choice["tool_trace"] = trace
+        return choice
 
-
-def _text_and_trace(events: Sequence[Event]) -> tuple[str, dict[str, Any]]:
-    trace = [event._asdict() for event in events if isinstance(event, ToolCall)]
-    reasoning = "".join(event for event in events if isinstance(event, Reasoning))
-    text = "".join(event for event in events if not isinstance(event, Reasoning | ToolCall))
-    beside = {"reasoning_content": reasoning, "tool_trace": trace}
-    return text, {name: value for name, value in beside.items() if value}
-
-
-def usage_of(requests: Sequence[Request]) -> dict[str, Any]:
-    """Token counts; samples of one prompt count it once. `cached_tokens` were not read anew."""
-    firsts = [request for request in requests if request.sample == 0]
-    n_prompt, n_new = sum(len(r.tokens) for r in firsts), sum(len(r.output) for r in requests)
-    counts = {"prompt_tokens": n_prompt, "completion_tokens": n_new, "total_tokens": n_prompt + n_new}
-    cached = sum(min(r.n_reused, len(r.tokens)) for r in firsts)
-    return {**counts, "prompt_tokens_details": {"cached_tokens": cached}}
+    def logprobs(self, tokenizer: Tokenizer, scores: Sequence[TokenScore], offset: int) -> TextLogprobs:
+        """Return log-probabilities as OpenAI words them. offset: length of the text of the tokens before."""
+        logprobs: TextLogprobs = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        for score in scores:
+            text = _token_text(tokenizer, score.token)
+            logprobs["tokens"].append(text)
+            logprobs["token_logprobs"].append(score.logprob)
+            logprobs["top_logprobs"].append({_token_text(tokenizer, token): p for token, p in score.top.items()})
+            logprobs["text_offset"].append(offset)
+            offset += len(text)
+        return logprobs
 
 
 class Answer:
-    """The answer to one HTTP request while it is made: `deliveries` and, when they have ended, `usage` and `session`.
+    """The answer to one HTTP request while it is made. `facts` is what the access log says of it."""
 
-    head: id, created and model of the OpenAI objects.
-    """
-
-    def __init__(self, form: ChatForm, head: dict[str, Any], n_choices: int, with_logprobs: bool) -> None:
-        self.form, self.head, self.with_logprobs = form, head, with_logprobs
-        self.deliveries: list[list[Delivery]] = [[] for _ in range(n_choices)]
-        self.usage: Any = None  # as `usage_of` has it, when all have ended
-        self.extra: dict[str, Any] = {}  # what the end of it also says
-
-    def events(self, index: int) -> list[Event]:
-        """All that choice `index` has said so far."""
-        return [event for delivery in self.deliveries[index] for event in delivery.events]
+    def __init__(
+        self,
+        form: ChatForm | TextForm,
+        model: Model,
+        requests: Sequence[Request],
+        with_logprobs: bool,
+        cache_key: str | None,
+        session: SessionTurn | None = None,
+    ) -> None:
+        self.form = form
+        self.model = model
+        self.requests = requests
+        self.with_logprobs = with_logprobs
+        self.cache_key = cache_key
+        self.session = session
+        self.session_info: SessionInfo | None = None
+        self.said: list[list[Delivery]] = [[] for _ in requests]  # by choice
+        self.usage: Usage | None = None
+        self.kept = model.responses.get(cache_key) if cache_key else None
+        self.ticket = model.submit(requests) if self.kept is None else None
+        self.facts: dict[str, Any] = {"cached": self.kept is not None}
+        if self.ticket is not None:
+            self.facts["replica"] = self.ticket.loop.replica
+        self._head = {"id": form.id_prefix + uuid.uuid4().hex, "created": int(time.time()), "model": model.name}
 
     @property
-    def ended(self) -> bool:
-        """Whether all choices have."""
-        return all(deliveries and deliveries[-1].finish_reason for deliveries in self.deliveries)
+    def finished(self) -> bool:
+        """True once every choice has come to its end."""
+        return all(said and said[-1].finish_reason for said in self.said)
 
-    def keep(self, incoming: Iterable[Delivery]) -> Iterator[Delivery]:
-        """Pass deliveries on, remembering them."""
+    def deliveries(self, client_left: Callable[[], bool]) -> Iterator[Delivery]:
+        """Iterate over the deliveries of all choices as they come; end early when the client has left.
+
+        Raises ApiError 503 when the engine dies in the middle.
+        """
+        if self.ticket is not None:
+            incoming = self.ticket.read(client_left)
+        else:
+            said, self.usage = self.kept or ([], None)
+            self.model.metrics.cache_hits.labels(self.model.name).inc()
+            incoming = itertools.chain.from_iterable(said)
         for delivery in incoming:
-            self.deliveries[delivery.index].append(delivery)
+            self.said[delivery.index].append(delivery)
+            if self.finished:
+                self._finish()  # before the last delivery is passed on, whose chunk tells of the session
             yield delivery
 
+    def close(self) -> None:
+        """Free what an answer that was not read to its end still holds: places in the engine, and its session."""
+        if self.ticket is not None:
+            self.ticket.cancel()
+        if self.session is not None:
+            self.session.end()
+
     def whole(self) -> dict[str, Any]:
-        """The completion object, when the last delivery has come."""
+        """Return the completion object, once all has come."""
         choices = []
-        for index, deliveries in enumerate(self.deliveries):
-            scores = [score for delivery in deliveries for score in delivery.scores]
-            logprobs = self.form.logprobs(scores) if self.with_logprobs else None
-            choice = {"index": index, **self.form.whole(self.events(index)), "logprobs": logprobs}
-            choices.append({**choice, "finish_reason": deliveries[-1].finish_reason})
-        return {**self.head, "object": self.form.whole_object, "choices": choices, "usage": self.usage, **self.extra}
+        for index, said in enumerate(self.said):
+            scores = [score for delivery in said for score in delivery.scores]
+            logprobs = self.form.logprobs(self.model.tokenizer, scores, offset=0) if self.with_logprobs else None
+            choice = {"index": index, **self.form.whole(self._events(index)), "logprobs": logprobs}
+            choices.append({**choice, "finish_reason": said[-1].finish_reason})
+        completion = {**self._head, "object": self.form.object, "choices": choices, "usage": self.usage}
+        if self.session_info is not None:
+            completion["session"] = self.session_info
+        return completion
 
-    def stream(self, incoming: Iterable[Delivery], include_usage: bool) -> Iterator[str]:
-        """Server-sent events: roles, pieces of the answers, the reasons of their ends, [DONE]; or an error in words.
+    def stream(self, client_left: Callable[[], bool], include_usage: bool) -> Iterator[str]:
+        """Yield server-sent events: roles, pieces of text, finish reasons, [DONE]; or an error event at the end.
 
-        The log-probabilities of tokens whose text is held back come with the next text, or at the end.
+        Log-probabilities of tokens whose text is held back come with the next piece of text, or with the end.
         """
-        scores: list[list[Any]] = [[] for _ in self.deliveries]
-        offsets = [0 for _ in self.deliveries]
+        scores: list[list[TokenScore]] = [[] for _ in self.said]  # that wait for a piece of text
+        offsets = [0 for _ in self.said]
 
-        def chunk(index: int, choice: dict[str, Any], reason: str | None = None, **extra: Any) -> str:
+        def chunk(index: int, piece: dict[str, Any], finish_reason: str | None = None) -> str:
             logprobs = None
             if scores[index]:
-                logprobs = self.form.logprobs(scores[index], offsets[index])
-                offsets[index] += sum(map(len, logprobs.get("tokens", ())))
+                logprobs = self.form.logprobs(self.model.tokenizer, scores[index], offsets[index])
+                offsets[index] += sum(len(_token_text(self.model.tokenizer, each.token)) for each in scores[index])
                 scores[index] = []
-            choice = {"index": index, **choice, "logprobs": logprobs, "finish_reason": reason}
-            return self._event(choices=[choice], **({"usage": None} if include_usage else {}), **extra)
+            choice = {"index": index, **piece, "logprobs": logprobs, "finish_reason": finish_reason}
+            data: dict[str, Any] = {**self._head, "object": self.form.chunk_object, "choices": [choice]}
+            if include_usage:
+                data["usage"] = None  # it comes in a chunk of its own, the last
+            if finish_reason is not None and self.session_info is not None:
+                data["session"] = self.session_info
+            return _event(data)
 
         try:
-            if first := self.form.begin():
-                yield "".join(chunk(index, first) for index in range(len(scores)))
-            for index, events, new, reason in incoming:
-                scores[index] += new
+            first = self.form.first_piece()
+            if first is not None:
+                # In one piece: the client learns at once that its answer has begun.
+                yield "".join(chunk(index, first) for index in range(len(self.said)))
+            for index, events, new_scores, finish_reason in self.deliveries(client_left):
+                scores[index] += new_scores
                 for event in events:
                     yield chunk(index, self.form.piece(event))
-                if reason is not None:
+                if finish_reason is not None:
                     if scores[index]:
                         yield chunk(index, self.form.piece(""))
-                    yield chunk(index, self.form.piece(None), reason, **self.extra)
+                    yield chunk(index, self.form.last_piece(), finish_reason)
             if include_usage and self.usage is not None:
-                yield self._event(choices=[], usage=self.usage)
+                yield _event({**self._head, "object": self.form.chunk_object, "choices": [], "usage": self.usage})
             yield "data: [DONE]\n\n"
         except ApiError as error:
-            yield f"data: {json.dumps(error.body)}\n\n"
+            # The status line has been sent long ago; clients of OpenAI's protocol look for this event.
+            yield _event(error.body)
 
-    def _event(self, **fields: Any) -> str:
-        return f"data: {json.dumps({**self.head, 'object': self.form.chunk_object, **fields})}\n\n"
+    def _events(self, index: int) -> list[Event]:
+        return [event for delivery in self.said[index] for event in delivery.events]
+
+    def _finish(self) -> None:
+        """Count the tokens and keep what is to be kept."""
+        if self.usage is None:
+            self.usage = usage_of(self.requests)
+            if self.cache_key is not None:
+                self.model.responses.put(self.cache_key, (self.said, self.usage))
+        self.facts["prompt_tokens"] = self.usage["prompt_tokens"]
+        self.facts["completion_tokens"] = self.usage["completion_tokens"]
+        self.facts["finish_reason"] = ",".join(str(said[-1].finish_reason) for said in self.said)
+        if self.session is not None:
+            self.session_info = self._write_session(self.session, self.usage)
+
+    def _write_session(self, session: SessionTurn, usage: Usage) -> SessionInfo:
+        messages = [*session.messages, {"role": "assistant", "content": content_of(self._events(0))}]
+        info: SessionInfo = {
+            "id": session.key[1],
+            "model": self.model.name,
+            "turns": sum(message["role"] == "user" for message in messages),
+            "dropped_turns": session.dropped_turns,
+            "tokens": usage["total_tokens"],
+            "context": self.model.engine.context,
+            "expires_in": session.sessions.seconds,
+            "cached_tokens": usage["prompt_tokens_details"]["cached_tokens"],
+        }
+        session.end({**info, "messages": messages})
+        return info
+
+
+def _event(data: dict[str, Any]) -> str:
+    return f"data: {json.dumps(data)}\n\n"
+
+
+def usage_of(requests: Sequence[Request]) -> Usage:
+    """Count tokens. Samples of one prompt count it once."""
+    first_samples = [request for request in requests if request.sample == 0]
+    n_prompt = sum(len(request.tokens) for request in first_samples)
+    n_new = sum(len(request.output) for request in requests)
+    # After a preemption the reused tokens may reach into the answer.
+    n_cached = sum(min(request.n_reused, len(request.tokens)) for request in first_samples)
+    return {
+        "prompt_tokens": n_prompt,
+        "completion_tokens": n_new,
+        "total_tokens": n_prompt + n_new,
+        "prompt_tokens_details": {"cached_tokens": n_cached},
+    }

@@ -1,90 +1,107 @@
-"""What the API takes: the parameters of a request as types, which are also its description, and how they are refused.
+"""The wire format: what the API accepts, what it answers, and the OpenAPI document that describes both.
 
-Every parameter is honoured or refused by its name; null is the same as not given. Names and shapes are OpenAI's
-(platform.openai.com/docs/api-reference/chat/create); top_k, min_p, repetition_penalty vLLM's; `session_id` is our own.
+Requests are pydantic models. Each parameter is honoured or refused by its name, never ignored; null counts as absent.
+Answers are typed dicts, because this server makes them itself and need not validate them. pydantic turns both into the
+JSON schemas of /openapi.json.
+
+Names and shapes are OpenAI's (platform.openai.com/docs/api-reference/chat/create); `top_k`, `min_p` and
+`repetition_penalty` are vLLM's; `session_id` and `tool_trace` are our own.
 """
 
 import json
 import random
-from typing import Annotated, Any, ClassVar, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from typing_extensions import NotRequired, TypedDict  # pydantic does not take typing's own before Python 3.12
 
 
 class ApiError(Exception):
-    """An answer in OpenAI's error shape: `{"error": {"message", "type", "param", "code"}}`."""
+    """A refusal in OpenAI's shape: `{"error": {"message", "type", "param", "code"}}`."""
 
     def __init__(
-        self, status: int, message: str, param: str | None = None, code: str | None = None, headers: dict | None = None
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
+        self.status = status
+        self.headers = dict(headers or {})
         kind = "invalid_request_error" if status < 500 else "server_error"
-        self.status, self.headers = status, headers or {}
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
+# ---- Requests
+
+
 class Strict(BaseModel):
-    """No unknown fields, no conversions, no NaN."""
+    """A model that refuses unknown fields, conversions ("1" for 1) and NaN."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
-class StreamOptions(Strict):
-    """`include_usage`: a last chunk says how many tokens there were."""
-
-    include_usage: bool | None = None
-
-
-class Part(Strict):
-    """A piece of a message. `python` and `python_output` are an assistant's: what it calculated, and the result."""
-
-    type: Literal["text", "python", "python_output"]
-    text: str
-
-
-class ToolTrace(Strict):
-    """A use of the calculator as answers tell of it; result null: the expression was not valid."""
+class ToolTrace(TypedDict):
+    """One use of the calculator. `result` is null when the expression was not valid."""
 
     expression: str
     result: str | None
 
 
+class StreamOptions(Strict):
+    """`include_usage`: send one more chunk, with the token counts, before the end of the stream."""
+
+    include_usage: bool | None = None
+
+
+class Part(Strict):
+    """A piece of a message. `python` and `python_output` belong to the assistant: a calculation and its result."""
+
+    type: Literal["text", "python", "python_output"]
+    text: str
+
+
 class Message(Strict):
-    """One turn. An answer may be sent back as it came; with its parts as content the model sees its calculations."""
+    """One turn. An answer may be sent back as it came; with its parts as `content` the model sees its calculations."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[Part] | None = None
-    tool_trace: list[ToolTrace] | None = Field(None, description="Accepted, not read: parts in `content` are.")
-    reasoning_content: str | None = Field(None, description="Accepted, not read: models do not see old reasoning.")
+    tool_trace: list[ToolTrace] | None = Field(None, description="Accepted and ignored: parts in `content` are read.")
+    reasoning_content: str | None = Field(
+        None, description="Accepted and ignored: models are not shown their old reasoning."
+    )
 
     def as_turn(self) -> dict[str, Any]:
-        """The message as conversation.py has it."""
-        content = [part.model_dump() for part in self.content] if isinstance(self.content, list) else self.content
-        return {"role": "system" if self.role == "developer" else self.role, "content": content or ""}
+        """Return the message in the form of conversation.py."""
+        role = "system" if self.role == "developer" else self.role
+        if isinstance(self.content, list):
+            return {"role": role, "content": [part.model_dump() for part in self.content]}
+        return {"role": role, "content": self.content or ""}
 
 
 class ResponseFormat(Strict):
-    """Only plain text: this server does not constrain what the model writes."""
+    """Plain text only: this server does not constrain what the model writes."""
 
     type: Literal["text"]
 
 
 Bias = Annotated[float, Field(ge=-100, le=100)]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
-SOME = Field(min_length=1, fail_fast=True)  # the first mistake in a list is enough: it may have half a million
-Tokens = Annotated[list[Annotated[int, Field(ge=0)]], SOME]
+# Validation of a list stops at its first mistake: one body has room for half a million of them.
+NONEMPTY = Field(min_length=1, fail_fast=True)
+Tokens = Annotated[list[Annotated[int, Field(ge=0)]], NONEMPTY]
 
 
 class Parameters(Strict):
-    """What both kinds of completion take."""
+    """The parameters that chat and text completions share."""
 
-    # of these the engine has its own defaults
-    SAMPLING: ClassVar = ("top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
-
-    model: str | None = Field(None, description="One of /v1/models; left out: the first of them.")
+    model: str | None = Field(None, description="One of /v1/models; if absent, the first of them.")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    n: int | None = Field(None, ge=1, le=16, description="How many answers; they share one reading of the prompt.")
+    n: int | None = Field(None, ge=1, le=16, description="Number of answers; the prompt is read once for all of them.")
     max_tokens: int | None = Field(None, ge=1, le=2**31)
     temperature: float | None = Field(None, ge=0, le=2, description="0: always the likeliest token.")
     top_p: float | None = Field(None, gt=0, le=1)
@@ -99,48 +116,52 @@ class Parameters(Strict):
     user: Annotated[str, Field(max_length=256)] | None = Field(None, description="Noted in the access log.")
 
     def check(self) -> None:
-        """What types cannot say: raises ApiError 400, which names the parameter."""
+        """Raise ApiError 400 for combinations that types alone cannot forbid."""
         if self.stream_options is not None and not self.stream:
             raise ApiError(400, "'stream_options' needs 'stream': true", "stream_options")
 
-    def tokens_wanted(self) -> int | None:
-        """The longest answer asked for; None: to the end of the context."""
+    def token_limit(self) -> int | None:
+        """Return the longest answer that is asked for; None means to the end of the context."""
         return self.max_tokens
 
     def top_logprobs_wanted(self) -> int | None:
-        """How many likeliest tokens to tell of each token; None: no log-probabilities at all."""
+        """Return how many likeliest tokens to list at each position; None means no log-probabilities at all."""
         raise NotImplementedError
 
-    def settings(self, vocab_size: int, temperature: float) -> dict[str, Any]:
-        """Arguments of an engine's Request. temperature: where it gives none. ApiError 400 for unknown tokens."""
+    def sampling(self, vocab_size: int, default_temperature: float) -> dict[str, Any]:
+        """Return the sampling arguments of a Request. Raises ApiError 400 if a token of `logit_bias` does not exist."""
         bias = {int(token): value for token, value in (self.logit_bias or {}).items()}
-        if wrong := [token for token in bias if token >= vocab_size]:
-            raise ApiError(400, f"'logit_bias': there is no token {wrong[0]}, only {vocab_size}", "logit_bias")
+        for token in bias:
+            if token >= vocab_size:
+                raise ApiError(400, f"'logit_bias': there is no token {token}, only {vocab_size}", "logit_bias")
+        # The engine has its own defaults for these, so only the ones given are passed on.
+        names = {"top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"}
         return {
-            "temperature": temperature if self.temperature is None else self.temperature,
+            "temperature": default_temperature if self.temperature is None else self.temperature,
             "seed": random.getrandbits(32) if self.seed is None else self.seed,
             "stop": [self.stop] if isinstance(self.stop, str) else self.stop or (),
             "logit_bias": bias,
             "logprobs": self.top_logprobs_wanted(),
-            **{name: value for name in self.SAMPLING if (value := getattr(self, name)) is not None},
+            **self.model_dump(include=names, exclude_none=True),
         }
 
 
 class ChatRequest(Parameters):
     """The body of /v1/chat/completions."""
 
-    messages: Annotated[list[Message], SOME]
+    messages: Annotated[list[Message], NONEMPTY]
     max_completion_tokens: int | None = Field(None, ge=1, le=2**31, description="The newer name of max_tokens.")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     response_format: ResponseFormat | None = None
     session_id: Annotated[str, Field(pattern="^[A-Za-z0-9_-]{1,64}$")] | None = Field(
-        None, description="The server keeps the conversation under this name; `messages` are only what is new in it."
+        None, description="The server keeps the conversation under this name; `messages` holds only the new ones."
     )
 
     def check(self) -> None:
         super().check()
-        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+        limits = {self.max_tokens, self.max_completion_tokens} - {None}
+        if len(limits) > 1:
             raise ApiError(400, "'max_tokens' and 'max_completion_tokens' differ: give one", "max_tokens")
         if self.top_logprobs is not None and not self.logprobs:
             raise ApiError(400, "'top_logprobs' needs 'logprobs': true", "top_logprobs")
@@ -149,7 +170,7 @@ class ChatRequest(Parameters):
         if self.messages[-1].role != "user":
             raise ApiError(400, "the last message must be the user's", "messages")
 
-    def tokens_wanted(self) -> int | None:
+    def token_limit(self) -> int | None:
         return self.max_tokens or self.max_completion_tokens
 
     def top_logprobs_wanted(self) -> int | None:
@@ -157,37 +178,39 @@ class ChatRequest(Parameters):
 
 
 class CompletionRequest(Parameters):
-    """The body of /v1/completions. Text is never read as special tokens; ids are taken as they are."""
+    """The body of /v1/completions. Text is never read as special tokens; token ids are taken as they are."""
 
-    prompt: str | Annotated[list[str], SOME] | Tokens | Annotated[list[Tokens], SOME]
+    prompt: str | Annotated[list[str], NONEMPTY] | Tokens | Annotated[list[Tokens], NONEMPTY]
     logprobs: int | None = Field(None, ge=0, le=20)
 
     def top_logprobs_wanted(self) -> int | None:
         return self.logprobs
 
     def prompts(self) -> list[Any]:
-        """Text or token ids of each prompt."""
-        several = isinstance(self.prompt, list) and not isinstance(self.prompt[0], int)
-        return list(self.prompt) if several else [self.prompt]
+        """Return the prompts one by one, each as text or as token ids."""
+        if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return list(self.prompt)
 
 
-def read_body(data: bytes, kind: type[Parameters]) -> Any:
-    """A request's JSON body as `kind`; raises ApiError for all that is not right in it."""
+Body = TypeVar("Body", bound=Parameters)
+
+
+def read_body(data: bytes, kind: type[Body]) -> Body:
+    """Parse and validate the JSON body of a request. Raises ApiError 400, which names the parameter at fault."""
     try:
         body = json.loads(data.decode("utf-8-sig"))
-        if b"\\u" in data:  # half a surrogate pair is valid JSON, but no text
+        if b"\\u" in data:
+            # An escaped half of a surrogate pair is valid JSON but not text: no tokenizer takes it. It becomes "?".
             body = json.loads(json.dumps(body, ensure_ascii=False).encode(errors="replace"))
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"the body is not valid JSON: {error}") from error
     if not isinstance(body, dict):
         raise ApiError(400, "the body must be a JSON object")
-    body = {name: value for name, value in body.items() if value is not None}
-    messages = body.get("messages")
-    if isinstance(messages, list):  # clients echo an answer with its empty fields
-        body["messages"] = [
-            {key: value for key, value in each.items() if value is not None} if isinstance(each, dict) else each
-            for each in messages
-        ]
+    body = _without_nulls(body)
+    if isinstance(body.get("messages"), list):
+        # Clients send an answer back with its empty fields ("refusal": null and others that we do not know).
+        body["messages"] = [_without_nulls(each) if isinstance(each, dict) else each for each in body["messages"]]
     try:
         parameters = kind.model_validate(body)
     except ValidationError as error:
@@ -196,12 +219,150 @@ def read_body(data: bytes, kind: type[Parameters]) -> Any:
     return parameters
 
 
+def _without_nulls(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value is not None}
+
+
 def _refusal(error: ValidationError, kind: type[Parameters]) -> ApiError:
-    """The first of the problems, in words; the alternatives of a union together."""
+    """Word the first problem that pydantic found. The alternatives of a union (`stop`, `prompt`) come together."""
     problems = error.errors(include_url=False, include_input=False)
-    name = str(problems[0]["loc"][0])
-    if problems[0]["type"] == "extra_forbidden" and len(problems[0]["loc"]) == 1:
-        return ApiError(400, f"'{name}' is not supported: this server knows {', '.join(kind.model_fields)}", name)
-    same = [problem for problem in problems if problem["loc"][0] == name][:4]
-    said = dict.fromkeys(f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in same)
-    return ApiError(400, f"'{name}' is not right: {'; or '.join(said)}", name)
+    first = problems[0]
+    name = str(first["loc"][0])
+    if first["type"] == "extra_forbidden" and len(first["loc"]) == 1:
+        known = ", ".join(kind.model_fields)
+        return ApiError(400, f"'{name}' is not supported: this server knows {known}", name)
+    reasons: list[str] = []
+    for problem in [each for each in problems if each["loc"][0] == name][:4]:
+        place = ".".join(str(step) for step in problem["loc"])
+        reason = f"{place}: {problem['msg']}"
+        if reason not in reasons:
+            reasons.append(reason)
+    return ApiError(400, f"'{name}' is not right: {'; or '.join(reasons)}", name)
+
+
+# ---- Answers
+
+
+class TokenLogprob(TypedDict):
+    """A token and its log-probability; `bytes` because a token may end in the middle of a character."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ScoredToken(TokenLogprob):
+    """A token of the answer, and the likeliest tokens at its position."""
+
+    top_logprobs: list[TokenLogprob]
+
+
+class ChatLogprobs(TypedDict):
+    """Log-probabilities of a chat's answer."""
+
+    content: list[ScoredToken]
+    refusal: None
+
+
+class TextLogprobs(TypedDict):
+    """Log-probabilities of a text completion: lists with one entry per token."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
+class ChatAnswer(TypedDict):
+    """The assistant's message. `reasoning_content` is what a model says to itself before it answers."""
+
+    role: Literal["assistant"]
+    content: str
+    reasoning_content: NotRequired[str]
+    tool_trace: NotRequired[list[ToolTrace]]
+
+
+class ChatChoice(TypedDict):
+    """One of the `n` answers of a chat."""
+
+    index: int
+    message: ChatAnswer
+    logprobs: ChatLogprobs | None
+    finish_reason: Literal["stop", "length"]
+
+
+class TextChoice(TypedDict):
+    """One continuation of one prompt."""
+
+    index: int
+    text: str
+    tool_trace: NotRequired[list[ToolTrace]]
+    logprobs: TextLogprobs | None
+    finish_reason: Literal["stop", "length"]
+
+
+class CachedTokens(TypedDict):
+    """Prompt tokens that were found in the prefix cache and not computed again."""
+
+    cached_tokens: int
+
+
+class Usage(TypedDict):
+    """Token counts. The prompt is counted once, however many answers are made to it."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: CachedTokens
+
+
+class SessionInfo(TypedDict):
+    """The state of a session after its last answer. `dropped_turns` no longer fitted the context."""
+
+    id: str
+    model: str
+    turns: int
+    dropped_turns: int
+    tokens: int
+    context: int
+    expires_in: float
+    cached_tokens: int
+
+
+class SessionContent(SessionInfo):
+    """A session with its conversation."""
+
+    messages: list[dict[str, Any]]
+
+
+class ChatCompletion(TypedDict):
+    """The answer of /v1/chat/completions."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    session: NotRequired[SessionInfo]
+
+
+class TextCompletion(TypedDict):
+    """The answer of /v1/completions."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[TextChoice]
+    usage: Usage
+
+
+class ModelInfo(TypedDict):
+    """A model that this server offers."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    context_length: int

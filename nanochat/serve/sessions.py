@@ -1,111 +1,140 @@
-"""What a server remembers: conversations under a session's name, and answers that would come out the same again."""
+"""What a server remembers between requests: conversations by session name, and answers that would repeat exactly."""
 
 import contextlib
 import hashlib
 import json
 import threading
 import time
+from dataclasses import dataclass
 from typing import Any
 
 from nanochat.chat_format import ChatFormat
 from nanochat.conversation import Message
-from nanochat.serve.schema import ApiError
+from nanochat.serve.schema import ApiError, SessionContent
 
-Key = tuple[int, str]  # who owns a session (the number of an API key), and its name
+Key = tuple[int, str]  # the owner (the number of an API key) and the session's name: keys do not see each other's
+
+
+@dataclass
+class SessionTurn:
+    """A turn that is being answered: the conversation up to its question, and the turns that no longer fit."""
+
+    sessions: "Sessions"
+    key: Key
+    messages: list[Message]
+    dropped_turns: int
+    open: bool = True
+
+    def end(self, content: SessionContent | None = None) -> None:
+        """Let the next turn begin. content: what the session now holds; None leaves it as it was before this turn."""
+        if self.open:
+            self.open = False
+            self.sessions.end(self.key, content)
 
 
 class Sessions:
-    """Conversations by their keys, forgotten `seconds` after their last turn, or when there are more than
-    `most` (the one used longest ago first). Of each only the turns that fit `budget` tokens are kept.
-    """
+    """Conversations, each cut to `budget` tokens. They are forgotten `seconds` after their last turn; when there are
+    more than `most`, the least recently used goes first."""
 
-    def __init__(self, form: ChatFormat, budget: int, most: int, seconds: float) -> None:
+    def __init__(self, chat_format: ChatFormat, budget: int, most: int, seconds: float) -> None:
         from cachetools import TTLCache
 
-        self.form, self.budget, self.seconds = form, budget, seconds
-        self._kept: TTLCache = TTLCache(most, seconds)
-        self._busy: dict[Key, bool] = {}  # those that are answering, and whether to keep what comes of it
+        self.chat_format = chat_format
+        self.budget = budget
+        self.seconds = seconds
+        self._kept: TTLCache = TTLCache(most, seconds)  # Key -> (SessionContent, when it expires)
+        self._answering: dict[Key, bool] = {}  # False: deleted meanwhile, so the answer must not be kept
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
         with self._lock:
             return len(self._kept)
 
-    def begin(self, key: Key, new: list[Message]) -> tuple[list[Message], int]:
-        """The conversation with messages `new` behind it, a new system message in the old one's place; and how many
-        turns have been left out of it so far, to keep to the budget.
+    def begin(self, key: Key, new: list[Message]) -> SessionTurn:
+        """Append messages to the conversation and let it be answered; a new system message replaces the old one.
 
-        Only one answer at a time: ApiError 409 until `end`, 400 when the messages do not follow each other.
+        Raises ApiError 409 while another turn of the session is being answered, and 400 if the messages do not follow
+        on those before.
         """
         with self._lock:
-            if key in self._busy:
+            if key in self._answering:
                 message = f"session {key[1]!r} is answering: wait for its answer"
                 raise ApiError(409, message, "session_id", "session_busy")
-            kept = self._kept.get(key, {"messages": [], "dropped_turns": 0})
-            self._busy[key] = True
+            content, _ = self._kept.get(key, (None, 0.0))
+            self._answering[key] = True
+        old = content["messages"] if content else []
+        dropped_turns = content["dropped_turns"] if content else 0
+        if new[0]["role"] == "system" and old and old[0]["role"] == "system":
+            old = old[1:]
+        conversation = [*new[:1], *old, *new[1:]] if new[0]["role"] == "system" else [*old, *new]
         try:
-            old, system = kept["messages"], []
-            if new[0]["role"] == "system":
-                system, new = new[:1], new[1:]
-                old = old[1:] if old and old[0]["role"] == "system" else old
-            whole = [*system, *old, *new]
-            messages = self.form.fit(whole, self.budget)
-            return messages, kept["dropped_turns"] + (len(whole) - len(messages)) // 2
-        except ValueError as error:
+            messages = self.chat_format.fit(conversation, self.budget)
+        except BaseException as error:
             self.end(key)
-            raise ApiError(400, str(error), "messages") from error
+            if isinstance(error, ValueError):
+                raise ApiError(400, str(error), "messages") from error
+            raise
+        dropped_turns += (len(conversation) - len(messages)) // 2
+        return SessionTurn(self, key, messages, dropped_turns)
 
-    def end(self, key: Key, turn: dict[str, Any] | None = None) -> None:
-        """Let the next answer begin; `turn` is what the session now holds, None = what it held before."""
+    def end(self, key: Key, content: SessionContent | None = None) -> None:
+        """Let the next turn begin; keep `content` unless the session was deleted while it was answered."""
         with self._lock:
-            if self._busy.pop(key) and turn is not None:
-                self._kept[key] = {**turn, "expires": time.monotonic() + self.seconds}
+            keep = self._answering.pop(key)
+            if keep and content is not None:
+                self._kept[key] = (content, time.monotonic() + self.seconds)
 
-    def get(self, key: Key) -> dict[str, Any] | None:
-        """What the session holds, with the seconds until it ends; None when there is no such session (any more)."""
+    def get(self, key: Key) -> SessionContent | None:
+        """Return what the session holds, with the seconds it has left; None if there is no such session (any more)."""
         with self._lock:
-            if (turn := self._kept.get(key)) is None:
+            if key not in self._kept:
                 return None
-        left = round(max(0.0, turn["expires"] - time.monotonic()), 1)
-        return {k: v for k, v in turn.items() if k != "expires"} | {"expires_in": left}
+            kept, expires = self._kept[key]
+        content: SessionContent = kept.copy()
+        content["expires_in"] = round(max(0.0, expires - time.monotonic()), 1)
+        return content
 
     def forget(self, key: Key) -> bool:
-        """End a session, and with it what is being answered in it; False when there is none."""
+        """Delete a session, and the answer it is waiting for. Returns False if there is none."""
         with self._lock:
-            if answering := key in self._busy:
-                self._busy[key] = False
+            answering = key in self._answering
+            if answering:
+                self._answering[key] = False
             return self._kept.pop(key, None) is not None or answering
 
 
 class ResponseCache:
-    """Answers that would be the same (temperature 0 or a seed), for `seconds`; past `most_bytes` the oldest go."""
+    """Answers that are sure to repeat (temperature 0, or a seed). They are kept for `seconds`; beyond `most_bytes` the
+    oldest go."""
 
     def __init__(self, most_bytes: int, seconds: float) -> None:
         from cachetools import TTLCache
 
-        self._kept: TTLCache = TTLCache(most_bytes, seconds, getsizeof=lambda value: len(repr(value)))  # near enough
-        self._lock, self._n_cleared = threading.Lock(), 0
+        # The length of the text form is near enough to the memory that an answer takes.
+        self._kept: TTLCache = TTLCache(most_bytes, seconds, getsizeof=lambda value: len(repr(value)))
+        self._n_cleared = 0
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         with self._lock:
             return len(self._kept)
 
-    def key(self, parts: Any) -> str:
-        """Name of a JSON value until the next `clear`: what was begun before it is not found after it."""
-        return hashlib.sha256(json.dumps([self._n_cleared, parts], sort_keys=True).encode()).hexdigest()
+    def key(self, question: Any) -> str:
+        """Return a key for a JSON value. `clear` changes all keys, so an answer begun before it is not found after."""
+        return hashlib.sha256(json.dumps([self._n_cleared, question], sort_keys=True).encode()).hexdigest()
 
     def get(self, key: str) -> Any | None:
-        """What was put under `key`, if it is still there."""
+        """Return what is kept under `key`, if anything."""
         with self._lock:
             return self._kept.get(key)
 
     def put(self, key: str, value: Any) -> None:
-        """Keep `value`, unless it is larger than the whole cache."""
+        """Keep a value, unless it is larger than the whole cache."""
         with self._lock, contextlib.suppress(ValueError):
             self._kept[key] = value
 
     def clear(self) -> int:
-        """Forget everything; how many answers that were."""
+        """Forget all answers; return how many there were."""
         with self._lock:
             n = len(self._kept)
             self._kept.clear()

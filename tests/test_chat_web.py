@@ -1,0 +1,138 @@
+"""The server's script as a user runs it: processes, signals, a real checkpoint."""
+
+import http.client
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from test_chat_cli import base_dir, command  # noqa: F401  (a fixture: the tiny model as a checkpoint)
+
+from scripts import chat_web
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--replicas", "0"], "--replicas 0"),
+        (["--replicas", "2", "--devices", "cpu"], "--devices"),
+        (["--replicas", "2", "--device-type", "cpu", "--stage", "rl"], "rl"),
+        (["--replicas", "2", "--device-type", "cpu", "--api-keys", "/nowhere/keys"], "/nowhere/keys"),
+        (["--port", "99999"], "--port 99999"),  # the system would listen on 34463
+    ],
+)
+def test_mistakes_are_told_before_anything_is_loaded(flags, said, base_dir, monkeypatch, capsys):  # noqa: F811
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base_dir))
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    monkeypatch.setattr(chat_web, "load_models", lambda *arguments: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(sys, "argv", ["chat_web", "--port", "0", *flags])
+    with pytest.raises((ValueError, OSError, SystemExit)) as caught:
+        chat_web.main()
+    assert said in str(caught.value) + capsys.readouterr().err
+
+
+def test_sigterm_with_two_replicas(base_dir):  # noqa: F811
+    """The script with two replicas: what was begun on either ends, new requests are refused, the process ends."""
+    argv, environment = command(base_dir, "chat_web", "--port", "0", "--replicas", "2", "--max-batch", "4")
+    process = subprocess.Popen(
+        argv, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        port = int(re.search(r"http://127.0.0.1:(\d+)", process.stdout.readline())[1])
+        begun = []
+        for i in range(6):
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+            body = {"messages": [{"role": "user", "content": "Tell me a story"}], "stream": True, "seed": i}
+            connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
+            begun.append(connection.getresponse())
+            assert begun[-1].read(1)
+        process.send_signal(signal.SIGTERM)
+        assert all(response.read().endswith(b"data: [DONE]\n\n") for response in begun)
+        assert process.wait(60) == 0
+        log = process.stderr.read()
+        assert {json.loads(line)["replica"] for line in log.splitlines() if '"replica"' in line} == {0, 1}
+        assert "Traceback" not in log
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_the_server_script_serves_and_ends_cleanly(base_dir, how):  # noqa: F811
+    argv, environment = command(base_dir, "chat_web", "--port", "0", "--host", "localhost")
+    process = subprocess.Popen(
+        argv, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        address = process.stdout.readline().split()[2].removeprefix("http://")
+        connection = http.client.HTTPConnection(address, timeout=30)
+        connection.request("GET", "/v1/models")
+        assert b'"sft/tiny"' in connection.getresponse().read()
+        process.send_signal(how)
+        assert process.wait(20) == 0 and "Traceback" not in process.stderr.read()
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_the_server_ends_while_it_loads(base_dir):  # noqa: F811
+    """However deep inside torch that is: a thread that is ended there took the process with it, by SIGABRT."""
+    slow = "lambda *_: [torch.mm(a, a) for a in [torch.ones(700, 700)] for _ in range(10**6)]"
+    code = f"import torch; from nanochat.hf import store; store.NamedModel.load = {slow}\n"
+    argv, environment = command(base_dir, "chat_web", "--port", "0")
+    argv[1:3] = ["-c", f"{code}from scripts.chat_web import main; main()"]
+    process = subprocess.Popen(argv, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    try:
+        process.stderr.readline()
+        time.sleep(2)
+        process.send_signal(signal.SIGTERM)
+        assert (process.wait(60), process.stderr.read()) == (0, "")
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def post(address, body, timeout=60):
+    """The response, with its body still to be read."""
+    connection = http.client.HTTPConnection(address, timeout=timeout)
+    connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
+    return connection.getresponse()
+
+
+@pytest.mark.parametrize("patience", [30, 0.3])
+def test_sigterm_under_load(base_dir, patience):  # noqa: F811
+    """What was begun ends, or is told that it was cut off; new requests get 503; nothing is left."""
+    flags = ["--port", "0", "--max-batch", "2", "--drain-seconds", str(patience)]
+    argv, environment = command(base_dir, "chat_web", *flags)
+    process = subprocess.Popen(
+        argv, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        address = process.stdout.readline().split()[2].removeprefix("http://")
+        body = {"messages": [{"role": "user", "content": "Tell me a story"}], "stream": True}
+        if patience < 1:  # an answer that takes to the end of the context
+            body |= {"logit_bias": {"33": 100}, "max_tokens": 700}
+        responses = [post(address, {**body, "seed": i}) for i in range(6)]
+        begun = [response.read(1) for response in responses]
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.05 if patience < 1 else 0.2)
+        late = post(address, {**body, "seed": 99})
+        assert late.status == 503 and late.getheader("Retry-After") and b"shutting down" in late.read()
+        texts = [(first + response.read()).decode() for first, response in zip(begun, responses, strict=True)]
+        if patience > 1:
+            assert all(text.endswith("data: [DONE]\n\n") and '"stop"' in text for text in texts)
+        else:
+            assert any('"server_error"' in text.split("\n\n")[-2] for text in texts)
+        assert process.wait(20) == 0 and "Traceback" not in process.stderr.read()
+        with pytest.raises(ConnectionRefusedError):
+            post(address, body)
+    finally:
+        process.kill()
+        process.communicate()
