@@ -19,10 +19,7 @@ from pathlib import Path
 
 import pytest
 import tiny_chat
-from dev.serving_size import Config, cache_bytes, size
 
-from nanochat.engine import Engine, Request
-from nanochat.gpt import GPT, GPTConfig
 from scripts import chat_web
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,33 +31,6 @@ def block(language):
     """The one fenced text of a language."""
     (text,) = re.findall(rf"```{language}\n(.*?)```", DOCUMENT, re.DOTALL)
     return text
-
-
-@pytest.mark.parametrize("pattern", ["L", "SSSL"])
-def test_cache_memory_is_counted_as_it_is_made(pattern):
-    """When `max_batch` requests have filled their context, the engine's tensors are as large as counted."""
-    shape = {"n_layer": 4, "n_head": 2, "n_kv_head": 1, "n_embd": 64, "window_pattern": pattern}
-    config = GPTConfig(sequence_len=1024, vocab_size=300, **shape)
-    model = GPT(config)
-    model.init_weights()
-    engine = Engine(model.eval(), tiny_chat.tiny_chat()[1], max_batch=2)
-    token, context = cache_bytes(config, 2, model.dtype.itemsize)
-    assert engine.bytes_per_token == token
-    engine.run([Request([1] * 1020, 2, sample=i) for i in range(2)])
-    made = sum(keys.nbytes + values.nbytes for keys, values in engine.cache.layers)
-    most = engine.cache.n_rows * context  # the last position of a context is never read, which may save 128 slots
-    assert 0.8 * most < made <= most and engine.cache.n_rows >= 2
-    assert (context < 1025 * token) == (pattern == "SSSL")
-    weights = sum(product.bytes for product in engine.model.products)
-    assert weights <= sum(p.nbytes for p in model.parameters())
-
-
-def test_the_table_of_sizes_is_what_the_command_prints():
-    shown = re.findall(r"^\| (\d+) \| ([\d,]+) \| ([\d.]+) \| (\d+) \| (\d+) \| ([\d.]+) \|$", DOCUMENT, re.MULTILINE)
-    assert [row[0] for row in shown] == Config().depths.split(",")
-    for row in shown:
-        said = [float(cell.replace(",", "")) for cell in row]
-        assert said == pytest.approx(list(size(int(row[0]), Config()).values()), abs=0.006)
 
 
 def test_names_and_flags_exist():
@@ -107,16 +77,16 @@ def free_port():
 
 
 @pytest.fixture
-def proxied(tmp_path, monkeypatch):
-    """nginx with the text of the page before two servers: (ask, their engines and engine loops)."""
+def proxied(tmp_path):
+    """nginx with the text of the page before two servers: (ask, their engines, their models)."""
     if not (shutil.which("nginx") and shutil.which("openssl")):
         pytest.skip("nginx and openssl are not installed")
     pem = [str(tmp_path / name) for name in ("own.key", "own.pem")]
     sign = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost"]
     subprocess.run([*sign, "-keyout", pem[0], "-out", pem[1]], check=True, capture_output=True, timeout=120)
     with (
-        tiny_chat.running_server(model_name="one") as (one, a, _),
-        tiny_chat.running_server(model_name="two") as (two, b, _),
+        tiny_chat.running_server(model_name="one") as (one, a, models_one),
+        tiny_chat.running_server(model_name="two") as (two, b, models_two),
     ):
         port = free_port()
         text = block("nginx").replace(":8001", f":{a}").replace(":8002", f":{b}").replace("443", f"127.0.0.1:{port}")
@@ -151,7 +121,7 @@ def proxied(tmp_path, monkeypatch):
                     socket.create_connection(("127.0.0.1", port), timeout=5).close()
                     break
                 time.sleep(0.05)
-            yield ask, {"one": one, "two": two}, {"one": apps[0], "two": apps[1]}
+            yield ask, {"one": one, "two": two}, {"one": models_one, "two": models_two}
         finally:
             nginx.terminate()
             nginx.wait(60)
@@ -159,7 +129,7 @@ def proxied(tmp_path, monkeypatch):
 
 def test_two_replicas_behind_nginx(proxied, tmp_path):
     """Streams pass piece by piece, a client keeps its replica, and a replica that ends is passed over."""
-    ask, engines, apps = proxied
+    ask, engines, models = proxied
 
     def replica(key):
         return json.loads(ask("GET", "/v1/models", key=key).read())["data"][0]["id"]
@@ -190,7 +160,7 @@ def test_two_replicas_behind_nginx(proxied, tmp_path):
         engine.step = step
     assert (text + response.read()).endswith(b"data: [DONE]\n\n")
 
-    apps[name].extensions["models"].drain()
+    models[name].drain()
     answer = ask("POST", "/v1/chat/completions", {**BODY, "max_tokens": 2}, key)
     other = json.loads(answer.read())
     assert answer.status == 200 and other["model"] == ({"one", "two"} - {name}).pop()

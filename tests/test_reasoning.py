@@ -8,10 +8,11 @@ import torch
 
 pytest.importorskip("transformers", reason="the oracle, transformers, is not installed")
 import tiny_hf
-from nanochat.serve.service import Models, ServerConfig
 from tiny_chat import running_server, text_of
 
 from nanochat.compute import Compute
+from nanochat.serve.app import create_app_for
+from nanochat.serve.loop import Models, ServerConfig
 from scripts.chat_cli import Chat, Config, build_request
 
 HELLO = [{"role": "user", "content": "Hello"}]

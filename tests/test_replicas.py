@@ -58,7 +58,7 @@ def test_the_queue_is_full_when_all_replicas_are(two):
         for each in begun:
             leave(each)
     assert wait_for(lambda: n_open(two) == [0, 0])
-    assert not any(engine.busy for engine in engines(two))
+    assert wait_for(lambda: not any(engine.busy for engine in engines(two)))
 
 
 def test_a_seed_gives_the_same_on_every_replica(two):

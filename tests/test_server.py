@@ -1,4 +1,4 @@
-"""The API's answers, over real sockets, with a real engine and a real (tiny) model: what they say and what is refused."""
+"""The API over real sockets, with a real engine and a real (tiny) model: what it answers, and what it refuses."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What a server keeps and guards: sessions, kept answers, the queue, keys, origins, the access log, metrics, sockets."""
+"""A server's memory and guards: sessions, kept answers, the queue, keys, origins, the access log, metrics, sockets."""
 
 import base64
 import contextlib
