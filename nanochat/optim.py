@@ -215,7 +215,9 @@ def parameter_groups(model: GPT, lrs: dict[str, float], weight_decay: float, wor
     add_adamw("head", model.head.weight, lrs["unembedding"] * width, betas=(0.8, 0.96), decay=0.01)
     add_adamw("embed", model.embed.weight, embedding_lr, betas=(0.8, 0.995), decay=0.001)
     for layer, table in model.value_embeds.items():
-        add_adamw(f"value_embed_{layer}", table.weight, embedding_lr * 0.5, betas=(0.8, 0.995), decay=0.01)
+        add_adamw(
+            f"value_embed_{layer}", table.get_parameter("weight"), embedding_lr * 0.5, betas=(0.8, 0.995), decay=0.01
+        )
     # Residual scales multiply the whole stream in every layer: 1 % of the scalars' learning rate is enough.
     add_adamw("resid_scale", model.resid_scale, scalar_lr * 0.01, betas=(0.8, 0.95), decay=0.05)
     add_adamw("embed_skip", model.embed_skip, scalar_lr, betas=(0.96, 0.95), decay=0.0)

@@ -6,7 +6,8 @@
           -> learning rates (`learning_rate_scales`) and weight decay (`weight_decay`) for that batch and horizon
 
 The constants hold at depth 12, and scaling rules carry them to other depths. The schedules at the end of the file say
-how learning rate, momentum and decay change during a run. All are pure functions of numbers, and the flag of the same name overrides each.
+how learning rate, momentum and decay change during a run. All are pure functions of numbers, and the flag of the same
+name overrides each.
 """
 
 import math

@@ -307,7 +307,7 @@ def write_rows(
     lengths = []
     with open(folder / "ids.bin", "wb") as ids_file, open(folder / "mask.bin", "wb") as mask_file:
         for ids, mask in documents:
-            ids_file.write(np.array(ids, dtype))
+            ids_file.write(np.array(ids, dtype).tobytes())
             lengths.append(len(ids))
             if conversations:
                 assert mask is not None and len(mask) == len(ids), "one mask value for each id"
@@ -340,9 +340,9 @@ def write_rows(
                 if mask_flat is not None:
                     row_mask[at : at + end - start] = mask_flat[start:end]
                 at += end - start
-            rows_file.write(row)
+            rows_file.write(row.tobytes())
             if mask_flat is not None:
-                mask_file.write(row_mask)
+                mask_file.write(row_mask.tobytes())
     meta = {
         "rows": len(plan.rows_R2),
         "padding": row_tokens - at,  # of the last row; the loop above ended with it
