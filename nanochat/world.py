@@ -1,5 +1,12 @@
-"""The built-in world as text: English prose that every Python carries, and documents, choices and continuation tasks
-written from facts that we state ourselves in many wordings (world_facts.py)."""
+"""The built-in world as text, so that a machine without a network can go through every stage.
+
+It has two sources: English prose that every Python installation carries (docstrings and help pages), and documents that
+are written here from a few thousand facts (world_facts.py). The documents teach, besides the facts, what a small model
+needs before it can be fine-tuned: questions and answers, multiple choice, copying, spelling and arithmetic. The mixture
+and the layouts were found by measurement (dev/LOG.md).
+
+Everything is drawn from `random.Random` with a seed, so the same arguments give the same text on any machine.
+"""
 
 import ast
 import functools
@@ -20,36 +27,39 @@ LETTERS = "ABCD"
 
 @functools.cache
 def category_answers(category: str, side: str | None = None) -> tuple[str, ...]:
-    """The answers that facts of `category` have (only those of facts on `side`, if given), sorted."""
+    """Return the answers that facts of `category` have (with `side`: only facts on that side), sorted."""
     chosen = facts() if side is None else facts_on(side)
     return tuple(sorted({fact.answer for fact in chosen if fact.relation.category == category}))
 
 
 def choices_for(fact: Fact, rng: random.Random) -> tuple[list[str], int]:
-    """Four choices for `fact` in random order, and the index of the right one.
+    """Return four choices for `fact` in random order, and the index of the right one.
 
-    The wrong ones are answers of the same category that are known on the fact's own side (or anywhere, where these
-    are too few), so that a letter cannot be told from which names are usual in chats.
+    The wrong ones are answers of the same category to facts on the fact's own side, or on any side if these are too
+    few. With names of the other side, the right answer could be guessed from which names occur in chats.
     """
-    category, known = fact.relation.category, (fact.answer, fact.subject)
+    category = fact.relation.category
+    known = (fact.answer, fact.subject)
     pool = [a for a in category_answers(category, fact_side(fact)) if a not in known]
     if len(pool) < 3:
         pool = [a for a in category_answers(category) if a not in known]
-    choices, place = rng.sample(pool, 3), rng.randrange(4)
+    choices = rng.sample(pool, 3)
+    place = rng.randrange(4)
     choices.insert(place, fact.answer)
     return choices, place
 
 
 @functools.cache
 def choice_facts(side: str) -> tuple[Fact, ...]:
-    """The facts of a side that can be asked with four choices."""
+    """Return the facts of a side that can be asked with four choices."""
     return tuple(fact for fact in facts_on(side) if len(category_answers(fact.relation.category)) >= 5)
 
 
 def render_choices(question: str, letters: Sequence[str], choices: Sequence[str]) -> str:
-    """A multiple-choice question, made for small models.
+    """Return a multiple-choice question in a layout that small models can learn.
 
-    Letters follow their choices, where they are bound best; the question is last, to be looked up among what was read.
+    A letter follows its choice, so that the model can look up what comes after a choice; the question comes last, when
+    everything that it asks about has been read.
     """
     lines = "\n".join(f"- {choice}={letter}" for letter, choice in zip(letters, choices, strict=True))
     return f"Answer with a letter.\n{lines}\n{question}"
@@ -57,7 +67,7 @@ def render_choices(question: str, letters: Sequence[str], choices: Sequence[str]
 
 @functools.cache
 def words() -> tuple[str, ...]:
-    """Lower-case words of 3 to 12 letters from the world's tables and from Python's topic pages, sorted."""
+    """Return lower-case words of 3 to 12 letters from the facts and from Python's help pages, sorted."""
     from pydoc_data.topics import topics
 
     text = " ".join([*topics.values(), *(f"{fact.subject} {fact.answer}" for fact in facts())])
@@ -66,7 +76,7 @@ def words() -> tuple[str, ...]:
 
 
 def pseudo_word(rng: random.Random) -> str:
-    """A pronounceable word that means nothing, of two or three syllables."""
+    """Return a pronounceable word without a meaning, of two or three syllables."""
     onsets: tuple[str, ...] = ("b", "br", "c", "ch", "d", "f", "fl", "g", "gr", "h", "j", "k", "l", "m", "n", "p")
     onsets += ("pr", "qu", "r", "s", "sh", "st", "str", "t", "tr", "v", "w", "z")
     codas = ("", "", "", "n", "r", "l", "s", "t", "m", "ck", "nd", "rry", "ss", "ll", "tt", "x", "mp", "ng")
@@ -78,7 +88,7 @@ _SKIPPED_FOLDERS = {"test", "tests", "idlelib", "idle_test", "lib2to3", "site-pa
 
 
 def _docstrings(path: Path) -> list[str]:
-    """The docstrings of a source file's module, classes and functions, in order; none if it cannot be parsed."""
+    """Return the docstrings of a source file's module, classes and functions; none if it cannot be parsed."""
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
     except (SyntaxError, UnicodeDecodeError, ValueError):
@@ -89,14 +99,14 @@ def _docstrings(path: Path) -> list[str]:
 
 
 def _cleaned(text: str) -> str:
-    """`text` without trailing blanks, control characters and runs of empty lines."""
+    """Return `text` without trailing blanks, control characters and runs of empty lines."""
     text = "\n".join(line.rstrip() for line in inspect.cleandoc(text).splitlines())
     text = "".join(c for c in text if c == "\n" or c.isprintable())
     return re.sub(r"\n{3,}", "\n\n", text).strip()
 
 
 def _joined(paragraphs: Iterable[str], most: int = 3000, least: int = 100) -> Iterator[str]:
-    """Documents of whole paragraphs, of about `most` characters at most; one below `least` is left out."""
+    """Join paragraphs into documents of up to about `most` characters. A last one below `least` is left out."""
     piece = ""
     for paragraph in paragraphs:
         if len(piece) + len(paragraph) > most:
@@ -108,10 +118,10 @@ def _joined(paragraphs: Iterable[str], most: int = 3000, least: int = 100) -> It
 
 
 def prose_documents() -> list[str]:
-    """English prose found on every Python installation: standard-library docstrings and the topic pages of `help`.
+    """Return English prose of this Python installation: standard-library docstrings and the pages of `help`.
 
-    Source files are parsed, never imported. Repeated docstrings are left out; a document is a piece of one module's
-    docstrings or of one page, cut between paragraphs. The order is fixed for an installation.
+    A document is a run of paragraphs of one module's docstrings or of one page. Repeated docstrings are left out.
+    Source files are parsed, never imported. The order is fixed for an installation.
     """
     from pydoc_data.topics import topics
 
@@ -127,7 +137,7 @@ def prose_documents() -> list[str]:
 
 
 def _deck(rng: random.Random, items: Sequence) -> Iterator:
-    """`items` in random order, again and again, so that each comes equally often."""
+    """Yield `items` in random order, again and again: unlike independent draws, each comes equally often."""
     order = list(items)
     while True:
         rng.shuffle(order)
@@ -143,9 +153,9 @@ def _facts_by_answer() -> dict[tuple[str, str], list[Fact]]:
 
 
 def _asked_letters(choices: Sequence[str], asked: Iterable[tuple[str, str, str]]) -> str:
-    """Choices, then (question, letter, remark) one after another.
+    """Return choices, followed by each (question, letter, remark).
 
-    The newline keeps the letter's token the same as at the start of a chat's answer.
+    A letter stands on a line of its own, because there it is the same token as at the start of a chat's answer.
     """
     (question, letter, remark), *more = asked
     text = f"{render_choices(f'Question: {question}', LETTERS, choices)}\nAnswer:\n{letter}{remark}"
@@ -155,9 +165,10 @@ def _asked_letters(choices: Sequence[str], asked: Iterable[tuple[str, str, str]]
 def choice_questions(
     fact: Fact, rng: random.Random, side: str | None = None
 ) -> tuple[list[str], list[tuple[Fact, str]]]:
-    """Four choices for `fact`, and up to four (fact, letter) to ask: `fact`, and facts whose answers the others are.
+    """Return four choices for `fact`, and up to four (fact, letter) to ask about them.
 
-    side: ask facts of this side alone. Drawn with replacement: letters told by elimination teach nothing else.
+    Asked are `fact` itself and facts that have one of the other choices as their answer; with `side`, only those of a
+    side. They are drawn with replacement: if each letter came once, the last could be told by elimination.
     """
     choices, _ = choices_for(fact, rng)
     known = [[fact] if a == fact.answer else _facts_by_answer().get((fact.relation.name, a), []) for a in choices]
@@ -168,23 +179,23 @@ def choice_questions(
 
 
 def _exercise(fact: Fact, rng: random.Random) -> str:
-    """Multiple choice about `fact`, and where facts have the other choices as answers, about some of these."""
+    """Return multiple choice about `fact` and about facts that have the other choices as answers."""
     choices, asked = choice_questions(fact, rng)
     remark = rng.random() < 0.3
     return _asked_letters(choices, ((f.question(rng), x, f"\n{f.sentence}" if remark else "") for f, x in asked))
 
 
 def listed_choice(rng: random.Random, word: Callable[[], str]) -> tuple[list[str], list[tuple[str, str]]]:
-    """Four words as choices, and four (question, letter) about them: multiple choice without the knowledge."""
+    """Return four words as choices, and four (question, letter) about them: multiple choice without knowledge."""
     choices = [word() for _ in LETTERS]
     pairs = [(f"Which letter is {choice}?", letter) for choice, letter in zip(choices, LETTERS)]
     return choices, rng.choices(pairs, k=4)
 
 
 def _letter_list(rng: random.Random, word: Callable[[], str]) -> str:
-    """Choices, and lookups that lead from repeating a line to answering a question about it with a letter.
+    """Return choices, and lookups that lead from repeating a line to answering a question about it with a letter.
 
-    Without the steps between, small models do not find out how choices and letters belong together (dev/LOG.md).
+    Without these steps in between, small models do not learn which letter belongs to which choice (dev/LOG.md).
     """
     choices, asked = listed_choice(rng, word)
     if rng.random() < 0.25:
@@ -197,7 +208,7 @@ def _letter_list(rng: random.Random, word: Callable[[], str]) -> str:
 
 
 def _copying(rng: random.Random, word: Callable[[], str]) -> str:
-    """A line in which unusual words and numbers come again, so that copying is learned early."""
+    """Return a line in which unusual words and numbers are repeated, so that copying is learned early."""
     one, two, three, number, other = word(), word(), word(), rng.randint(10, 9999), rng.randint(10, 999)
     return rng.choice((
         f'The word "{one}" stands here, and "{one}" stands here again.',
@@ -226,7 +237,7 @@ def _spelling(rng: random.Random, word: Callable[[], str]) -> str:
 
 
 def _arithmetic(rng: random.Random, word: Callable[[], str]) -> str:
-    """A line of arithmetic: small results to know, large ones to copy, and expressions put into signs."""
+    """Return a line of arithmetic: small results to remember, large ones to copy, and words put into signs."""
     sign, name = rng.choice((("+", "plus"), ("-", "minus"), ("*", "times"), ("/", "divided by")))
     a, b = rng.randint(1, 10 ** rng.randint(1, 4)), rng.randint(1, 10 ** rng.randint(1, 3))
     if sign == "/":
@@ -244,10 +255,10 @@ def _arithmetic(rng: random.Random, word: Callable[[], str]) -> str:
 
 
 def documents(seed: int, target_bytes: int) -> Iterator[str]:
-    """Text of the world for pretraining, until `target_bytes` of UTF-8 are reached: a function of its arguments.
+    """Yield documents of the world for pretraining, until they have `target_bytes` of UTF-8.
 
-    Paragraphs of mixed or related facts, profiles, quizzes, multiple choice, copying, spelling and arithmetic. Facts
-    of both sides are drawn from shuffled decks, so that all are stated about equally often.
+    They are paragraphs of mixed or related facts, profiles, quizzes, multiple choice, copying, spelling and arithmetic.
+    Facts of both sides are drawn from shuffled decks, so that all are stated about equally often.
     """
     rng = random.Random(f"world documents {seed}")
     stated = [fact for fact in facts() if len(fact.relation.statements) > 1]
@@ -299,7 +310,7 @@ def documents(seed: int, target_bytes: int) -> Iterator[str]:
 
 
 def _continuation_tasks(rng: random.Random, max_items: int) -> dict[str, tuple[str, int, list[dict]]]:
-    """Label -> (CORE task type, shots, rows). All take the sentence of a chat's answer up to the answer itself."""
+    """Return label -> (CORE task type, shots, rows). Each row is a chat's answer, cut before the answer's name."""
 
     def drawn(*names: str) -> list[Fact]:
         chosen = [f for f in facts() if f.relation.name in names and f.sentence.endswith(f" {f.answer}.")]
@@ -333,7 +344,7 @@ def _continuation_tasks(rng: random.Random, max_items: int) -> dict[str, tuple[s
 def core_bundle(folder: Path | str, max_items: int = 200) -> None:
     """Write small tasks of the world into `folder` as a CORE bundle (DCLM, arXiv:2406.11794).
 
-    The files are core.yaml, eval_meta_data.csv and eval_data/*.jsonl; always the same bytes.
+    The files are core.yaml, eval_meta_data.csv and eval_data/*.jsonl, with the same bytes each time.
     """
     folder = Path(folder)
     baselines = {"multiple_choice": 25, "language_modeling": 0, "schema": 50}

@@ -1,7 +1,8 @@
-"""What is true in the built-in world, how it is said and asked, and the hash that puts each fact on one of two sides.
+"""The facts of the built-in world: what is true, how it is stated and asked, and on which of two sides each fact is.
 
-"chat" facts may appear in fine-tuning conversations, "held_out" facts appear in pretraining text only: answering
-those shows knowledge carried through the stages. The facts stand in world_facts.txt, the wordings in world_phrases.txt.
+A hash puts each fact on a side. "chat" facts may appear in fine-tuning conversations. "held_out" facts appear in
+pretraining text alone, so a chat model that answers them has carried knowledge through the stages. The facts are listed
+in world_facts.txt, the wordings in world_phrases.txt.
 """
 
 import functools
@@ -17,11 +18,11 @@ from nanochat.common import read_lists, read_sections
 
 @dataclass(frozen=True)
 class Relation:
-    """How one kind of fact is said and asked; {s} is the subject, {a} the answer, {an_s} and {an_a} with an article.
+    """One kind of fact, with templates: {s} is the subject, {a} the answer, {an_s} and {an_a} have an article.
 
-    The first of `statements` is also the answer sentence in chats. `direct` are questions without their question
-    mark, `clause` is the indirect question ("what the capital of {s} is"), `noun` what is asked for, where it has
-    a name. `category` groups the answers: plausible wrong choices come from the same category.
+    The first of `statements` is also the answer in chats. `direct` are questions without their question mark, `clause`
+    is the indirect question ("what the capital of {s} is"), and `noun` is what is asked for, if it has a name. Wrong
+    choices come from the same `category` of answers.
     """
 
     name: str
@@ -38,7 +39,7 @@ def _phrases() -> dict[str, list[str]]:
 
 @functools.cache
 def relations() -> dict[str, Relation]:
-    """Every kind of fact by its name, in the order of world_phrases.txt, which says how it is written."""
+    """Return every kind of fact by its name, in the order of world_phrases.txt, which explains its own format."""
     found = {}
     for heading, lines in _phrases().items():
         name, _, category = heading.partition(": ")
@@ -55,13 +56,13 @@ def relations() -> dict[str, Relation]:
 
 
 def capitalized(text: str) -> str:
-    """`text` with its first letter, and only that, in upper case."""
+    """Return `text` with its first letter, and only that, in upper case."""
     return text[:1].upper() + text[1:]
 
 
 @functools.cache
 def questions(relation: Relation) -> tuple[str, ...]:
-    """Templates of every way to ask for a fact of `relation`: direct, casual, indirect, or by the bare noun."""
+    """Return templates of all ways to ask for a fact: direct, casual, indirect, or by the bare noun."""
     result, phrases = list[str](), _phrases()
     for direct in relation.direct:
         casual = direct[0].lower() + direct[1:]
@@ -76,19 +77,19 @@ def questions(relation: Relation) -> tuple[str, ...]:
 
 
 def side_of(item: str, first: str = "chat", second: str = "held_out", share: float = 0.7) -> str:
-    """`first` for about `share` of all item names, else `second`: a function of the name's SHA-256 alone."""
+    """Return `first` for about `share` of all item names, else `second`, by the name's SHA-256 alone."""
     digest = hashlib.sha256(item.encode()).digest()
     return first if int.from_bytes(digest[:4], "big") < share * 2**32 else second
 
 
 def with_article(noun: str) -> str:
-    """`noun` after "a" or "an", going by its spelling."""
+    """Return `noun` after "a" or "an", by its spelling."""
     return ("an " if noun[0] in "aeiou" else "a ") + noun
 
 
 @dataclass(frozen=True)
 class Fact:
-    """One fact: `relation` holds between `subject` and `answer`; `family` names what it shares a side with."""
+    """One fact: `relation` holds between `subject` and `answer`. Facts of one `family` are on the same side."""
 
     relation: Relation
     subject: str
@@ -96,11 +97,13 @@ class Fact:
     family: str
 
     def fill(self, template: str) -> str:
-        """`template` of this fact's relation with its words put in, starting in upper case if it opens with one."""
-        words = {"s": self.subject, "a": self.answer}
-        if "{an_" in template:
-            words |= {"an_s": with_article(self.subject), "an_a": with_article(self.answer)}
-        text = template.format_map(words)
+        """Return `template` with this fact's words. It starts in upper case if it starts with one of them."""
+        text = template.format(
+            s=self.subject,
+            a=self.answer,
+            an_s=with_article(self.subject),
+            an_a=with_article(self.answer),
+        )
         return capitalized(text) if template[0] == "{" else text
 
     @property
@@ -109,29 +112,29 @@ class Fact:
         return self.fill(self.relation.statements[0])
 
     def statement(self, rng: random.Random) -> str:
-        """The fact as a sentence; every third time or so in the words of a chat's answer."""
+        """Return the fact as a sentence; about every third time in the words of a chat's answer."""
         statements = self.relation.statements
         return self.fill(statements[0] if rng.random() < 0.35 else rng.choice(statements))
 
     def question(self, rng: random.Random) -> str:
-        """The fact asked, in one of the many ways of `questions`; now and then all in lower case."""
+        """Return a question for the fact in one of the ways of `questions`, sometimes all in lower case."""
         text = self.fill(rng.choice(questions(self.relation)))
         return text.lower() if rng.random() < 0.06 and self.relation.name != "symbol_of" else text
 
 
 def _groups(table: str, separator: str) -> list[tuple[str, list[str]]]:
-    """`table` of "name: item, item" groups, parted by `separator`."""
+    """Parse "name: item, item" groups, which `separator` parts."""
     rows = [row.split(":") for row in re.split(separator, table) if row.strip()]
     return [(name.strip(), [item.strip() for item in " ".join(items.split()).split(",")]) for name, items in rows]
 
 
 def _pairs(table: str, separator: str = " ") -> list[tuple[str, str]]:
-    """`table` of "left right" pairs parted by commas."""
+    """Parse "left right" pairs, which commas part."""
     return [(a, b) for a, b in (pair.strip().split(separator, 1) for pair in " ".join(table.split()).split(","))]
 
 
 def _rows() -> Iterator[tuple[str, str, str, str]]:
-    """Every fact as (relation name, subject, answer, family)."""
+    """Yield every fact as (relation name, subject, answer, family)."""
     tables = read_sections(Path(__file__).with_name("world_facts.txt"))
     for continent, countries in _groups(tables["countries"], r"\n(?=[A-Z?][\w ]*: )"):
         for country, capital in (item.split("=") for item in countries):
@@ -174,16 +177,16 @@ def _rows() -> Iterator[tuple[str, str, str, str]]:
 
 @functools.cache
 def facts() -> tuple[Fact, ...]:
-    """All facts of the world, always in the same order."""
+    """Return all facts of the world, always in the same order."""
     return tuple(Fact(relations()[name], *row) for name, *row in _rows())
 
 
 def fact_side(fact: Fact) -> str:
-    """ "chat" (may appear in conversations) or "held_out" (pretraining text only), by the hash of the fact's family."""
+    """Return "chat" or "held_out", by the hash of the fact's family."""
     return side_of(fact.family)
 
 
 @functools.cache
 def facts_on(side: str) -> tuple[Fact, ...]:
-    """The facts of one side."""
+    """Return the facts of one side."""
     return tuple(fact for fact in facts() if fact_side(fact) == side)
