@@ -108,6 +108,8 @@ class LanguageModel(nn.Module):
     """Logits and losses of every model, over what a subclass gives."""
 
     config: Any
+    device: Any  # where tokens come in
+    dtype: Any  # of activations
     hidden: Any  # hidden(idx, context): the normed residual that the head reads, (..., C)
     whole_rows: Any  # whole_rows(idx_BT): the context of rows that are read from their first token on
     cache_needs: Any  # a LayerNeed for each layer
@@ -115,8 +117,8 @@ class LanguageModel(nn.Module):
     readout: Any  # Together((head,)): the same as a product
     softcap = 0.0  # logits lie between -softcap and softcap; 0 = off
     compiled = False
-    whole = True  # all weights are plain tensors on one device, so that they may be prepacked
-    graphs = True  # decoding never waits for the device, so that it may be replayed as a CUDA graph
+    whole: Any = True  # all weights are plain tensors on one device, so that they may be prepacked
+    graphs: Any = True  # decoding never waits for the device, so that it may be replayed as a CUDA graph
 
     def forward(
         self, idx_BT: torch.Tensor, targets_BT: torch.Tensor | None = None, *, loss_reduction: str = "mean"

@@ -68,6 +68,7 @@ class PackedLinear(nn.Module):
         if self.form == "onednn":
             return torch.ops.mkldnn._linear_pointwise(x_NC, self.weight, self.bias_O, "none", [], "")
         if self.form == "int8":
+            assert self.scale_O is not None
             y_NO = torch._weight_int8pack_mm(x_NC, self.weight, self.scale_O)
             return y_NO if self.bias_O is None else y_NO + self.bias_O
         return F.linear(x_NC, self.weight, self.bias_O)

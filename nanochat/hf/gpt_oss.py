@@ -95,7 +95,7 @@ class Experts(nn.Module):
             return torch.addmm(bias, x_RC, self.get_parameter(name)[expert])
         blocks = self.get_buffer(f"{name}_blocks")[expert]
         scales = self.get_buffer(f"{name}_scales")[expert]
-        return torch.addmm(bias, x_RC, dequantize(blocks, scales, self.byte_values, x_RC.dtype).t())
+        return torch.addmm(bias, x_RC, dequantize(blocks, scales, self.get_buffer("byte_values"), x_RC.dtype).t())
 
     def _activate(self, both: torch.Tensor) -> torch.Tensor:
         """The clamped SwiGLU with an offset; gate and up stand in even and odd columns."""
