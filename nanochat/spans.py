@@ -1,36 +1,34 @@
-"""Spans of tokens scored in batches: their log-probability after what stands before them.
+"""Spans: how likely a model finds tokens after what stands before them, for CORE and for the chat tasks.
 
-What is read twice is read once: where spans begin alike, as the options of a question do, the keys and values of that
-prefix are kept, and only what differs is read for each. The head's logits are made for that rest alone. Any
-`model(idx_BT) -> logits_BTV` will do; a `LanguageModel` spares the repetition.
+Options of one question begin alike, CORE's often with thousands of tokens of examples, so what they share is read once:
 
-Shapes: B sequences of a batch, T positions, V vocabulary, N scored tokens of a batch.
+    spans    A B C D x y      fork    prefix A B C D      one row      A B C D x y z
+             A B C D z                branches x y, z     positions    0 1 2 3 4 5 4      z does not see x and y
+
+A `Fork` is such a group, `ForkedRows` lays forks end to end and tells the model where each token stands and what it
+sees, and `score_spans` reads them and scores. There is no padding, and logits are made for scored tokens alone.
+
+Shapes: N tokens of a batch, S scored tokens, V vocabulary, T tokens of one fork, H heads, K kv heads, D head dim.
 """
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
-
-from nanochat.kv_cache import CacheBatch, KVCache, Part
-from nanochat.language_model import LanguageModel
-
-CHUNK = 2048  # positions of a prompt read at a time, which bounds the scores of attention over a cache
-SHARED = 0.75  # least part of the longest prompt that a common prefix must be: what follows it is read one by one
-Model = Any
+import torch.nn.functional as F
 
 
 class Span(NamedTuple):
-    """Tokens to be read, ids[start:] of them to be scored. A token is scored by the logits before it: start >= 1."""
+    """Tokens to read, of which ids[start:] are scored. A token is scored by the logits before it, so start >= 1."""
 
     ids: list[int]
     start: int
 
 
 class Score(NamedTuple):
-    """What a model makes of a span: its log-probability in nats, its tokens, whether each of them is the arg-max."""
+    """Log-probability of a span in nats, its number of tokens, and whether each of them is the arg-max."""
 
     logprob: float
     tokens: int
@@ -38,145 +36,170 @@ class Score(NamedTuple):
 
     @property
     def mean_loss(self) -> float:
-        """Nats a token; nan where nothing is scored."""
+        """Nats per token; nan where nothing is scored."""
         return -self.logprob / self.tokens if self.tokens else math.nan
 
 
-class _Group(NamedTuple):
-    """Spans that begin alike: `prefix` is read once, then each of `tails`, longest first, for the spans at places."""
+@dataclass
+class Fork:
+    """Spans that begin alike: their common prefix is read once, then what follows it in each of them.
 
-    prefix: Sequence[int]
-    tails: list[tuple[tuple[int, ...], list[int]]]
+    All of it lies in one sequence, prefix, branch, branch, ..., and goes through the model in one forward. The
+    attention mask keeps branches from seeing each other, and each branch counts its positions on from the prefix.
+    """
+
+    prefix: list[int]
+    members: list[int]  # which spans
+    longest: int  # tokens read of the longest one
 
     @property
-    def length(self) -> int:
-        return len(self.prefix) + len(self.tails[0][0])
+    def size(self) -> int:
+        """Tokens of the fork, at most."""
+        return len(self.prefix) + len(self.members) * (self.longest - len(self.prefix))
 
 
 def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
-    """How many tokens all the sequences begin with in common."""
-    return next((i for i, column in enumerate(zip(*sequences)) if len(set(column)) > 1), min(map(len, sequences)))
+    """Return how many tokens all the sequences begin with in common."""
+    for i, column in enumerate(zip(*sequences, strict=False)):
+        if len(set(column)) > 1:
+            return i
+    return min(map(len, sequences))
 
 
-def pad_right(sequences: Sequence[Sequence[int]]) -> torch.Tensor:
-    """Token ids of any lengths as one (B, T) batch. Causal attention never looks ahead, so any padding will do."""
-    return pad_sequence([torch.tensor(ids, dtype=torch.long) for ids in sequences], batch_first=True)
-
-
-def _group(spans: Sequence[Span], share: bool) -> list[_Group]:
-    """Spans by common prefixes, where most of each is common; without `share` nothing is a prefix, all a tail."""
-    runs: list[tuple[int, list[int]]] = []  # length of the prefix, places of the spans
+def group_spans(spans: Sequence[Span], max_tokens: int) -> list[Fork]:
+    """Put spans that share at least half of their tokens into forks of at most `max_tokens`."""
+    forks: list[Fork] = []
     for i in sorted(range(len(spans)), key=lambda i: spans[i].ids):
+        ids = spans[i].ids[:-1]  # the last token is scored, but never read
         if spans[i].start == len(spans[i].ids):
-            continue
-        alone = spans[i].start - 1 if share else 0  # the token before the scored ones is read for its logits
-        if runs:
-            prefix, members = runs[-1]
-            both = min(prefix, alone, common_prefix([spans[members[-1]].ids, spans[i].ids]))
-            longest = max(spans[place].start for place in (*members, i))
-            if both >= SHARED * longest or spans[members[-1]].ids[:-1] == spans[i].ids[:-1]:
-                runs[-1] = both, [*members, i]
+            continue  # nothing to score
+        if forks:
+            shared = common_prefix([forks[-1].prefix, ids])
+            joined = Fork(ids[:shared], [*forks[-1].members, i], max(forks[-1].longest, len(ids)))
+            # Half: the square mask of a fork costs more than what a short common prefix saves.
+            if 2 * shared >= joined.longest and joined.size <= max(max_tokens, len(ids)):
+                forks[-1] = joined
                 continue
-        runs.append((alone, [i]))
-    groups = []
-    for length, members in runs:
-        tails: dict[tuple[int, ...], list[int]] = {}
-        for i in members:
-            tails.setdefault(tuple(spans[i].ids[length:-1]), []).append(i)
-        ordered = sorted(tails.items(), key=lambda tail: -len(tail[0]))
-        groups.append(_Group(spans[members[0]].ids[:length], ordered))
-    return groups
+        forks.append(Fork(ids, [i], len(ids)))
+    return forks
 
 
-def _batches(groups: list[_Group], max_tokens: int) -> Iterator[list[_Group]]:
-    """Groups of similar length in batches of at most `max_tokens` positions, padding included, or of one group."""
-    batch: list[_Group] = []
-    for group in sorted(groups, key=lambda group: -group.length):
-        if batch and (len(batch) + 1) * batch[0].length > max_tokens:
-            yield batch
-            batch = []
-        batch.append(group)
-    if batch:
-        yield batch
+class ForkedRows:
+    """The context of one forward over the tokens of some forks, laid end to end (see language_model.py).
 
-
-def _read_on(
-    model: Model,
-    cache: KVCache,
-    rows: Sequence[Sequence[int]],
-    starts: Sequence[int],
-    before: Sequence[int],
-    keep: bool,
-) -> torch.Tensor:
-    """Logits (B, T, V) of rows of tokens that follow what the cache holds before `starts`; `before`: the token there.
-
-    keep: the tokens become a part of what the cache holds, and nobody wants their logits.
+    positions: where each of N tokens stands in its span. previous_N: the token before each, -1 before the first.
+    places: of the token before each scored one, fork after fork, span after span.
     """
-    lengths = [len(row) for row in rows]
-    parts = [
-        Part(first_row=i, n_rows=1, n_tokens=n, length=at + n)
-        for i, (at, n) in enumerate(zip(starts, lengths, strict=True))
-    ]
-    tokens = [token for row in rows for token in row]
-    positions = [at + t for at, n in zip(starts, lengths, strict=True) for t in range(n)]
-    places = [i for i, n in enumerate(lengths) for _ in range(n)]
-    previous = [token for first, row in zip(before, rows, strict=True) if row for token in (first, *row[:-1])]
-    idx_N, positions_N, rows_N, previous_N = torch.tensor((tokens, positions, places, previous), device=cache.device)
-    context = CacheBatch(cache, [part for part in parts if part.n_tokens], rows_N, positions_N, previous_N)
-    if keep:
-        return model.decode(idx_N, context, torch.zeros(1, dtype=torch.long, device=cache.device))
-    return pad_sequence(model.decode(idx_N, context).split(lengths), batch_first=True)
 
+    def __init__(self, forks: Sequence[Fork], spans: Sequence[Span], device: torch.device) -> None:
+        ids: list[int] = []
+        positions: list[int] = []
+        previous: list[int] = []
+        branches: list[int] = []  # 0 is the prefix, which all branches of a fork see
+        places: list[int] = []
+        self._sizes = []  # tokens of each fork
+        for fork in forks:
+            fork_begin = len(ids)
+            ids += fork.prefix
+            positions += range(len(fork.prefix))
+            previous += [-1, *fork.prefix][: len(fork.prefix)]
+            branches += [0] * len(fork.prefix)
+            for number, member in enumerate(fork.members, 1):
+                span = spans[member]
+                branch = span.ids[len(fork.prefix) : -1]
+                branch_begin = len(ids)
+                ids += branch
+                positions += range(len(fork.prefix), len(fork.prefix) + len(branch))
+                before = fork.prefix[-1] if fork.prefix else -1
+                previous += [before, *branch][: len(branch)]
+                branches += [number] * len(branch)
+                for position in range(span.start - 1, len(span.ids) - 1):
+                    beyond = position - len(fork.prefix)
+                    places.append(branch_begin + beyond if beyond >= 0 else fork_begin + position)
+            self._sizes.append(len(ids) - fork_begin)
+        self.idx_N = torch.tensor(ids, device=device)
+        self.positions = torch.tensor(positions, device=device)
+        self.previous_N = torch.tensor(previous, device=device)
+        self.places = torch.tensor(places, device=device)
+        self._branch_N = torch.tensor(branches, device=device)
+        self._masks: dict[tuple[int, torch.device], list[torch.Tensor]] = {}  # by window: layers have several
 
-def _read(model: Model, batch: list[_Group], cached: bool) -> Iterator[tuple[list[_Group], int, torch.Tensor]]:
-    """Yields (groups, k, logits_BTV of the k-th tail of each) until every tail was read."""
-    device = getattr(model, "device", torch.device("cpu"))
-    if not cached:
-        yield batch, 0, model(pad_right([group.tails[0][0] for group in batch]).to(device))
-        return
-    batch = sorted(batch, key=lambda group: -len(group.tails))  # those that have a k-th tail are the first ones
-    # tails are read over one another, for which the cache has to hold the whole prefix, windows or not
-    context = model.config.sequence_len
-    cache = KVCache(device, [need._replace(window=context) for need in model.cache_needs], context)
-    prefixes = [group.prefix for group in batch]
-    cache.reserve(len(batch), max(group.length for group in batch))  # takes all memory at once
-    for at in range(0, max(map(len, prefixes)), CHUNK):
-        rows = [prefix[at : at + CHUNK] for prefix in prefixes]
-        before = [prefix[at - 1] if 0 < at < len(prefix) else -1 for prefix in prefixes]
-        _read_on(model, cache, rows, [at] * len(batch), before, keep=True)
-    for k in range(len(batch[0].tails)):  # each over the one before: no query looks past its own position
-        active = [group for group in batch if len(group.tails) > k]
-        tails, starts = [group.tails[k][0] for group in active], [len(group.prefix) for group in active]
-        before = [group.prefix[-1] if group.prefix else -1 for group in active]
-        yield active, k, _read_on(model, cache, tails, starts, before, keep=False)
+    def layer(self, layer: int) -> Any:
+        """Return the function by which queries of a layer meet keys and values: the same one for all layers."""
+        return self._attend
+
+    def _attend(
+        self,
+        q_NHD: torch.Tensor,
+        k_NKD: torch.Tensor,
+        v_NKD: torch.Tensor,
+        window: int,
+        sinks_H: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attend within each fork; returns (N, H, D)."""
+        key = (window, q_NHD.device)
+        if key not in self._masks:
+            self._masks[key] = [visible_TT.to(q_NHD.device) for visible_TT in self._visible(window)]
+        outputs = []
+        parts = zip(*(each.split(self._sizes) for each in (q_NHD, k_NKD, v_NKD)), self._masks[key], strict=True)
+        for q_THD, k_TKD, v_TKD, mask in parts:
+            if sinks_H is not None:
+                # gpt-oss: a learned logit per head takes its share of the softmax and gives nothing. The same as one
+                # more key of zeros, with that logit in the mask, and a value of zeros.
+                k_TKD = F.pad(k_TKD, (0, 0, 0, 0, 0, 1))
+                v_TKD = F.pad(v_TKD, (0, 0, 0, 0, 0, 1))
+                hidden_TT = torch.zeros(mask.shape, dtype=q_THD.dtype, device=mask.device).masked_fill(~mask, -math.inf)
+                sinks_HT1 = sinks_H.to(q_THD.dtype).view(-1, 1, 1).expand(-1, len(mask), 1)
+                mask = torch.cat((hidden_TT.expand(len(sinks_H), -1, -1), sinks_HT1), dim=-1)
+            # Heads first, and each kv head once per query head that shares it: with a mask, no fused kernel of a GPU
+            # takes fewer kv heads than query heads.
+            group = q_THD.size(1) // k_TKD.size(1)
+            q_1HTD = q_THD.transpose(0, 1)[None]
+            k_1HTD = k_TKD.repeat_interleave(group, dim=1).transpose(0, 1)[None]
+            v_1HTD = v_TKD.repeat_interleave(group, dim=1).transpose(0, 1)[None]
+            y_1HTD = F.scaled_dot_product_attention(q_1HTD, k_1HTD, v_1HTD, attn_mask=mask)
+            outputs.append(y_1HTD[0].transpose(0, 1))
+        return torch.cat(outputs)
+
+    def _visible(self, window: int) -> Iterator[torch.Tensor]:
+        """Yield which keys each query of a fork sees: the prefix and its own branch, up to itself, in the window."""
+        for branch_T, position_T in zip(
+            self._branch_N.split(self._sizes), self.positions.split(self._sizes), strict=True
+        ):
+            distance_TT = position_T[:, None] - position_T[None, :]
+            related_TT = (branch_T[None, :] == 0) | (branch_T[None, :] == branch_T[:, None])
+            yield related_TT & (distance_TT >= 0) & (distance_TT < window)
 
 
 @torch.inference_mode()
-def score_spans(model: Model, spans: Sequence[Span], max_tokens: int | None = None) -> list[Score]:
-    """The score of each span, to rounding as if it were read alone. What spans begin with in common is read once.
+def score_spans(model: Any, spans: Sequence[Span], max_tokens: int | None = None) -> list[Score]:
+    """Score each span, to rounding as if it were read alone.
 
-    max_tokens: positions of a batch; None = what suits the device.
+    model: a language_model.LanguageModel. max_tokens: tokens of a batch; None = what suits the device.
     """
-    cached = isinstance(model, LanguageModel)
     if max_tokens is None:
-        on_cpu = torch.device(getattr(model, "device", "cpu")).type == "cpu"
-        max_tokens = 2048 if on_cpu else 16384
-    scores = [Score(0.0, 0, False)] * len(spans)
-    for batch in _batches(_group(spans, cached), max_tokens):
-        for groups, k, logits_BTV in _read(model, batch, cached):
-            rows, columns, targets, lengths, places = [], list[int](), [], [], []
-            for row, group in enumerate(groups):
-                for place in group.tails[k][1]:
-                    (ids, start), before = spans[place], len(group.prefix) + 1
-                    rows += [row] * (len(ids) - start)
-                    columns += range(start - before, len(ids) - before)
-                    targets += ids[start:]
-                    lengths.append(len(ids) - start)
-                    places.append(place)
-            predicted_NV = logits_BTV[rows, columns].float()
-            targets_N = torch.tensor(targets, device=predicted_NV.device)
-            losses_N = torch.nn.functional.cross_entropy(predicted_NV, targets_N, reduction="none").cpu().double()
-            hits_N = (predicted_NV.argmax(-1) == targets_N).cpu()
-            for place, losses, hits in zip(places, losses_N.split(lengths), hits_N.split(lengths)):
-                scores[place] = Score(-losses.sum().item(), len(losses), bool(hits.all()))
+        max_tokens = 2048 if model.device.type == "cpu" else 16384
+    batches: list[list[Fork]] = []
+    room = 0
+    for fork in group_spans(spans, max_tokens):
+        if fork.size > room:
+            batches.append([])
+            room = max_tokens
+        batches[-1].append(fork)
+        room -= fork.size
+    scores = [Score(logprob=0.0, tokens=0, greedy=False)] * len(spans)
+    for batch in batches:
+        context = ForkedRows(batch, spans, model.device)
+        # Logits are made for the scored tokens alone: the head is the largest matrix of a small model. Eager, since
+        # every batch has another length and torch.compile would begin anew for each.
+        with torch.compiler.set_stance("force_eager"):
+            logits_SV = model.decode(context.idx_N, context, context.places).float()
+        members = [member for fork in batch for member in fork.members]
+        targets = [token for member in members for token in spans[member].ids[spans[member].start :]]
+        targets_S = torch.tensor(targets, device=logits_SV.device)
+        losses_S = F.cross_entropy(logits_SV, targets_S, reduction="none").cpu().double()
+        hits_S = (logits_SV.argmax(-1) == targets_S).cpu()
+        lengths = [len(spans[member].ids) - spans[member].start for member in members]
+        for member, losses, hits in zip(members, losses_S.split(lengths), hits_S.split(lengths), strict=True):
+            scores[member] = Score(-losses.sum().item(), len(losses), bool(hits.all()))
     return scores

@@ -51,10 +51,6 @@ class Fixed:
         self.device = torch.device("cpu")
         self.read = []
 
-    def __call__(self, idx_BT):
-        self.read += idx_BT.tolist()
-        return self.logits_TV[: idx_BT.size(1)].expand(len(idx_BT), -1, -1)
-
     def decode(self, idx_N, context, wanted_R):
         self.read.append(idx_N.tolist())
         return self.logits_TV[context.positions[wanted_R]]

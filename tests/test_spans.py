@@ -8,7 +8,7 @@ from core_bundle import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat import spans as spans_module
+from nanochat import hf
 from nanochat.spans import Score, Span, score_spans
 
 
@@ -27,8 +27,7 @@ def check_scores(model, spans, max_tokens):
         assert score[1:] == expected[1:]
 
 
-CACHED = tiny_model(5, 60, 2)
-MODELS = {"cache": CACHED, "plain": lambda idx_BT: CACHED(idx_BT)}
+MODEL = tiny_model(5, 60, 2)
 
 
 @st.composite
@@ -44,17 +43,13 @@ def ragged(draw):
     return spans
 
 
-@pytest.mark.parametrize("kind", MODELS)
-@settings(max_examples=60, deadline=None)
-@given(spans=ragged(), max_tokens=st.integers(1, 200), chunk=st.integers(1, 30), shared=st.floats(0.01, 1))
-def test_spans_of_any_lengths_score_as_if_each_were_alone(kind, spans, max_tokens, chunk, shared):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(spans_module, "CHUNK", chunk)
-        patch.setattr(spans_module, "SHARED", shared)
-        check_scores(MODELS[kind], spans, max_tokens)
+@settings(max_examples=100, deadline=None)
+@given(spans=ragged(), max_tokens=st.integers(1, 200))
+def test_spans_of_any_lengths_score_as_if_each_were_alone(spans, max_tokens):
+    check_scores(MODEL, spans, max_tokens)
 
 
-def test_prompts_of_more_than_a_chunk_and_windows_score_as_if_each_were_alone():
+def test_long_prompts_and_windows_score_as_if_each_were_alone():
     model, rng = tiny_model(50, 1024, 4), random.Random(0)
     assert min(model.config.windows) == 256
     head = rng.choices(range(50), k=600)
@@ -66,6 +61,20 @@ def test_prompts_of_more_than_a_chunk_and_windows_score_as_if_each_were_alone():
     check_scores(model, spans, 100)
 
 
+@pytest.mark.parametrize("family", ["gpt2", "mistral", "qwen3", "gpt_oss"])
+def test_every_family_scores_as_transformers_does(family, tmp_path):
+    """Windows, sinks, biases and learned positions included."""
+    tiny_hf = pytest.importorskip("tiny_hf")
+    theirs = tiny_hf.make(family)
+    model = hf.load_model(tiny_hf.save(theirs, tmp_path), "cpu", torch.float32)
+    rng = random.Random(0)
+    head = rng.choices(range(50), k=40)
+    spans = [Span(head + rng.choices(range(50), k=k), 38) for k in (1, 4, 9)]
+    for span, score in zip(spans, score_spans(model, spans), strict=True):
+        expected = plain_score(lambda idx_BT: theirs(idx_BT).logits, span)
+        assert score.logprob == pytest.approx(expected.logprob, abs=1e-3) and score.tokens == expected.tokens
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.2)])
 def test_every_precision_scores_near_its_own_plain_form(dtype, tolerance):
     model, rng = tiny_model(50, 128).to(dtype), random.Random(1)
@@ -75,40 +84,36 @@ def test_every_precision_scores_near_its_own_plain_form(dtype, tolerance):
         assert score.logprob / 4 == pytest.approx(plain_score(model, span).logprob / 4, abs=tolerance)
 
 
-def test_what_is_shared_is_read_once_and_logits_are_made_for_the_rest_alone():
-    model, rng = tiny_model(50, 512), random.Random(0)
-    read, made = [], []
-    decode = model.decode
+class Counted:
+    """A model that notes how many tokens it reads, and for how many it makes logits."""
 
-    def spy(idx_N, *args):
-        logits_RV = decode(idx_N, *args)
-        read.append(len(idx_N))
-        made.append(len(logits_RV))
+    def __init__(self, model):
+        self.model = model
+        self.device = model.device
+        self.read = 0
+        self.made = 0
+
+    def decode(self, idx_N, context, wanted_R):
+        logits_RV = self.model.decode(idx_N, context, wanted_R)
+        self.read += len(idx_N)
+        self.made += len(logits_RV)
         return logits_RV
 
-    model.decode = spy
+
+def test_what_is_shared_is_read_once_and_logits_are_made_for_scored_tokens_alone():
+    rng = random.Random(0)
+    model = Counted(tiny_model(50, 512))
     spans = []
-    for _ in range(8):  # rows of four options of 5 tokens
+    for _ in range(8):  # questions of four options of 5 tokens
         head = rng.choices(range(50), k=400)
-        spans += [Span(head + rng.choices(range(50), k=5), 400) for _ in range(4)]
+        spans += [Span([*head, option, *rng.choices(range(50), k=4)], 400) for option in range(4)]
     score_spans(model, spans)
-    assert sum(read) == 8 * (399 + 4 * 5)  # the last token of an option is scored, not read
-    assert sum(made) <= 8 * (2 + 4 * 5)
-    read.clear()
-    same = [Span([*head, answer], 400) for answer in range(10)]  # answers of one token
-    score_spans(model, same)
-    assert sum(read) == 400
+    assert model.read == 8 * (400 + 4 * 4)  # the last token of an option is scored, not read
+    assert model.made == 8 * 4 * 5
+    model = Counted(tiny_model(50, 512))
+    score_spans(model, [Span([*head, answer], 400) for answer in range(10)])  # answers of one token
+    assert model.read == 400
 
 
-def test_a_model_without_a_cache_reads_what_is_the_same_once():
-    read = []
-
-    def model(idx_BT):
-        read.extend(idx_BT.tolist())
-        return torch.zeros(*idx_BT.shape, 9)
-
-    spans = [Span([1, 2, 3, last], start) for last in (4, 5, 6) for start in (2, 3)] + [Span([1, 2, 4, 4], 2)]
-    scores = score_spans(model, spans)
-    assert sorted(read) == [[1, 2, 3], [1, 2, 4]]
-    assert [score.tokens for score in scores] == [2, 1, 2, 1, 2, 1, 2]
-    assert score_spans(model, []) == [] and score_spans(model, [Span([1], 1)]) == [Score(0.0, 0, False)]
+def test_nothing_to_score():
+    assert score_spans(MODEL, []) == [] and score_spans(MODEL, [Span([1], 1)]) == [Score(0.0, 0, False)]
