@@ -100,17 +100,26 @@ def harmony_tokenizer(folder: Path) -> HFTokenizer:
 class Scripted:
     """A real model that is made to say `answer`, token by token; for one request at a time."""
 
+    whole = False  # it is not to be prepacked: the copy would not be scripted
+    graphs = False
+
     def __init__(self, model: Any, answer: list[int]) -> None:
-        self.model, self.answer, self.config, self.device = model, answer, model.config, model.device
+        self.model = model
+        self.answer = answer
+        self.config = model.config
+        self.device = model.device
+        self.dtype = model.dtype
+        self.cache_needs = model.cache_needs
         self.start = self.last = -1
 
-    def __call__(self, idx_BT: torch.Tensor, positions_BT: torch.Tensor, **options: Any) -> torch.Tensor:
-        logits_B1V, last = self.model(idx_BT, positions_BT=positions_BT, **options), int(positions_BT[0, -1])
-        if idx_BT.size(1) > 1 or last != self.last + 1:  # a prompt is being read
+    def decode(self, idx_N: torch.Tensor, context: Any, wanted_R: torch.Tensor | None = None) -> torch.Tensor:
+        logits_RV = self.model.decode(idx_N, context, wanted_R)
+        last = int(context.positions[-1])
+        if idx_N.numel() > 1 or last != self.last + 1:  # a prompt is being read
             self.start = last
         self.last = last
-        logits_B1V[:, -1, self.answer[min(last - self.start, len(self.answer) - 1)]] = 1e4
-        return logits_B1V
+        logits_RV[-1:, self.answer[min(last - self.start, len(self.answer) - 1)]] = 1e4
+        return logits_RV
 
 
 HARMONY_ANSWER = "<|channel|>analysis<|message|>2 and 2 🎉 <b>is</b>\nFour?<|end|><|start|>assistant"

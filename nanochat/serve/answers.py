@@ -14,7 +14,7 @@ from typing import Any
 
 from nanochat.detokenizer import Event, Reasoning, ToolCall, content_of
 from nanochat.engine import Request
-from nanochat.sampling import TokenScore
+from nanochat.scheduler import TokenScore
 from nanochat.serve.loop import Delivery, Model
 from nanochat.serve.schema import (
     ApiError,
