@@ -89,6 +89,8 @@ def find_bundle(name: str, compute: Compute) -> Path:
 
 def load(config: Config, compute: Compute) -> tuple[Any, Any, dict[str, Any], str | None]:
     """Return model, tokenizer, what the record calls them, and the dataset for bits per byte."""
+    model: Any
+    tokenizer: Any
     if config.hf:
         from nanochat import hf
 
