@@ -110,8 +110,9 @@ def fetch(task: type[ParquetTask], split: str, tasks_dir: Path | str | None = No
             return found
         try:
             commit, listing = list_dataset(task.repo)
-            files = [file for path, file in sorted(listing.items()) if pattern.fullmatch(path)]
-            if not files or len(files) != int(pattern.fullmatch(files[0].path)[1]):
+            matches = [match for path in sorted(listing) if (match := pattern.fullmatch(path))]
+            files = [listing[match[0]] for match in matches]
+            if not matches or len(files) != int(matches[0][1]):  # each file's name says how many there are
                 raise ValueError(f"{task.repo} lists {len(files)} files {pattern.pattern}")
             fetch_dataset_files(task.repo, commit, files, folder)
         except (ConnectionError, ValueError) as error:
