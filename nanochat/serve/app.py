@@ -133,7 +133,8 @@ def describe() -> dict[str, Any]:
             content = {"application/json": {"schema": by_key[f"answer of {method} {path}"]}}
         operation_object: dict[str, Any] = {"summary": summary, "operationId": f"{method} {path}"}
         if body is not None:
-            content["text/event-stream"] = {"schema": {"type": "string"}}
+            event = {"type": "object", "properties": {"data": {"type": "string"}}}
+            content["text/event-stream"] = {"schema": event}
             taken = {"application/json": {"schema": by_key[f"body of {path}"]}}
             operation_object["requestBody"] = {"required": True, "content": taken}
         if "{name}" in path:
