@@ -22,7 +22,7 @@ from nanochat.cuda_graph import Forward
 from nanochat.detokenizer import AnswerDecoder, ToolCall
 from nanochat.kv_cache import BLOCK, KVCache
 from nanochat.language_model import LanguageModel
-from nanochat.packed import prepack
+from nanochat.packed import decode_threads, prepack
 from nanochat.sampling import sample, score
 from nanochat.scheduler import Request, Scheduler
 from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
@@ -66,6 +66,7 @@ class Engine:
         if max_batch < 1:
             raise ValueError(f"--max-batch {max_batch} must be at least 1")
         self.model = prepack(model, int8=int8, deterministic=deterministic)
+        self.threads = decode_threads(model)  # for the script: torch.set_num_threads(engine.threads)
         self.tokenizer = tokenizer
         self.max_batch = max_batch
         self.context = model.config.sequence_len

@@ -23,6 +23,7 @@ from torch import nn
 from nanochat.language_model import Gate, LanguageModel, Linear, Together
 
 Form = Literal["plain", "onednn", "int8"]
+SINGLE = 1 << 24  # weights: a d4 has 4 million of them and gains nothing from a second thread, a d12 has 88 million
 SMALL = 1 << 31  # bytes: on a GPU, models below this are bound by launches, and a second copy of them has room
 
 
@@ -114,6 +115,16 @@ def onednn_works(dtype: torch.dtype) -> bool:
     except (RuntimeError, AttributeError):  # a build of PyTorch without oneDNN, or a CPU without the instructions
         return False
     return torch.allclose(y_NO.float(), F.linear(x_NC.float(), weight_OC.float()), atol=0.1, rtol=0.02)
+
+
+def decode_threads(model: LanguageModel) -> int:
+    """Return how many CPU threads decoding gains from; a script that only generates passes it to set_num_threads.
+
+    A model below SINGLE weights is bound by the number of operations. A second thread gains it nothing, and costs most
+    of its speed when other programs use the cores, because threads that wait for each other spin (dev/LOG.md).
+    """
+    weights = sum(module.weight.numel() for module in model.modules() if isinstance(module, Linear))
+    return 1 if weights < SINGLE else torch.get_num_threads()
 
 
 @torch.inference_mode()

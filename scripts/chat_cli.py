@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from nanochat import cli
 from nanochat.chat_format import ChatFormat
 from nanochat.cli import option
@@ -253,6 +255,7 @@ def main() -> None:
     (model,) = store.find_all([name], compute.device, config.step, config.devices, ranks)
     print0(model.placement, file=sys.stderr)
     engine, form = model.load(compute.device, max_batch=1, int8=config.int8, ranks=ranks)
+    torch.set_num_threads(engine.threads)
     chat = Chat(engine, form, config, compute, live)
 
     if config.prompt is not None:

@@ -85,6 +85,8 @@ def load_models(
             if len(devices) > 1:
                 print(f"{each.name}: replica {len(engines) - 1} is ready on {device}", file=sys.stderr)
         models.add(each.name, engines, chat_format)
+    if len(found) == 1:
+        torch.set_num_threads(engines[0].threads)  # a small model gains nothing from a second thread
 
 
 def main() -> None:

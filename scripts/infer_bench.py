@@ -123,6 +123,7 @@ class EngineSide:
         self.bytes_per_weight = 1 if config.int8 else model.dtype.itemsize
         largest_batch = max(config.clients, *config.batch_sizes)
         self.engine = Engine(model, NO_TOKENIZER, largest_batch, int8=config.int8)
+        torch.set_num_threads(self.engine.threads)
         self.prompts_made = 0
 
     def prompt(self, n: int) -> list[int]:

@@ -35,6 +35,9 @@ class ScriptedModel:
         self.cache_needs = [LayerNeed(1, 1, sequence_len)]
         self.script = script
 
+    def modules(self):
+        return []
+
     def decode(self, idx_N, context, wanted_R=None):
         content = idx_N[:, None, None].float()
         context.layer(0)(content, content, content, self.config.sequence_len)
