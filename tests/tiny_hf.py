@@ -112,6 +112,10 @@ class Scripted:
         self.cache_needs = model.cache_needs
         self.start = self.last = -1
 
+    def modules(self) -> Any:
+        """The real model's modules: the engine counts their weights."""
+        return self.model.modules()
+
     def decode(self, idx_N: torch.Tensor, context: Any, wanted_R: torch.Tensor | None = None) -> torch.Tensor:
         logits_RV = self.model.decode(idx_N, context, wanted_R)
         last = int(context.positions[-1])
