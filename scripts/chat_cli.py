@@ -239,7 +239,7 @@ def line_editing() -> Iterator[None]:
 
 def main() -> None:
     """Load a model, then answer `--prompt`, or hold a session on stdin."""
-    config = cli.parse(Config, description=__doc__)
+    config = cli.parse(Config, description=__doc__.split("\n\n")[0])
     # A shell may have started us with SIGINT ignored, as it does for jobs in the background.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     # A character that cannot be read or shown must not end the conversation.
