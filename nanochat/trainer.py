@@ -186,7 +186,9 @@ def choose_device_batch(run: Run, share: int) -> DeviceBatch:
     A given --device-batch-size is taken as it is. On CUDA the choice is tried: rows are halved until a forward and
     backward pass fits, then once more with recomputation. All ranks choose the same. Raises ValueError if nothing fits.
     """
-    config, compute, model = run.config, run.compute, run.model
+    config = run.config
+    compute = run.compute
+    model = run.model
     cuda = compute.device.type == "cuda"
     most_rows = max(1, CUDA_TOKENS // model.config.sequence_len) if cuda else CPU_ROWS
     if isinstance(config.device_batch_size, int):
@@ -219,7 +221,8 @@ def halvings(share: int, most: int) -> list[int]:
 
 def try_device_batch(run: Run, rows: int) -> int | None:
     """Run two forward and backward passes on `rows` rows; return the peak in bytes, or None when out of memory."""
-    compute, model = run.compute, run.model
+    compute = run.compute
+    model = run.model
     n_parameters = sum(p.numel() for p in model.parameters())
     if compute.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(compute.device)
@@ -233,7 +236,7 @@ def try_device_batch(run: Run, rows: int) -> int | None:
             model(idx_BT, idx_BT, loss_reduction="sum").backward()
         compute.synchronize()
         peak = compute.peak_memory()
-        del state
+        del state, idx_BT
     except torch.OutOfMemoryError:
         peak = None
     for parameter in model.parameters():
@@ -246,7 +249,9 @@ def try_device_batch(run: Run, rows: int) -> int | None:
 
 def announce(run: Run, batch: DeviceBatch, *, steps: int, tokens_per_step: int) -> None:
     """Print what the run will do, how, and where the GPU's peak is known the time and cost to expect."""
-    config, compute, model = run.config, run.compute, run.model
+    config = run.config
+    compute = run.compute
+    model = run.model
     flops = model.flops_per_token()
     tokens = steps * tokens_per_step
     shape = model.config
@@ -349,7 +354,8 @@ def forward_backward(run: Run, step: int, micro_batches: list[MicroBatch]) -> tu
 
     Returns that loss in nats, and this rank's part of it by micro-batch.
     """
-    compute, model = run.compute, run.model
+    compute = run.compute
+    model = run.model
     if model.config.dropout:
         # Dropout that follows from (seed, step, rank) is the same after a resume.
         torch.manual_seed(((run.config.seed << 40) + (step << 10) + compute.rank) % 2**63)
