@@ -321,16 +321,31 @@ def train_step(
     began: when the wait for the rows began. Raises ValueError when the loss is not finite or memory runs out.
     """
     step = progress.step
-    lr_mult = learning_rate_multiplier(run, step)
+    compute = run.compute
+    model = run.model
+    if model.config.dropout:
+        # Dropout that follows from (seed, step, rank) is the same after a resume.
+        torch.manual_seed(((run.config.seed << 40) + (step << 10) + compute.rank) % 2**63)
     with explain_out_of_memory(len(micro_batches[0][0])):
-        mean_loss, part_losses = forward_backward(run, step, micro_batches)
+        # Rows may differ in how many targets count. Dividing by the number of all ranks' targets, each rank's loss is
+        # its part of the mean over all, and gradients are summed over ranks, not averaged.
+        counts = torch.stack([(targets_BT >= 0).sum() for _, targets_BT in micro_batches])
+        n_targets = compute.all_reduce_sum(counts.sum().float()).clamp(min=1)
+        part_losses = []
+        for idx_BT, targets_BT in micro_batches:
+            part_loss = model(idx_BT, targets_BT, loss_reduction="sum") / n_targets
+            part_loss.backward()  # adds to the gradients of the micro-batches before
+            part_losses.append(part_loss.detach())
+        # `item` waits for the device. The loss is looked at before it can spoil the weights.
+        mean_loss = compute.all_reduce_sum(torch.stack(part_losses).sum()).item()
         if not math.isfinite(mean_loss):
             bad = [i for i, part in enumerate(part_losses) if not torch.isfinite(part)]
-            where = f"rows {step * rows} to {(step + 1) * rows - 1} (micro-batch {bad} of rank {run.compute.rank})"
+            where = f"rows {step * rows} to {(step + 1) * rows - 1} (micro-batch {bad} of rank {compute.rank})"
             raise diverged(run, step, f"loss is {mean_loss} at step {step}, {where}")
+        lr_mult = learning_rate_multiplier(run, step)
         grad_norm = update_weights(run, step, lr_mult)
-    run.compute.synchronize()
-    tokens = rows * run.model.config.sequence_len
+    compute.synchronize()
+    tokens = rows * model.config.sequence_len
     line = finish_step(run, progress, loss=mean_loss, lr_mult=lr_mult, tokens=tokens, dt=time.perf_counter() - began)
     if grad_norm is not None:
         line["grad_norm"] = grad_norm
@@ -347,30 +362,6 @@ def learning_rate_multiplier(run: Run, step: int) -> float:
         final=run.config.final_lr_frac,
         schedule=run.config.schedule,
     )
-
-
-def forward_backward(run: Run, step: int, micro_batches: list[MicroBatch]) -> tuple[float, list[torch.Tensor]]:
-    """Accumulate the gradients of the mean loss over all targets of all ranks.
-
-    Returns that loss in nats, and this rank's part of it by micro-batch.
-    """
-    compute = run.compute
-    model = run.model
-    if model.config.dropout:
-        # Dropout that follows from (seed, step, rank) is the same after a resume.
-        torch.manual_seed(((run.config.seed << 40) + (step << 10) + compute.rank) % 2**63)
-    # Rows may differ in how many targets count. Dividing by the number of all ranks' targets, each rank's loss is its
-    # part of the whole, and gradients are summed over ranks, not averaged.
-    counts = torch.stack([(targets_BT >= 0).sum() for _, targets_BT in micro_batches])
-    n_targets = compute.all_reduce_sum(counts.sum().float()).clamp(min=1)
-    part_losses = []
-    for idx_BT, targets_BT in micro_batches:
-        part_loss = model(idx_BT, targets_BT, loss_reduction="sum") / n_targets
-        part_loss.backward()
-        part_losses.append(part_loss.detach())
-    # The one point in a step where the CPU waits for the device, besides the end.
-    mean_loss = compute.all_reduce_sum(torch.stack(part_losses).sum()).item()
-    return mean_loss, part_losses
 
 
 def update_weights(run: Run, step: int, lr_mult: float) -> float | None:
