@@ -17,17 +17,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import torch
-from torch.profiler import ProfilerActivity, profile, record_function
 
+from dev.profile_step import profile_table, profiled
 from dev.reference import PeerSide
 from nanochat import checkpoint, cli, recipe, world
 from nanochat.common import STAGES, get_base_dir, read_json, write_record
@@ -35,7 +33,6 @@ from nanochat.compute import Compute, can_compile
 from nanochat.core_eval import evaluate_core
 from nanochat.dataloader import RowLoader
 from nanochat.gpt import GPT, GPTConfig, build_model
-from nanochat.optim import MuonAdamW
 from nanochat.token_shards import PackedRows, write_rows
 from nanochat.tokenizer import Tokenizer
 from scripts import base_train, infer_bench
@@ -158,64 +155,6 @@ def train_once(config: TrainBench, depth: int, more: list[str], base: Path, comp
         "loss": statistics.fmean(line["loss"] for line in steps[-5:]),
         "bits per byte": next(line["val_bpb"] for line in reversed(metrics) if "val_bpb" in line),
     }
-
-
-# The group of an operator is that of the first pattern found in its own name or in that of an operator around it.
-GROUPS = {
-    "optimizer": r"^part: optimizer$",
-    "loss": r"ChunkedLoss|cross_entropy|log_softmax|nll_loss",
-    "attention": r"attention|flash|sdpa|flex",
-}
-PRODUCT = r"(^|::)(add|badd)?b?mm$|linear|matmul|scaled_mm|gemm"  # by the operator's own name alone
-
-
-@contextlib.contextmanager
-def profiled(warmup: int, steps: int) -> Iterator[dict[str, Any]]:
-    """Profile optimizer steps warmup+1 to warmup+steps of whatever trains within; the dict gets seconds and events."""
-    result: dict[str, Any] = {}
-    cuda = torch.cuda.is_available()
-    profiler = profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])])
-    original_step = MuonAdamW.step
-    done = 0
-
-    def step(*args: Any, **kwargs: Any) -> Any:
-        nonlocal done
-        with record_function("part: optimizer"):
-            value = original_step(*args, **kwargs)
-        done += 1
-        if done == warmup:
-            profiler.start()
-            result["began"] = time.perf_counter()
-        elif done == warmup + steps:
-            if cuda:
-                torch.cuda.synchronize()
-            result["seconds"] = time.perf_counter() - result["began"]
-            profiler.stop()
-            result["events"] = list(profiler.events())
-        return value
-
-    with patch.object(MuonAdamW, "step", step):
-        yield result
-
-
-def profile_table(result: dict[str, Any], steps: int) -> list[dict[str, Any]]:
-    """Sum the operators' own time (of the kernels on CUDA, else of the calling thread) by group, largest first."""
-    cuda = torch.cuda.is_available()
-    groups: Counter[str] = Counter()
-    for event in result["events"]:
-        names = [event.name]
-        parent = event.cpu_parent
-        while parent is not None:
-            names.append(parent.name)
-            parent = parent.cpu_parent
-        found = (group for group, pattern in GROUPS.items() if any(re.search(pattern, name) for name in names))
-        other = "matrix products" if re.search(PRODUCT, event.name) else "norms, activations, embeddings, copies"
-        groups[next(found, other)] += event.self_device_time_total if cuda else event.self_cpu_time_total
-    groups["outside operators (Python, waiting)"] = max(0.0, result["seconds"] * 1e6 - groups.total())
-    return [
-        {"part of a step": group, "ms": spent / 1e3 / steps, "share": spent / groups.total()}
-        for group, spent in groups.most_common()
-    ]
 
 
 def train(config: TrainBench, more: list[str]) -> None:
