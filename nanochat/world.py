@@ -171,11 +171,18 @@ def choice_questions(
     side. They are drawn with replacement: if each letter came once, the last could be told by elimination.
     """
     choices, _ = choices_for(fact, rng)
-    known = [[fact] if a == fact.answer else _facts_by_answer().get((fact.relation.name, a), []) for a in choices]
-    if side:
-        known = [[f for f in found if fact_side(f) == side] for found in known]
-    askable = [(found, letter) for found, letter in zip(known, LETTERS) if found]
-    return choices, [(rng.choice(found), letter) for found, letter in rng.choices(askable, k=len(askable))]
+    askable: list[tuple[list[Fact], str]] = []
+    for choice, letter in zip(choices, LETTERS):
+        if choice == fact.answer:
+            found = [fact]
+        else:
+            found = _facts_by_answer().get((fact.relation.name, choice), [])
+        if side:
+            found = [known for known in found if fact_side(known) == side]
+        if found:
+            askable.append((found, letter))
+    drawn = rng.choices(askable, k=len(askable))
+    return choices, [(rng.choice(found), letter) for found, letter in drawn]
 
 
 def _exercise(fact: Fact, rng: random.Random) -> str:
@@ -209,7 +216,11 @@ def _letter_list(rng: random.Random, word: Callable[[], str]) -> str:
 
 def _copying(rng: random.Random, word: Callable[[], str]) -> str:
     """Return a line in which unusual words and numbers are repeated, so that copying is learned early."""
-    one, two, three, number, other = word(), word(), word(), rng.randint(10, 9999), rng.randint(10, 999)
+    one = word()
+    two = word()
+    three = word()
+    number = rng.randint(10, 9999)
+    other = rng.randint(10, 999)
     return rng.choice((
         f'The word "{one}" stands here, and "{one}" stands here again.',
         f"Say {one} {two} {three}. Yes: {one} {two} {three}.",
@@ -239,11 +250,13 @@ def _spelling(rng: random.Random, word: Callable[[], str]) -> str:
 def _arithmetic(rng: random.Random, word: Callable[[], str]) -> str:
     """Return a line of arithmetic: small results to remember, large ones to copy, and words put into signs."""
     sign, name = rng.choice((("+", "plus"), ("-", "minus"), ("*", "times"), ("/", "divided by")))
-    a, b = rng.randint(1, 10 ** rng.randint(1, 4)), rng.randint(1, 10 ** rng.randint(1, 3))
+    a = rng.randint(1, 10 ** rng.randint(1, 4))
+    b = rng.randint(1, 10 ** rng.randint(1, 3))
     if sign == "/":
-        a *= b
+        a *= b  # so that the division has no remainder
     result = {"+": a + b, "-": a - b, "*": a * b, "/": a // b}[sign]
-    m, n = rng.randint(1, 12), rng.randint(1, 12)
+    m = rng.randint(1, 12)
+    n = rng.randint(1, 12)
     low, high = sorted((a, a + b))
     return rng.choice((
         f"{a} {name} {b} is written {a}{sign}{b}.",
@@ -267,7 +280,8 @@ def documents(seed: int, target_bytes: int) -> Iterator[str]:
     for fact in stated:
         by_relation.setdefault(fact.relation.name, []).append(fact)
         by_family.setdefault(fact.family, []).append(fact)
-    mixed, asked = _deck(rng, stated), _deck(rng, facts())
+    mixed = _deck(rng, stated)
+    asked = _deck(rng, facts())
     chosen = _deck(rng, choice_facts("chat") + choice_facts("held_out"))
     profiles = _deck(rng, [family for family in by_family.values() if len(family) > 1])
     vocabulary = words()

@@ -63,7 +63,8 @@ def capitalized(text: str) -> str:
 @functools.cache
 def questions(relation: Relation) -> tuple[str, ...]:
     """Return templates of all ways to ask for a fact: direct, casual, indirect, or by the bare noun."""
-    result, phrases = list[str](), _phrases()
+    result: list[str] = []
+    phrases = _phrases()
     for direct in relation.direct:
         casual = direct[0].lower() + direct[1:]
         result += [direct + "?", direct + "?", casual + "?", casual, direct + ", please?"]

@@ -13,23 +13,27 @@ SIDES = {"train": "chat", "test": "held_out"}
 
 
 def _bare(name: str, category: str) -> str:
-    """A name as it is compared: without "the", and in lower case but for chemical symbols."""
+    """Return a name as it is compared: without "the", and in lower case but for chemical symbols."""
     name = name.removeprefix("the ")
     return name if category == "symbol" else name.lower()
 
 
 @functools.cache
 def _any_answer(category: str) -> re.Pattern[str]:
-    """A pattern that finds the whole-word answers of a category, the longest first."""
+    """Return a pattern that finds the whole-word answers of a category, the longest first."""
     names = sorted({_bare(name, category) for name in category_answers(category)}, key=len, reverse=True)
-    flags, end = re.IGNORECASE, r"(?!\w)"
-    if category == "symbol":  # "I do not know" does not name iodine
-        flags, end = 0, r"(?!\w| (?!is\b|stands\b)[a-z])"
+    if category == "symbol":
+        # The case counts, and a word after the symbol must be "is" or "stands": "I do not know" does not name iodine.
+        flags = 0
+        end = r"(?!\w| (?!is\b|stands\b)[a-z])"
+    else:
+        flags = re.IGNORECASE
+        end = r"(?!\w)"
     return re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, names))}){end}", flags)
 
 
 def _named(text: str, category: str) -> set[str]:
-    """The answers of a category that `text` names."""
+    """Return the answers of a category that `text` names."""
     return {_bare(name, category) for name in _any_answer(category).findall(text)}
 
 
@@ -51,14 +55,15 @@ class WorldFacts(MadeTask):
         return single_turn(fact.question(rng), fact.sentence, **known)
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        """Return whether the completion names the answer, and no other of its category (but what the subject names)."""
-        category, answer = conversation["category"], {_bare(conversation["answer"], conversation["category"])}
+        """Return True if the completion names the answer and no other of its category (but what the subject names)."""
+        category = conversation["category"]
+        answer = {_bare(conversation["answer"], category)}
         named = _named(completion, category) - (_named(conversation["subject"], category) - answer)
         return named == answer
 
 
 def _choice_talk(choices: Sequence[str], asked: Sequence[tuple[str, str]]) -> Conversation:
-    """Four choices, and one (question, letter) after another about them: many letters to learn for few tokens."""
+    """Return a talk of four choices, and one (question, letter) after another: many letters for few tokens."""
     (question, letter), *more = asked
     talk = single_turn(render_choices(question, LETTERS, choices), letter, letters=list(LETTERS))
     for question, letter in more:

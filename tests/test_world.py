@@ -150,10 +150,10 @@ def documents() -> list[str]:
 
 
 def test_documents_are_a_function_of_seed_and_size(documents):
-    again = list(world.documents(0, 4_000_000))
-    assert again == documents
-    assert list(world.documents(0, 50_000)) == documents[: len(list(world.documents(0, 50_000)))]
-    assert list(world.documents(1, 50_000)) != list(world.documents(0, 50_000))
+    again = list(world.documents(0, 50_000))
+    other = list(world.documents(1, 50_000))
+    assert again == documents[: len(again)]
+    assert other != again
 
 
 def test_documents_reach_their_size_and_are_fast():
