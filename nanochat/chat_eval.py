@@ -120,7 +120,8 @@ def evaluate_task(
     n = len(task) if max_problems is None else min(max_problems, len(task))
     if n < 1:
         raise ValueError(f"task {task.name}: no problems to evaluate")
-    rank, ranks = (compute.rank, compute.world_size) if compute else (0, 1)
+    rank = compute.rank if compute else 0
+    ranks = compute.world_size if compute else 1
     categorical = task.eval_type == "categorical"
     if categorical:
         num_samples = 1

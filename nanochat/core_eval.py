@@ -251,7 +251,7 @@ def scored_spans(kind: str, sequences: list[list[int]], context: int) -> list[Sp
 
 
 def is_right(scores: Sequence[Score], gold: int | None) -> bool:
-    """Return whether the gold option has the lowest mean loss or, if `gold` is None, the only span is the arg-max.
+    """Return True if the gold option has the lowest mean loss or, if `gold` is None, the only span is the arg-max.
 
     The first of equals wins. An option with nothing to score (a prefix of all others) is chosen where it stands first.
     """
@@ -303,15 +303,18 @@ def evaluate_core_task(
     """
     kept = min(max_rows or len(rows), len(rows))
     context = model.config.sequence_len
-    rank, ranks = (compute.rank, compute.world_size) if compute else (0, 1)
+    rank = compute.rank if compute else 0
+    ranks = compute.world_size if compute else 1
 
     def prompts(index: int) -> list[str]:
         return build_prompts(task, rows[index], draw_examples(rows, kept, index, task.shots))
 
-    def place(index: int) -> Any:  # without examples, questions about one story stand together and share its tokens
-        return len(prompts(index)[0]) if task.shots else prompts(index)[0]
-
-    order = sorted(range(kept), key=place)
+    # Rows of a window are scored together. With examples they sort by length, so that windows differ little in size.
+    # Without, they sort by text: questions about one story then stand together, and its tokens are read once.
+    if task.shots:
+        order = sorted(range(kept), key=lambda index: len(prompts(index)[0]))
+    else:
+        order = sorted(range(kept), key=lambda index: prompts(index)[0])
     windows = [order[i : i + WINDOW] for i in range(0, kept, WINDOW)]
     right_N = torch.zeros(kept, dtype=torch.int64)
     truncated_N = torch.zeros(kept, dtype=torch.int64)

@@ -5,9 +5,9 @@ tokens are supervised, and replayed pretraining text, without which a small mode
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from nanochat import checkpoint, recipe
 from nanochat.cli import option, require_positive
@@ -21,8 +21,15 @@ from nanochat.token_shards import PackedRows, pack_conversations
 from nanochat.tokenizer import Tokenizer
 from nanochat.trainer import rows_per_step, train
 
-Conversations = Sequence[dict[str, Any]]
 Source = tuple[GPT, Tokenizer, dict[str, Any]]  # a trained model, and the meta of its checkpoint
+
+
+class Conversations(Protocol):
+    """Conversations by index: a list of them, or a `tasks.common.Task`, which makes each when it is asked for."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from nanochat import checkpoint, recipe, trainer
 from nanochat.chat_eval import evaluate_task, pass_rates
@@ -173,17 +174,18 @@ def train_step(run: Run, progress: Progress, rollouts: "Rollouts", rows: int) ->
     finite or memory runs out.
     """
     began = time.perf_counter()
-    step, compute = progress.step, run.compute
+    step = progress.step
+    compute = run.compute
     lr_mult = trainer.learning_rate_multiplier(run, step)
-    batch = rollouts.batch(step, rows)
+    micro_batches, n_sampled, metrics = rollouts.batch(step, rows)
     scores: dict[str, float] = {}
     mean_loss = 0.0
-    if batch.micro_batches:
-        counts = torch.stack([(targets_BT >= 0).sum() for _, targets_BT, _ in batch.micro_batches])
+    if micro_batches:
+        counts = torch.stack([(targets_BT >= 0).sum() for _, targets_BT, _ in micro_batches])
         n_targets = compute.all_reduce_sum(counts.sum().float()).clamp(min=1)
         totals_2 = torch.zeros(2, device=compute.device)  # loss, and mean negative log-likelihood of what is trained
         with trainer.explain_out_of_memory(rows):
-            for idx_BT, targets_BT, weights_BT in batch.micro_batches:
+            for idx_BT, targets_BT, weights_BT in micro_batches:
                 nll_BT = run.model(idx_BT, targets_BT, loss_reduction="none")
                 # -A · log p summed over tokens. Weights are divided by all ranks' tokens, so gradients only add up.
                 loss = (nll_BT * weights_BT).sum()
@@ -197,18 +199,9 @@ def train_step(run: Run, progress: Progress, rollouts: "Rollouts", rows: int) ->
             scores["grad_norm"] = grad_norm
     compute.synchronize()
     dt = time.perf_counter() - began
-    line = finish_step(run, progress, loss=mean_loss, lr_mult=lr_mult, tokens=batch.tokens, dt=dt)
+    line = finish_step(run, progress, loss=mean_loss, lr_mult=lr_mult, tokens=n_sampled, dt=dt)
     line["mfu"] = None  # the model's training FLOPs say nothing of sampling
-    return {**line, **batch.metrics, **scores}
-
-
-@dataclass(frozen=True)
-class Batch:
-    """A step's work for this rank. Without micro-batches, on all ranks, the step changes nothing."""
-
-    micro_batches: list[MicroBatch]
-    tokens: int  # sampled, over all ranks
-    metrics: dict[str, Any]
+    return {**line, **metrics, **scores}
 
 
 @dataclass(frozen=True)
@@ -285,49 +278,40 @@ class Rollouts:
         seed = random.Random(f"rl {self.config.seed} {name}").getrandbits(62)
         return [Request(prompt, max_tokens=longest, seed=seed, sample=i) for i in range(n)]
 
-    def batch(self, step: int, rows: int) -> Batch:
-        """Sample a step's answers and make them into micro-batches of at most `rows` answers.
+    def batch(self, step: int, rows: int) -> tuple[list[MicroBatch], int, dict[str, Any]]:
+        """Sample a step's answers; return micro-batches of at most `rows`, the number of tokens sampled, and metrics.
 
-        Raises ValueError when no problem of the step leaves room for an answer.
+        Where no rank has micro-batches the step changes nothing. Raises ValueError when no problem of the step leaves room for an answer.
         """
-        config, device = self.config, self.compute.device
+        config = self.config
         began = time.perf_counter()
         groups = self.sample(self.problems(step), config.samples)
-        answers = [request for group in groups for request in group.requests]
-        counts = [
-            sum(not group.requests for group in groups),
-            len(answers),
-            sum(sum(group.rewards) for group in groups),
-            sum(any(group.advantages) for group in groups),
-            sum(sum(sampled_row(answer)[1]) for answer in answers),
-            sum(answer.finish_reason == "length" for answer in answers),
-        ]
-        totals = self.compute.all_reduce_sum(torch.tensor(counts, dtype=torch.float32, device=device))
-        unusable, n_answers, reward, useful, n_tokens, cut_off = totals.tolist()
-        if not n_answers:
+        totals = count(groups, self.compute)
+        if not totals["answers"]:
             raise ValueError(
                 f"--max-new-tokens {config.max_new_tokens} leaves room for no problem of step {step} in "
                 f"{self.model.config.sequence_len} tokens"
             )
-        micro_batches = make_micro_batches(groups, n_tokens, rows, device)
-        if useful and not micro_batches:
+        micro_batches = make_micro_batches(groups, totals["tokens"], rows, self.compute.device)
+        if totals["useful"] and not micro_batches:
             # Other ranks have something to learn from, and wait for this one's gradients: they are zero.
-            zeros_BT = torch.zeros(1, 1, dtype=torch.int64, device=device)
+            zeros_BT = torch.zeros(1, 1, dtype=torch.int64, device=self.compute.device)
             micro_batches = [(zeros_BT, zeros_BT - 1, zeros_BT.float())]
         metrics = {
             "epoch": step * config.problems // len(self.places),
-            "reward": reward / n_answers,
-            "useful": useful / config.problems,  # share of groups whose rewards differ
-            "answer_tokens": n_tokens / n_answers,
-            "cut_off": cut_off / n_answers,
-            "unusable": int(unusable),
+            "reward": totals["reward"] / totals["answers"],
+            "useful": totals["useful"] / config.problems,  # share of groups whose rewards differ
+            "answer_tokens": totals["tokens"] / totals["answers"],
+            "cut_off": totals["cut_off"] / totals["answers"],
+            "unusable": int(totals["unusable"]),
             "sampling_dt": time.perf_counter() - began,
         }
-        return Batch(micro_batches, tokens=int(n_tokens), metrics=metrics)
+        return micro_batches, int(totals["tokens"]), metrics
 
     def evaluate(self, step: int) -> dict[str, Any]:
         """Return of each test task the accuracy of greedy answers and pass@k of sampled ones, with errors."""
-        compute, config = self.compute, self.config
+        compute = self.compute
+        config = self.config
         records = {}
         for task in self.test:
             n = min(config.eval_problems, len(task))
@@ -376,31 +360,41 @@ def sampled_row(request: Request) -> tuple[list[int], list[int]]:
     return ids, mask
 
 
+def count(groups: Sequence[Group], compute: Compute) -> dict[str, float]:
+    """Count the groups that cannot be asked and the useful ones, their answers, rewards and tokens, over all ranks."""
+    answers = [request for group in groups for request in group.requests]
+    own = {
+        "unusable": sum(not group.requests for group in groups),
+        "useful": sum(any(group.advantages) for group in groups),
+        "reward": sum(sum(group.rewards) for group in groups),
+        "answers": len(answers),
+        "tokens": sum(sum(sampled_row(answer)[1]) for answer in answers),
+        "cut_off": sum(answer.finish_reason == "length" for answer in answers),
+    }
+    totals = compute.all_reduce_sum(torch.tensor(list(own.values()), dtype=torch.float32, device=compute.device))
+    return dict(zip(own, totals.tolist(), strict=True))
+
+
 def make_micro_batches(groups: Sequence[Group], n_tokens: float, rows: int, device: torch.device) -> list[MicroBatch]:
     """Return all answers that have an advantage as (inputs_BT, targets_BT, weights_BT), `rows` of them at a time.
 
-    The longest come first, so that rows of a micro-batch need little padding. A weight is the answer's advantage over
-    `n_tokens`; the target of a token that was not sampled is -1.
+    A weight is the answer's advantage over `n_tokens`; the target of a token that was not sampled is -1.
     """
     answers = []
     for group in groups:
         for request, advantage in zip(group.requests, group.advantages, strict=True):
             if advantage:
-                answers.append((*sampled_row(request), advantage))
+                ids, mask = sampled_row(request)
+                target_ids = [token if sampled else -1 for token, sampled in zip(ids, mask, strict=True)]
+                weights_T = torch.full((len(ids) - 1,), advantage / n_tokens)
+                answers.append((torch.tensor(ids[:-1]), torch.tensor(target_ids[1:]), weights_T))
+    # The longest first: rows of about the same length then share a micro-batch, and need little padding.
     answers.sort(key=lambda answer: -len(answer[0]))
     micro_batches = []
     for start in range(0, len(answers), rows):
-        part = answers[start : start + rows]
-        shape = (len(part), len(part[0][0]) - 1)
-        idx_BT = torch.zeros(shape, dtype=torch.int64)
-        targets_BT = torch.full(shape, -1)
-        weights_BT = torch.zeros(shape)
-        for i, (ids, mask, advantage) in enumerate(part):
-            n = len(ids) - 1
-            idx_BT[i, :n] = torch.tensor(ids[:-1])
-            targets_BT[i, :n] = torch.tensor(
-                [token if own else -1 for token, own in zip(ids[1:], mask[1:], strict=True)]
-            )
-            weights_BT[i, :n] = advantage / n_tokens
+        inputs, targets, weights = zip(*answers[start : start + rows], strict=True)
+        idx_BT = pad_sequence(list(inputs), batch_first=True)
+        targets_BT = pad_sequence(list(targets), batch_first=True, padding_value=-1)
+        weights_BT = pad_sequence(list(weights), batch_first=True)
         micro_batches.append((idx_BT.to(device), targets_BT.to(device), weights_BT.to(device)))
     return micro_batches

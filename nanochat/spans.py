@@ -100,22 +100,22 @@ class ForkedRows:
         self._sizes = []  # tokens of each fork
         for fork in forks:
             fork_begin = len(ids)
-            ids += fork.prefix
-            positions += range(len(fork.prefix))
-            previous += [-1, *fork.prefix][: len(fork.prefix)]
-            branches += [0] * len(fork.prefix)
-            for number, member in enumerate(fork.members, 1):
-                span = spans[member]
-                branch = span.ids[len(fork.prefix) : -1]
+            shared = len(fork.prefix)
+            members = [spans[member] for member in fork.members]
+            # Branch 0 is the prefix itself; a member is read from where the prefix ends, without its last token.
+            for branch, read in enumerate([fork.prefix, *(span.ids[:-1] for span in members)]):
+                first = shared if branch else 0
                 branch_begin = len(ids)
-                ids += branch
-                positions += range(len(fork.prefix), len(fork.prefix) + len(branch))
-                before = fork.prefix[-1] if fork.prefix else -1
-                previous += [before, *branch][: len(branch)]
-                branches += [number] * len(branch)
-                for position in range(span.start - 1, len(span.ids) - 1):
-                    beyond = position - len(fork.prefix)
-                    places.append(branch_begin + beyond if beyond >= 0 else fork_begin + position)
+                ids += read[first:]
+                positions += range(first, len(read))
+                previous += [-1, *read][first : len(read)]
+                branches += [branch] * (len(read) - first)
+                if branch == 0:
+                    continue  # nothing is scored for the prefix's own sake
+                for position in range(members[branch - 1].start - 1, len(read)):
+                    # Members may score tokens of their common prefix too, by the same logits.
+                    in_branch = position >= shared
+                    places.append(branch_begin + position - shared if in_branch else fork_begin + position)
             self._sizes.append(len(ids) - fork_begin)
         self.idx_N = torch.tensor(ids, device=device)
         self.positions = torch.tensor(positions, device=device)
@@ -151,8 +151,8 @@ class ForkedRows:
                 hidden_TT = torch.zeros(mask.shape, dtype=q_THD.dtype, device=mask.device).masked_fill(~mask, -math.inf)
                 sinks_HT1 = sinks_H.to(q_THD.dtype).view(-1, 1, 1).expand(-1, len(mask), 1)
                 mask = torch.cat((hidden_TT.expand(len(sinks_H), -1, -1), sinks_HT1), dim=-1)
-            # Heads first, and each kv head once per query head that shares it: with a mask, no fused kernel of a GPU
-            # takes fewer kv heads than query heads.
+            # Heads first, and each kv head once per query head that shares it. We assume that torch's fused GPU kernels
+            # do not take fewer kv heads than query heads together with a mask (enable_gqa), and have not tried it.
             group = q_THD.size(1) // k_TKD.size(1)
             q_1HTD = q_THD.transpose(0, 1)[None]
             k_1HTD = k_TKD.repeat_interleave(group, dim=1).transpose(0, 1)[None]
@@ -201,5 +201,9 @@ def score_spans(model: Any, spans: Sequence[Span], max_tokens: int | None = None
         hits_S = (logits_SV.argmax(-1) == targets_S).cpu()
         lengths = [len(spans[member].ids) - spans[member].start for member in members]
         for member, losses, hits in zip(members, losses_S.split(lengths), hits_S.split(lengths), strict=True):
-            scores[member] = Score(-losses.sum().item(), len(losses), bool(hits.all()))
+            scores[member] = Score(
+                logprob=-losses.sum().item(),
+                tokens=len(losses),
+                greedy=bool(hits.all()),
+            )
     return scores

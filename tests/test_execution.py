@@ -1,7 +1,8 @@
 """Model-written code: right programs pass, nothing else does, and nothing gets out.
 
-Oracle: HumanEval's own reference solutions, and an outside world (a secret file, listeners, a parent that counts
-signals) that hostile programs must leave as it was. The same programs against a naive grader show that they bite.
+Oracle: an outside world (a secret file, listeners, a parent that counts signals) that hostile programs must leave as it
+was. The same programs against a naive grader show that they bite. HumanEval's own reference solutions are judged in
+test_public_tasks.py.
 """
 
 import contextlib
@@ -29,7 +30,6 @@ from nanochat import execution, execution_child
 from tests.hostile_programs import HEAD, MARKER, PROGRAMS
 
 ROOT = Path(__file__).resolve().parent.parent
-HUMANEVAL = ROOT.parent / "shared" / "data" / "tasks" / "humaneval" / "test.parquet"
 DOUBLE = "def f(x):\n    return x * 2"
 TEST = "def check(candidate):\n    assert candidate(2) == 4\n    assert candidate([1]) == [1, 1]\ncheck(f)"
 SQUARE_TEST = "def check(candidate):\n    assert candidate(3) == 9\n    assert candidate(-4) == 16\ncheck(f)"
@@ -67,26 +67,6 @@ def test_the_end_of_a_program_is_not_the_exception_that_a_test_expects():
     expects = "try:\n    f(1)\nexcept BaseException:\n    pass\nelse:\n    assert False"
     assert execution.check("def f(x): raise ValueError", expects).passed
     assert not execution.check("import os\ndef f(x): os._exit(0)", expects).passed
-
-
-def humaneval_jobs(change):
-    """(program, test) of each real row, its reference solution changed by `change`."""
-    if not HUMANEVAL.exists():
-        pytest.skip("shared/data/tasks/humaneval is not here")
-    import pyarrow.parquet as pq
-
-    for row in pq.read_table(HUMANEVAL).to_pylist():
-        yield row["prompt"] + change(row["canonical_solution"]), f"{row['test']}\ncheck({row['entry_point']})"
-
-
-@pytest.mark.parametrize(
-    "change, passing", [(lambda body: body, 1.0), (lambda body: "    return {'wrong': 0}\n" + body, 0.0)]
-)
-def test_humaneval_references_pass_and_with_a_wrong_line_fail(change, passing):
-    jobs = list(humaneval_jobs(change))
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = list(pool.map(lambda job: execution.check(*job, timeout=20.0), jobs))
-    assert sum(result.passed for result in results) / len(jobs) == passing
 
 
 def test_a_program_cannot_redefine_the_helper_that_its_test_uses():
