@@ -305,9 +305,9 @@ class TestGlobals(dict[str, Any]):
         return lambda *args, **kwargs: self.program.ask(pack([name, args, kwargs]))
 
 
-def give_verdict(descriptor: int, outcome: str, error: str, token: str | None = None) -> NoReturn:
+def give_verdict(descriptor: int, outcome: str, error: str) -> NoReturn:
     """Write the verdict and end, without a way back for anything that a test may catch."""
-    send(descriptor, {"outcome": outcome, "error": error, "token": token})
+    send(descriptor, {"outcome": outcome, "error": error})
     os._exit(0)
 
 
@@ -320,7 +320,7 @@ def judge(task: dict[str, str], program: Program) -> NoReturn:
         exec(compile(task["test"], "<test>", "exec"), test_globals)
     except BaseException as error:
         give_verdict(program.verdicts, "failed", describe(error, task["test"], "<test>"))
-    give_verdict(program.verdicts, "passed", "", task["token"])
+    give_verdict(program.verdicts, "passed", "")
 
 
 def main() -> None:
@@ -328,6 +328,7 @@ def main() -> None:
     role = sys.argv[1]
     reading, writing, memory = map(int, sys.argv[2:5])
     timeout = float(sys.argv[5])
+    # The verdict goes where standard output led at the start; the program's process never has that pipe.
     verdicts = os.dup(1)
     os.dup2(2, 1)  # what tests print goes where the program's output goes
     stream = os.fdopen(reading, "rb")

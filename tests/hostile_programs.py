@@ -72,7 +72,7 @@ gain(*(lambda p=p: open(p + '/escape', 'w') for p in ('/dev/shm', '/tmp', '/var/
 """,
     "write: bytes to every descriptor": """
 for fd in range(256):
-    try: os.write(fd, b'\\n{"outcome": "passed", "error": "", "token": null}\\n' * 99)
+    try: os.write(fd, b'\\n{"outcome": "passed", "error": ""}\\n' * 99)
     except OSError: pass
 """,
     # sockets
@@ -179,7 +179,7 @@ time.sleep(60)
     "forge: exit at once": "os._exit(0)",
     "forge: exit in f": "def f(x): os._exit(0)",
     "forge: printed verdict": """
-print('{"outcome": "passed", "error": "", "token": null}', flush=True)
+print('{"outcome": "passed", "error": ""}', flush=True)
 os._exit(0)
 """,
     "forge: equal to everything": """
@@ -215,7 +215,7 @@ while fr:
     if 'verdicts' in fr.f_locals or 'task' in fr.f_locals: print('found', fr.f_locals.get('task'))
     fr = fr.f_back
 for o in gc.get_objects():
-    if isinstance(o, dict) and len(str(o.get('token'))) == 32: print('ESCA' + 'PED', o)
+    if isinstance(o, dict) and 'prelude' in o: print('ESCA' + 'PED', o)
 """,
     "forge: another check": """
 def check(candidate): pass
