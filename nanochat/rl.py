@@ -281,7 +281,7 @@ class Rollouts:
     def batch(self, step: int, rows: int) -> tuple[list[MicroBatch], int, dict[str, Any]]:
         """Sample a step's answers; return micro-batches of at most `rows`, the number of tokens sampled, and metrics.
 
-        Where no rank has micro-batches the step changes nothing. Raises ValueError when no problem of the step leaves room for an answer.
+        Raises ValueError when no problem of the step leaves room for an answer.
         """
         config = self.config
         began = time.perf_counter()
