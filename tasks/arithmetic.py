@@ -12,27 +12,37 @@ from tasks.common import Conversation, MadeTask, after_tools, single_turn
 
 
 def _number(rng: random.Random) -> int:
-    """A whole number of one to six digits, most often two."""
+    """Return a whole number of one to six digits, most often two."""
     digits = rng.choices((1, 2, 3, 4, 5, 6), (20, 45, 20, 10, 3, 2))[0]
     return rng.randint(10 ** (digits - 1) if digits > 1 else 0, 10**digits - 1)
 
 
 def _operands(rng: random.Random, sign: str) -> tuple[str, str]:
-    """Two numbers; most divisions come out whole, most differences above zero, and few numbers have a point."""
-    a, b = _number(rng), _number(rng)
+    """Return two numbers; most divisions come out whole, most differences above zero, and few numbers have a point."""
+    a = _number(rng)
+    b = _number(rng)
     if sign == "/":
-        a, b = (a % 100 or 1, b % 100 or 1) if rng.random() < 0.8 else (a, rng.choice((2, 3, 4, 5, 8, 10)))
-        a *= b if b > 10 or rng.random() < 0.8 else 1
+        if rng.random() < 0.8:
+            a = a % 100 or 1
+            b = b % 100 or 1
+        else:
+            b = rng.choice((2, 3, 4, 5, 8, 10))
+        if b > 10 or rng.random() < 0.8:
+            a *= b  # so that the division has no remainder
     elif sign == "-" and rng.random() < 0.8:
         a, b = max(a, b), min(a, b)
-    return (f"{a}.{rng.randint(1, 9)}" if rng.random() < 0.04 else str(a)), str(b)
+    if rng.random() < 0.04:
+        return f"{a}.{rng.randint(1, 9)}", str(b)
+    return str(a), str(b)
 
 
 def _problem(rng: random.Random) -> tuple[str, str, str]:
-    """A question, its expression in plain signs, and the operands that it is split by."""
+    """Return a question, its expression in plain signs, and the operands that it is split by."""
     sign = rng.choice("+-*/")
     a, b = _operands(rng, sign)
-    kind, form, said = rng.random(), "", read_lists(Path(__file__).with_suffix(".txt"))
+    kind = rng.random()
+    form = ""
+    said = read_lists(Path(__file__).with_suffix(".txt"))
     if kind < 0.07:
         form = rng.choice(said["long"])
         template = rng.choice(said["asked"]).format(form)
@@ -71,7 +81,7 @@ class Arithmetic(MadeTask):
         return single_turn(question, parts, expression=expression)
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        """Return whether the calculator was called and the last number after its output is the right result."""
+        """Return True if the calculator was called and the last number after its output is the right result."""
         truth = calculate(conversation["expression"])
         numbers = re.findall(r"(?<![\d)])-?\d+(?:\.\d+)?", after_tools(completion).replace(",", ""))
         called = "<|python_start|>" in completion and "<|output_end|>" in completion

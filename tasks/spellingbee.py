@@ -19,7 +19,7 @@ WORDINGS = Path(__file__).with_suffix(".txt")
 
 
 def _word(rng: random.Random, split: str) -> str:
-    """A word of the split: a real one, or for training often a made-up one."""
+    """Return a word of the split: a real one, or for training often a made-up one."""
     while True:
         word = pseudo_word(rng) if split == "train" and rng.random() < 0.4 else rng.choice(words())
         if side_of(word, "train", "test", 0.9) == split:
@@ -42,7 +42,8 @@ class SpellingBee(MadeTask):
         shown = rng.choice(read_lists(WORDINGS)["letters"]).format(l=letter.upper() if rng.random() < 0.1 else letter)
         bare = quote or not template.partition("{w}")[0]
         expression = f' "{word}".count("{letter}")' if bare else f'" {word}".count("{letter}")'
-        count, said = calculate(expression), f'"{word}"' if bare else word
+        count = calculate(expression)
+        said = f'"{word}"' if bare else word
         parts = [
             {"type": "python", "text": expression},
             {"type": "python_output", "text": count},
@@ -51,7 +52,7 @@ class SpellingBee(MadeTask):
         return single_turn(template.format(l=shown, w=f"{quote}{word}{quote}"), parts, word=word, letter=letter)
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        """Return whether the first number after the last tool output is the count."""
+        """Return True if the first number after the last tool output is the count."""
         number = re.search(r"\d+", after_tools(completion))
         return number is not None and int(number[0]) == conversation["word"].count(conversation["letter"])
 
@@ -67,5 +68,5 @@ class Spelling(MadeTask):
         return single_turn(rng.choice(read_lists(WORDINGS)["spelling"]).format(w=word), "-".join(word), word=word)
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        """Return whether the completion is the word's letters joined by hyphens."""
+        """Return True if the completion is the word's letters joined by hyphens."""
         return completion.strip().rstrip(".") == "-".join(conversation["word"])
