@@ -100,8 +100,9 @@ class Forward:
             self._run(static_4N, parts)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        # One server process runs several engines, each on its own thread (serve/loop.py). With the default mode, "global",
-        # whatever another thread does meanwhile that a capture forbids, such as allocating memory, would break this one.
+        # One server process runs several engines, each on its own thread (serve/loop.py). With the default mode,
+        # "global", whatever another thread does meanwhile that a capture forbids, such as allocating memory, would
+        # break this one.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             logits = self._run(static_4N, parts)
         return graph, static_4N, logits

@@ -104,9 +104,14 @@ def test_slurm_script_starts_what_torchrun_understands(tmp_path):
 
 
 def test_hosts_script_starts_torchrun_on_every_host(tmp_path):
-    """With a stand-in for ssh that prints what each host is to run."""
+    """With a stand-in for ssh that writes down what each host is to run."""
     ssh = tmp_path / "ssh"
-    ssh.write_text('#!/bin/bash\nprintf "%s: %s\\n" "$1" "$2"\n')
+    # The script ends with its first host, so this one stays until the second has written its line.
+    ssh.write_text(
+        "#!/bin/bash\n"
+        f'cd {shlex.quote(str(tmp_path))} && echo "$2" > "$1.part" && mv "$1.part" "$1.command"\n'
+        "until [ -e node2.command ]; do sleep .05; done\n"
+    )
     ssh.chmod(0o755)
     command = [
         "bash",
@@ -118,10 +123,9 @@ def test_hosts_script_starts_torchrun_on_every_host(tmp_path):
         "4",
     ]
     environment = {**os.environ, "RUN_ON": str(ssh), "NANOCHAT_BASE_DIR": "/shared disk"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    lines = dict(line.split(": ", 1) for line in sorted(result.stdout.splitlines()))
+    subprocess.run(command, env=environment, check=True, timeout=60)
     for host, address, first in (("node1", "node1", "1"), ("node2", "10.0.0.2", "0")):
-        words = shlex.split(lines[host])
+        words = shlex.split((tmp_path / f"{host}.command").read_text())
         assert "NANOCHAT_BASE_DIR=/shared disk" in words
         args = get_args_parser().parse_args(words[words.index("torch.distributed.run") + 1 :])
         assert (args.nnodes, args.rdzv_endpoint, args.rdzv_conf) == ("1:2", "node1:29400", f"is_host={first}")
