@@ -90,21 +90,23 @@ def attend_to_slots(
     for slots in multiples of 128). In bf16 it always has. In fp32 the order of a sum changes with the shape of
     a product, unless its rows are a multiple of eight, and sums over slots are taken in parts of 128.
     """
-    B, T, H, D = q_BTHD.shape
-    K = keys_GDS.size(0) // B
+    B, T, H, D = map(
+        int, q_BTHD.shape
+    )  # int: constants in a trace (cpu_trace.py), which fits any B as it says -1 below
+    K = int(keys_GDS.size(0)) // B
     group = H // K
     M = T * group
-    rows = mask_B1MS.size(2)
+    rows = int(mask_B1MS.size(2))
     if T == 1:
-        q_GMD = q_BTHD.reshape(B * K, group, D)
+        q_GMD = q_BTHD.reshape(-1, group, D)
     else:
         q_GMD = q_BTHD.unflatten(2, (K, group)).transpose(1, 2).reshape(B * K, M, D)
     if rows > M:
         q_GMD = F.pad(q_GMD, (0, 0, 0, rows - M))
-    scores_BKMS = torch.add(mask_B1MS, torch.bmm(q_GMD, keys_GDS).unflatten(0, (B, K)), alpha=scale)
+    scores_BKMS = torch.add(mask_B1MS, torch.bmm(q_GMD, keys_GDS).unflatten(0, (-1, K)), alpha=scale)
     if sinks_H is not None:
         sinks_1K1G1 = sinks_H.to(scores_BKMS.dtype).view(1, K, 1, group, 1)
-        sinks_BKM1 = sinks_1K1G1.expand(B, K, T, group, 1).reshape(B, K, M, 1)
+        sinks_BKM1 = sinks_1K1G1.expand(scores_BKMS.size(0), K, T, group, 1).flatten(2, 3)
         scores_BKMS = torch.cat((F.pad(sinks_BKM1, (0, 0, 0, rows - M)), scores_BKMS), dim=-1)
     weights_GMS = scores_BKMS.softmax(-1).flatten(0, 1)
     if sinks_H is not None:
@@ -120,7 +122,7 @@ def attend_to_slots(
     if rows > M:
         y_GMD = y_GMD[:, :M]
     if T == 1:
-        return y_GMD.reshape(B, 1, H, D)
+        return y_GMD.reshape(-1, 1, H, D)
     return y_GMD.reshape(B, K, T, group, D).transpose(1, 2).reshape(B, T, H, D)
 
 

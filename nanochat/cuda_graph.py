@@ -1,5 +1,7 @@
 """One forward of a model over what an engine step reads, and on a GPU the replay of decoding as a CUDA graph.
 
+On CPU decoding is replayed, too, as a trace (cpu_trace.py).
+
 Decoding one token per row is hundreds of tiny kernels, and launching them takes longer than running them. A CUDA graph
 holds all launches of a step and replays them at once, but for fixed shapes: so many rows of so many slots. One graph is
 captured for each shape in powers of two; the rows that fill up a batch are idle and their results are dropped. Idle
@@ -12,6 +14,7 @@ from collections.abc import Sequence
 
 import torch
 
+from nanochat.cpu_trace import Trace, traceable
 from nanochat.kv_cache import CacheBatch, KVCache, Part
 from nanochat.language_model import LanguageModel
 from nanochat.scheduler import Request
@@ -24,6 +27,7 @@ class Forward:
         self.model = model
         self.cache = cache
         self._here = torch.empty(0, device=cache.device)
+        self.trace = Trace(model, cache) if traceable(model) else None
         self.graphs = cache.device.type == "cuda" and model.graphs
         self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]] = {}
         self._version = -1  # of the cache's memory, whose addresses are in the graphs
@@ -32,6 +36,12 @@ class Forward:
         """Return logits (B, V) after so many more tokens of each request; those that read one token come first."""
         n_decode = sum(n == 1 for _, n in work)
         with torch.cuda.device_of(self._here):  # kernels and graphs go to the current device
+            if self.trace and n_decode == len(work) == len(running) and self.cache.layers:
+                columns = [
+                    (request.pending(1)[0], request.previous, request.n_read, request.slot) for request in running
+                ]
+                length = 1 + max(request.n_read for request in running)
+                return self.trace(torch.tensor(columns).T, length)
             if not self.graphs or not n_decode:
                 return self._read(work)
             decoded = self._replay(running)[[request.slot for request, _ in work[:n_decode]]]

@@ -104,7 +104,7 @@ class GPTConfig:
 
 def norm(x: torch.Tensor) -> torch.Tensor:
     """RMSNorm over the last dimension, without parameters (arXiv 1910.07467)."""
-    C = x.size(-1)
+    C = int(x.size(-1))  # int: a constant in a trace (cpu_trace.py), where a size is an operation
     if torch.is_inference_mode_enabled() and x.device.type == "cpu" and not torch.compiler.is_compiling():
         # Decoding on CPU is bound by the number of operations, and F.rms_norm is ten of them there (a quarter of a d4's
         # time). LayerNorm is one, and the mean of (x, -x) is zero: what is left of it is RMSNorm, to the bit.

@@ -240,7 +240,7 @@ class CacheBatch:
                 y_BTHD = attention.attend_fused(q_BTHD, keys_GDS, values_GSD, mask)
             else:
                 y_BTHD = attention.attend_to_slots(
-                    q_BTHD, keys_GDS, values_GSD, mask, q_BTHD.size(3) ** -0.5, sinks_H, cache.deterministic
+                    q_BTHD, keys_GDS, values_GSD, mask, int(q_BTHD.size(3)) ** -0.5, sinks_H, cache.deterministic
                 )
             outputs.append(y_BTHD.flatten(0, 1))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
@@ -271,7 +271,7 @@ class CacheBatch:
                 hidden_BTS = hidden_BTS | (held_BTS <= positions_BT1 - window)
             if ring is not None:
                 hidden_BTS = hidden_BTS | (held_BTS < 0)  # a slot of the ring that nothing was written to yet
-            group = q_NHD.size(1) // k_NKD.size(1)
+            group = int(q_NHD.size(1)) // int(k_NKD.size(1))
             masks.append(attention.mask(hidden_BTS, group, q_NHD.dtype, self.cache.deterministic))
         return self.rows_N.to(device), self.cache.slots(layer, positions_N), masks
 

@@ -27,6 +27,11 @@ SINGLE = 1 << 24  # weights: a d4 has 4 million of them and gains nothing from a
 SMALL = 1 << 31  # bytes: on a GPU, models below this are bound by launches, and a second copy of them has room
 
 
+@torch.jit.script_if_tracing  # the tracer alone cannot write down a list of optional numbers (cpu_trace.py)
+def _onednn(x_NC: torch.Tensor, weight: torch.Tensor, bias_O: torch.Tensor | None) -> torch.Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x_NC, weight, bias_O, "none", [], "")
+
+
 class PackedLinear(nn.Module):
     """x·Wᵀ + b for rows x_NC.
 
@@ -67,7 +72,7 @@ class PackedLinear(nn.Module):
 
     def _product(self, x_NC: torch.Tensor) -> torch.Tensor:
         if self.form == "onednn":
-            return torch.ops.mkldnn._linear_pointwise(x_NC, self.weight, self.bias_O, "none", [], "")
+            return _onednn(x_NC, self.weight, self.bias_O)
         if self.form == "int8":
             assert self.scale_O is not None
             y_NO = torch._weight_int8pack_mm(x_NC, self.weight, self.scale_O)
@@ -153,7 +158,9 @@ def prepack(model: LanguageModel, *, int8: bool = False, deterministic: bool = T
         fits = int8 and n_in % 16 == 0
         return PackedLinear(weight_OC, torch.cat(biases) if biases else None, "int8" if fits else form, deterministic)
 
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    shared: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
+    for weight in model.parameters():  # the same memory, but without a gradient: a trace takes them as constants
+        shared[id(weight)] = nn.Parameter(weight.detach(), requires_grad=False)
     packed = copy.deepcopy(model, memo=shared).eval()  # modules are copied, tensors are not
     for module in list(packed.modules()):
         together = {name: value for name, value in vars(module).items() if isinstance(value, Together)}

@@ -1,0 +1,98 @@
+"""Decoding on CPU, replayed as a trace: what `cuda_graph.py` does on a GPU.
+
+A step of a small model is two hundred operations of a few microseconds each, and asking for them from Python takes as
+long as doing them. A trace is the list of these operations, recorded once and then run without Python: the same
+operations in the same order, so the same bits. A d4 decodes twice as fast with it (dev/LOG.md).
+
+It is TorchScript, which PyTorch keeps but no longer develops. The successors, torch.compile and AOTInductor, need a C++
+compiler and half a minute at their first use, and fuse operations, which changes bits; a trace takes some milliseconds.
+`torch.jit.trace` would keep every trace, and the weights in it, until the process ends; the functions that it is made
+of give a trace that is freed with its engine.
+
+The trace must fit any number of rows and slots, so all that changes from step to step is a tensor among its inputs:
+tokens, the cache's memory, and the views of it that attention reads. Sizes that are taken from these tensors while
+recording are recorded as well.
+
+Shapes: as in kv_cache.py.
+"""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from nanochat.kv_cache import CacheBatch, KVCache, Part
+from nanochat.language_model import LanguageModel
+from nanochat.packed import PackedLinear, PackedTogether
+
+
+def _products(model: LanguageModel) -> list[PackedLinear]:
+    found = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    together = [value for module in model.modules() for value in vars(module).values()]
+    return found + [value.product for value in together if isinstance(value, PackedTogether)]
+
+
+def traceable(model: LanguageModel) -> bool:
+    """Return whether each step of this model is the same list of operations, whatever is read.
+
+    Not where experts are chosen in Python, nor where products pad their rows to a multiple (fp32).
+    """
+    products = _products(model)
+    return model.device.type == "cpu" and model.graphs and bool(products) and all(each.rows == 1 for each in products)
+
+
+class GivenMemory(KVCache):
+    """What `CacheBatch` asks of a KV cache, over tensors that are inputs of the trace.
+
+    tensors: of each layer keys and values (R, S, K, D), and the views (G, D, S) and (G, S, D) of the rows that decode.
+    """
+
+    def __init__(self, cache: KVCache, tensors: Sequence[torch.Tensor]) -> None:
+        self.rings = cache.rings
+        self.deterministic = cache.deterministic
+        self.tensors = tensors
+
+    def memory(self, layer: int, like: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return a layer's keys and values, (R, S, K, D)."""
+        return tuple(self.tensors[4 * layer : 4 * layer + 2])
+
+    def views(self, layer: int, first_row: int, n_rows: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return keys (G, D, S) and values (G, S, D) of the rows that decode."""
+        return self.tensors[4 * layer + 2], self.tensors[4 * layer + 3]
+
+
+class Trace:
+    """The logits after one more token of each of the first rows of a cache."""
+
+    def __init__(self, model: LanguageModel, cache: KVCache) -> None:
+        self.model = model
+        self.cache = cache
+        self._weights = [product.weight for product in _products(model)]
+        self._recorded: Any = None  # at the first step, because memory is made by the first forward
+
+    def __call__(self, inputs_4N: torch.Tensor, length: int) -> torch.Tensor:
+        """Return logits (N, V). inputs: token, token before it, position and row; length: of the longest row."""
+        tensors = [inputs_4N]
+        for layer, memory in enumerate(self.cache.layers):
+            tensors += (*memory, *self.cache.views(layer, 0, inputs_4N.size(1), length))
+        tensors += self._weights  # oneDNN's layout cannot be a constant of a trace
+        if self._recorded is None:
+            self._recorded = self._record(tensors)
+        with torch.jit.optimized_execution(False):  # the optimiser would fuse, after some slow steps of profiling
+            return self._recorded(*tensors)
+
+    def _record(self, tensors: Sequence[torch.Tensor]) -> Any:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of every size that Python compares
+            graph, *_ = torch._C._create_graph_by_tracing(
+                self._decode, tuple(tensors), lambda variable: "", True, False
+            )
+        return torch._C._create_function_from_graph("decode", graph)
+
+    def _decode(self, inputs_4N: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
+        """What is recorded. The tracer knows an input wherever it is read, so weights need not be handed on."""
+        idx_N, previous_N, positions_N, rows_N = inputs_4N.unbind()
+        all_rows = Part(first_row=0, n_rows=-1, n_tokens=1, length=self.cache.context + 1)
+        given = GivenMemory(self.cache, tensors)
+        return self.model.decode(idx_N, CacheBatch(given, [all_rows], rows_N, positions_N, previous_N))
