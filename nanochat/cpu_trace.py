@@ -2,7 +2,7 @@
 
 A step of a small model is two hundred operations of a few microseconds each, and asking for them from Python takes as
 long as doing them. A trace is the list of these operations, recorded once and then run without Python: the same
-operations in the same order, so the same bits. A d4 decodes twice as fast with it (dev/LOG.md).
+operations in the same order, so the same bits. It saves a d4 a third of its time (dev/LOG.md).
 
 It is TorchScript, which PyTorch keeps but no longer develops. The successors, torch.compile and AOTInductor, need a C++
 compiler and half a minute at their first use, and fuse operations, which changes bits; a trace takes some milliseconds.

@@ -20,6 +20,11 @@ from nanochat.language_model import LanguageModel
 from nanochat.scheduler import Request
 
 
+def _next(running: Sequence[Request]) -> list[tuple[int, int, int, int]]:
+    """Return of each request the token to be read next, the one before it, its position and its row."""
+    return [(request.pending(1)[0], request.previous, request.n_read, request.slot) for request in running]
+
+
 class Forward:
     """The model over the next tokens of requests; request i of those that run has row i of the cache."""
 
@@ -37,11 +42,7 @@ class Forward:
         n_decode = sum(n == 1 for _, n in work)
         with torch.cuda.device_of(self._here):  # kernels and graphs go to the current device
             if self.trace and n_decode == len(work) == len(running) and self.cache.layers:
-                columns = [
-                    (request.pending(1)[0], request.previous, request.n_read, request.slot) for request in running
-                ]
-                length = 1 + max(request.n_read for request in running)
-                return self.trace(torch.tensor(columns).T, length)
+                return self.trace(torch.tensor(_next(running)).T, 1 + max(request.n_read for request in running))
             if not self.graphs or not n_decode:
                 return self._read(work)
             decoded = self._replay(running)[[request.slot for request, _ in work[:n_decode]]]
@@ -81,7 +82,7 @@ class Forward:
 
     def _replay(self, running: Sequence[Request]) -> torch.Tensor:
         """Return logits after one more token of each row, (rows, V), idle rows included."""
-        columns = [(request.pending(1)[0], request.previous, request.n_read, request.slot) for request in running]
+        columns = _next(running)
         columns += [(0, 0, 0, row) for row in range(len(columns), 1 << (len(columns) - 1).bit_length())]
         inputs_4N = torch.tensor(columns).T.contiguous().to(self.cache.device, non_blocking=True)
         length = 1 + max(request.n_read for request in running)
