@@ -266,7 +266,7 @@ class Engine:
             if its_score is not None and new:
                 request.scores.append(its_score)
             events = [event for each in new for event in request.decoder.feed(each)] if request.decoder else []
-            if request.finish_reason is None and getattr(request.decoder, "stopped", False):
+            if request.decoder and request.decoder.stopped and request.finish_reason is None:
                 request.finish_reason = "stop"
             if request.finish_reason is not None and request.decoder:
                 events += request.decoder.finish()

@@ -142,7 +142,9 @@ def persistently(attempt: Callable[[], T], repo: str) -> T:
         except ConnectionError as error:
             if pause is None:
                 raise
-            print(f"{error} (trying again in {pause} s)", flush=True)
+            # `error` ends in AGAIN, advice for when we give up; until then we are the ones who try again.
+            reason = str(error).replace(AGAIN, f"trying again in {pause} s")
+            print(reason, flush=True)
             time.sleep(pause)
     raise AssertionError("the last attempt returns or raises")
 

@@ -152,22 +152,23 @@ class ThinkDecoder(AnswerDecoder):
     `channel` is what the tokens at hand belong to: "text", "reasoning", or "hidden" for what is not shown."""
 
     def __init__(self, tokenizer: Any, stop: Sequence[str] = (), channel: str = "text") -> None:
-        super().__init__(tokenizer, stop)
-        self.channel = channel
+        marks = {}
         for name in ("<think>", "</think>"):  # added tokens in most models, but seldom special ones
             token = tokenizer.backend.token_to_id(name)
             if token is not None:
-                self._names[token] = name
+                marks[token] = name
+        super().__init__(tokenizer, stop, more_marks=marks)
+        self.channel = channel
 
-    def _text(self, text: str) -> list[Event]:
+    def show(self, text: str) -> list[Event]:
         if self.channel == "hidden":
             return []
         if self.channel == "reasoning":
             return [Reasoning(text)] if text else []
-        return super()._text(text)  # stop texts end the answer, not the reasoning
+        return super().show(text)  # stop texts end the answer, not the reasoning
 
-    def _mark(self, name: str) -> list[Event]:
-        events = self._flush_text()  # of the channel that ends here
+    def enter(self, name: str) -> list[Event]:
+        events = self.flush_text()  # of the channel that ends here
         self._switch(name)
         return events
 
@@ -227,10 +228,10 @@ class HarmonyDecoder(ThinkDecoder):
         super().__init__(tokenizer, stop, "hidden")
         self._header = ""
 
-    def _text(self, text: str) -> list[Event]:
+    def show(self, text: str) -> list[Event]:
         if self.channel == "hidden":
             self._header += text
-        return super()._text(text)
+        return super().show(text)
 
     def _switch(self, name: str) -> None:
         if name == "<|message|>":
