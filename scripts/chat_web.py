@@ -21,7 +21,7 @@ from nanochat.compute import Compute, usable_cores
 from nanochat.engine import Engine
 from nanochat.hf import store
 from nanochat.serve.app import create_app_for
-from nanochat.serve.loop import Models, ServerConfig
+from nanochat.serve.models import Models, ServerConfig
 from nanochat.serve.server import drain, make_server
 
 

@@ -17,7 +17,7 @@ from nanochat.conversation import render
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.serve.app import create_app_for
-from nanochat.serve.loop import Models, ServerConfig
+from nanochat.serve.models import Models, ServerConfig
 from nanochat.serve.server import make_server
 from nanochat.tokenizer import Tokenizer
 

@@ -15,7 +15,7 @@ from typing import Any
 from nanochat.detokenizer import Event, Reasoning, ToolCall, content_of
 from nanochat.engine import Request
 from nanochat.scheduler import TokenScore
-from nanochat.serve.loop import Delivery, Model
+from nanochat.serve.loop import Delivery, Model, Ticket
 from nanochat.serve.schema import (
     ApiError,
     ChatLogprobs,
@@ -39,12 +39,19 @@ def _trace(event: ToolCall) -> ToolTrace:
 
 
 def _token_text(tokenizer: Tokenizer, token: int) -> str:
+    # A token may be a part of a character, which alone is no valid UTF-8.
     return tokenizer.decode_bytes([token]).decode("utf-8", "replace")
 
 
 def _token_logprob(tokenizer: Tokenizer, token: int, logprob: float) -> TokenLogprob:
-    data = list(tokenizer.decode_bytes([token]))
-    return {"token": _token_text(tokenizer, token), "logprob": logprob, "bytes": data}
+    return {
+        "token": _token_text(tokenizer, token),
+        "logprob": logprob,
+        "bytes": list(tokenizer.decode_bytes([token])),
+    }
+
+
+# ---- The two wordings. Both have the same methods, and an Answer calls them without knowing which it has.
 
 
 class ChatForm:
@@ -85,8 +92,12 @@ class ChatForm:
         """Return log-probabilities as OpenAI words them. offset: length of the text of the tokens before."""
         content: list[ScoredToken] = []
         for score in scores:
-            top = [_token_logprob(tokenizer, token, logprob) for token, logprob in score.top.items()]
-            content.append({**_token_logprob(tokenizer, score.token, score.logprob), "top_logprobs": top})
+            content.append(
+                {
+                    **_token_logprob(tokenizer, score.token, score.logprob),
+                    "top_logprobs": [_token_logprob(tokenizer, token, logprob) for token, logprob in score.top.items()],
+                }
+            )
         return {"content": content, "refusal": None}
 
 
@@ -125,10 +136,14 @@ class TextForm:
             text = _token_text(tokenizer, score.token)
             logprobs["tokens"].append(text)
             logprobs["token_logprobs"].append(score.logprob)
-            logprobs["top_logprobs"].append({_token_text(tokenizer, token): p for token, p in score.top.items()})
+            likeliest = {_token_text(tokenizer, token): logprob for token, logprob in score.top.items()}
+            logprobs["top_logprobs"].append(likeliest)
             logprobs["text_offset"].append(offset)
             offset += len(text)
         return logprobs
+
+
+# ---- The answer itself
 
 
 class Answer:
@@ -140,24 +155,31 @@ class Answer:
         model: Model,
         requests: Sequence[Request],
         with_logprobs: bool,
+        *,
         cache_key: str | None,
-        session: SessionTurn | None = None,
+        kept: Any | None,
+        ticket: Ticket | None,
+        session: SessionTurn | None,
     ) -> None:
         self.form = form
         self.model = model
         self.requests = requests
         self.with_logprobs = with_logprobs
         self.cache_key = cache_key
+        self.kept = kept  # what the response cache had
+        self.ticket = ticket  # what was submitted, if it had nothing
         self.session = session
         self.session_info: SessionInfo | None = None
         self.said: list[list[Delivery]] = [[] for _ in requests]  # by choice
         self.usage: Usage | None = None
-        self.kept = model.responses.get(cache_key) if cache_key else None
-        self.ticket = model.submit(requests) if self.kept is None else None
-        self.facts: dict[str, Any] = {"cached": self.kept is not None}
-        if self.ticket is not None:
-            self.facts["replica"] = self.ticket.loop.replica
-        self._head = {"id": form.id_prefix + uuid.uuid4().hex, "created": int(time.time()), "model": model.name}
+        self.facts: dict[str, Any] = {"cached": kept is not None}
+        if ticket is not None:
+            self.facts["replica"] = ticket.loop.replica
+        self._head = {
+            "id": form.id_prefix + uuid.uuid4().hex,
+            "created": int(time.time()),
+            "model": model.name,
+        }
 
     @property
     def finished(self) -> bool:
@@ -172,17 +194,21 @@ class Answer:
         if self.ticket is not None:
             incoming = self.ticket.read(client_left)
         else:
+            # The cache keeps deliveries and not text, so that a kept answer streams in the same pieces as a new one.
             said, self.usage = self.kept or ([], None)
             self.model.metrics.cache_hits.labels(self.model.name).inc()
             incoming = itertools.chain.from_iterable(said)
         for delivery in incoming:
             self.said[delivery.index].append(delivery)
+            # Before the last delivery is passed on: its chunk tells of the session. And a client that has seen the end
+            # may send its next turn at once, which must find this one written.
             if self.finished:
-                self._finish()  # before the last delivery is passed on, whose chunk tells of the session
+                self._finish()
             yield delivery
 
     def close(self) -> None:
         """Free what an answer that was not read to its end still holds: places in the engine, and its session."""
+        # Called for every answer, also after its regular end: both of these then do nothing.
         if self.ticket is not None:
             self.ticket.cancel()
         if self.session is not None:
@@ -192,11 +218,24 @@ class Answer:
         """Return the completion object, once all has come."""
         choices = []
         for index, said in enumerate(self.said):
-            scores = [score for delivery in said for score in delivery.scores]
-            logprobs = self.form.logprobs(self.model.tokenizer, scores, offset=0) if self.with_logprobs else None
-            choice = {"index": index, **self.form.whole(self._events(index)), "logprobs": logprobs}
-            choices.append({**choice, "finish_reason": said[-1].finish_reason})
-        completion = {**self._head, "object": self.form.object, "choices": choices, "usage": self.usage}
+            logprobs = None
+            if self.with_logprobs:
+                scores = [score for delivery in said for score in delivery.scores]
+                logprobs = self.form.logprobs(self.model.tokenizer, scores, offset=0)
+            choices.append(
+                {
+                    "index": index,
+                    **self.form.whole(self._events(index)),
+                    "logprobs": logprobs,
+                    "finish_reason": said[-1].finish_reason,
+                }
+            )
+        completion = {
+            **self._head,
+            "object": self.form.object,
+            "choices": choices,
+            "usage": self.usage,
+        }
         if self.session_info is not None:
             completion["session"] = self.session_info
         return completion
@@ -210,13 +249,24 @@ class Answer:
         offsets = [0 for _ in self.said]
 
         def chunk(index: int, piece: dict[str, Any], finish_reason: str | None = None) -> str:
+            tokenizer = self.model.tokenizer
             logprobs = None
             if scores[index]:
-                logprobs = self.form.logprobs(self.model.tokenizer, scores[index], offsets[index])
-                offsets[index] += sum(len(_token_text(self.model.tokenizer, each.token)) for each in scores[index])
+                logprobs = self.form.logprobs(tokenizer, scores[index], offsets[index])
+                for score in scores[index]:
+                    offsets[index] += len(_token_text(tokenizer, score.token))
                 scores[index] = []
-            choice = {"index": index, **piece, "logprobs": logprobs, "finish_reason": finish_reason}
-            data: dict[str, Any] = {**self._head, "object": self.form.chunk_object, "choices": [choice]}
+            choice = {
+                "index": index,
+                **piece,
+                "logprobs": logprobs,
+                "finish_reason": finish_reason,
+            }
+            data: dict[str, Any] = {
+                **self._head,
+                "object": self.form.chunk_object,
+                "choices": [choice],
+            }
             if include_usage:
                 data["usage"] = None  # it comes in a chunk of its own, the last
             if finish_reason is not None and self.session_info is not None:
@@ -233,11 +283,19 @@ class Answer:
                 for event in events:
                     yield chunk(index, self.form.piece(event))
                 if finish_reason is not None:
+                    # Tokens without text of their own (half a character, the end of a stop text) may be left over.
                     if scores[index]:
                         yield chunk(index, self.form.piece(""))
                     yield chunk(index, self.form.last_piece(), finish_reason)
             if include_usage and self.usage is not None:
-                yield _event({**self._head, "object": self.form.chunk_object, "choices": [], "usage": self.usage})
+                yield _event(
+                    {
+                        **self._head,
+                        "object": self.form.chunk_object,
+                        "choices": [],
+                        "usage": self.usage,
+                    }
+                )
             yield "data: [DONE]\n\n"
         except ApiError as error:
             # The status line has been sent long ago; clients of OpenAI's protocol look for this event.
@@ -247,7 +305,8 @@ class Answer:
         return [event for delivery in self.said[index] for event in delivery.events]
 
     def _finish(self) -> None:
-        """Count the tokens and keep what is to be kept."""
+        """Count the tokens, fill the cache and write the session."""
+        # A kept answer has brought its usage with it.
         if self.usage is None:
             self.usage = usage_of(self.requests)
             if self.cache_key is not None:
@@ -259,7 +318,10 @@ class Answer:
             self.session_info = self._write_session(self.session, self.usage)
 
     def _write_session(self, session: SessionTurn, usage: Usage) -> SessionInfo:
-        messages = [*session.messages, {"role": "assistant", "content": content_of(self._events(0))}]
+        # With its calculations, so that the next turn's prompt begins with the very tokens of this one: the prefix cache
+        # has them.
+        answer = {"role": "assistant", "content": content_of(self._events(0))}
+        messages = [*session.messages, answer]
         info: SessionInfo = {
             "id": session.key[1],
             "model": self.model.name,

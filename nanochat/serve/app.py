@@ -1,45 +1,34 @@
 """The HTTP server: the chat page and the OpenAI API, as a Flask application under waitress.
 
-A chat request goes straight down from here:
+This file follows a request. A chat goes straight down from here:
 
-    chat_completions()         reads and checks the body (schema.py),
-      model.sessions.begin()   puts the session's conversation before it (sessions.py),
-      chat_format.prompt()     renders it to token ids (chat_format.py),
-      model.submit()           hands it to an engine's thread (loop.py),
-        engine.step()          samples its tokens (nanochat/engine.py);
-    Answer                     brings them back as OpenAI's objects (answers.py).
+    chat_completions()            the route
+      schema.read_body()          parses and checks the body
+      model.sessions.begin()      puts the conversation so far before it, if it names a session (sessions.py)
+      chat_format.prompt()        renders the messages to token ids (chat_format.py, conversation.py)
+      model.submit()              hands them to an engine's thread (loop.py)
+        engine.step()             samples a token of each request (nanochat/engine.py)
+      Answer                      makes OpenAI's objects of what comes back (answers.py)
+      send()                      sends them, whole or as a stream
 
-What holds for all routes (keys, origins, the access log) and the server around them are in server.py.
+What holds for all routes (keys, origins, the access log) and the server around them are in server.py; the routes that
+tell of the server are in information.py.
 """
 
-import base64
-import hashlib
-import re
-import time
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-from pydantic import TypeAdapter
+from typing import TYPE_CHECKING, Any
 
 from nanochat.chat_format import ChatFormat
 from nanochat.conversation import Message
 from nanochat.detokenizer import AnswerDecoder
 from nanochat.engine import Engine, Request
 from nanochat.serve.answers import Answer, ChatForm, TextForm
-from nanochat.serve.loop import Model, Models, ServerConfig
-from nanochat.serve.schema import (
-    ApiError,
-    ChatCompletion,
-    ChatRequest,
-    CompletionRequest,
-    ModelInfo,
-    Parameters,
-    SessionContent,
-    TextCompletion,
-    read_body,
-)
+from nanochat.serve.information import add_information
+from nanochat.serve.loop import Model
+from nanochat.serve.models import Models, ServerConfig
+from nanochat.serve.schema import ApiError, ChatRequest, CompletionRequest, Parameters, read_body
 from nanochat.serve.server import add_policy
+from nanochat.serve.sessions import SessionTurn
 
 if TYPE_CHECKING:
     import flask
@@ -68,179 +57,13 @@ def create_app_for(models: Models) -> "flask.Flask":
     app.config["MAX_CONTENT_LENGTH"] = models.config.max_body
     app.extensions["models"] = models
     add_policy(app, models)
-    _add_information(app, models)
     _add_completions(app, models)
+    add_information(app, models)
     return app
 
 
-# ---- Routes that tell of the server
-
-
-class Operation(NamedTuple):
-    """A route, as /openapi.json describes it. `answer` is a type, or a media type for text; `body` is a request's."""
-
-    method: str
-    path: str
-    summary: str
-    answer: Any
-    body: type[Parameters] | None = None
-
-
-OPERATIONS = (
-    Operation("get", "/", "The chat page", "text/html"),
-    Operation("get", "/health", "Should this server get requests?", dict[str, str]),
-    Operation("get", "/stats", "The state of all models, for people", dict[str, Any]),
-    Operation("get", "/metrics", "Counters and histograms for Prometheus", "text/plain"),
-    Operation("get", "/openapi.json", "This description", dict[str, Any]),
-    Operation("get", "/v1/models", "The models that answer here", dict[str, Any]),
-    Operation("get", "/v1/models/{name}", "One model", ModelInfo),
-    Operation("post", "/v1/chat/completions", "The next answer of a chat", ChatCompletion, ChatRequest),
-    Operation("post", "/v1/completions", "The continuation of a text", TextCompletion, CompletionRequest),
-    Operation("get", "/v1/sessions/{name}", "What a session holds", SessionContent),
-    Operation("delete", "/v1/sessions/{name}", "End a session", dict[str, Any]),
-    Operation("post", "/cache/invalidate", "Empty the response cache and the prefix caches", dict[str, int]),
-)
-REFUSALS = {
-    400: "a parameter is wrong or not supported; the error names it",
-    401: "no valid API key",
-    404: "no such model, session or path",
-    409: "the session is answering",
-    413: "the body is too long",
-    415: "the body is not JSON",
-    429: "too many answers are waited for: come back after Retry-After seconds",
-    503: "the engine has died, the model is being loaded, or the server is shutting down",
-}
-
-
-def describe() -> dict[str, Any]:
-    """Return the OpenAPI 3.1 description of the server; pydantic makes the schemas from the types in OPERATIONS."""
-    wanted: list[Any] = []
-    for operation in OPERATIONS:
-        if not isinstance(operation.answer, str):
-            wanted.append((f"answer of {operation.method} {operation.path}", "serialization", operation.answer))
-        if operation.body is not None:
-            wanted.append((f"body of {operation.path}", "validation", operation.body))
-    schemas, definitions = TypeAdapter.json_schemas(
-        [(key, mode, TypeAdapter(kind)) for key, mode, kind in wanted],
-        ref_template="#/components/schemas/{model}",
-    )
-    by_key = {key: schema for (key, _), schema in schemas.items()}
-    paths: dict[str, Any] = {}
-    for method, path, summary, answer, body in OPERATIONS:
-        if isinstance(answer, str):
-            content: dict[str, Any] = {answer: {"schema": {"type": "string"}}}
-        else:
-            content = {"application/json": {"schema": by_key[f"answer of {method} {path}"]}}
-        operation_object: dict[str, Any] = {"summary": summary, "operationId": f"{method} {path}"}
-        if body is not None:
-            event = {"type": "object", "properties": {"data": {"type": "string"}}}
-            content["text/event-stream"] = {"schema": event}
-            taken = {"application/json": {"schema": by_key[f"body of {path}"]}}
-            operation_object["requestBody"] = {"required": True, "content": taken}
-        if "{name}" in path:
-            name = {"name": "name", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
-            operation_object["parameters"] = [name]
-        responses: dict[str, Any] = {"200": {"description": summary, "content": content}}
-        for status, meaning in REFUSALS.items():
-            refusal = {"application/json": {"schema": {"type": "object", "required": ["error"]}}}
-            responses[str(status)] = {"description": meaning, "content": refusal}
-        if path == "/health":
-            responses = {"200": responses["200"], "503": {"description": REFUSALS[503], "content": content}}
-            operation_object["security"] = []
-        operation_object["responses"] = responses
-        paths.setdefault(path, {})[method] = operation_object
-    return {
-        "openapi": "3.1.0",
-        "info": {"title": "nanochat", "version": "1"},
-        "security": [{}, {"bearer": []}, {"password": []}],
-        "paths": paths,
-        "components": {
-            "schemas": definitions["$defs"],
-            "securitySchemes": {
-                "bearer": {"type": "http", "scheme": "bearer"},
-                "password": {"type": "http", "scheme": "basic"},
-            },
-        },
-    }
-
-
-def _page_and_policy() -> tuple[str, str]:
-    """Read the chat page, and make a Content-Security-Policy that lets only its own script and style run in it."""
-    page = Path(__file__).with_name("ui.html").read_text(encoding="utf-8")
-
-    def hashes(tag: str) -> str:
-        sources = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
-        digests = [hashlib.sha256(source.encode()).digest() for source in sources]
-        return " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests)
-
-    directives = [
-        "default-src 'none'",
-        f"style-src {hashes('style')}",
-        f"script-src {hashes('script')}",
-        "connect-src 'self'",
-        "img-src data:",
-        "base-uri 'none'",
-        "form-action 'none'",
-        "frame-ancestors 'none'",
-    ]
-    return page, "; ".join(directives)
-
-
-def _add_information(app: "flask.Flask", models: Models) -> None:
-    """Add the page, and the routes that tell of the server and of what it keeps."""
-    import flask
-
-    page, content_security_policy = _page_and_policy()
-    description = describe()
-
-    @app.get("/")
-    def index() -> flask.Response:
-        headers = {"Content-Security-Policy": content_security_policy}
-        return flask.Response(page, mimetype="text/html", headers=headers)
-
-    @app.get("/health")
-    def health() -> tuple[dict, int]:
-        return {"status": models.trouble or "ok"}, 503 if models.trouble else 200
-
-    @app.get("/stats")
-    def stats() -> dict:
-        figures = {model.name: model.stats() for model in models.loaded}
-        return {"uptime_seconds": round(time.time() - models.started, 1), "models": figures}
-
-    @app.get("/metrics")
-    def metrics() -> flask.Response:
-        return flask.Response(models.metrics.text(), content_type="text/plain; version=0.0.4; charset=utf-8")
-
-    @app.get("/openapi.json")
-    def openapi() -> dict:
-        return description
-
-    @app.get("/v1/models")
-    def list_models() -> dict:
-        return {"object": "list", "data": [model.describe() for model in models.loaded]}
-
-    @app.get("/v1/models/<path:name>")
-    def one_model(name: str) -> ModelInfo:
-        return models.get(name).describe()
-
-    @app.get("/v1/sessions/<name>")
-    def get_session(name: str) -> SessionContent:
-        return models.find_session(flask.g.owner, name)
-
-    @app.delete("/v1/sessions/<name>")
-    def delete_session(name: str) -> dict:
-        models.delete_session(flask.g.owner, name)
-        return {"id": name, "deleted": True}
-
-    @app.post("/cache/invalidate")
-    def invalidate() -> dict:
-        return {"responses": models.invalidate_caches()}
-
-
-# ---- Routes that make answers
-
-
 def _add_completions(app: "flask.Flask", models: Models) -> None:
+    """Add the two routes that make answers."""
     import flask
 
     @app.post("/v1/chat/completions")
@@ -250,18 +73,20 @@ def _add_completions(app: "flask.Flask", models: Models) -> None:
         messages = [message.as_turn() for message in body.messages]
         session = None
         if body.session_id is not None:
+            # The owner is part of the key: the holder of one API key cannot read on in another's conversation.
             session = model.sessions.begin((flask.g.owner, body.session_id), messages)
             messages = session.messages
         try:
             requests = chat_requests(model, body, messages, models.config)
+            # What the session holds is asked for, too, so the messages are part of the key and not the body's alone.
             key = cache_key(model, body, requests, [ChatForm.id_prefix, flask.g.owner, messages])
-            with_logprobs = body.top_logprobs_wanted() is not None
-            answer = Answer(ChatForm(), model, requests, with_logprobs, key, session)
+            answer = begin(ChatForm(), model, body, requests, key, session)
         except BaseException:
+            # A session answers one turn at a time: left open, it would refuse all further ones with 409.
             if session is not None:
                 session.end()
             raise
-        return respond(answer, body)
+        return send(answer, body)
 
     @app.post("/v1/completions")
     def text_completions() -> flask.Response:
@@ -269,28 +94,46 @@ def _add_completions(app: "flask.Flask", models: Models) -> None:
         model = models.get_for_answer(body.model)
         requests = text_requests(model, body, models.config)
         key = cache_key(model, body, requests, [TextForm.id_prefix, flask.g.owner])
-        answer = Answer(TextForm(), model, requests, body.top_logprobs_wanted() is not None, key)
-        return respond(answer, body)
+        return send(begin(TextForm(), model, body, requests, key), body)
 
     def json_body() -> bytes:
+        # A web page of another origin can post text without asking first, but JSON only after a preflight.
         if not flask.request.is_json:
             raise ApiError(415, "send JSON, with 'Content-Type: application/json'")
         return flask.request.get_data(cache=False)
 
     def cache_key(model: Model, body: Parameters, requests: Sequence[Request], context: list[Any]) -> str | None:
         """Return the key of an answer that is sure to repeat, else None. context: what decides it besides the body."""
+        # Engines repeat themselves to the bit: at temperature 0 always, otherwise when the client names the seed.
         repeats = body.seed is not None or requests[0].temperature == 0
         if not repeats or not models.config.cache_mb:
             return None
+        # These fields change how an answer is sent, not what it says: a streamed answer may be kept for a whole one.
+        # The model is left out because each has a cache of its own.
         asked = body.model_dump(exclude={"stream", "stream_options", "user", "session_id", "model"})
         return model.responses.key([asked, *context])
 
-    def respond(answer: Answer, body: Parameters) -> flask.Response:
+    def begin(
+        form: ChatForm | TextForm,
+        model: Model,
+        body: Parameters,
+        requests: Sequence[Request],
+        key: str | None,
+        session: SessionTurn | None = None,
+    ) -> Answer:
+        """Take the answer from the response cache, or submit its requests. Raises ApiError 429 or 503 as Model.submit."""
+        kept = model.responses.get(key) if key is not None else None
+        ticket = model.submit(requests) if kept is None else None
+        with_logprobs = body.top_logprobs_wanted() is not None
+        return Answer(form, model, requests, with_logprobs, cache_key=key, kept=kept, ticket=ticket, session=session)
+
+    def send(answer: Answer, body: Parameters) -> flask.Response:
         """Send an answer, whole or streamed; whatever becomes of it, it is closed."""
         answer.facts["stream"] = bool(body.stream)
         if body.user:
             answer.facts["user"] = body.user
         flask.g.facts = answer.facts
+        # waitress alone tells when the client has hung up; under another WSGI server answers are made to their end.
         client_left = flask.request.environ.get("waitress.client_disconnected", lambda: False)
         try:
             if body.stream:
@@ -309,6 +152,7 @@ def _add_completions(app: "flask.Flask", models: Models) -> None:
             answer.close()
             raise
         response.headers["X-Cache"] = "miss" if answer.kept is None else "hit"
+        # A stream is read after this function has returned. Flask calls `close` when it has been sent, or cut off.
         response.call_on_close(answer.close)
         return response
 
@@ -319,9 +163,12 @@ def chat_requests(model: Model, body: ChatRequest, messages: list[Message], conf
     sampling = body.sampling(model.engine.vocab_size, config.temperature)
     check_number(model, body.n or 1)
     try:
+        # The oldest turns are dropped where the whole conversation would leave no room for an answer.
         prompt = model.chat_format.prompt(messages, model.engine.context, limit)
         requests = [Request(prompt, limit, sample=i, **sampling) for i in range(body.n or 1)]
         for request in requests:
+            # Checked here and not on the engine's thread, where an error could only end the engine. `check` reads
+            # nothing that changes, so any thread may call it.
             model.engine.check(request)
             request.decoder = model.chat_format.decoder(prompt, request.stop)
     except ValueError as error:
@@ -340,9 +187,13 @@ def text_requests(model: Model, body: CompletionRequest, config: ServerConfig) -
     try:
         for prompt in prompts:
             if isinstance(prompt, str):
-                prompt = [*([] if bos is None else [bos]), *model.tokenizer.encode(prompt)]
+                # Models are trained on documents that begin with <|bos|>; some tokenizers of others have no such token.
+                prompt_ids = [] if bos is None else [bos]
+                prompt_ids += model.tokenizer.encode(prompt)
+            else:
+                prompt_ids = prompt
             for i in range(body.n or 1):
-                request = Request(prompt, limit, sample=i, **sampling)
+                request = Request(prompt_ids, limit, sample=i, **sampling)
                 model.engine.check(request)
                 request.decoder = AnswerDecoder(model.tokenizer, request.stop)  # a continued text has no reasoning
                 requests.append(request)

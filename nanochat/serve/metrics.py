@@ -5,6 +5,7 @@ from typing import Any
 
 from nanochat.engine import Engine
 
+# Upper ends of the histograms' buckets: from a token on a GPU (5 ms) to a long answer on a laptop (a minute).
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60)
 
 # Key of Engine.stats -> name and help text. Counters end in _total, the others are gauges.
@@ -26,6 +27,7 @@ class Metrics:
     def __init__(self) -> None:
         from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
+        # A registry of its own and not the library's global one: tests make many servers in one process.
         self.registry = CollectorRegistry()
         self._engines: dict[str, Sequence[Engine]] = {}
 
@@ -33,7 +35,13 @@ class Metrics:
             return Counter(f"nanochat_{name}", text, labels, registry=self.registry)
 
         def histogram(name: str, text: str) -> Histogram:
-            return Histogram(f"nanochat_{name}_seconds", text, ["model_name"], buckets=SECONDS, registry=self.registry)
+            return Histogram(
+                name=f"nanochat_{name}_seconds",
+                documentation=text,
+                labelnames=["model_name"],
+                buckets=SECONDS,
+                registry=self.registry,
+            )
 
         self.requests = counter("request_success", "Sequences that ended", ["model_name", "finished_reason"])
         self.refused = counter("requests_refused", "HTTP answers of status 400 and more", ["status"])
@@ -42,8 +50,12 @@ class Metrics:
         self.first_token = histogram("time_to_first_token", "Arrival to first token")
         self.between_tokens = histogram("inter_token_latency", "Token to token")
         self.end_to_end = histogram("e2e_request_latency", "Arrival to last token")
-        labels = ["model_name", "replica"]
-        self.replica_up = Gauge("nanochat_replica_up", "1 while the engine works", labels, registry=self.registry)
+        self.replica_up = Gauge(
+            name="nanochat_replica_up",
+            documentation="1 while the engine works",
+            labelnames=["model_name", "replica"],
+            registry=self.registry,
+        )
         self.registry.register(self)  # calls `collect` at each scrape
         ProcessCollector(registry=self.registry)  # memory, processor time, open files
 
@@ -69,16 +81,19 @@ class Metrics:
         if since_last is None:
             self.first_token.labels(model_name).observe(since_arrival)
         else:
+            # A tool's result comes as several tokens at once; the reader waited once for all of them.
             self.between_tokens.labels(model_name).observe(since_last / n)
 
     def finished(self, model_name: str, reason: str, since_arrival: float | None = None) -> None:
         """Record the end of a sequence; its latency counts only if it came to a regular end."""
         self.requests.labels(model_name, reason).inc()
+        # Aborted and broken answers end early; among the latencies they would make a bad hour look fast.
         if since_arrival is not None:
             self.end_to_end.labels(model_name).observe(since_arrival)
 
     def engine_figures(self, model_name: str) -> dict[str, int]:
         """Return the figures of Engine.stats, summed over the model's replicas."""
+        # Read from a handler's thread while the engine runs: these are lengths and counters, one step old at worst.
         figures = [engine.stats() for engine in self._engines[model_name]]
         return {key: sum(each[key] for each in figures) for key in ENGINE_FIGURES}
 

@@ -20,6 +20,7 @@ from typing_extensions import NotRequired, TypedDict  # pydantic does not take t
 class ApiError(Exception):
     """A refusal in OpenAI's shape: `{"error": {"message", "type", "param", "code"}}`."""
 
+    # `message` is for people; programs look at the status and at `code`.
     def __init__(
         self,
         status: int,
@@ -41,6 +42,7 @@ class ApiError(Exception):
 class Strict(BaseModel):
     """A model that refuses unknown fields, conversions ("1" for 1) and NaN."""
 
+    # A parameter that is dropped without a word, or misspelled, gives answers that nobody can explain.
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
@@ -138,6 +140,7 @@ class Parameters(Strict):
         names = {"top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"}
         return {
             "temperature": default_temperature if self.temperature is None else self.temperature,
+            # Without a seed every answer gets one of its own, or all clients would draw the same.
             "seed": random.getrandbits(32) if self.seed is None else self.seed,
             "stop": [self.stop] if isinstance(self.stop, str) else self.stop or (),
             "logit_bias": bias,
@@ -165,6 +168,7 @@ class ChatRequest(Parameters):
             raise ApiError(400, "'max_tokens' and 'max_completion_tokens' differ: give one", "max_tokens")
         if self.top_logprobs is not None and not self.logprobs:
             raise ApiError(400, "'top_logprobs' needs 'logprobs': true", "top_logprobs")
+        # A session goes on from one answer; which of several would it be?
         if self.session_id is not None and self.n not in (None, 1):
             raise ApiError(400, "'n' must be 1 in a session: it continues with one answer", "n")
         if self.messages[-1].role != "user":
@@ -188,6 +192,7 @@ class CompletionRequest(Parameters):
 
     def prompts(self) -> list[Any]:
         """Return the prompts one by one, each as text or as token ids."""
+        # One prompt as text or as token ids, or a list of such prompts.
         if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
             return [self.prompt]
         return list(self.prompt)
@@ -199,12 +204,13 @@ Body = TypeVar("Body", bound=Parameters)
 def read_body(data: bytes, kind: type[Body]) -> Body:
     """Parse and validate the JSON body of a request. Raises ApiError 400, which names the parameter at fault."""
     try:
-        body = json.loads(data.decode("utf-8-sig"))
+        body = json.loads(data.decode("utf-8-sig"))  # a byte order mark is what some editors and shells put first
         if b"\\u" in data:
             # An escaped half of a surrogate pair is valid JSON but not text: no tokenizer takes it. It becomes "?".
             body = json.loads(json.dumps(body, ensure_ascii=False).encode(errors="replace"))
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"the body is not valid JSON: {error}") from error
+    # RecursionError: a body of brackets alone is nested deeper than Python's parser goes.
     if not isinstance(body, dict):
         raise ApiError(400, "the body must be a JSON object")
     body = _without_nulls(body)
@@ -214,6 +220,7 @@ def read_body(data: bytes, kind: type[Body]) -> Body:
     try:
         parameters = kind.model_validate(body)
     except ValidationError as error:
+        # pydantic's own text has many lines, with a link to its documentation; clients show one.
         raise _refusal(error, kind) from error
     parameters.check()
     return parameters
@@ -232,7 +239,8 @@ def _refusal(error: ValidationError, kind: type[Parameters]) -> ApiError:
         known = ", ".join(kind.model_fields)
         return ApiError(400, f"'{name}' is not supported: this server knows {known}", name)
     reasons: list[str] = []
-    for problem in [each for each in problems if each["loc"][0] == name][:4]:
+    problems_of_name = [problem for problem in problems if problem["loc"][0] == name]
+    for problem in problems_of_name[:4]:
         place = ".".join(str(step) for step in problem["loc"])
         reason = f"{place}: {problem['msg']}"
         if reason not in reasons:

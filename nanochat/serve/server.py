@@ -14,7 +14,7 @@ import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nanochat.serve.loop import KEYS_VARIABLE, Models
+from nanochat.serve.models import KEYS_VARIABLE, Models
 from nanochat.serve.schema import ApiError
 
 if TYPE_CHECKING:
@@ -52,14 +52,17 @@ def add_policy(app: "flask.Flask", models: Models) -> None:
     @app.before_request
     def begin() -> Any:
         request = flask.request
+        # A proxy's id is taken over, so that its log and ours can be joined; only safe characters get into a log line.
         given = request.headers.get("X-Request-Id", "")
         flask.g.request_id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         flask.g.started = time.monotonic()
         flask.g.owner = 0  # the number of the API key; sessions belong to it
         flask.g.facts = {}  # what an answer adds to the access log
         is_preflight = request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers
+        # A browser sends the preflight of a cross-origin request without its key, so it is answered before keys count.
         if is_preflight and allowed_origin():
             return "", 204
+        # Load balancers ask for /health and have no key.
         if keys and request.path != "/health":
             flask.g.owner = owner_of(request)
         return None
@@ -94,6 +97,7 @@ def add_policy(app: "flask.Flask", models: Models) -> None:
     @app.after_request
     def end(response: flask.Response) -> flask.Response:
         response.headers["X-Request-Id"] = flask.g.request_id
+        # A browser takes the declared type, and does not guess that an answer's text might be a page.
         response.headers["X-Content-Type-Options"] = "nosniff"
         if origins:
             response.headers.add("Vary", "Origin")  # or a shared cache would give one site the answer for another
@@ -159,6 +163,9 @@ def make_server(app: "flask.Flask", host: str, port: int) -> Any:
 
 def drain(server: Any, models: Models, seconds: float) -> bool:
     """Refuse new answers and wait until all that were begun are sent. Returns False if `seconds` were too short."""
+    # The order matters. First no new answers, or there would be no end. Then the engines finish what they have begun.
+    # Last the sockets: an answer that the engine has made may still lie in waitress' buffers, and a process that ended
+    # now would cut it off.
     models.drain()
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:

@@ -33,8 +33,11 @@ class SessionTurn:
 
 
 class Sessions:
-    """Conversations, each cut to `budget` tokens. They are forgotten `seconds` after their last turn; when there are
-    more than `most`, the least recently used goes first."""
+    """Conversations by owner and name, each cut to `budget` tokens.
+
+    They are forgotten `seconds` after their last turn; when there are more than `most`, the least recently used goes
+    first. `begin` and `SessionTurn.end` enclose the making of an answer.
+    """
 
     def __init__(self, chat_format: ChatFormat, budget: int, most: int, seconds: float) -> None:
         from cachetools import TTLCache
@@ -60,13 +63,19 @@ class Sessions:
             if key in self._answering:
                 message = f"session {key[1]!r} is answering: wait for its answer"
                 raise ApiError(409, message, "session_id", "session_busy")
+            # Two turns at once would each be answered without the other, and the later answer would overwrite the
+            # earlier. The lock is not held while the model writes: the mark keeps the name, other sessions go on.
             content, _ = self._kept.get(key, (None, 0.0))
             self._answering[key] = True
         old = content["messages"] if content else []
         dropped_turns = content["dropped_turns"] if content else 0
-        if new[0]["role"] == "system" and old and old[0]["role"] == "system":
-            old = old[1:]
-        conversation = [*new[:1], *old, *new[1:]] if new[0]["role"] == "system" else [*old, *new]
+        # A system message stands first, also when a later turn brings it.
+        if new[0]["role"] == "system":
+            if old and old[0]["role"] == "system":
+                old = old[1:]
+            conversation = [new[0], *old, *new[1:]]
+        else:
+            conversation = [*old, *new]
         try:
             messages = self.chat_format.fit(conversation, self.budget)
         except BaseException as error:
@@ -74,12 +83,14 @@ class Sessions:
             if isinstance(error, ValueError):
                 raise ApiError(400, str(error), "messages") from error
             raise
+        # What is dropped goes in pairs: a question and its answer.
         dropped_turns += (len(conversation) - len(messages)) // 2
         return SessionTurn(self, key, messages, dropped_turns)
 
     def end(self, key: Key, content: SessionContent | None = None) -> None:
         """Let the next turn begin; keep `content` unless the session was deleted while it was answered."""
         with self._lock:
+            # A client that deletes a session while it answers does not want it to come back with the answer.
             keep = self._answering.pop(key)
             if keep and content is not None:
                 self._kept[key] = (content, time.monotonic() + self.seconds)
@@ -90,6 +101,7 @@ class Sessions:
             if key not in self._kept:
                 return None
             kept, expires = self._kept[key]
+        # A copy, because the seconds that are left differ each time.
         content: SessionContent = kept.copy()
         content["expires_in"] = round(max(0.0, expires - time.monotonic()), 1)
         return content
@@ -104,8 +116,10 @@ class Sessions:
 
 
 class ResponseCache:
-    """Answers that are sure to repeat (temperature 0, or a seed). They are kept for `seconds`; beyond `most_bytes` the
-    oldest go."""
+    """Answers that are sure to repeat (temperature 0, or a seed), so that asking again costs no computing.
+
+    They are kept for `seconds`; beyond `most_bytes` the oldest go. app.py says what an answer's key is made of.
+    """
 
     def __init__(self, most_bytes: int, seconds: float) -> None:
         from cachetools import TTLCache
@@ -121,6 +135,7 @@ class ResponseCache:
 
     def key(self, question: Any) -> str:
         """Return a key for a JSON value. `clear` changes all keys, so an answer begun before it is not found after."""
+        # A digest and not the question itself: a key is 64 characters long, whatever the conversation.
         return hashlib.sha256(json.dumps([self._n_cleared, question], sort_keys=True).encode()).hexdigest()
 
     def get(self, key: str) -> Any | None:
