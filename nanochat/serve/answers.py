@@ -318,8 +318,8 @@ class Answer:
             self.session_info = self._write_session(self.session, self.usage)
 
     def _write_session(self, session: SessionTurn, usage: Usage) -> SessionInfo:
-        # With its calculations, so that the next turn's prompt begins with the very tokens of this one: the prefix cache
-        # has them.
+        # With its calculations, so that the next turn's prompt begins with the very tokens of this one, which the prefix
+        # cache has.
         answer = {"role": "assistant", "content": content_of(self._events(0))}
         messages = [*session.messages, answer]
         info: SessionInfo = {

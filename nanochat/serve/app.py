@@ -121,7 +121,7 @@ def _add_completions(app: "flask.Flask", models: Models) -> None:
         key: str | None,
         session: SessionTurn | None = None,
     ) -> Answer:
-        """Take the answer from the response cache, or submit its requests. Raises ApiError 429 or 503 as Model.submit."""
+        """Take the answer from the response cache, or submit its requests. Raises ApiError as Model.submit does."""
         kept = model.responses.get(key) if key is not None else None
         ticket = model.submit(requests) if kept is None else None
         with_logprobs = body.top_logprobs_wanted() is not None
