@@ -40,7 +40,7 @@ def test_names_and_flags_exist():
         exposed = connection.getresponse().read().decode()
         connection.close()
     names = set(re.findall(r"\b(?:nanochat|process)_\w+", DOCUMENT)) - set(re.findall(r"\$(nanochat_\w+)", DOCUMENT))
-    names -= {"nanochat_open", "nanochat_client", "nanochat_replica_up"}  # nginx's, and a front's (test_replicas.py)
+    names -= {"nanochat_open", "nanochat_client"}  # nginx's
     assert len(names) > 8 and all(re.search(rf"^(# TYPE )?{name}\b", exposed, re.MULTILINE) for name in names), names
     flags = {field.name.replace("_", "-") for field in dataclasses.fields(chat_web.Config)}
     commands = [line for line in DOCUMENT.splitlines() if "scripts.chat_web" in line]

@@ -318,8 +318,8 @@ class Answer:
             self.session_info = self._write_session(self.session, self.usage)
 
     def _write_session(self, session: SessionTurn, usage: Usage) -> SessionInfo:
-        # With its calculations, so that the next turn's prompt begins with the very tokens of this one, which the prefix
-        # cache has.
+        # With its calculations: then the next prompt begins with the very tokens of this turn, and the prefix cache has
+        # them.
         answer = {"role": "assistant", "content": content_of(self._events(0))}
         messages = [*session.messages, answer]
         info: SessionInfo = {
