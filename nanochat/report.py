@@ -1,14 +1,14 @@
 """JSON records -> report.md with figures, and model cards. Nothing is measured here: equal records give equal bytes.
 
 `Records.read` reads and checks what the stages left in a base directory. Each `*_table` turns records into a Markdown
-table, `draw_curves` makes the figures, and `write_report` puts them together, one section for each model.
+table, `draw_curves` and `draw_bars` make the figures, and `write_report` puts them together, one section a model.
 """
 
 import io
 import json
 import re
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,12 +137,12 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min {rest:02d} s"
 
 
-def gains(values: Iterable[float | None], form: str) -> list[str]:
+def gains(values: Iterable[float | None], form: Callable[[float], str]) -> list[str]:
     """Return each value's change from the one before it as ` (+x)`; empty where there is nothing to compare with."""
     result = []
     before = None
     for value in values:
-        result.append("" if value is None or before is None else f" ({form.format(value - before)})")
+        result.append("" if value is None or before is None else f" ({form(value - before)})")
         if value is not None:
             before = value
     return result
@@ -183,14 +183,14 @@ def scores_table(scores: ByStage, mean_name: str = "", means: Sequence[float] = 
     rows = []
     for task in dict.fromkeys(task for found in scores.values() for task in found):
         cells = [found.get(task) for found in scores.values()]
-        changes = gains([cell and 100 * cell["accuracy"] for cell in cells], "{:+.1f}")
+        changes = gains([cell and cell["accuracy"] for cell in cells], lambda gain: f"{100 * gain:+.1f}")
         texts = []
         for cell, change in zip(cells, changes):
             texts.append(cell and f"{100 * cell['accuracy']:.1f} ± {100 * cell['stderr']:.1f}{change}")
         known = next(cell for cell in cells if cell)
         rows.append((task, known["n"], f"{100 * known['baseline']:.0f}", *texts))
     if rows and mean_name:
-        changes = gains(means, "{:+.3f}")
+        changes = gains(means, lambda gain: f"{gain:+.3f}")
         texts = [f"{value:.3f}{change}" for value, change in zip(means, changes)]
         rows.append((f"**{mean_name}**", "", "0", *texts))
     return to_table(("task", "n", "chance", *scores), rows)
@@ -203,13 +203,16 @@ def chat_table(chat_evals: ByStage) -> str:
 
 def base_table(evals: Mapping[str, Record], first_column: str = "stage") -> str:
     """Show bits per byte and CORE, a row for each of `evals`: the stages of one model, or several models."""
-    metrics = [(record["core"] or {}).get("core_metric") for record in evals.values()]
-    # different models stand side by side: only between stages of one is the difference a gain
-    changes = gains(metrics, "{:+.4f}") if first_column == "stage" else [""] * len(metrics)
     rows = []
-    for (name, record), metric, change in zip(evals.items(), metrics, changes):
-        core = record["core"] or {"skipped": {}}
-        score = None if metric is None else f"{metric:.4f} ± {core['core_stderr']:.4f}{change}"
+    before = None
+    for name, record in evals.items():
+        core = record["core"] or {"core_metric": None, "skipped": {}}
+        metric = core["core_metric"]
+        score = None
+        if metric is not None:
+            gain = f" ({metric - before:+.4f})" if before is not None and first_column == "stage" else ""
+            score = f"{metric:.4f} ± {core['core_stderr']:.4f}{gain}"
+            before = metric
         bits = [None if record[key] is None else f"{record[key]:.4f}" for key in ("train_bpb", "val_bpb")]
         rows.append((name, *bits, score, record.get("bundle"), ", ".join(core["skipped"]) or "none"))
     header = (first_column, "bits per byte, train", "validation", "CORE", "of bundle", "tasks skipped")
@@ -258,9 +261,8 @@ def times_table(times: Sequence[Record], price: float | None) -> str:
     if not times:
         return NOT_RUN
     total = sum(line["seconds"] for line in times)
-    named = [(line["stage"], line["seconds"]) for line in times]
     rows = []
-    for name, seconds in [*named, ("**total**", total)]:
+    for name, seconds in [*((line["stage"], line["seconds"]) for line in times), ("**total**", total)]:
         cost = [] if price is None else [f"$ {seconds / 3600 * price:.2f}"]
         share = f"{100 * seconds / total:.0f} %" if total else "–"
         rows.append((name, duration(seconds), share, *cost))
@@ -312,33 +314,61 @@ def continuations(base_evals: ByStage) -> str:
 # --- figures ----------------------------------------------------------------------------------------------------------
 
 
-def draw_curves(runs: ByStage, key: str, label: str, path: Path) -> str:
-    """Draw a metric over the steps, one panel a stage, and return the Markdown that shows the PNG."""
+def new_figure(width: float, height: float, panels: int) -> tuple[Any, list[Any]]:
     from matplotlib.figure import Figure  # without pyplot: no window system, and no state kept between figures
 
-    found = {stage: series(run, key) for stage, run in runs.items()}
-    found = {stage: points for stage, points in found.items() if points[0]}
+    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
+    axes = list(figure.subplots(1, panels, squeeze=False)[0])
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(axis="y", alpha=0.25)
+    return figure, axes
+
+
+def save_figure(figure: Any, path: Path) -> str:
+    """Write a PNG and return the Markdown that shows it."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})  # without matplotlib's version: the same bytes
+    atomic_write(path, buffer.getvalue())
+    return f"![{path.stem}]({path.name})"
+
+
+def draw_curves(runs: ByStage, key: str, label: str, path: Path, bottom: float | None = None) -> str:
+    """Draw a metric over the steps, one panel a stage; long curves are faint under their running mean."""
+    found = {stage: series(run, key) for stage, run in runs.items() if series(run, key)[0]}
     if not found:
         return NOT_RUN
-    figure = Figure(figsize=(max(5.0, 3.6 * len(found)), 3.0), dpi=110, layout="constrained")
-    axes = figure.subplots(1, len(found), squeeze=False)[0]
+    figure, axes = new_figure(max(5.0, 3.6 * len(found)), 3.0, len(found))
     for axis, (stage, (steps, values)) in zip(axes, found.items()):
-        # Single steps are noisy, so they are faint under a mean over a twentieth of the curve.
-        half = len(values) // 40
-        means = []
-        for i in range(len(values)):
-            means.append(statistics.fmean(values[max(0, i - half) : i + half + 1]))
+        half = len(values) // 40  # a mean over a twentieth of the curve; a short curve stays as it is
+        means = [statistics.fmean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
         axis.plot(steps, values, color=COLOURS[stage], alpha=0.3, linewidth=0.8)
         axis.plot(steps, means, color=COLOURS[stage], linewidth=1.8, marker=None if half else "o", markersize=4)
         axis.set(title=stage, xlabel="step")
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(axis="y", alpha=0.25)
+        axis.set_ylim(bottom=bottom)
     axes[0].set_ylabel(label)
-    buffer = io.BytesIO()
-    # matplotlib would write its version into the file: without it, equal records give equal bytes
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    atomic_write(path, buffer.getvalue())
-    return f"![{path.stem}]({path.name})"
+    return save_figure(figure, path)
+
+
+def draw_bars(scores: ByStage, path: Path) -> str:
+    """Draw accuracy by task, one bar a stage with its standard error; a dotted line marks guessing."""
+    tasks = list(dict.fromkeys(task for found in scores.values() for task in found))
+    figure, (axis,) = new_figure(max(5.0, 1.2 + 1.5 * len(tasks)), 3.6, 1)
+    width = 0.8 / len(scores)
+    for i, (stage, found) in enumerate(scores.items()):
+        places = [tasks.index(task) + (i - (len(scores) - 1) / 2) * width for task in found]
+        heights = [100 * score["accuracy"] for score in found.values()]
+        errors = [100 * score["stderr"] for score in found.values()]
+        bars = axis.bar(places, heights, 0.92 * width, yerr=errors, color=COLOURS[stage], label=stage, capsize=2.5)
+        axis.bar_label(bars, fmt="%.0f", padding=3, size=8)
+        for task, score in found.items():
+            left, right = tasks.index(task) - 0.42, tasks.index(task) + 0.42
+            axis.hlines(100 * score["baseline"], left, right, colors="#333333", linestyles="dotted", linewidth=1)
+    axis.set_xticks(range(len(tasks)), tasks)
+    axis.set_ylim(0, 112)
+    axis.set_ylabel("accuracy, % (dotted: guessing)")
+    figure.legend(loc="outside upper center", ncols=len(scores), frameon=False)
+    return save_figure(figure, path)
 
 
 # --- the report and the model card ------------------------------------------------------------------------------------
@@ -349,21 +379,30 @@ def model_section(records: Records, tag: str, out_dir: Path) -> str:
     runs = by_stage(records.runs, tag)
     base_evals = by_stage(records.base_evals, tag)
     chat_evals = by_stage(records.chat_evals, tag)
+    chat_scores = {stage: record["tasks"] for stage, record in chat_evals.items()}
     core_scores = {stage: record["core"]["details"] for stage, record in base_evals.items() if record["core"]}
+    chat = chat_table(chat_evals)
+    if any(chat_scores.values()):
+        chat += "\n\n" + draw_bars(chat_scores, out_dir / f"tasks_{tag}.png")
+
+    def curves(name: str, key: str, label: str, bottom: float | None = None) -> str:
+        return draw_curves(runs, key, label, out_dir / f"{name}_{tag}.png", bottom)
+
     sections = {
-        "Chat tasks by stage": chat_table(chat_evals),
+        "Chat tasks by stage": chat,
         "Language modeling by stage": base_table(base_evals),
         "CORE tasks by stage": scores_table(core_scores),
         "Conversations": conversations(chat_evals) if chat_evals else NOT_RUN,
         "Continuations": continuations(base_evals) if base_evals else NOT_RUN,
         "Training": runs_table(runs),
-        "Loss": draw_curves(runs, "loss", "training loss, nats", out_dir / f"loss_{tag}.png"),
-        "Validation": draw_curves(runs, "val_bpb", "bits per byte", out_dir / f"bpb_{tag}.png"),
+        "Loss": curves("loss", "loss", "training loss, nats"),
+        "Validation": curves("bpb", "val_bpb", "bits per byte"),
+        "Speed": curves("speed", "tok_per_sec", "tokens/s", bottom=0),
         "Model": settings_table({stage: run["model_config"] for stage, run in runs.items()}),
         "Settings": settings_table({stage: run["config"] for stage, run in runs.items()}),
     }
     if "rl" in runs:
-        sections["Reward"] = draw_curves(runs, "reward", "mean reward", out_dir / f"reward_{tag}.png")
+        sections["Reward"] = curves("reward", "reward", "mean reward", bottom=0)
     return "\n\n".join([f"## Model {tag}", *(f"### {title}\n\n{body}" for title, body in sections.items())])
 
 
