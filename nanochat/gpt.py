@@ -165,7 +165,7 @@ class Attention(nn.Module):
             v_KD = torch.addcmul(v_KD, torch.sigmoid(gate_K).unsqueeze(-1), ve_KD.view_as(v_KD), value=3)
         # QK-norm bounds the attention logits, which otherwise grow until training diverges (arXiv 2302.05442). On unit
         # vectors alone the softmax could not become sharp: each side is scaled by 1.2, as if the logits' scale were
-        # 1.44 (reference: nanochat, which found it better than 1 at every depth tried).
+        # 1.44 (a value of karpathy/nanochat's).
         turned = [norm(rotate(x.unflatten(-1, (-1, self.head_dim)), cos_1D, sin_1D)) * self.qk_scale for x in qk]
         q_HD, k_KD = turned if len(turned) == 2 else turned[0].split(self.heads, dim=-2)
         y_HD = attend(q_HD, k_KD, v_KD, self.window)
@@ -336,8 +336,8 @@ class GPT(LanguageModel):
     def _smear(self, x_C: torch.Tensor, context: Any) -> torch.Tensor:
         """Add to each token a gated bit of the previous token's embedding.
 
-        Bigrams are most of what a first attention layer would learn; this gives them for almost no compute, and lets
-        induction heads form in one layer fewer.
+        This gives every layer the bigram, which a first attention layer would otherwise have to learn, for almost no
+        compute.
         """
         if context.previous_N is None:
             before_C = F.pad(x_C[:, :-1], (0, 0, 1, 0))  # nothing stands before the first token of a row

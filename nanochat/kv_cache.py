@@ -1,8 +1,12 @@
-"""The KV cache: keys and values of what each running request has read, and prefixes that requests share.
+"""The KV cache: keys and values of the tokens that running requests have read, so that each is computed once.
 
-    KVCache       one row of slots per running request; windowed layers keep a ring
-    CacheBatch    the context of one forward: writes new keys and values, and attends to what the rows hold
-    PrefixCache   blocks of 16 tokens that were read before, so that requests that begin alike read them once
+    KVCache       one row of slots per running request; layers with a window keep a ring buffer
+    CacheBatch    the context of one forward: writes new keys and values, then attends to the rows
+    PrefixCache   blocks of 16 tokens that were read before, so that a prefix that requests share is computed once
+
+The engine reserves memory (`KVCache.reserve`), describes the new tokens of a step by a CacheBatch, and runs the model,
+which asks `CacheBatch.layer` for the attention of each layer. After the step it saves whole blocks
+(`PrefixCache.save`); a new request begins with the blocks it shares (`KVCache.attach`, `PrefixCache.load`).
 
 Shapes: R rows, B of them in a rectangle of T new positions each, N = all new positions of a forward, S slots, H query
 heads, K kv heads, D head dim, G = B·K.
@@ -25,6 +29,7 @@ Key = tuple[int, tuple[int, ...]]  # the name of the block before (0 = none), an
 
 
 def _up(n: int) -> int:
+    """Return `n` rounded up to a multiple of ROUND."""
     return -(-n // ROUND) * ROUND
 
 
@@ -88,10 +93,11 @@ class KVCache:
         They come from `twin`, a running request with the same prompt, or from the prefix cache. The last token is
         always read, for its logits.
         """
-        limit = request.size - 1
+        limit = request.size - 1  # all but the last token
         self.reserve(request.slot + 1, max(each.size for each in (*running, request)))
         shared = min(twin.n_read, len(request.tokens), limit) if twin else 0
         if twin and shared and self.can_truncate(twin.n_read, shared):
+            # A copied row is not rounded down to whole blocks.
             self.move(twin.slot, request.slot, shared)
             request.chain = twin.chain[: shared // BLOCK]
         else:
@@ -110,6 +116,7 @@ class KVCache:
 
     def can_truncate(self, read: int, length: int) -> bool:
         """Can a row of `read` tokens be truncated to `length`? Not if a ring has overwritten what its window needs."""
+        # A ring has ring - window positions more than its window shows, which may be taken back.
         spare = (ring - window for ring, window in zip(self.rings, self.windows, strict=True) if ring is not None)
         return read - length <= min(spare, default=read)
 
@@ -142,7 +149,7 @@ class KVCache:
         """
         key = layer, first_row, n_rows, _up(length)
         if key not in self._views:
-            if len(self._views) >= 16 * len(self.layers):
+            if len(self._views) >= 16 * len(self.layers):  # batches change shape all the time: keep it bounded
                 self._views.clear()
             keys_RSKD, values_RSKD = self.layers[layer]
             rows = slice(first_row, first_row + n_rows)
@@ -152,7 +159,8 @@ class KVCache:
 
     def _length(self, size: int) -> int:
         """Return the slots of rows that hold `size` tokens: a power of two, but no more than the context needs."""
-        return min(max(ROUND, 1 << size.bit_length()), _up(self.context + 1))
+        power_of_two = 1 << size.bit_length()  # the smallest that is larger than `size`
+        return min(max(ROUND, power_of_two), _up(self.context + 1))
 
     def reserve(self, n_rows: int, size: int) -> None:
         """Make room for so many rows, the longest of `size` tokens; what is held stays.
@@ -165,11 +173,13 @@ class KVCache:
         rows = self.n_rows if n_rows <= self.n_rows else max(n_rows, 2 * self.n_rows)
         slots = max(self.n_slots, slots)
         if self.max_tokens is not None and rows * slots > self.max_tokens:
+            # Doubling would exceed the limit: give back slots that no running request needs, then add as many rows
+            # as fit.
             slots = slots if n_rows * slots <= self.max_tokens else self._length(size)
             rows = max(n_rows, self.max_tokens // slots)
         kept = min(rows, self.n_rows)
         for layer, old in enumerate(self.layers):
-            n_slots = min(slots, self.rings[layer] or slots)
+            n_slots = min(slots, self.rings[layer] or slots)  # a ring never grows
             self.layers[layer] = allocate(old[0], rows, n_slots, *old[0].shape[2:])
             for new_RSKD, old_RSKD in zip(self.layers[layer], old, strict=True):
                 common = min(n_slots, old_RSKD.size(1))
@@ -187,6 +197,14 @@ class Part(NamedTuple):
     n_rows: int
     n_tokens: int
     length: int
+
+
+class LayerPlan(NamedTuple):
+    """The row and slot of each new token, and each part's mask of the slots that its queries do not see."""
+
+    rows_N: torch.Tensor
+    slots_N: torch.Tensor
+    masks: list[torch.Tensor]
 
 
 class CacheBatch:
@@ -209,8 +227,8 @@ class CacheBatch:
         self.cache = cache
         self._parts = parts
         self.rows_N = rows_N
-        # rows and slots of the new tokens, and what each part's queries see: the same for all layers with one window
-        self._looks: dict[tuple[Any, ...], tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]] = {}
+        # Layers with the same ring, window and device share one plan, so it is made once per forward.
+        self._plans: dict[tuple[Any, ...], LayerPlan] = {}
 
     def layer(self, layer: int) -> attention.Attend:
         """Return the function by which queries of this layer meet keys and values."""
@@ -227,13 +245,14 @@ class CacheBatch:
     ) -> torch.Tensor:
         """Write new keys and values, and attend to all that the window shows of each row; return (N, H, D)."""
         cache = self.cache
-        look = cache.rings[layer], window, q_NHD.device
-        if look not in self._looks:
-            self._looks[look] = self._look(layer, window, q_NHD, k_NKD)
-        rows_N, slots_N, masks = self._looks[look]
-        cache.write(layer, rows_N, slots_N, k_NKD, v_NKD)
+        kind = (cache.rings[layer], window, q_NHD.device)
+        if kind not in self._plans:
+            self._plans[kind] = self._plan(layer, window, q_NHD, k_NKD)
+        plan = self._plans[kind]
+        # New tokens attend to themselves, so they are written first.
+        cache.write(layer, plan.rows_N, plan.slots_N, k_NKD, v_NKD)
         outputs = []
-        for part, q_part, mask in zip(self._parts, self._split(q_NHD), masks, strict=True):
+        for part, q_part, mask in zip(self._parts, self._split(q_NHD), plan.masks, strict=True):
             q_BTHD = q_part.unflatten(0, (part.n_rows, part.n_tokens))
             keys_GDS, values_GSD = cache.views(layer, part.first_row, part.n_rows, part.length)
             if q_NHD.device.type == "cuda" and part.n_tokens > 1 and sinks_H is None:
@@ -246,34 +265,41 @@ class CacheBatch:
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _split(self, each_N: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Cut a tensor of all new tokens into one tensor per part."""
         if len(self._parts) == 1:
             return [each_N]
         return each_N.split([part.n_rows * part.n_tokens for part in self._parts])
 
-    def _look(
-        self, layer: int, window: int, q_NHD: torch.Tensor, k_NKD: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-        """Return rows and slots to write the new positions to, and the mask of what each part's queries see."""
+    def _plan(self, layer: int, window: int, q_NHD: torch.Tensor, k_NKD: torch.Tensor) -> LayerPlan:
+        """Return where a layer writes the new tokens, and a mask for each part.
+
+        A query sees a slot if the position that the slot holds is not after its own and inside its window. In plain
+        rows slot s holds position s. In a ring buffer the slot's position has to be computed from the newest one.
+        """
         ring = self.cache.rings[layer]
-        self.cache.memory(layer, k_NKD)
+        self.cache.memory(layer, k_NKD)  # makes the memory on first use, for `views` below
         device = q_NHD.device
         positions_N = self.positions.to(device)
         masks = []
         for part, positions in zip(self._parts, self._split(positions_N), strict=True):
             positions_BT1 = positions.view(part.n_rows, part.n_tokens, 1)
-            n_slots = self.cache.views(layer, part.first_row, part.n_rows, part.length)[0].size(2)
+            keys_GDS, _ = self.cache.views(layer, part.first_row, part.n_rows, part.length)
+            n_slots = keys_GDS.size(2)
             held_BTS = torch.arange(n_slots, device=device)  # the position that each slot holds
             if ring is not None and part.length > ring:
+                # The ring has wrapped: slot s holds the newest position p <= newest with p % ring = s. Example:
+                # ring 4 and newest 5 hold positions 4, 5, 2, 3.
                 newest_B11 = positions_BT1[:, -1:]
                 held_BTS = newest_B11 - (newest_B11 - held_BTS) % ring
-            hidden_BTS = held_BTS > positions_BT1
-            if window < part.length:
+            hidden_BTS = held_BTS > positions_BT1  # causal
+            if window < part.length:  # otherwise no position can be outside of the window
                 hidden_BTS = hidden_BTS | (held_BTS <= positions_BT1 - window)
             if ring is not None:
-                hidden_BTS = hidden_BTS | (held_BTS < 0)  # a slot of the ring that nothing was written to yet
+                # The formula gives a negative position for a slot that a shorter row has not written yet.
+                hidden_BTS = hidden_BTS | (held_BTS < 0)
             group = int(q_NHD.size(1)) // int(k_NKD.size(1))
             masks.append(attention.mask(hidden_BTS, group, q_NHD.dtype, self.cache.deterministic))
-        return self.rows_N.to(device), self.cache.slots(layer, positions_N), masks
+        return LayerPlan(rows_N=self.rows_N.to(device), slots_N=self.cache.slots(layer, positions_N), masks=masks)
 
 
 class PrefixCache:
@@ -301,7 +327,7 @@ class PrefixCache:
         """Fill a row with the longest known prefix of `tokens`, at most `limit` of them; return its chain."""
         chain: list[Key] = []
         places: list[int] = []
-        name = 0
+        name = 0  # of the block before the first
         for end in range(BLOCK, limit + 1, BLOCK):
             key = (name, tuple(tokens[end - BLOCK : end]))
             if key not in self._blocks:
@@ -313,7 +339,7 @@ class PrefixCache:
         if not chain:
             return chain
         for layer, known in enumerate(self._memory):
-            # a ring holds the end of the prefix alone
+            # A ring has room for the end of the prefix only.
             first = max(0, len(chain) - (self.cache.rings[layer] or len(tokens)) // BLOCK)
             memory = self.cache.memory(layer, known[0])
             for slots, blocks in self._runs(layer, first, places[first:]):
@@ -323,17 +349,22 @@ class PrefixCache:
 
     def save(self, row: int, tokens: Sequence[int], chain: list[Key]) -> None:
         """Keep the whole blocks of `tokens`, all of which `row` has read; `chain`, of those known before, grows."""
+        # The name of the last block of the chain, by which the next one is found; None if it was evicted.
         name: int | None = self._blocks.get(chain[-1], (None, 0))[0] if chain else 0
         fresh: dict[Key, int] = {}  # names of blocks that are not known yet; what follows one is not known either
-        for end in range(BLOCK * (len(chain) + 1), BLOCK * min(len(tokens) // BLOCK, self.n_blocks) + 1, BLOCK):
-            if name is None:  # the block before was dropped
+        first_end = BLOCK * (len(chain) + 1)
+        last_end = BLOCK * min(len(tokens) // BLOCK, self.n_blocks)
+        for end in range(first_end, last_end + 1, BLOCK):
+            if name is None:  # without its predecessor, a block could never be found again
                 break
             key = (name, tuple(tokens[end - BLOCK : end]))
             if key not in self._blocks:
                 fresh[key] = next(self._names)
             name = fresh[key] if key in fresh else self._blocks[key][0]
             chain.append(key)
+        # Touched before the eviction, so that the chain's own blocks are not the ones that go.
         self._touch(chain)
+        # First the places that were never used, then those of the oldest blocks.
         places = list(range(len(self._blocks), min(self.n_blocks, len(self._blocks) + len(fresh))))
         places += [self._blocks.popitem(last=False)[1][1] for _ in range(len(fresh) - len(places))]
         places.sort()  # neighbours are copied together
@@ -351,12 +382,14 @@ class PrefixCache:
 
     def _runs(self, layer: int, first: int, places: Sequence[int]) -> Iterator[tuple[slice, slice]]:
         """Yield slots of a row, and places here, of the row's blocks from `first` on: neighbours in both together."""
-        ring = (self.cache.rings[layer] or 0) // BLOCK
+        ring = (self.cache.rings[layer] or 0) // BLOCK  # in blocks; 0 for a layer without a ring
         pairs = [((first + i) % ring if ring else first + i, place) for i, place in enumerate(places)]
+        # A run starts wherever a pair does not follow its predecessor by one in both: one copy per run, not per block.
         starts = [i for i, (slot, place) in enumerate(pairs) if not i or pairs[i - 1] != (slot - 1, place - 1)]
         for start, end in itertools.pairwise([*starts, len(pairs)]):
             slot, place = pairs[start]
-            yield slice(BLOCK * slot, BLOCK * (slot + end - start)), slice(place, place + end - start)
+            n = end - start
+            yield slice(BLOCK * slot, BLOCK * (slot + n)), slice(place, place + n)
 
     def _copy(self, row: int, first: int, places: Sequence[int]) -> None:
         """Copy blocks of a row, from its `first` on, to these places."""
