@@ -172,7 +172,7 @@ class OneEvent(ChatFormat):
         self.events = events
 
     def decoder(self, prompt=(), stop=()):
-        return types.SimpleNamespace(feed=lambda token: [], finish=lambda: self.events)
+        return types.SimpleNamespace(feed=lambda token: [], finish=lambda: self.events, stopped=False)
 
 
 def test_bytes_that_are_no_text_do_not_end_a_session(base_dir):

@@ -163,7 +163,7 @@ class Trace(RuleBasedStateMachine):
 
 
 def test_ten_thousand_random_steps():
-    run_state_machine_as_test(Trace, settings=settings(max_examples=100, stateful_step_count=80, deadline=None))
+    run_state_machine_as_test(Trace, settings=settings(max_examples=160, stateful_step_count=80, deadline=None))
     assert Trace.n_steps >= 10_000
 
 
