@@ -63,7 +63,7 @@ def compare_tasks(a: dict[str, Any], b: dict[str, Any]) -> Difference:
 
 
 def read_tasks(path: Path) -> tuple[str, dict[str, dict[str, Any]]]:
-    """What the mean of a record is called, and its tasks; ValueError when the file holds none."""
+    """Return the name of a record's mean, and its tasks. Raises ValueError when the file holds none."""
     record = read_json(path)
     try:
         name = "CORE" if record.get("core") else "ChatCORE"

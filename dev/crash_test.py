@@ -68,7 +68,7 @@ def make_world(folder: Path, characters: int = 120_000) -> None:
 
 
 def run_module(module: str, argv: list[str], log: str) -> None:
-    """What a forked process does: `python -m module argv`, its output into a file."""
+    """Run what a forked process does: `python -m module argv`, its output into a file."""
     warnings.filterwarnings("ignore", message=".*found in sys.modules")  # it was imported before the fork
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for fd in (1, 2):
@@ -117,7 +117,7 @@ class Stage:
         return time.monotonic() - began
 
     def _result(self, tag: str) -> dict[str, Any]:
-        """What a finished run leaves that must not depend on kills."""
+        """Return the part of a finished run's result that must not depend on kills."""
         path = get_base_dir() / "runs" / self.name / tag / "metrics.jsonl"
         lines = [json.loads(line) for line in path.read_text().splitlines()]
         files = checkpoint.read_meta(self.name, tag, self.config.steps)["files"]

@@ -60,7 +60,7 @@ class PeerSide:
 
 
 def use_checkout(root: str) -> None:
-    """Have `import nanochat` find the checkout; our own packages must not hide those without __init__.py."""
+    """Make `import nanochat` find the checkout; our own packages must not hide those without __init__.py."""
     own = Path(__file__).resolve().parent.parent
     sys.dont_write_bytecode = True
     sys.path = [root, *(path for path in sys.path[1:] if Path(path or ".").resolve() != own)]
@@ -170,7 +170,7 @@ def serve_rows(path: str, state: tuple = ()) -> Callable[..., Iterator[tuple]]:
 
 
 def begin_with(path: str) -> None:
-    """Have models begin with the weights in `path`, which must be all of them."""
+    """Make models begin with the weights in `path`, which must be all of them."""
     GPT = importlib.import_module("nanochat.gpt").GPT
     original = GPT.init_weights
 

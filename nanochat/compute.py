@@ -259,7 +259,7 @@ def _join_ranks(device: torch.device, rank: int, world_size: int) -> None:
 
 
 def _keep_freed_memory() -> None:
-    """Have glibc keep freed pages: large activations otherwise return to the kernel and fault in again each step.
+    """Make glibc keep freed pages: large activations otherwise return to the kernel and fault in again each step.
 
     The same as MALLOC_MMAP_MAX_=0, MALLOC_TRIM_THRESHOLD_ and MALLOC_TOP_PAD_, without asking the user to set them.
     """
@@ -275,7 +275,7 @@ def _keep_freed_memory() -> None:
 
 
 def _keep_few_kernels() -> None:
-    """Have oneDNN keep 64 kernels, read when the first product is made.
+    """Make oneDNN keep 64 kernels, read when the first product is made.
 
     It makes one for each shape of a bf16 product and keeps 1,024, which is 850 MB where lengths vary. Making one takes
     0.3 ms; a training step at T=2048 has 80 shapes.

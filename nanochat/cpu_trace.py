@@ -91,7 +91,7 @@ class Trace:
         return torch._C._create_function_from_graph("decode", graph)
 
     def _decode(self, inputs_4N: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
-        """What is recorded. The tracer knows an input wherever it is read, so weights need not be handed on."""
+        """Run the recorded step. The tracer knows an input wherever it is read, so weights need not be handed on."""
         idx_N, previous_N, positions_N, rows_N = inputs_4N.unbind()
         all_rows = Part(first_row=0, n_rows=-1, n_tokens=1, length=self.cache.context + 1)
         given = GivenMemory(self.cache, tensors)

@@ -208,7 +208,7 @@ class RowLoader:
         return order
 
     def _prepare_next_group(self, step: int) -> None:
-        """Have the next group tokenized and packed by another thread while this one is being read."""
+        """Let another thread tokenize and pack the next group while this one is being read."""
         upcoming = self._locate(step * self.rows_per_step)[1] + 1
         known = len(self._begins) - 1
         if upcoming < known or upcoming == len(self.rows.groups) or upcoming == self._prepared:

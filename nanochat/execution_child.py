@@ -312,7 +312,7 @@ def give_verdict(descriptor: int, outcome: str, error: str) -> NoReturn:
 
 
 def judge(task: dict[str, str], program: Program) -> NoReturn:
-    """Have the program run, then the tests, and give the verdict."""
+    """Let the program run, then run the tests, and give the verdict."""
     test_globals = TestGlobals(program)
     try:
         program.ask(task["program"])

@@ -78,7 +78,7 @@ def conversation_rows(
     replay: float = 0.0,
     dataset: str = "",
 ) -> PackedRows:
-    """Have rank 0 render conversations and pack them into rows of T + 1 tokens; every rank then reads these rows.
+    """Let rank 0 render conversations and pack them into rows of T + 1 tokens; every rank then reads these rows.
 
     replay: tokens of `dataset`'s training text to mix in, for each token of conversation.
     """

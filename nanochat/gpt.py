@@ -254,7 +254,7 @@ class GPT(LanguageModel):
 
     @property
     def cache_needs(self) -> list[LayerNeed]:
-        """What each layer keeps of a token in the KV cache."""
+        """Return what each layer keeps of a token in the KV cache."""
         config = self.config
         return [LayerNeed(config.n_kv_head, config.head_dim, window) for window in config.windows]
 
