@@ -1,11 +1,13 @@
-"""The chat format: a conversation to token ids and a loss mask.
+"""The chat format: conversations to token ids, a loss mask, and prompts.
+
+A conversation is {"messages": [{"role": ..., "content": ...}, ...]}. It is written as
 
     <|bos|>
     <|user_start|> text <|user_end|>
     <|assistant_start|> text <|python_start|> code <|python_end|> <|output_start|> result <|output_end|> text
     <|assistant_end|>
 
-The mask is 1 on the tokens that the model is trained to produce:
+Training calls `render`, which also returns the loss mask. It is 1 on the tokens that the model learns to produce:
 
 * the assistant's text, its code with <|python_start|> and <|python_end|>, and <|assistant_end|>, which ends its turn;
 * not the user's text: the model answers it and never writes it;
@@ -13,14 +15,19 @@ The mask is 1 on the tokens that the model is trained to produce:
 * not the tool's output: when the model chats, the engine runs the code and inserts the result. A model trained on
   results would learn to invent them instead of waiting for the tool.
 
+The terminal chat and the server use a `ChatFormat`: `prompt` renders the messages up to the next answer, without the
+oldest turns if they do not fit, and `decoder` reads that answer. Open-weights models bring formats of their own, which
+subclass it (hf/chat.py).
+
 A row starts with <|bos|> because pretraining put it in front of every document: it says that nothing comes before.
 Special tokens cannot be typed: the tokenizer reads `<|user_end|>` inside a message as plain characters.
 """
 
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
+from nanochat.detokenizer import AnswerDecoder
 from nanochat.tokenizer import Tokenizer
 
 ROLES = ("user", "assistant")
@@ -139,42 +146,65 @@ def _render(messages: list[Message], tokenizer: Tokenizer) -> Rendered:
     return ids, mask
 
 
-def drop_oldest_turns(
-    messages: list[Message], tokenizer: Any, budget: int, render: Callable[[list[Message]], list[int]] | None = None
-) -> list[Message]:
-    """Return the newest messages that fit into `budget` (at least 8) tokens, as `render` counts them.
+class ChatFormat:
+    """How a model is spoken to: messages -> prompt ids, and a decoder for the answer. This one is the project's own."""
 
-    Pairs of question and answer are dropped, the oldest first; the system message stays. If the last question alone is
-    too long, its end is kept. If the system message leaves that question less than a quarter of the budget, it is
-    dropped, too. `render` defaults to `render_for_completion`. Raises ValueError if the messages are malformed.
-    """
-    validate({"messages": messages}, allow_empty_reply=True)
-    has_system = messages[0]["role"] == "system"
-    system = messages[:has_system]
-    turns = messages[has_system:]
-    if turns[-1]["role"] == "assistant":
-        turns = turns[:-1]
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
 
-    def excess(candidate: list[Message]) -> int:
-        ids = render(candidate) if render else render_for_completion({"messages": candidate}, tokenizer)
-        return len(ids) - budget
+    def render(self, messages: list[Message]) -> list[int]:
+        """Return the ids of the conversation, ending where the assistant's next turn begins.
 
-    # Fewer pairs are fewer tokens, so bisection finds how many must go.
-    pairs_before_last = len(turns) // 2
-    dropped = bisect_left(range(pairs_before_last), True, key=lambda pairs: excess(system + turns[2 * pairs :]) <= 0)
-    kept = system + turns[2 * dropped :]
-    if dropped < pairs_before_last or excess(kept) <= 0:
-        return kept
+        Raises ValueError if the messages are malformed.
+        """
+        return render_for_completion({"messages": messages}, self.tokenizer)
 
-    # The last question alone is too long.
-    text = plain_text(turns[-1])
-    if excess([*system, {"role": "user", "content": text[-1]}]) > -(budget // 4):
-        system = []
-    while len(text) > 1:
-        over = excess([*system, {"role": "user", "content": text}])
-        if over <= 0:
-            break
-        # The first token that stays may begin inside a character (U+FFFD once decoded): that character goes, too.
-        shorter = tokenizer.decode(tokenizer.encode(text)[over:]).lstrip("\ufffd")
-        text = shorter if 0 < len(shorter) < len(text) else text[(len(text) + 1) // 2 :]
-    return [*system, {"role": "user", "content": text}]
+    def prompt(self, messages: list[Message], context: int, max_tokens: int | None = None) -> list[int]:
+        """Return the ids of the next answer's prompt, without the oldest turns if they would leave too little room.
+
+        The answer gets `max_tokens`, but a long limit does not push the conversation out: at most a quarter of the
+        context is reserved. Raises ValueError if the messages are malformed.
+        """
+        reserved = min(max_tokens or context, context // 4)
+        return self.render(self.fit(messages, context - reserved))
+
+    def fit(self, messages: list[Message], budget: int) -> list[Message]:
+        """Return the newest messages that `render` fits into `budget` (at least 8) tokens.
+
+        Pairs of question and answer are dropped, the oldest first; the system message stays. If the last question alone
+        is too long, its end is kept. If the system message leaves that question less than a quarter of the budget, it
+        is dropped, too. Raises ValueError if the messages are malformed.
+        """
+        validate({"messages": messages}, allow_empty_reply=True)
+        has_system = messages[0]["role"] == "system"
+        system = messages[:has_system]
+        turns = messages[has_system:]
+        if turns[-1]["role"] == "assistant":
+            turns = turns[:-1]
+
+        def excess(candidate: list[Message]) -> int:
+            return len(self.render(candidate)) - budget
+
+        # Fewer pairs are fewer tokens, so bisection finds how many must go.
+        n_pairs = len(turns) // 2
+        dropped = bisect_left(range(n_pairs), True, key=lambda pairs: excess(system + turns[2 * pairs :]) <= 0)
+        kept = system + turns[2 * dropped :]
+        if dropped < n_pairs or excess(kept) <= 0:
+            return kept
+
+        # The last question alone is too long.
+        text = plain_text(turns[-1])
+        if excess([*system, {"role": "user", "content": text[-1]}]) > -(budget // 4):
+            system = []
+        while len(text) > 1:
+            over = excess([*system, {"role": "user", "content": text}])
+            if over <= 0:
+                break
+            # The first token that stays may begin inside a character (U+FFFD once decoded): that character goes, too.
+            shorter = self.tokenizer.decode(self.tokenizer.encode(text)[over:]).lstrip("\ufffd")
+            text = shorter if 0 < len(shorter) < len(text) else text[(len(text) + 1) // 2 :]
+        return [*system, {"role": "user", "content": text}]
+
+    def decoder(self, prompt: Sequence[int] = (), stop: Sequence[str] = ()) -> AnswerDecoder:
+        """Return a new decoder for the answer to `prompt`. The answer ends at the first of the texts in `stop`."""
+        return AnswerDecoder(self.tokenizer, stop)

@@ -8,8 +8,6 @@ import codecs
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from nanochat.conversation import Part
-
 
 class ToolCall(NamedTuple):
     """A use of the calculator; `result` is None when the expression was not valid."""
@@ -25,12 +23,12 @@ class Reasoning(str):
 Event = str | Reasoning | ToolCall
 
 
-def content_of(events: Iterable[Event]) -> list[Part]:
+def content_of(events: Iterable[Event]) -> list[dict[str, str]]:
     """Return the content of an assistant's message that said `events`, for the conversation to go on with.
 
     Reasoning is left out, because models are trained on conversations without that of earlier turns.
     """
-    parts: list[Part] = []
+    parts: list[dict[str, str]] = []
     for event in events:
         if isinstance(event, ToolCall):
             parts.append({"type": "python", "text": event.expression})

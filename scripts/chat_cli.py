@@ -19,11 +19,10 @@ from pathlib import Path
 import torch
 
 from nanochat import cli
-from nanochat.chat_format import ChatFormat
 from nanochat.cli import option
 from nanochat.common import STAGES, atomic_write_json, get_base_dir, print0, read_json
 from nanochat.compute import Compute
-from nanochat.conversation import Message, plain_text, validate
+from nanochat.conversation import ChatFormat, Message, plain_text, validate
 from nanochat.detokenizer import Event, Reasoning, ToolCall, content_of
 from nanochat.engine import Engine, Request
 from nanochat.hf import store

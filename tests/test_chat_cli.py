@@ -19,8 +19,8 @@ import torch
 from tiny_chat import INJECTION, STORY, tiny_chat
 
 from nanochat import checkpoint
-from nanochat.chat_format import ChatFormat
 from nanochat.compute import Compute
+from nanochat.conversation import ChatFormat
 from nanochat.detokenizer import Reasoning, ToolCall
 from nanochat.engine import Engine
 from scripts.chat_cli import HELP, Chat, Config

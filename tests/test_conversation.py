@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanochat.conversation import PARTS as KINDS
-from nanochat.conversation import drop_oldest_turns, render, render_for_completion, validate
+from nanochat.conversation import ChatFormat, render, render_for_completion, validate
 from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 
@@ -211,7 +211,7 @@ def test_malformed_conversations_name_message_and_problem(tokenizer, conversatio
 @given(conversations(), WORDS, st.integers(16, 120))
 def test_dropping_turns_always_fits_and_keeps_the_newest(tokenizer, conversation, question, budget):
     messages = [*conversation["messages"], user(question)]
-    kept = drop_oldest_turns(messages, tokenizer, budget)
+    kept = ChatFormat(tokenizer).fit(messages, budget)
     prompt = render_for_completion({"messages": kept}, tokenizer)
     assert len(prompt) <= budget and prompt[0] == tokenizer.get_bos_token_id()
     whole = render_for_completion({"messages": messages}, tokenizer)
@@ -225,11 +225,11 @@ def test_dropping_turns_always_fits_and_keeps_the_newest(tokenizer, conversation
 def test_dropping_is_no_more_than_needed_and_keeps_the_system_text(tokenizer):
     turns = [m for i in range(20) for m in (user(f"question {i}"), assistant(f"answer {i}"))] + [user("the last")]
     messages = [{"role": "system", "content": "Be brief."}, *turns]
-    kept = drop_oldest_turns(messages, tokenizer, 200)
+    kept = ChatFormat(tokenizer).fit(messages, 200)
     assert kept[0] == messages[0] and kept[1:] == turns[-len(kept) + 1 :] and 1 < len(kept) < len(messages)
     one_more = [messages[0], *turns[-len(kept) - 1 :]]
     assert len(render_for_completion({"messages": one_more}, tokenizer)) > 200
-    assert drop_oldest_turns([*messages, assistant("an answer")], tokenizer, 200) == kept
+    assert ChatFormat(tokenizer).fit([*messages, assistant("an answer")], 200) == kept
 
 
 @pytest.mark.parametrize(
@@ -239,7 +239,7 @@ def test_dropping_is_no_more_than_needed_and_keeps_the_system_text(tokenizer):
 @pytest.mark.parametrize("budget", [8, 64, 512])
 def test_an_overlong_question_keeps_its_end(tokenizer, text, system, budget):
     head = [] if system is None else [{"role": "system", "content": system}]
-    kept = drop_oldest_turns([*head, user("old"), assistant("older"), user(text)], tokenizer, budget)
+    kept = ChatFormat(tokenizer).fit([*head, user("old"), assistant("older"), user(text)], budget)
     size = len(render_for_completion({"messages": kept}, tokenizer))
     assert size <= budget
     assert text.replace("\ud800", "\ufffd").endswith(kept[-1]["content"].replace("\ud800", "\ufffd"))

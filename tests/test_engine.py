@@ -8,7 +8,7 @@ import pytest
 import torch
 from random_model import random_model
 
-from nanochat.chat_format import ChatFormat
+from nanochat.conversation import ChatFormat
 from nanochat.engine import AnswerDecoder, Engine, Request, ToolCall
 from nanochat.gpt import GPT
 from nanochat.kv_cache import Part

@@ -11,7 +11,7 @@ import time
 import pytest
 from tiny_chat import ANSWERS, held, leave, running_server, text_of, tiny_chat, wait_for
 
-from nanochat.chat_format import ChatFormat
+from nanochat.conversation import ChatFormat
 from nanochat.engine import Engine
 from nanochat.serve.server import read_api_keys
 

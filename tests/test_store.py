@@ -17,8 +17,8 @@ import tiny_hf
 from hub_server import HubServer
 
 import nanochat.hf
-from nanochat.chat_format import ChatFormat
 from nanochat.compute import Compute
+from nanochat.conversation import ChatFormat
 from nanochat.engine import Engine
 from nanochat.hf import store
 from nanochat.hf.chat import TemplateFormat

@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nanochat.chat_format import ChatFormat
-from nanochat.conversation import render
+from nanochat.conversation import ChatFormat, render
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.serve.app import create_app_for

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from nanochat import hf
-from nanochat.chat_format import ChatFormat
+from nanochat.conversation import ChatFormat
 from nanochat.engine import Engine
 from nanochat.hf.chat import chat_format
 from nanochat.hf.tokenizer import HFTokenizer

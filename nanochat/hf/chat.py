@@ -1,7 +1,7 @@
 """Chat formats of open-weights models: a Jinja template from the model's folder, or harmony for gpt-oss.
 
 A format turns messages into the ids of a prompt, and gives each answer a decoder that tells text, reasoning and tool
-calls apart. `chat_format` picks the one that a folder's model was trained in; chat_format.py has the protocol.
+calls apart. `chat_format` picks the one that a folder's model was trained in; conversation.py has the protocol.
 """
 
 import datetime
@@ -11,9 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nanochat.chat_format import ChatFormat
 from nanochat.common import read_json
-from nanochat.conversation import Message, plain_text, validate
+from nanochat.conversation import ChatFormat, Message, plain_text, validate
 from nanochat.detokenizer import AnswerDecoder, Event, Reasoning
 from nanochat.hf.tokenizer import HFTokenizer
 

@@ -24,9 +24,9 @@ import torch
 import torch.distributed as dist
 
 from nanochat import checkpoint
-from nanochat.chat_format import ChatFormat
 from nanochat.common import STAGES, get_base_dir, sha256_file
 from nanochat.compute import free_memory, pick_dtype
+from nanochat.conversation import ChatFormat
 from nanochat.engine import Engine
 from nanochat.hf.chat import chat_format
 from nanochat.hf.load import FAMILIES, INDEX, load, read_config, read_weight_map, skeleton, stored_tensors

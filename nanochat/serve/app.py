@@ -5,7 +5,7 @@ This file follows a request. A chat goes straight down from here:
     chat_completions()            the route
       schema.read_body()          parses and checks the body
       model.sessions.begin()      puts the conversation so far before it, if it names a session (sessions.py)
-      chat_format.prompt()        renders the messages to token ids (chat_format.py, conversation.py)
+      chat_format.prompt()        renders the messages to token ids (conversation.py)
       model.submit()              hands them to an engine's thread (loop.py)
         engine.step()             samples a token of each request (nanochat/engine.py)
       Answer                      makes OpenAI's objects of what comes back (answers.py)
@@ -18,8 +18,7 @@ tell of the server are in information.py.
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from nanochat.chat_format import ChatFormat
-from nanochat.conversation import Message
+from nanochat.conversation import ChatFormat, Message
 from nanochat.detokenizer import AnswerDecoder
 from nanochat.engine import Engine, Request
 from nanochat.serve.answers import Answer, ChatForm, TextForm

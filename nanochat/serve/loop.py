@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
-from nanochat.chat_format import ChatFormat
+from nanochat.conversation import ChatFormat
 from nanochat.detokenizer import Event
 from nanochat.engine import Engine, Request, Update
 from nanochat.serve.metrics import Metrics

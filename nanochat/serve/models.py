@@ -8,8 +8,8 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from nanochat.chat_format import ChatFormat
 from nanochat.cli import option, require_positive
+from nanochat.conversation import ChatFormat
 from nanochat.engine import Engine
 from nanochat.serve.loop import ENGINE_DEAD, Model
 from nanochat.serve.metrics import Metrics

@@ -8,8 +8,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from nanochat.chat_format import ChatFormat
-from nanochat.conversation import Message
+from nanochat.conversation import ChatFormat, Message
 from nanochat.serve.schema import ApiError, SessionContent
 
 Key = tuple[int, str]  # the owner (the number of an API key) and the session's name: keys do not see each other's
