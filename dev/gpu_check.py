@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from nanochat import attention, cli, fp8, fused_mlp, loss, probe, recipe
+from nanochat import attention, cli, compute, fp8, fused_mlp, loss, recipe
 from nanochat.common import get_base_dir, write_record
 from nanochat.gpt import GPTConfig
 from scripts.infer_bench import read_bandwidth, table, time_calls
@@ -142,7 +142,7 @@ def _mlp(config: Config, model: GPTConfig, device: torch.device) -> Iterator[Che
         "fused",
         f"{N}x{C}",
         6 * N * 8 * C * C,
-        lambda: probe.agrees(
+        lambda: compute.kernel_agrees(
             "fused MLP", fused_mlp.fused_mlp, fused_mlp.eager_mlp, [x.to(device) for x in inputs(512)]
         ),
         fused_mlp.fused_mlp,

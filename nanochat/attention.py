@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from nanochat import probe
+from nanochat.compute import kernel_agrees
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]  # (q_BTHD, k_BTKD, v_BTKD, window)
 BLOCK = 128  # queries per block on CPU; GPTConfig rounds short windows up to a multiple of it
@@ -345,12 +345,12 @@ def backends(device_type: str, windowed: bool) -> tuple[tuple[str, Callable[[], 
 
 
 def works(name: str, make: Callable[[], Attend], device: torch.device, dtype: torch.dtype, head_dim: int, window: int):
-    """Return whether a backend gives the definition's output and gradients on this device (see probe.py)."""
+    """Return whether a backend gives the definition's output and gradients on this device (see compute.py)."""
     generator = torch.Generator().manual_seed(0)
     q_BTHD, k_BTKD, v_BTKD = (
         torch.randn(1, 300, heads, head_dim, generator=generator).to(device, dtype) for heads in (4, 2, 2)
     )
-    return probe.agrees(
+    return kernel_agrees(
         f"attention by {name}",
         lambda q, k, v: make()(q, k, v, window),
         lambda q, k, v: attend_naive(q, k, v, window),

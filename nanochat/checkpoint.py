@@ -2,9 +2,10 @@
 
     checkpoints/<stage>/<tag>/step_000100/{model.safetensors, optim.000.safetensors, ..., meta.json}
 
-`save` fills a folder under a temporary name, syncs it to disk, and renames it last, so that a kill at any moment leaves
-either a whole checkpoint or none. meta.json lists the SHA-256 of every file; whoever reads a checkpoint checks them.
-Each rank writes its own share of the optimizer's state, and `load_optimizer` joins the shares again.
+`save` fills a folder under a temporary name, syncs it to disk, and renames it last, so a kill at any moment leaves
+either a whole checkpoint or none. meta.json lists the SHA-256 of every file, and `read_meta` checks them. Each rank
+writes its own share of the optimizer's state; `load_optimizer_shares` reads the shares of all ranks, however many
+there were.
 """
 
 import contextlib
@@ -16,13 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from nanochat.common import atomic_write_json, fsync_dir, get_base_dir, print0, read_json, sha256_file
 from nanochat.compute import Compute
 from nanochat.gpt import GPT, GPTConfig, build_model
-from nanochat.optim import MuonAdamW
 from nanochat.tokenizer import FILE_NAME, Tokenizer, kept_name, load_tokenizer
 
 SCRIPTS = {"base": "base_train", "mid": "mid_train", "sft": "chat_sft", "rl": "chat_rl"}  # which makes which stage
@@ -40,12 +40,11 @@ def step_dir(stage: str, tag: str, step: int) -> Path:
 
 def list_steps(stage: str, tag: str) -> list[int]:
     """Return the steps that have a finished checkpoint, ascending."""
-    folder = checkpoint_dir(stage, tag)
     steps = []
-    for path in folder.iterdir() if folder.exists() else ():
-        name = re.fullmatch(r"step_(\d{6,})", path.name)
-        if name and (path / "meta.json").exists():
-            steps.append(int(name[1]))
+    for path in checkpoint_dir(stage, tag).glob("step_*/meta.json"):
+        number = re.fullmatch(r"step_(\d{6,})", path.parent.name)
+        if number:
+            steps.append(int(number[1]))
     return sorted(steps)
 
 
@@ -57,11 +56,11 @@ def save(
     tag: str,
     step: int,
     model: GPT,
-    optimizer: MuonAdamW | None,
+    optimizer_state: dict[str, torch.Tensor] | None,
     meta: dict[str, Any],
     compute: Compute,
 ) -> None:
-    """Write one checkpoint. Every rank calls this and writes its share of the optimizer's state, if there is one.
+    """Write one checkpoint; every rank calls this with its share of the optimizer's state, if it has any.
 
     Raises OSError on all ranks if one of them fails, as on a full disk; nothing is left of the attempt then, and
     earlier checkpoints stand.
@@ -75,11 +74,12 @@ def save(
             temporary.mkdir(parents=True)
             _write_tensors(model.state_dict(), temporary / "model.safetensors")
 
+    # Now the folder exists, and every rank can add its share.
     with _all_ranks_or_none(final, temporary, compute):
-        if optimizer is not None:
-            state = {name: value.contiguous() for name, value in optimizer.state_dict().items()}
-            _write_tensors(state, temporary / f"optim.{compute.rank:03d}.safetensors")
+        if optimizer_state is not None:
+            _write_tensors(optimizer_state, temporary / f"optim.{compute.rank:03d}.safetensors")
 
+    # Now all files are on disk. The rename below turns them into a checkpoint.
     with _all_ranks_or_none(final, temporary, compute):
         if compute.rank == 0:
             files = {path.name: sha256_file(path) for path in sorted(temporary.iterdir())}
@@ -108,7 +108,7 @@ def _all_ranks_or_none(final: Path, temporary: Path, compute: Compute) -> Iterat
 
 
 def _write_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    save_file(tensors, path)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
     with open(path, "rb+") as f:
         os.fsync(f.fileno())
 
@@ -124,7 +124,7 @@ def _rename_over(temporary: Path, final: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def update_meta(stage: str, tag: str, step: int, **values: Any) -> None:
+def update_meta(stage: str, tag: str, step: int, values: dict[str, Any]) -> None:
     """Add values that became known after saving, such as the validation loss, to a checkpoint's meta.json."""
     path = step_dir(stage, tag, step) / "meta.json"
     atomic_write_json(path, {**read_json(path), **values})
@@ -135,7 +135,7 @@ def prune(stage: str, tag: str, keep: int) -> None:
     steps = list_steps(stage, tag)
     losses: dict[int, float] = {}
     for step in steps:
-        with contextlib.suppress(ValueError):  # a damaged one is not the best
+        with contextlib.suppress(ValueError):  # a damaged checkpoint is not the best
             loss = _read_meta_file(step_dir(stage, tag, step)).get("val_bpb")
             if loss is not None:
                 losses[step] = loss
@@ -240,26 +240,21 @@ def load_model(
     tokenizer = load_tokenizer(meta["tokenizer_hash"])
     check_tokenizer(meta, tokenizer)
     model = build_model(GPTConfig.from_dict(meta["model_config"]), device, train=train)
-    load_state(stage, tag, step, model)
+    load_weights(stage, tag, step, model)
     return model.train(train), tokenizer, meta
 
 
-def load_state(stage: str, tag: str, step: int, model: GPT) -> None:
+def load_weights(stage: str, tag: str, step: int, model: GPT) -> None:
     """Fill `model` from a checkpoint. Raises ValueError when a tensor is missing, too many, or of another shape."""
     path = step_dir(stage, tag, step) / "model.safetensors"
-    state = model.state_dict()
-    with safe_open(path, framework="pt", device=str(model.device)) as file:
-        stored_shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        wanted_shapes = {name: tuple(value.shape) for name, value in state.items()}
-        if stored_shapes != wanted_shapes:
-            names = sorted(stored_shapes.keys() | wanted_shapes.keys())
-            wrong = [name for name in names if stored_shapes.get(name) != wanted_shapes.get(name)]
-            raise ValueError(f"{path} does not fit the model: {', '.join(wrong[:3])} of {len(wrong)}")
-        for name, value in state.items():
-            value.copy_(file.get_tensor(name))
+    try:
+        # Tensors on the CPU are views of the mapped file, so a GPU never holds the weights twice.
+        model.load_state_dict(load_file(path))
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not fit the model: {str(error)[:300]}") from error
 
 
-def load_optimizer(stage: str, tag: str, step: int, optimizer: MuonAdamW) -> None:
-    """Fill the optimizer from all ranks' shares in a checkpoint, however many there are."""
+def load_optimizer_shares(stage: str, tag: str, step: int, device: torch.device) -> list[dict[str, torch.Tensor]]:
+    """Load the share of the optimizer's state that each rank has saved, in the order of the ranks."""
     paths = sorted(step_dir(stage, tag, step).glob("optim.*.safetensors"))
-    optimizer.load_state_dicts([load_file(path, device=str(optimizer.compute.device)) for path in paths])
+    return [load_file(path, device=str(device)) for path in paths]

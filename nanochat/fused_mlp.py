@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanochat import probe
+from nanochat.compute import kernel_agrees, milliseconds
 
 try:
     import triton
@@ -167,9 +167,9 @@ def fused_mlp_pays(device: torch.device, dtype: torch.dtype, width: int) -> bool
     shapes = ((8192, width), (4 * width, width), (width, 4 * width))
     inputs = [torch.randn(shape, generator=generator) / shape[1] ** 0.5 for shape in shapes]
     inputs = [x.to(device, dtype).requires_grad_() for x in inputs]
-    if not probe.agrees("fused MLP", fused_mlp, eager_mlp, inputs):
+    if not kernel_agrees("fused MLP", fused_mlp, eager_mlp, inputs):
         return False
     compiled_mlp = torch.compile(eager_mlp, dynamic=False)
-    fused_ms = probe.milliseconds(lambda: torch.autograd.grad(fused_mlp(*inputs), inputs, inputs[0]))
-    compiled_ms = probe.milliseconds(lambda: torch.autograd.grad(compiled_mlp(*inputs), inputs, inputs[0]))
+    fused_ms = milliseconds(lambda: torch.autograd.grad(fused_mlp(*inputs), inputs, inputs[0]))
+    compiled_ms = milliseconds(lambda: torch.autograd.grad(compiled_mlp(*inputs), inputs, inputs[0]))
     return fused_ms <= compiled_ms

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from nanochat import probe
+from nanochat.compute import kernel_agrees
 
 LossSum = Callable[[Tensor, Tensor, Tensor, float], Tensor]  # (x_NC, w_VC, targets_N, cap) -> summed loss
 ChunkGradients = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
@@ -87,7 +87,7 @@ def liger_agrees(device: torch.device, dtype: torch.dtype, form: LossSum) -> boo
     targets_N = targets_N.to(device)
     x_NC = torch.randn(32, 16, generator=generator).to(device, dtype)
     w_VC = torch.randn(70, 16, generator=generator).to(device, dtype)
-    return probe.agrees(
+    return kernel_agrees(
         "liger-kernel's cross-entropy",
         lambda x, w: form(x, w, targets_N, 15.0),
         lambda x, w: chunked_loss_sum(x, w, targets_N, 15.0),

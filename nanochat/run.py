@@ -151,8 +151,8 @@ def start_or_resume(run: Run) -> Progress:
         before, now = meta.get(name), run.meta.get(name)
         if before != now:
             raise ValueError(f"--resume: this run began with {name} {before}, now it is {now}: give the same flags")
-    checkpoint.load_state(run.stage, run.tag, step, run.model)
-    checkpoint.load_optimizer(run.stage, run.tag, step, run.optimizer)
+    checkpoint.load_weights(run.stage, run.tag, step, run.model)
+    run.optimizer.load_state_dicts(checkpoint.load_optimizer_shares(run.stage, run.tag, step, run.compute.device))
     if run.compute.rank == 0:
         drop_lines_after(run.folder, step)
     print0(f"resumed {run.stage}/{run.tag} at step {step} of {run.num_iterations}")
@@ -222,7 +222,7 @@ def save(run: Run, progress: Progress) -> None:
     if progress.step == progress.saved_step:
         return
     meta = {**run.meta, "val_bpb": None, "seconds": progress.seconds, "tokens": progress.tokens}
-    checkpoint.save(run.stage, run.tag, progress.step, run.model, run.optimizer, meta, run.compute)
+    checkpoint.save(run.stage, run.tag, progress.step, run.model, run.optimizer.state_dict(), meta, run.compute)
     progress.saved_step = progress.step
 
 
@@ -230,7 +230,7 @@ def record_evaluation(run: Run, progress: Progress, log: RunLog, metrics: dict[s
     """Write an evaluation to the log and, if this step has a checkpoint, into its meta.json."""
     progress.val_bpb = metrics["val_bpb"]
     if run.compute.rank == 0 and progress.step > 0 and progress.step == progress.saved_step:
-        checkpoint.update_meta(run.stage, run.tag, progress.step, **metrics)
+        checkpoint.update_meta(run.stage, run.tag, progress.step, metrics)
     log.write({"step": progress.step, **metrics})
 
 

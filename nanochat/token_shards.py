@@ -36,7 +36,6 @@ from typing import Any
 import numpy as np
 
 from nanochat.common import atomic_write_json, fsync_dir, read_json, sha256_file
-from nanochat.conversation import Rendered
 from nanochat.dataset import dataset_dir, read_manifest, shard_records
 from nanochat.documents import iterate_documents
 from nanochat.tokenizer import Tokenizer
@@ -264,7 +263,7 @@ def _tokenized(texts: Iterator[str], tokenizer: Tokenizer) -> Iterator[tuple[lis
 
 
 def pack_conversations(
-    name: str, conversations: Iterable[Rendered], tokenizer: Tokenizer, sequence_len: int
+    name: str, conversations: Iterable[tuple[list[int], list[int]]], tokenizer: Tokenizer, sequence_len: int
 ) -> PackedRows:
     """Write conversations, rendered as (ids, mask), as rows under datasets/`name`, and return the rows.
 

@@ -37,8 +37,7 @@ def base_dir(tmp_path_factory):
         patch.setenv("NANOCHAT_BASE_DIR", str(folder))
         tokenizer.save(folder / "tokenizer")
         meta = {"model_config": dataclasses.asdict(model.config), "tokenizer_hash": tokenizer.hash}
-        no_optimizer = types.SimpleNamespace(state_dict=dict)
-        checkpoint.save("sft", "tiny", 7, model, no_optimizer, meta, Compute.create("cpu"))
+        checkpoint.save("sft", "tiny", 7, model, None, meta, Compute.create("cpu"))
     return folder
 
 

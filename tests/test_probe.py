@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nanochat import probe
+from nanochat.compute import kernel_agrees
 
 
 def raises(x):
@@ -24,6 +24,6 @@ JUDGED = [
 def test_a_probe_passes_only_what_agrees_forward_and_backward(form, reason, capsys):
     inputs = [torch.linspace(-2, 2, 50)]
     with torch.inference_mode():
-        assert probe.agrees("candidate", form, torch.sin, inputs) == (reason is None)
+        assert kernel_agrees("candidate", form, torch.sin, inputs) == (reason is None)
     printed = capsys.readouterr().out
     assert (reason in printed and printed.count("\n") == 1) if reason else not printed

@@ -75,7 +75,7 @@ def world(module_world):
         optimizer.zero_grad()
     lrs = dict.fromkeys(("matrix", "embedding", "unembedding", "scalar"), 0.0)
     meta = {"model_config": vars(model.config), "tokenizer_hash": tokenizer.hash, "dataset": "corpus", "depth": 2}
-    checkpoint.save("sft", "d2", 1, model, MuonAdamW(model, lrs, 0.0, compute), meta, compute)
+    checkpoint.save("sft", "d2", 1, model, MuonAdamW(model, lrs, 0.0, compute).state_dict(), meta, compute)
     return module_world
 
 

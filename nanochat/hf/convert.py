@@ -267,7 +267,7 @@ def import_checkpoint(folder: Path, stage: str, tag: str, tokenizer_dir: str | N
         **facts,
     }
     compute = Compute(torch.device("cpu"), torch.float32)
-    checkpoint.save(stage, tag, step=0, model=model, optimizer=None, meta=meta, compute=compute)
+    checkpoint.save(stage, tag, step=0, model=model, optimizer_state=None, meta=meta, compute=compute)
     return checkpoint.checkpoint_dir(stage, tag)
 
 
