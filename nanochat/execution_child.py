@@ -1,123 +1,137 @@
-"""The two sealed processes of one check (see execution.py). This file runs as a script of a bare Python:
+"""The processes of one check (see execution.py). This file runs as a script of a bare Python:
 
-    python -I -S execution_child.py ROLE READ WRITE MEMORY TIMEOUT
+    python -I -S execution_child.py TIMEOUT sealed|unsafe < task.json; echo $?      10 passed, 11 failed, 12 refused
 
-ROLE is program or judge, READ and WRITE are the pipes between the two. Both seal themselves first. Then the program
-reports what the kernel did not grant, the judge reads its task from standard input, has the other side run the
-program, runs the tests, and writes one line of JSON: the verdict.
+It starts as the launcher, which forks the program's process and the judge's and connects them by two pipes:
+
+    judge    {"call": ["f", [[1, 2]], {}]}  --requests-->    program
+    judge    <--replies--  {"value": 3} or {"error": "ZeroDivisionError: ..."}
+
+The task arrives on standard input, which the judge reads after the program's process has closed it. So no memory, file
+or frame that the model's code can reach holds the tests.
 """
 
-import builtins
 import contextlib
 import ctypes
 import json
-import math
 import os
 import resource
 import signal
 import struct
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from fractions import Fraction
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, NoReturn, TextIO
+
+PASSED, FAILED, REFUSED = 10, 11, 12  # exit statuses that Python never gives by itself
 
 # --- sealing: what a process gives up ---------------------------------------------------------------------------------
 
-OUTPUT_BYTES = 1 << 20  # of what both sides print, and of any file
-OPEN_FILES = 32
+MEMORY_BYTES = 256 << 20  # address space of each process
+OUTPUT_BYTES = 1 << 20  # of what the processes print together
 
-# The system calls that Python needs to compute and to import, by number on x86_64 and on aarch64 (a dash where there is
-# none). All others give ENOSYS: sockets, fork, exec, threads, signals to others, ptrace, changes of files, modes and
-# owners, limits, mounts, namespaces, io_uring, bpf, and whatever the kernel learns next. No argument is looked at, so
-# a call of which one form is dangerous (fcntl, ioctl, prctl, clone) is not here at all.
-SYSTEM_CALLS = """
-read 0 63, write 1 64, pread64 17 67, readv 19 65, writev 20 66, lseek 8 62, close 3 57,
-open 2 -, openat 257 56, stat 4 -, fstat 5 80, lstat 6 -, newfstatat 262 79, statx 332 291, getdents64 217 61,
-access 21 -, faccessat 269 48, faccessat2 439 439, readlink 89 -, readlinkat 267 78, getcwd 79 17,
-mmap 9 222, mprotect 10 226, munmap 11 215, mremap 25 216, madvise 28 233, brk 12 214, futex 202 98,
-rt_sigaction 13 134, rt_sigprocmask 14 135, rt_sigreturn 15 139, sigaltstack 131 132, restart_syscall 219 128,
-poll 7 -, ppoll 271 73, select 23 -, pselect6 270 72, nanosleep 35 101, clock_nanosleep 230 115, sched_yield 24 124,
-clock_gettime 228 113, clock_getres 229 114, gettimeofday 96 169, time 201 -, times 100 153, getrusage 98 165,
-setitimer 38 103, getpid 39 172, gettid 186 178, getuid 102 174, geteuid 107 175, getgid 104 176, getegid 108 177,
-uname 63 160, sysinfo 99 179, sched_getaffinity 204 123, getcpu 309 168, getrandom 318 278, membarrier 324 283,
-rseq 334 293, set_robust_list 273 99, exit 60 93, exit_group 231 94
-"""
+# All system calls that a sealed process may make: "name number-on-x86_64 number-on-aarch64", a dash for none. They are
+# what Python needs to compute and to import. No argument is looked at, so a call of which one form is dangerous (fcntl,
+# ioctl, prctl, clone) is not here at all. What is not here fails with ENOSYS, "the kernel has no such call": sockets,
+# fork, exec, threads, signals, ptrace, changes of files, modes and owners, limits, mounts, namespaces, io_uring, bpf,
+# and whatever the kernel learns next. Numbers: asm/unistd_64.h and asm-generic/unistd.h.
+SYSTEM_CALLS = {
+    "read and write what is open": "read 0 63, pread64 17 67, readv 19 65, write 1 64, writev 20 66, lseek 8 62, "
+    "close 3 57, poll 7 -, ppoll 271 73, select 23 -, pselect6 270 72",
+    "open and look at files, where Landlock allows it": "open 2 -, openat 257 56, stat 4 -, fstat 5 80, lstat 6 -, "
+    "newfstatat 262 79, statx 332 291, getdents64 217 61, access 21 -, faccessat 269 48, faccessat2 439 439, "
+    "readlink 89 -, readlinkat 267 78, getcwd 79 17",
+    "memory of its own": "mmap 9 222, mprotect 10 226, munmap 11 215, mremap 25 216, madvise 28 233, brk 12 214",
+    "locks and signal handlers of its own": "futex 202 98, set_robust_list 273 99, rseq 334 293, membarrier 324 283, "
+    "rt_sigaction 13 134, rt_sigprocmask 14 135, rt_sigreturn 15 139, sigaltstack 131 132, restart_syscall 219 128",
+    "time": "clock_gettime 228 113, clock_getres 229 114, gettimeofday 96 169, time 201 -, times 100 153, "
+    "nanosleep 35 101, clock_nanosleep 230 115, setitimer 38 103, sched_yield 24 124",
+    "facts and random numbers": "getpid 39 172, gettid 186 178, getuid 102 174, geteuid 107 175, getgid 104 176, "
+    "getegid 108 177, getrusage 98 165, uname 63 160, sysinfo 99 179, sched_getaffinity 204 123, getcpu 309 168, "
+    "getrandom 318 278",
+    "the end": "exit 60 93, exit_group 231 94",
+}
 ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}  # AUDIT_ARCH_* of linux/audit.h
 ENOSYS = 38
 
+# Options of prctl(2), from linux/prctl.h
+PR_SET_PDEATHSIG = 1
+PR_SET_SECCOMP = 22
+PR_SET_NO_NEW_PRIVS = 38
 
-def call(name: str, *args: Any) -> int:
+
+def kernel(function: str, *arguments: Any) -> int:
     """Call a function of the C library. Raises OSError when it fails."""
-    result = getattr(ctypes.CDLL(None, use_errno=True), name)(*args)
+    result = getattr(ctypes.CDLL(None, use_errno=True), function)(*arguments)
     if result < 0:
-        raise OSError(ctypes.get_errno(), name)
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     return result
 
 
 def prctl(option: int, value: int) -> None:
-    """Call prctl(2) with one argument."""
-    call("prctl", option, ctypes.c_ulong(value), ctypes.c_ulong(0), ctypes.c_ulong(0), ctypes.c_ulong(0))
+    """Call prctl(2) with one argument; the unused ones must be 0 and as wide as a long."""
+    kernel("prctl", option, ctypes.c_ulong(value), ctypes.c_ulong(0), ctypes.c_ulong(0), ctypes.c_ulong(0))
 
 
-def limit_resources(memory: int, seconds: int) -> None:
-    """Lower the hard limits too, so that the program cannot raise them again."""
-    limits = {
-        resource.RLIMIT_AS: memory,
-        resource.RLIMIT_CPU: seconds,  # should the judge's timer not end it
-        resource.RLIMIT_FSIZE: OUTPUT_BYTES,
-        resource.RLIMIT_NOFILE: OPEN_FILES,
-        resource.RLIMIT_CORE: 0,
-    }
-    for kind, value in limits.items():
-        hard = resource.getrlimit(kind)[1]
-        if hard != resource.RLIM_INFINITY:
-            value = min(value, hard)
-        resource.setrlimit(kind, (value, value))
+def end_with_parent() -> None:
+    """Have the kernel kill this process when the one that started it ends, however that ends."""
+    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def limit_resources() -> None:
+    """Bound memory and output. The hard limits are lowered too, so that the program cannot raise them again."""
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (OUTPUT_BYTES, OUTPUT_BYTES))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash leaves no file
 
 
 def restrict_files() -> None:
-    """Landlock: files of the interpreter's library and the (empty) working directory can be read, nothing else.
+    """Landlock: Python's own library can be read, and no other file, folder or device can be touched.
 
-    https://docs.kernel.org/userspace-api/landlock.html. Where the kernel knows them (versions 4 and 6) TCP and signals
-    and abstract sockets of other processes are forbidden here too, beside the filter below.
+    https://docs.kernel.org/userspace-api/landlock.html
     """
-    create_ruleset, add_rule, restrict_self = 444, 445, 446  # the same numbers on x86_64 and aarch64
-    version = call("syscall", create_ruleset, None, 0, 1)
-    # One bit per right to files; each version knows more of them. What is handled and not allowed is forbidden.
+    create_ruleset, add_rule, restrict_self = 444, 445, 446  # system calls, the same numbers on both machines
+    version = kernel("syscall", create_ruleset, None, 0, 1)  # 1: LANDLOCK_CREATE_RULESET_VERSION
+    # A ruleset names the rights that it handles, one bit each; what is handled and not allowed below is forbidden. Each
+    # version knew more rights to files: 13, then moving (REFER), TRUNCATE, and IOCTL_DEV since the fifth. All of them.
     rights = {1: 13, 2: 14, 3: 15, 4: 15}.get(version, 16)
-    attributes = struct.pack("=QQQ", (1 << rights) - 1, 0b11, 0b11)  # struct landlock_ruleset_attr: files, TCP, scopes
-    size = 8 if version < 4 else 16 if version < 6 else 24
-    ruleset = call("syscall", create_ruleset, attributes[:size], size, 0)
-    read_files_and_folders = 0b1100
-    library = os.path.dirname(os.path.dirname(os.__file__))
-    for path in {"/lib", "/lib64", "/usr/lib", "/usr/lib64", f"{sys.base_exec_prefix}/lib", library, "."}:
+    attributes = struct.pack("=Q", (1 << rights) - 1)  # struct landlock_ruleset_attr: handled_access_fs
+    ruleset = kernel("syscall", create_ruleset, attributes, len(attributes), 0)
+    read_file, read_dir, path_beneath = 1 << 2, 1 << 3, 1  # LANDLOCK_ACCESS_FS_* and LANDLOCK_RULE_PATH_BENEATH
+    standard_library = os.path.dirname(os.path.dirname(os.__file__))
+    for path in ("/lib", "/lib64", "/usr/lib", "/usr/lib64", f"{sys.base_exec_prefix}/lib", standard_library):
         if os.path.isdir(path):
-            descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
-            call("syscall", add_rule, ruleset, 1, struct.pack("=Qi", read_files_and_folders, descriptor), 0)
-            os.close(descriptor)
-    call("syscall", restrict_self, ruleset, 0)
+            folder = os.open(path, os.O_PATH)
+            rule = struct.pack("=Qi", read_file | read_dir, folder)  # struct landlock_path_beneath_attr
+            kernel("syscall", add_rule, ruleset, path_beneath, rule, 0)
+            os.close(folder)
+    kernel("syscall", restrict_self, ruleset, 0)
     os.close(ruleset)
 
 
 def filter_system_calls() -> None:
-    """seccomp: only SYSTEM_CALLS reach the kernel. The filter is a program of classic BPF.
+    """seccomp: only SYSTEM_CALLS reach the kernel.
 
-    https://docs.kernel.org/userspace-api/seccomp_filter.html. An instruction is (code, jump if true, if false, value).
-    The architecture is checked first: the same number means another call in 32-bit mode.
+    https://docs.kernel.org/userspace-api/seccomp_filter.html. The filter is a program of classic BPF, which sees the
+    system call as a record: its number at byte 0, the machine's architecture at byte 4.
     """
-    load, jump_if_equal, answer = 0x20, 0x15, 0x06
-    allow, deny = 0x7FFF0000, 0x00050000 | ENOSYS
+    # Codes of BPF (linux/bpf_common.h), and the two answers (linux/seccomp.h)
+    load = 0x20  # BPF_LD | BPF_W | BPF_ABS: fetch the word at a byte of the record
+    jump_if_equal = (
+        0x15  # BPF_JMP | BPF_JEQ | BPF_K: skip so many instructions if the word equals the value, else so many
+    )
+    answer = 0x06  # BPF_RET | BPF_K
+    allow = 0x7FFF0000  # SECCOMP_RET_ALLOW
+    deny = 0x00050000 | ENOSYS  # SECCOMP_RET_ERRNO
     machine = os.uname().machine
-    column = 1 + list(ARCHITECTURES).index(machine)
-    program = [
-        (load, 0, 0, 4),  # the architecture
-        (jump_if_equal, 1, 0, ARCHITECTURES[machine]),
-        (answer, 0, 0, deny),
-        (load, 0, 0, 0),  # the number of the call
-    ]
-    for entry in SYSTEM_CALLS.split(","):
-        number = entry.split()[column]
+    if machine not in ARCHITECTURES:
+        raise OSError(f"no numbers of system calls for {machine}")
+    # The architecture first: the same number means another call in 32-bit mode, which a program can switch to.
+    program = [(load, 0, 0, 4), (jump_if_equal, 1, 0, ARCHITECTURES[machine]), (answer, 0, 0, deny), (load, 0, 0, 0)]
+    for entry in ", ".join(SYSTEM_CALLS.values()).split(", "):
+        _, on_x86_64, on_aarch64 = entry.split()
+        number = on_x86_64 if machine == "x86_64" else on_aarch64
         if number != "-":
             program.append((jump_if_equal, 0, 1, int(number)))
             program.append((answer, 0, 0, allow))
@@ -127,58 +141,39 @@ def filter_system_calls() -> None:
         os.kill(os.getpid(), 0)
     except OSError:
         return
-    raise OSError("the filter was accepted and filters nothing")
+    raise OSError("the filter was accepted and filters nothing")  # as some emulated kernels do
 
 
 def install_filter(program: list[tuple[int, int, int, int]]) -> None:
-    """Put this process and its children under a program of seccomp."""
+    """Put this process and its children under BPF instructions: (code, jump if true, jump if false, value)."""
     code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *instruction) for instruction in program))
-    filter = ctypes.create_string_buffer(struct.pack("@HP", len(program), ctypes.addressof(code)))
-    call("prctl", 22, ctypes.c_ulong(2), filter)  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
+    header = ctypes.create_string_buffer(struct.pack("@HP", len(program), ctypes.addressof(code)))  # struct sock_fprog
+    kernel("prctl", PR_SET_SECCOMP, ctypes.c_ulong(2), header)  # 2: SECCOMP_MODE_FILTER
 
 
-def seal(memory: int, seconds: int) -> list[str]:
-    """Give up all that this process does not need; returns the names of what this system did not grant."""
-    os.environ.clear()
-    steps: dict[str, Callable[[], None]] = {
-        "resource limits": lambda: limit_resources(memory, seconds),
-        "end with its parent": lambda: prctl(1, signal.SIGKILL),  # PR_SET_PDEATHSIG
-        "no new privileges": lambda: prctl(38, 1),  # PR_SET_NO_NEW_PRIVS, which the last two demand
-        "Landlock": restrict_files,
-        "seccomp": filter_system_calls,  # last, for it forbids what the others need
-    }
-    missing = []
-    for name, step in steps.items():
-        try:
-            step()
-        except (OSError, AttributeError, ValueError):  # not on this kernel, C library or machine
-            missing.append(name)
-    return missing
+def seal(name: str, step: Callable[[], None], unsafe: bool) -> None:
+    """Take one step of sealing. Where this system does not grant it, the process ends here, unless `unsafe`."""
+    try:
+        step()
+    except (OSError, AttributeError, ValueError) as error:  # not on this kernel, C library or machine
+        if not unsafe:
+            print(f"no {name}: {error}", file=sys.stderr)
+            os._exit(REFUSED)
 
 
-# --- messages between the two -----------------------------------------------------------------------------------------
+# --- messages between program and judge -------------------------------------------------------------------------------
 
-MESSAGE_BYTES = 16 << 20  # of one call or result
-
-
-class ProgramError(Exception):
-    """What the program raised, in a line."""
+MESSAGE_LENGTH = 16 << 20  # characters of one call or result
 
 
-def send(descriptor: int, message: Any) -> None:
+def send(stream: TextIO, message: Any) -> None:
     """Write one message: a line of JSON."""
-    data = memoryview(json.dumps(message).encode() + b"\n")
-    while data:
-        written = os.write(descriptor, data)
-        data = data[written:]
+    print(json.dumps(message), file=stream, flush=True)
 
 
-def receive(stream: BinaryIO) -> Any:
-    """Read the next message. Raises EOFError when there is none, ValueError when it is too long or no JSON."""
-    line = stream.readline(MESSAGE_BYTES)
-    if not line:
-        raise EOFError
-    return json.loads(line)
+def receive(stream: TextIO) -> Any:
+    """Read the next message. Raises ValueError when it is no JSON, too long, or not there any more."""
+    return json.loads(stream.readline(MESSAGE_LENGTH))
 
 
 def _ratio(value: Any) -> list[int]:
@@ -187,17 +182,16 @@ def _ratio(value: Any) -> list[int]:
 
 # JSON has no tuples, sets or complex numbers. They travel as [kind, *parts]: kind -> (value -> parts, parts -> value).
 KINDS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
-    "int": (lambda x: [hex(x)], lambda parts: int(parts[0], 16)),
-    "complex": (lambda x: [x.real, x.imag], lambda parts: complex(*parts)),
-    "bytes": (lambda x: [x.hex()], lambda parts: bytes.fromhex(*parts)),
-    "range": (lambda x: [x.start, x.stop, x.step], lambda parts: range(*parts)),
-    "Decimal": (_ratio, lambda parts: Fraction(*parts)),
-    "Fraction": (_ratio, lambda parts: Fraction(*parts)),
     "list": (list, list),
     "tuple": (list, tuple),
     "set": (list, set),
     "frozenset": (list, frozenset),
-    "dict": (lambda x: list(x.items()), dict),
+    "dict": (lambda table: list(table.items()), dict),
+    "bytes": (list, bytes),
+    "range": (lambda x: [x.start, x.stop, x.step], lambda parts: range(*parts)),
+    "complex": (lambda x: [x.real, x.imag], lambda parts: complex(*parts)),
+    "Decimal": (_ratio, lambda parts: Fraction(*parts)),
+    "Fraction": (_ratio, lambda parts: Fraction(*parts)),
     "iterator": (list, iter),
 }
 
@@ -207,146 +201,151 @@ def pack(value: Any) -> Any:
 
     Raises TypeError for anything that is not a value, such as a function or an object.
     """
-    if value is None or isinstance(value, bool | float | str):
+    if value is None or isinstance(value, bool | int | float | str):
         return value
-    if isinstance(value, int) and abs(value) < 1 << 62:
-        return value
-    kind = next((base.__name__ for base in type(value).__mro__ if base.__name__ in KINDS), None)
-    if kind is None and hasattr(value, "__iter__"):
-        kind = "iterator"
-    if kind is None:
+    kind = next((base.__name__ for base in type(value).__mro__ if base.__name__ in KINDS), "iterator")
+    if kind == "iterator" and not isinstance(value, Iterable):
         raise TypeError(f"a {type(value).__name__} is not a value that can be compared from outside")
-    to_parts = KINDS[kind][0]
-    return [kind, *(pack(part) for part in to_parts(value))]
+    to_parts, _ = KINDS[kind]
+    return [kind, *map(pack, to_parts(value))]
 
 
 def unpack(node: Any) -> Any:
     """Read what `pack` wrote. The result has exact built-in types only, whatever the sender is."""
     if not isinstance(node, list):
         return node
-    from_parts = KINDS[node[0]][1]
-    return from_parts([unpack(part) for part in node[1:]])
+    kind, *parts = node
+    _, from_parts = KINDS[kind]
+    return from_parts([unpack(part) for part in parts])
 
 
-def describe(error: BaseException, source: str, name: str) -> str:
-    """Put an error and the line of `source`, compiled under `name`, that it came from into one line."""
-    number = None
-    step = error.__traceback__
-    while step:
-        if step.tb_frame.f_code.co_filename == name:
-            number = step.tb_lineno
-        step = step.tb_next
-    where = f" at line {number}: {source.splitlines()[number - 1].strip()[:200]}" if number else ""
-    kind = "" if isinstance(error, ProgramError) else f"{type(error).__name__}: "
-    return f"{kind}{str(error)[:300]}".rstrip(": ") + where
+def describe(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"[:500].rstrip(": ")
 
 
 # --- the program's side -----------------------------------------------------------------------------------------------
 
 
-def serve(requests: BinaryIO, replies: int) -> NoReturn:
-    """Run the source that comes first, then answer calls of its functions."""
-    source = receive(requests)
+def serve(requests: TextIO, replies: TextIO) -> None:
+    """Run the source that comes first, then answer calls of its functions until the judge is gone."""
     module = types.ModuleType("program")
-    sys.modules["program"] = module
+    sys.modules["program"] = module  # where dataclasses and pickle look for it
 
-    def answer(action: Callable[[], Any]) -> None:
-        try:
-            reply = {"value": pack(action())}
-        except Exception as error:
-            reply = {"error": describe(error, source, "<program>")}
-        send(replies, reply)
+    def run(request: dict[str, Any]) -> Any:
+        if "source" in request:
+            return exec(compile(request["source"], "<program>", "exec"), module.__dict__)
+        name, arguments, keywords = unpack(request["call"])
+        return getattr(module, name)(*arguments, **keywords)
 
-    answer(lambda: exec(compile(source, "<program>", "exec"), module.__dict__))
     while True:
-        name, args, kwargs = unpack(receive(requests))
-        answer(lambda: getattr(module, name)(*args, **kwargs))  # noqa: B023 (called at once)
+        request = receive(requests)
+        try:
+            reply = {"value": pack(run(request))}
+        except Exception as error:
+            reply = {"error": describe(error)}
+        send(replies, reply)
 
 
 # --- the judge's side -------------------------------------------------------------------------------------------------
 
 
-class Program:
-    """The other process, as the judge sees it."""
+class ProgramError(Exception):
+    """What the program raised, in a line."""
 
-    def __init__(self, replies: BinaryIO, requests: int, verdicts: int) -> None:
-        self.replies = replies
-        self.requests = requests
-        self.verdicts = verdicts
 
-    def ask(self, message: Any) -> Any:
-        """Send a message and return the value that comes back. Raises ProgramError for an error that comes back.
+def give_verdict(status: int, error: str = "") -> NoReturn:
+    """End the judge with a verdict, without a way back for anything that a test may catch."""
+    with contextlib.suppress(OSError):  # the program may have printed all that may be printed
+        if error:
+            print(error, file=sys.stderr)
+    os._exit(status)
 
-        Where no answer comes back the check ends here: a test that expects an exception must not see one.
-        """
+
+def judge(requests: TextIO, replies: TextIO, timeout: float) -> NoReturn:
+    """Let the program run, then run the tests on it, and give the verdict."""
+
+    def ask(request: dict[str, Any]) -> Any:
         try:
-            with contextlib.suppress(BrokenPipeError):  # it has ended: reading says so, too
-                send(self.requests, message)
-            reply = receive(self.replies)
-            if "error" not in reply:
-                return unpack(reply["value"])
-            error = str(reply["error"])
-        except Exception as problem:
-            outcome = "ended" if isinstance(problem, EOFError) else "failed"
-            give_verdict(self.verdicts, outcome, f"no answer from the program: {problem!r}"[:500])
-        raise ProgramError(error)
+            send(requests, request)
+            reply = receive(replies)
+            value = None if "error" in reply else unpack(reply["value"])
+        except Exception as error:
+            # The check ends here: a test that expects an exception must not see one.
+            give_verdict(FAILED, f"no answer from the program: {describe(error)}")
+        if "error" in reply:
+            raise ProgramError(reply["error"])
+        return value
 
-
-class TestGlobals(dict[str, Any]):
-    """Globals of the tests, in which names that nobody defined are functions of the program."""
-
-    def __init__(self, program: Program) -> None:
-        super().__init__(__name__="test")
-        self.program = program
-
-    def __missing__(self, name: str) -> Callable[..., Any]:
-        if hasattr(builtins, name):
-            raise KeyError(name)
-        return lambda *args, **kwargs: self.program.ask(pack([name, args, kwargs]))
-
-
-def give_verdict(descriptor: int, outcome: str, error: str) -> NoReturn:
-    """Write the verdict and end, without a way back for anything that a test may catch."""
-    send(descriptor, {"outcome": outcome, "error": error})
-    os._exit(0)
-
-
-def judge(task: dict[str, str], program: Program) -> NoReturn:
-    """Let the program run, then run the tests, and give the verdict."""
-    test_globals = TestGlobals(program)
+    task = json.load(sys.stdin)
+    # SIGALRM is left to its default, which ends this process even inside of a long computation in C.
+    signal.setitimer(signal.ITIMER_REAL, timeout)
     try:
-        program.ask(task["program"])
-        exec(compile(task["prelude"], "<prelude>", "exec"), test_globals)
-        exec(compile(task["test"], "<test>", "exec"), test_globals)
+        ask({"source": task["program"]})
+        names: dict[str, Any] = {"__name__": "test"}
+        exec(compile(task["prelude"], "<prelude>", "exec"), names)
+        entry_point = task["entry_point"]
+        names[entry_point] = lambda *args, **kwargs: ask({"call": pack([entry_point, args, kwargs])})
+        exec(compile(task["test"], "<test>", "exec"), names)
     except BaseException as error:
-        give_verdict(program.verdicts, "failed", describe(error, task["test"], "<test>"))
-    give_verdict(program.verdicts, "passed", "")
+        give_verdict(FAILED, describe(error))
+    give_verdict(PASSED)
+
+
+# --- the launcher -----------------------------------------------------------------------------------------------------
+
+
+def start(role: Callable[[], None], keep: tuple[int, ...], unsafe: bool) -> int:
+    """Fork a process that has the descriptors `keep`, is sealed, and plays a role; return its id."""
+    launcher = os.getpid()
+    process = os.fork()
+    if process:
+        return process
+    try:
+        for descriptor in set(range(64)) - {1, 2, *keep}:
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
+        seal("end with its parent", end_with_parent, unsafe)
+        if os.getppid() != launcher:  # which was killed before we had asked for that
+            os._exit(FAILED)
+        seal("seccomp", filter_system_calls, unsafe)  # last, since it forbids what the other steps need
+        role()
+    finally:
+        os._exit(FAILED)
 
 
 def main() -> None:
-    """Seal this process and play its role."""
-    role = sys.argv[1]
-    reading, writing, memory = map(int, sys.argv[2:5])
-    timeout = float(sys.argv[5])
-    # The verdict goes where standard output led at the start; the program's process never has that pipe.
-    verdicts = os.dup(1)
-    os.dup2(2, 1)  # what tests print goes where the program's output goes
-    stream = os.fdopen(reading, "rb")
-    missing = seal(memory, seconds=math.ceil(timeout) + 1)
-    if role == "program":
-        os.close(verdicts)
-        with contextlib.suppress(EOFError, BrokenPipeError):
-            send(writing, missing)
-            serve(stream, writing)
-        return
-    missing = sorted({*missing, *receive(stream)})
-    task = receive(sys.stdin.buffer)
-    if missing and not task["unsafe"]:
-        send(verdicts, {"outcome": "refused", "missing": missing})
-        return
-    # SIGALRM is left to its default, which ends this process even inside of a long computation in C.
-    signal.setitimer(signal.ITIMER_REAL, timeout)
-    judge(task, Program(stream, writing, verdicts))
+    """Start the program and the judge, wait for the judge, end the program, and exit as the judge did."""
+    timeout = float(sys.argv[1])
+    unsafe = sys.argv[2] == "unsafe"
+    # What children inherit is sealed here, once.
+    seal("end with its parent", end_with_parent, unsafe)
+    seal("resource limits", limit_resources, unsafe)
+    seal("no new privileges", lambda: prctl(PR_SET_NO_NEW_PRIVS, 1), unsafe)  # Landlock and seccomp demand it
+    seal("Landlock", restrict_files, unsafe)
+    requests_out, requests_in = os.pipe()
+    replies_out, replies_in = os.pipe()
+    program = start(
+        lambda: serve(os.fdopen(requests_out), os.fdopen(replies_in, "w")),
+        keep=(requests_out, replies_in),
+        unsafe=unsafe,
+    )
+    judging = start(
+        lambda: judge(os.fdopen(requests_in, "w"), os.fdopen(replies_out), timeout),
+        keep=(0, requests_in, replies_out),  # 0: the task, which the program must not see
+        unsafe=unsafe,
+    )
+    # A pipe ends when its last writer does, so the launcher must hold none.
+    for descriptor in (requests_out, requests_in, replies_out, replies_in):
+        os.close(descriptor)
+    _, status = os.waitpid(judging, 0)
+    os.kill(program, signal.SIGKILL)
+    os.waitpid(program, 0)
+    code = os.waitstatus_to_exitcode(status)
+    if code == -signal.SIGALRM:
+        give_verdict(FAILED, f"no verdict within {timeout:g} s")
+    if code < 0:
+        give_verdict(FAILED, f"the judge was ended by signal {-code}")
+    give_verdict(code)
 
 
 if __name__ == "__main__":

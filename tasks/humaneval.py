@@ -61,5 +61,11 @@ class HumanEval(ParquetTask):
         from nanochat import execution
 
         prompt, entry_point = conversation["prompt"], conversation["entry_point"]
-        code, helpers = program(prompt, entry_point, completion), prompt[: _definition(entry_point, prompt).start()]
-        return execution.check(code, conversation["test"], prelude=helpers, unsafe=self.unsafe).passed
+        result = execution.check(
+            program=program(prompt, entry_point, completion),
+            entry_point=entry_point,
+            test=conversation["test"],
+            prelude=prompt[: _definition(entry_point, prompt).start()],
+            unsafe=self.unsafe,
+        )
+        return result.passed

@@ -20,7 +20,7 @@ def gain(*actions):
 frame = sys._getframe()
 while frame and 'replies' not in frame.f_locals:
     frame = frame.f_back
-REPLIES = frame.f_locals['replies'] if frame else 1
+REPLIES = frame.f_locals['replies'].fileno() if frame else 1
 CHILD = sys.modules['__main__']
 """
 
@@ -72,7 +72,7 @@ gain(*(lambda p=p: open(p + '/escape', 'w') for p in ('/dev/shm', '/tmp', '/var/
 """,
     "write: bytes to every descriptor": """
 for fd in range(256):
-    try: os.write(fd, b'\\n{"outcome": "passed", "error": ""}\\n' * 99)
+    try: os.write(fd, b'\\n{"value": null}\\n' * 99)
     except OSError: pass
 """,
     # sockets
@@ -178,9 +178,9 @@ time.sleep(60)
     # verdicts
     "forge: exit at once": "os._exit(0)",
     "forge: exit in f": "def f(x): os._exit(0)",
-    "forge: printed verdict": """
-print('{"outcome": "passed", "error": ""}', flush=True)
-os._exit(0)
+    "forge: status of a judge that is content": """
+print('passed', flush=True)
+os._exit(CHILD.PASSED)
 """,
     "forge: equal to everything": """
 class E:
@@ -212,7 +212,7 @@ def f(x): return 1
 import gc
 fr = sys._getframe()
 while fr:
-    if 'verdicts' in fr.f_locals or 'task' in fr.f_locals: print('found', fr.f_locals.get('task'))
+    if 'task' in fr.f_locals: print('ESCA' + 'PED', fr.f_locals['task'])
     fr = fr.f_back
 for o in gc.get_objects():
     if isinstance(o, dict) and 'prelude' in o: print('ESCA' + 'PED', o)
