@@ -95,4 +95,5 @@ class Trace:
         idx_N, previous_N, positions_N, rows_N = inputs_4N.unbind()
         all_rows = Part(first_row=0, n_rows=-1, n_tokens=1, length=self.cache.context + 1)
         given = GivenMemory(self.cache, tensors)
-        return self.model.decode(idx_N, CacheBatch(given, [all_rows], rows_N, positions_N, previous_N))
+        context = CacheBatch(given, [all_rows], rows_N, positions_N, previous_N)
+        return self.model(idx_N, context=context)

@@ -78,7 +78,7 @@ class Forward:
         context = CacheBatch(self.cache, parts, rows_N, positions_N, previous_N)
         ends = list(itertools.accumulate(part.n_tokens for part in parts for _ in range(part.n_rows)))
         wanted_R = None if len(ends) == len(idx_N) else torch.tensor(ends, device=self.cache.device) - 1
-        return self.model.decode(idx_N, context, wanted_R)
+        return self.model(idx_N, context=context, wanted_R=wanted_R)
 
     def _replay(self, running: Sequence[Request]) -> torch.Tensor:
         """Return logits after one more token of each row, (rows, V), idle rows included."""

@@ -21,6 +21,7 @@ from nanochat.attention import Attend
 from nanochat.compute import pick_dtype
 from nanochat.fused_mlp import fused_mlp, fused_mlp_pays
 from nanochat.language_model import Gate, LanguageModel, LayerNeed, Linear, Together, WholeRows
+from nanochat.loss import softcap, softcap_cross_entropy
 
 # RMSNorm adds this to the mean square. Compiled graphs take float32's epsilon for bf16 input, eager PyTorch takes
 # bf16's (0.008): stating it makes the two agree, and training agree with the engine.
@@ -222,7 +223,6 @@ class GPT(LanguageModel):
         super().__init__()
         self.config = config
         self.dtype = dtype
-        self.softcap = config.softcap
         embed_dtype = embed_dtype or dtype
         kv_channels = config.n_kv_head * config.head_dim
         self.embed = nn.Embedding(config.padded_vocab_size, config.n_embd, dtype=embed_dtype)
@@ -240,6 +240,7 @@ class GPT(LanguageModel):
             self.smear_scale = nn.Parameter(torch.empty(()))
         if config.backout:
             self.backout = nn.Parameter(torch.empty(()))
+        self.compiled = False
         self.checkpointing = False  # keep a block's inputs alone for the backward pass (arXiv 1604.06174)
 
     @property
@@ -303,14 +304,26 @@ class GPT(LanguageModel):
         attended = sum(min(window, self.config.sequence_len) for window in self.config.windows)
         return 6 * matrices + 12 * self.config.n_embd * attended
 
-    def whole_rows(self, idx_BT: torch.Tensor) -> WholeRows:
-        """Return the context of rows that are read from their first token on, with the fastest kernel that works."""
-        windowed = min(self.config.windows) < idx_BT.size(1)
-        return WholeRows(idx_BT, attention.choose(self.device, self.dtype, self.config.head_dim, windowed)[1])
+    def forward(
+        self,
+        idx: torch.Tensor,
+        targets: torch.Tensor | None = None,
+        *,
+        loss_reduction: str = "mean",
+        context: Any = None,
+        wanted_R: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return logits in fp32, or with targets the loss in nats; a target of -1 is ignored.
 
-    def hidden(self, idx: torch.Tensor, context: Any) -> torch.Tensor:
-        """Return the normed residual that the head reads, (..., C), of tokens (B, T) or (N) in their context."""
+        Without a context, idx is (B, T), whole rows from position 0, and logits are (B, T, V). With one (see
+        language_model.py), idx is (N), and logits are (R, V), of the `wanted` tokens or of all.
+        loss_reduction: "mean" | "sum" | "none" (per token). Raises ValueError when rows are longer than the context.
+        """
         config = self.config
+        if context is None:
+            windowed = min(config.windows) < idx.size(1)
+            _, attend = attention.choose(self.device, self.dtype, config.head_dim, windowed)
+            context = WholeRows(idx, attend, config.sequence_len)
         planes = torch.arange(0, config.head_dim, 2, device=idx.device, dtype=torch.float32)
         cos_1D, sin_1D = rotation(context.positions, config.rope_base ** (-planes / config.head_dim), self.dtype)
         x_C = norm(self.embed(idx).to(self.dtype))
@@ -331,7 +344,16 @@ class GPT(LanguageModel):
             # The first half of the network gathers context, much of which only helps the second half to think and
             # says nothing of the next token: a learned fraction of the mid-layer residual is taken out again.
             x_C = x_C - self.backout * middle_C
-        return norm(x_C)
+        x_C = norm(x_C)
+
+        if targets is not None:
+            return softcap_cross_entropy(
+                x_C, self.head_weight, targets, config.softcap, loss_reduction, compiled=self.compiled
+            )
+        if wanted_R is not None:
+            x_C = x_C[wanted_R]
+        (logits_V,) = self.readout(x_C)
+        return softcap(logits_V[..., : config.vocab_size], config.softcap)
 
     def _smear(self, x_C: torch.Tensor, context: Any) -> torch.Tensor:
         """Add to each token a gated bit of the previous token's embedding.

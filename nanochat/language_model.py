@@ -10,7 +10,7 @@ flat list of tokens (N, C) taken from many requests. All that differs between th
 `WholeRows` is the context of rows that are read from their first token on; `kv_cache.CacheBatch` is the engine's.
 
     model(idx_BT) -> logits_BTV, model(idx_BT, targets_BT) -> loss      training, evaluation
-    model.decode(idx_N, context, wanted_R) -> logits_RV                 the engine
+    model(idx_N, context=context, wanted_R=places) -> logits_RV         the engine
     model.cache_needs                                                   what each layer keeps of a token
 
 Shapes: B sequences, T positions, N tokens of any rows, R those that are wanted, C channels, V vocabulary, O outputs;
@@ -26,7 +26,6 @@ import torch.nn.functional as F
 
 from nanochat import fp8
 from nanochat.attention import Attend
-from nanochat.loss import softcap, softcap_cross_entropy
 
 
 class LayerNeed(NamedTuple):
@@ -90,12 +89,15 @@ class WholeRows:
     """Context of rows that are read whole, from position 0 on: training, evaluation, scoring.
 
     attend: the attention kernel, `attend(q_BTHD, k_BTKD, v_BTKD, window)`. It is one and the same function for all
-    layers, so that all blocks of a kind share one compiled graph.
+    layers, so that all blocks of a kind share one compiled graph. Raises ValueError when rows are longer than
+    `sequence_len`.
     """
 
     previous_N = None  # the token before each is its left neighbour in the row
 
-    def __init__(self, idx_BT: torch.Tensor, attend: Attend) -> None:
+    def __init__(self, idx_BT: torch.Tensor, attend: Attend, sequence_len: int) -> None:
+        if idx_BT.size(1) > sequence_len:
+            raise ValueError(f"{idx_BT.size(1)} tokens exceed the model's context of {sequence_len}")
         self.positions = torch.arange(idx_BT.size(1), device=idx_BT.device)[None]
         self.attend = attend
 
@@ -105,54 +107,11 @@ class WholeRows:
 
 
 class LanguageModel(nn.Module):
-    """Logits and losses of every model, over what a subclass gives."""
+    """The protocol of all models, with `forward` as described above; the engine asks for no more than this."""
 
-    config: Any
+    config: Any  # its sequence_len and vocab_size
     device: Any  # where tokens come in
     dtype: Any  # of activations
-    hidden: Any  # hidden(idx, context): the normed residual that the head reads, (..., C)
-    whole_rows: Any  # whole_rows(idx_BT): the context of rows that are read from their first token on
     cache_needs: Any  # a LayerNeed for each layer
-    head_weight: Any  # the matrix that gives the logits, (V, C)
-    readout: Any  # Together((head,)): the same as a product
-    softcap = 0.0  # logits lie between -softcap and softcap; 0 = off
-    compiled = False
     whole: Any = True  # all weights are plain tensors on one device, so that they may be prepacked
     graphs: Any = True  # decoding never waits for the device, so that it may be replayed as a CUDA graph
-
-    def forward(
-        self, idx_BT: torch.Tensor, targets_BT: torch.Tensor | None = None, *, loss_reduction: str = "mean"
-    ) -> torch.Tensor:
-        """Return logits (B, T, V) in fp32, or with targets the loss in nats; a target of -1 is ignored.
-
-        loss_reduction: "mean" | "sum" | "none" (per token, (B, T)). Raises ValueError when idx_BT is longer than the
-        context.
-        """
-        if idx_BT.size(1) > self.config.sequence_len:
-            raise ValueError(f"{idx_BT.size(1)} tokens exceed the model's context of {self.config.sequence_len}")
-        x_BTC = self.hidden(idx_BT, self.whole_rows(idx_BT))
-        if targets_BT is None:
-            return self.logits(x_BTC)
-        targets_N = targets_BT.flatten().to(x_BTC.device)
-        loss = softcap_cross_entropy(
-            x_BTC.flatten(0, 1), self.head_weight, targets_N, self.softcap, loss_reduction, compiled=self.compiled
-        )
-        return loss.view(targets_BT.shape) if loss_reduction == "none" else loss
-
-    def decode(self, idx_N: torch.Tensor, context: Any, wanted_R: torch.Tensor | None = None) -> torch.Tensor:
-        """Return logits (R, V) in fp32 after the `wanted` ones of N tokens that continue rows of a cache (None = all).
-
-        context: says where the tokens stand and holds what came before them (kv_cache.CacheBatch).
-        """
-        x_NC = self.hidden(idx_N, context)
-        return self.logits(x_NC if wanted_R is None else x_NC[wanted_R.to(x_NC.device)])
-
-    def logits(self, x_C: torch.Tensor) -> torch.Tensor:
-        """Return logits (..., V) in fp32 of what `hidden` returned."""
-        (z_V,) = self.readout(x_C)
-        z_V = z_V[..., : self.config.vocab_size]
-        if self.softcap and torch.is_inference_mode_enabled():
-            # cap·tanh(z/cap), written with exp and in place: half the time on CPU, but no gradient where exp overflows
-            z_V = z_V.float().mul(2 / self.softcap).exp_().add_(1)
-            return self.softcap - z_V.reciprocal_().mul_(2 * self.softcap)
-        return softcap(z_V, self.softcap)

@@ -32,30 +32,36 @@ def softcap(z: Tensor, cap: float) -> Tensor:
     It keeps single logits from running away, and near zero it is the identity.
     """
     z = z.float()
+    if cap and torch.is_inference_mode_enabled():
+        # The same, written with exp and in place: half the time on CPU, but no gradient where exp overflows.
+        z = z.mul(2 / cap).exp_().add_(1)
+        return cap - z.reciprocal_().mul_(2 * cap)
     return cap * torch.tanh(z / cap) if cap else z
 
 
 def softcap_cross_entropy(
-    x_NC: Tensor,
+    x: Tensor,
     w_VC: Tensor,
-    targets_N: Tensor,
+    targets: Tensor,
     cap: float,
     reduction: str = "mean",
     chunk: int | None = None,
     compiled: bool = False,
 ) -> Tensor:
-    """Cross-entropy in nats of softcapped logits x·Wᵀ against targets_N. Negative targets are ignored.
+    """Cross-entropy in nats of softcapped logits x·Wᵀ, x (..., C), against targets (...). Negative ones are ignored.
 
-    reduction: "sum" | "mean" (over the targets that count; 0 when there are none) | "none" (per token, fp32); others
-    raise ValueError. chunk: tokens per chunk, by default what suits the device. compiled: see `choose`.
+    reduction: "sum" | "mean" (over the targets that count; 0 when there are none) | "none" (like targets, fp32);
+    others raise ValueError. chunk: tokens per chunk, by default what suits the device. compiled: see `choose`.
     """
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"loss_reduction={reduction!r}: choose mean, sum or none")
+    x_NC = x.flatten(0, -2)
+    targets_N = targets.flatten().to(x.device)
     differentiable = torch.is_grad_enabled() and (x_NC.requires_grad or w_VC.requires_grad)
     if reduction == "none" or not differentiable:
         losses_N = _losses_by_token(x_NC, w_VC, targets_N, cap, chunk, differentiable)
         if reduction == "none":
-            return losses_N
+            return losses_N.view(targets.shape)
         total = losses_N.sum()
     elif chunk is None:
         _, loss_sum = choose(x_NC.device, x_NC.dtype, compiled)

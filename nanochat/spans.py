@@ -193,7 +193,7 @@ def score_spans(model: Any, spans: Sequence[Span], max_tokens: int | None = None
         # Logits are made for the scored tokens alone: the head is the largest matrix of a small model. Eager, since
         # every batch has another length and torch.compile would begin anew for each.
         with torch.compiler.set_stance("force_eager"):
-            logits_SV = model.decode(context.idx_N, context, context.places).float()
+            logits_SV = model(context.idx_N, context=context, wanted_R=context.places).float()
         members = [member for fork in batch for member in fork.members]
         targets = [token for member in members for token in spans[member].ids[spans[member].start :]]
         targets_S = torch.tensor(targets, device=logits_SV.device)

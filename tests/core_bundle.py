@@ -51,7 +51,7 @@ class Fixed:
         self.device = torch.device("cpu")
         self.read = []
 
-    def decode(self, idx_N, context, wanted_R):
+    def __call__(self, idx_N, *, context, wanted_R):
         self.read.append(idx_N.tolist())
         return self.logits_TV[context.positions[wanted_R]]
 

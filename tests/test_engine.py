@@ -38,7 +38,7 @@ class ScriptedModel:
     def modules(self):
         return []
 
-    def decode(self, idx_N, context, wanted_R=None):
+    def __call__(self, idx_N, *, context, wanted_R=None):
         content = idx_N[:, None, None].float()
         context.layer(0)(content, content, content, self.config.sequence_len)
         read_RS = context.cache.layers[0][0][:, :, 0, 0]
@@ -102,8 +102,7 @@ def test_a_row_does_not_depend_on_its_neighbours(tokenizer):
 def test_samples_share_a_prefill_and_differ_from_the_first_token(tokenizer):
     model = random_model(tokenizer.get_vocab_size())
     lengths, engine = [], Engine(model, tokenizer)
-    decode = engine.model.decode
-    engine.model.decode = lambda idx_N, *rest: lengths.append(len(idx_N)) or decode(idx_N, *rest)
+    engine.model.register_forward_pre_hook(lambda _, inputs: lengths.append(len(inputs[0])))
     prompt = tokenizer.encode("How many r are in strawberry?", prepend="<|bos|>")
     sequences, masks = engine.generate_batch(prompt, num_samples=16, max_tokens=8, temperature=1.0, seed=3)
     assert lengths[:3] == [len(prompt), 16, 16]
@@ -120,8 +119,7 @@ def test_a_step_is_one_forward(tokenizer):
     """Of prompts of all lengths, and of what is continued beside them; the answers are those of the plain loop."""
     model, read = random_model(tokenizer.get_vocab_size()), []
     engine = Engine(model, tokenizer, max_batch=8, step_tokens=100)
-    decode = engine.model.decode
-    engine.model.decode = lambda idx_N, *rest: read.append(len(idx_N)) or decode(idx_N, *rest)
+    engine.model.register_forward_pre_hook(lambda _, inputs: read.append(len(inputs[0])))
     prompts = [tokenizer.encode("How many r are in strawberry? "[: 3 + 4 * i], prepend="<|bos|>") for i in range(6)]
     requests = [Request(prompt, 9, temperature=0.0) for prompt in prompts]
     for request in requests[:4]:

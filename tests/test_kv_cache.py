@@ -23,7 +23,7 @@ def read(model, cache, idx_BT, at, counts):
     previous_N = torch.where(positions_N > 0, idx_BT[rows_N, positions_N - 1], -1)
     cache.reserve(len(counts), max(part.length for part in parts))
     context = CacheBatch(cache, parts, rows_N, positions_N, previous_N)
-    return places, model.decode(idx_BT[rows_N, positions_N], context)
+    return places, model(idx_BT[rows_N, positions_N], context=context)
 
 
 SWITCHES = [

@@ -93,8 +93,8 @@ class Counted:
         self.read = 0
         self.made = 0
 
-    def decode(self, idx_N, context, wanted_R):
-        logits_RV = self.model.decode(idx_N, context, wanted_R)
+    def __call__(self, idx_N, *, context, wanted_R):
+        logits_RV = self.model(idx_N, context=context, wanted_R=wanted_R)
         self.read += len(idx_N)
         self.made += len(logits_RV)
         return logits_RV

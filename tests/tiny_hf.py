@@ -116,8 +116,8 @@ class Scripted:
         """The real model's modules: the engine counts their weights."""
         return self.model.modules()
 
-    def decode(self, idx_N: torch.Tensor, context: Any, wanted_R: torch.Tensor | None = None) -> torch.Tensor:
-        logits_RV = self.model.decode(idx_N, context, wanted_R)
+    def __call__(self, idx_N: torch.Tensor, *, context: Any, wanted_R: torch.Tensor | None = None) -> torch.Tensor:
+        logits_RV = self.model(idx_N, context=context, wanted_R=wanted_R)
         last = int(context.positions[-1])
         if idx_N.numel() > 1 or last != self.last + 1:  # a prompt is being read
             self.start = last

@@ -127,10 +127,20 @@ class GPT2(OpenModel):
         config = self.config
         return [LayerNeed(config.n_head, config.n_embd // config.n_head, config.sequence_len)] * config.n_layer
 
-    def hidden(self, idx: torch.Tensor, context: Any) -> torch.Tensor:
-        """Return the normed residual that the head reads, (..., C)."""
+    def forward(
+        self,
+        idx: torch.Tensor,
+        targets: torch.Tensor | None = None,
+        *,
+        loss_reduction: str = "mean",
+        context: Any = None,
+        wanted_R: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return logits in fp32, or with targets the loss in nats; the arguments are those of `gpt.GPT.forward`."""
+        context = context or self.whole_rows(idx)
         x_C = self.wte(idx) + self.wpe(context.positions)
         for layer, block in enumerate(self.h):
             (x_C,) = bring(block.ln_1, x_C)
             x_C = block(x_C, context.layer(layer))
-        return self.ln_f(*bring(self.ln_f, x_C))
+        x_C = self.ln_f(*bring(self.ln_f, x_C))
+        return self.predict(x_C, targets, loss_reduction, wanted_R)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from nanochat import attention
 from nanochat.language_model import LanguageModel, Linear, WholeRows
+from nanochat.loss import softcap_cross_entropy
 
 
 class Settings:
@@ -140,6 +141,7 @@ class OpenModel(LanguageModel):
 
     config_type: Any  # its `from_json` reads config.json
     stack: tuple[list[Any], nn.ModuleList, nn.Module]  # what reads the tokens, embedding first; layers; the last norm
+    readout: Any  # Together((head,))
     lm_head: Linear | None  # None: the embedding is the head, too
 
     @staticmethod
@@ -183,7 +185,18 @@ class OpenModel(LanguageModel):
 
     def whole_rows(self, idx_BT: torch.Tensor) -> WholeRows:
         """Return the context of rows that are read from their first token on."""
-        return WholeRows(idx_BT, attend_whole)
+        return WholeRows(idx_BT, attend_whole, self.config.sequence_len)
+
+    def predict(
+        self, x_C: torch.Tensor, targets: torch.Tensor | None, loss_reduction: str, wanted_R: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Return logits in fp32, or with targets the loss, of the normed residual: the end of each family's forward."""
+        if targets is not None:
+            return softcap_cross_entropy(x_C, self.head_weight, targets, 0.0, loss_reduction)
+        if wanted_R is not None:
+            x_C = x_C[wanted_R.to(x_C.device)]
+        (logits_V,) = self.readout(x_C)
+        return logits_V.float()
 
 
 class TiedHead:

@@ -203,6 +203,16 @@ class Llama(OpenModel):
         """What each layer keeps of a token in the KV cache."""
         return [LayerNeed(self.config.n_kv_head, self.config.head_dim, window) for window in self.config.windows]
 
-    def hidden(self, idx: torch.Tensor, context: Any) -> torch.Tensor:
-        """Return the normed residual that the head reads, (..., C)."""
-        return self.model(idx, context)
+    def forward(
+        self,
+        idx: torch.Tensor,
+        targets: torch.Tensor | None = None,
+        *,
+        loss_reduction: str = "mean",
+        context: Any = None,
+        wanted_R: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return logits in fp32, or with targets the loss in nats; the arguments are those of `gpt.GPT.forward`."""
+        context = context or self.whole_rows(idx)
+        x_C = self.model(idx, context)
+        return self.predict(x_C, targets, loss_reduction, wanted_R)
