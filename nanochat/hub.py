@@ -1,8 +1,11 @@
 """Downloads: files of the Hugging Face hub through `huggingface_hub`, and plain addresses.
 
-`huggingface_hub` brings the client: it resumes, checks sizes, shows progress, and knows `HF_ENDPOINT` and `HF_TOKEN`.
-What is added here is for the people who start a download: every failure becomes one line with a remedy, failures that
-may pass are tried again, and a file whose bytes are not the listed ones is deleted.
+`huggingface_hub` is the client: it resumes, checks sizes, shows progress, and reads `HF_ENDPOINT` and `HF_TOKEN`. This
+file adds what people who start a download need: every failure becomes one line with a remedy (`hub_errors`), failures
+that may pass are tried again (`persistently`), and a file whose bytes are not the listed ones is deleted.
+
+Two steps fetch a dataset: `list_dataset` asks for its files and their hashes, `fetch_dataset_files` brings some of
+them. `download_url` fetches one file from anywhere else.
 """
 
 import contextlib
@@ -12,9 +15,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from nanochat.common import sha256_file
+
+if TYPE_CHECKING:
+    import requests
 
 T = TypeVar("T")
 
@@ -26,7 +32,8 @@ def hub_errors(repo: str) -> Iterator[None]:
     """Turn whatever `huggingface_hub` raises in this block, which asks for `repo`, into one line with a remedy.
 
     Raises ValueError for what the user has to mend (name, revision, token, HF_ENDPOINT), ConnectionError for what may
-    pass (no network, too many requests, a server in trouble), and OSError for a disk that is full."""
+    pass (no network, too many requests, a server in trouble), and OSError if the disk is full.
+    """
     from huggingface_hub import errors
 
     try:
@@ -53,18 +60,35 @@ def _explain(repo: str, error: BaseException) -> OSError | ValueError:
     from huggingface_hub.errors import HfHubHTTPError
 
     if not isinstance(error, HfHubHTTPError):  # no answer came
-        return ConnectionError(
-            f"{repo}: the hub cannot be reached ({type(error).__name__}): check the network; {AGAIN}"
-        )
+        reason = type(error).__name__
+        return ConnectionError(f"{repo}: the hub cannot be reached ({reason}): check the network; {AGAIN}")
     status = error.response.status_code
     if status in (401, 403, 404):
-        remedy = "is your HF_TOKEN right, and have you accepted the terms on the repository's page?"
-        if not os.environ.get("HF_TOKEN"):
-            remedy = "if it is private or gated, set HF_TOKEN"
+        # The hub answers 404 for a private repository, too, so as not to say that it exists.
+        remedy = "if it is private or gated, set HF_TOKEN"
+        if os.environ.get("HF_TOKEN"):
+            remedy = "is your HF_TOKEN right, and have you accepted the terms on the repository's page?"
         return ValueError(f"{repo}: the hub answers {status}: check the name; {remedy}")
     if status == 429:
         return ConnectionError(f"{repo}: the hub answers 429, too many requests: wait a while, then {AGAIN}")
     return ConnectionError(f"{repo}: the hub answers {status}: {AGAIN}")
+
+
+def persistently(attempt: Callable[[], T], repo: str) -> T:
+    """Return `attempt()`, which asks the hub for `repo`, tried up to four times; raises as `hub_errors` does.
+
+    The library retries some failures by itself, not all: a 500 in the middle of many files would end the download.
+    """
+    for pause in (0.5, 2, 8):
+        try:
+            with hub_errors(repo):
+                return attempt()
+        except ConnectionError as error:
+            # The error ends in AGAIN, advice for when we give up; until then we are the ones who try again.
+            print(str(error).replace(AGAIN, f"trying again in {pause} s"), flush=True)
+            time.sleep(pause)
+    with hub_errors(repo):
+        return attempt()
 
 
 @dataclass(frozen=True)
@@ -125,28 +149,13 @@ def fetch_dataset_files(
             max_workers=workers,
         )
 
-    there_before = {file.path for file in files if (folder / file.path).exists()}
+    new = [file for file in files if not (folder / file.path).exists()]
     persistently(fetch, repo)
-    for file in files:
-        if file.path not in there_before and sha256_file(folder / file.path) != file.sha256:
-            (folder / file.path).unlink()
-            raise ConnectionError(f"{folder / file.path} arrived damaged and was deleted: {AGAIN}")
-
-
-def persistently(attempt: Callable[[], T], repo: str) -> T:
-    """Return `attempt()`, tried again after failures that may pass. (The library retries some of them, not all.)"""
-    for pause in (0.5, 2, 8, None):
-        try:
-            with hub_errors(repo):
-                return attempt()
-        except ConnectionError as error:
-            if pause is None:
-                raise
-            # `error` ends in AGAIN, advice for when we give up; until then we are the ones who try again.
-            reason = str(error).replace(AGAIN, f"trying again in {pause} s")
-            print(reason, flush=True)
-            time.sleep(pause)
-    raise AssertionError("the last attempt returns or raises")
+    for file in new:
+        path = folder / file.path
+        if sha256_file(path) != file.sha256:
+            path.unlink()
+            raise ConnectionError(f"{path} arrived damaged and was deleted: {AGAIN}")
 
 
 def download_url(url: str, path: Path, *, attempts: int = 6, timeout: float = 30.0, pause: float = 1.0) -> None:
@@ -159,36 +168,46 @@ def download_url(url: str, path: Path, *, attempts: int = 6, timeout: float = 30
 
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    etag = None
+    etag = None  # the server's name for the version of the file that it sends
+    problem = ""
     try:
-        with open(part, "wb") as f:
+        with open(part, "wb") as file:
             for failures in range(attempts):
-                headers = {"Accept-Encoding": "identity"}  # a compressed body would have another length
-                if f.tell() and etag:
-                    headers.update({"Range": f"bytes={f.tell()}-", "If-Range": etag})
+                if failures:
+                    time.sleep(min(60.0, pause * 2 ** (failures - 1)))
                 try:
-                    with requests.get(url, headers=headers, stream=True, timeout=timeout) as response:
-                        if 400 <= response.status_code < 500 and response.status_code not in (408, 429):
-                            raise ValueError(f"{url}: the server answers {response.status_code}: check the address")
-                        response.raise_for_status()
-                        if response.status_code != 206:  # the whole file, from its first byte
-                            f.seek(0)
-                            f.truncate()
+                    with _request(url, file.tell(), etag, timeout) as response:
+                        if response.status_code != 206:  # not "partial content": the whole file, from its first byte
+                            file.seek(0)
+                            file.truncate()
                         etag = response.headers.get("ETag")
-                        length = response.headers.get("Content-Length")
-                        expected = f.tell() + int(length) if length else None
-                        for chunk in response.iter_content(1 << 20):
-                            f.write(chunk)
-                    if expected is None or f.tell() == expected:
-                        break
-                    problem = f"{f.tell()} of {expected} bytes arrived"
-                except (requests.exceptions.InvalidURL, requests.exceptions.MissingSchema) as error:
-                    raise ValueError(f"{url}: {error}") from error
+                        for chunk in response.iter_content(1 << 20):  # raises if fewer bytes come than were promised
+                            file.write(chunk)
+                    break
                 except requests.RequestException as error:
                     problem = str(error)
-                if failures == attempts - 1:
-                    raise ConnectionError(f"{url}: {problem}: run the same command again")
-                time.sleep(min(60.0, pause * 2**failures))
+            else:
+                raise ConnectionError(f"{url}: {problem}: run the same command again")
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _request(url: str, start: int, etag: str | None, timeout: float) -> "requests.Response":
+    """Ask for the bytes of a file from `start` on; raises ValueError if asking again would not help."""
+    import requests
+
+    headers = {"Accept-Encoding": "identity"}  # a compressed body would have another length
+    if start and etag:
+        headers["Range"] = f"bytes={start}-"
+        headers["If-Range"] = etag  # if the file has changed since, the server sends all of it
+    try:
+        response = requests.get(url, headers=headers, stream=True, timeout=timeout)
+    except (requests.exceptions.InvalidURL, requests.exceptions.MissingSchema) as error:
+        raise ValueError(f"{url}: {error}") from error
+    status = response.status_code
+    may_pass = status in (408, 429)  # the server was too slow, or was asked too often
+    if 400 <= status < 500 and not may_pass:
+        raise ValueError(f"{url}: the server answers {status}: check the address")
+    response.raise_for_status()
+    return response
