@@ -11,7 +11,7 @@ from pathlib import Path
 
 from nanochat import cli
 from nanochat.common import STAGES
-from nanochat.hf import convert, store
+from nanochat.hf import convert, download, store
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -23,12 +23,12 @@ def build_parser() -> argparse.ArgumentParser:
         return verbs.add_parser(name, help=help, description=help, allow_abbrev=False)
 
     name_help = "ORG/NAME, ORG/NAME@REVISION, or the address of the model's page"
-    download = add_verb("download", "fetch a model, or what is missing of it, into Hugging Face's cache")
-    download.add_argument("name", metavar="ORG/NAME", help=name_help)
-    download.add_argument("--revision", help="branch, tag or commit (default: main)")
-    download.add_argument("--include", action="append", default=[], metavar="GLOB", help="only files like this; repeat")
-    download.add_argument("--offline", action="store_true", help="fetch nothing: check that all is here")
-    download.add_argument("--workers", type=int, default=8, help="files at the same time (default: 8)")
+    fetch = add_verb("download", "fetch a model, or what is missing of it, into Hugging Face's cache")
+    fetch.add_argument("name", metavar="ORG/NAME", help=name_help)
+    fetch.add_argument("--revision", help="branch, tag or commit (default: main)")
+    fetch.add_argument("--include", action="append", default=[], metavar="GLOB", help="only files like this; repeat")
+    fetch.add_argument("--offline", action="store_true", help="fetch nothing: check that all is here")
+    fetch.add_argument("--workers", type=int, default=8, help="files at the same time (default: 8)")
 
     add_verb("list", "what is on this machine, own checkpoints too")
     add_verb("info", "architecture, size, context").add_argument("name", metavar="NAME", help=name_help)
@@ -78,7 +78,7 @@ def main() -> None:
     args = build_parser().parse_args()
     match args.verb:
         case "download":
-            folder = store.download(args.name, args.revision, args.include, args.offline, args.workers)
+            folder = download.download(args.name, args.revision, args.include, args.offline, args.workers)
             print(f"{args.name} is in {folder}")
         case "list":
             show_list()
@@ -86,9 +86,9 @@ def main() -> None:
             _, folder = store.find_folder(args.name)
             print(json.dumps(store.info(folder), indent=1))
         case "verify":
-            print(f"{args.name}: {store.verify(args.name)} files as they were on the hub")
+            print(f"{args.name}: {download.verify(args.name)} files as they were on the hub")
         case "remove":
-            print(f"{args.name} deleted, {store.remove(args.name) / 1e9:.2f} GB free again")
+            print(f"{args.name} deleted, {download.remove(args.name) / 1e9:.2f} GB free again")
         case "play" if args.name is None:
             show_list()
         case "play":

@@ -20,7 +20,7 @@ import nanochat.hf
 from nanochat.compute import Compute
 from nanochat.conversation import ChatFormat
 from nanochat.engine import Engine
-from nanochat.hf import store
+from nanochat.hf import download, store
 from nanochat.hf.chat import TemplateFormat
 from nanochat.hf.tokenizer import HFTokenizer
 from scripts.chat_cli import Chat, Config, build_request
@@ -58,18 +58,18 @@ def a_shard(server):
 
 
 def test_download_fetches_what_is_needed_and_verifies(server, files):
-    folder = store.download(NAME)
+    folder = download.download(NAME)
     wanted = {name for name in files if "/" not in name and name not in ("pytorch_model.bin", "README.md")}
     assert {path.name for path in folder.iterdir()} == wanted
     assert all((folder / name).read_bytes() == files[name] for name in wanted)
     assert store.list_models() == {NAME: folder}
-    assert store.verify(NAME) == len(wanted)
+    assert download.verify(NAME) == len(wanted)
     model, _ = nanochat.hf.load(store.find("tiny").folder, "cpu", torch.float32)
     facts = store.info(folder)
     assert facts["parameters"] == sum(p.numel() for p in model.parameters())
     assert facts["architecture"] == "qwen3" and facts["context"] == 256 and facts["commit"] == "0" * 40
     count = len(fetched(server))
-    store.download(NAME)
+    download.download(NAME)
     assert len(fetched(server)) == count, "what is here is kept"
 
 
@@ -86,56 +86,56 @@ def test_what_transformers_has_downloaded_is_found(server):
 
 
 def test_a_page_is_a_name(server):
-    assert store.download(f"{server.url}/{NAME}") == store.find(f"https://huggingface.co/{NAME}").folder
+    assert download.download(f"{server.url}/{NAME}") == store.find(f"https://huggingface.co/{NAME}").folder
     assert store.find(f"https://huggingface.co/{NAME}/tree/{'0' * 40}").folder == store.find(NAME).folder
     assert store.parse_name("https://hub.example/a/b/blob/v2/config.json") == ("a/b", "v2")
 
 
 def test_include(server):
-    folder = store.download(NAME, include=["*.md", "original/*"])
+    folder = download.download(NAME, include=["*.md", "original/*"])
     assert sorted(fetched(server)) == ["README.md", "original/model.safetensors"]
     assert (folder / "original" / "model.safetensors").is_file()
     assert store.list_models() == {}, "it cannot be run"
     with pytest.raises(ValueError, match="no file that matches"):
-        store.download(NAME, include=["*.gguf"])
+        download.download(NAME, include=["*.gguf"])
 
 
 @pytest.mark.parametrize("gone", ["config.json", "tokenizer.json", "model-"])
 def test_what_cannot_be_run_is_refused_before_it_is_fetched(server, gone):
     server.files = {name: data for name, data in server.files.items() if not name.startswith(gone)}
     with pytest.raises(ValueError, match="lacks"):
-        store.download(NAME)
+        download.download(NAME)
     assert fetched(server) == []
 
 
 def test_wrong_bytes_of_the_right_length_are_found_and_fetched_again(server):
     server.faults[a_shard(server)] = [("body", bytes(len(server.files[a_shard(server)])))]
     with pytest.raises(ValueError, match=f"damaged, and deleted: {a_shard(server)}"):
-        store.download(NAME)
+        download.download(NAME)
     assert store.list_models() == {}
-    store.download(NAME)
-    assert store.verify(NAME)
+    download.download(NAME)
+    assert download.verify(NAME)
 
 
 def test_an_interrupted_download_keeps_the_files_that_are_whole(server, monkeypatch):
     monkeypatch.setattr("nanochat.hub.time.sleep", lambda seconds: None)
     server.faults[a_shard(server)] = [("status", 500)] * 4
     with pytest.raises(ConnectionError, match="500"):
-        store.download(NAME, workers=1)
+        download.download(NAME, workers=1)
     assert store.list_models() == {}
     before = set(fetched(server))
     server.requests.clear()
-    store.download(NAME)
+    download.download(NAME)
     assert a_shard(server) in fetched(server) and len(before & set(fetched(server))) == 1
-    assert store.verify(NAME)
+    assert download.verify(NAME)
 
 
 def test_revisions_live_side_by_side(server):
-    first = store.download(NAME)
+    first = download.download(NAME)
     server.commit = "1" * 40
     server.files["config.json"] = first.joinpath("config.json").read_bytes().replace(b"256", b"512")
     server.requests.clear()
-    second = store.download(NAME)
+    second = download.download(NAME)
     assert fetched(server) == ["config.json"], "by hash, the other files are the same"
     assert store.find(NAME).folder == second
     assert store.find(f"{NAME}@{'0' * 40}").folder == first
@@ -144,20 +144,20 @@ def test_revisions_live_side_by_side(server):
 
 def test_offline(server):
     with pytest.raises(ValueError, match="without --offline"):
-        store.download(NAME, offline=True)
-    folder = store.download(NAME)
+        download.download(NAME, offline=True)
+    folder = download.download(NAME)
     server.requests.clear()
-    assert store.download(NAME, offline=True) == folder
+    assert download.download(NAME, offline=True) == folder
     assert fetched(server) == []
     (folder / "config.json").unlink()
     with pytest.raises(ValueError, match="not wholly"):
-        store.download(NAME, offline=True)
+        download.download(NAME, offline=True)
 
 
 def test_room_is_checked_first(server, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
     with pytest.raises(ValueError, match="make room"):
-        store.download(NAME)
+        download.download(NAME)
     assert fetched(server) == []
 
 
@@ -165,28 +165,28 @@ def test_room_is_checked_first(server, monkeypatch):
 def test_a_listing_that_leads_out_of_the_folder(server, tmp_path, path):
     server.files[path] = b"evil"
     with pytest.raises(ValueError):
-        store.download(NAME, include=["*"])
+        download.download(NAME, include=["*"])
     assert not list(tmp_path.rglob("*evil*")) and not Path("/tmp/evil.safetensors").exists()
 
 
 def test_verify_and_remove(server):
-    folder = store.download(NAME)
+    folder = download.download(NAME)
     shard = folder / a_shard(server)
     shard.resolve().write_bytes(bytes(shard.stat().st_size))
     with pytest.raises(ValueError, match=f"damaged, and deleted: {shard.name}"):
-        store.verify(NAME)
-    store.download(NAME)
-    assert store.verify(NAME)
-    assert store.remove(NAME) > 100_000
+        download.verify(NAME)
+    download.download(NAME)
+    assert download.verify(NAME)
+    assert download.remove(NAME) > 100_000
     assert not folder.exists() and store.list_models() == {}
     with pytest.raises(ValueError, match="not here"):
-        store.remove(NAME)
+        download.remove(NAME)
     with pytest.raises(ValueError, match="no model 'nothing'"):
         store.find("nothing")
 
 
 def test_other_models_and_damaged_ones_in_the_cache_are_left_alone(server, tmp_path):
-    folder = store.download(NAME)
+    folder = download.download(NAME)
     damaged = {
         "bert": ("config.json", '{"model_type": "bert"}'),
         "bad": ("config.json", "{"),
@@ -211,8 +211,8 @@ def test_models_of_earlier_versions_are_found_and_can_be_removed(server, files):
             (folder / name).write_bytes(data)
     assert store.find("me/old").folder == folder
     with pytest.raises(ValueError, match="download it again"):
-        store.verify("me/old")
-    assert store.remove("me/old") > 100_000
+        download.verify("me/old")
+    assert download.remove("me/old") > 100_000
     assert store.list_models() == {}
 
 
@@ -227,7 +227,7 @@ def said(chat):
 
 
 def test_a_chat_of_several_turns(server, capsys):
-    chat = session(store.download(NAME), temperature=0.0, max_tokens=8)
+    chat = session(download.download(NAME), temperature=0.0, max_tokens=8)
     for text in ("Hello", "and again"):
         chat.ask(text)
     assert [message["role"] for message in chat.messages] == ["user", "assistant"] * 2
@@ -243,7 +243,7 @@ def test_a_chat_of_several_turns(server, capsys):
 
 
 def test_an_answer_ends_at_the_models_own_mark(server):
-    folder = store.download(NAME)
+    folder = download.download(NAME)
     chat = session(folder, temperature=0.0, max_tokens=40)
     chat.ask("Hello")
     free = chat.engine.complete([chat.form.render([{"role": "user", "content": "Hello"}])], 40)[0]
@@ -258,7 +258,7 @@ def test_an_answer_ends_at_the_models_own_mark(server):
 
 
 def test_prompts_one_after_another_leave_memory_flat(server):
-    chat = session(store.download(NAME), temperature=0.0, max_tokens=4)
+    chat = session(download.download(NAME), temperature=0.0, max_tokens=4)
 
     def resident():
         return int(Path("/proc/self/statm").read_text().split()[1]) * 4  # kB
@@ -287,7 +287,7 @@ def test_command_line(server):
 
 
 def test_play_from_a_pipe(server):
-    store.download(NAME)
+    download.download(NAME)
     command = [sys.executable, "-m", "scripts.models", "play", "tiny", "--max-tokens", "5"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "NANOCHAT_DTYPE": "float32"}
     result = subprocess.run(
