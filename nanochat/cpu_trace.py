@@ -1,4 +1,4 @@
-"""Decoding on CPU, replayed as a trace: what `cuda_graph.py` does on a GPU.
+"""Decoding on CPU, replayed as a trace: what cuda_graph.py does on a GPU.
 
 A step of a small model is two hundred operations of a few microseconds each, and asking for them from Python takes as
 long as doing them. A trace is the list of these operations, recorded once and then run without Python: the same
@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from nanochat.kv_cache import CacheBatch, KVCache, Part
+from nanochat.kv_cache import CacheBatch, KVCache, LayerCache, Part
 from nanochat.language_model import LanguageModel
 from nanochat.packed import PackedLinear, PackedTogether
 
@@ -42,40 +42,42 @@ def traceable(model: LanguageModel) -> bool:
     return model.device.type == "cpu" and model.graphs and bool(products) and all(each.rows == 1 for each in products)
 
 
-class GivenMemory(KVCache):
-    """What `CacheBatch` asks of a KV cache, over tensors that are inputs of the trace.
+class TracedLayer(LayerCache):
+    """A layer of the cache whose memory and views are inputs of the trace."""
 
-    tensors: of each layer keys and values (R, S, K, D), and the views (G, D, S) and (G, S, D) of the rows that decode.
-    """
+    def __init__(self, layer: LayerCache, tensors: Sequence[torch.Tensor]) -> None:
+        super().__init__(layer.ring)
+        keys_RSKD, values_RSKD, self.keys_GDS, self.values_GSD = tensors
+        self.memory = (keys_RSKD, values_RSKD)
 
-    def __init__(self, cache: KVCache, tensors: Sequence[torch.Tensor]) -> None:
-        self.rings = cache.rings
-        self.deterministic = cache.deterministic
-        self.tensors = tensors
+    def n_visible(self, length: int) -> int:
+        """Return how many slots the views show: an operation of the trace."""
+        return self.keys_GDS.size(2)
 
-    def memory(self, layer: int, like: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Return a layer's keys and values, (R, S, K, D)."""
-        return tuple(self.tensors[4 * layer : 4 * layer + 2])
-
-    def views(self, layer: int, first_row: int, n_rows: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def views(self, first_row: int, n_rows: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return keys (G, D, S) and values (G, S, D) of the rows that decode."""
-        return self.tensors[4 * layer + 2], self.tensors[4 * layer + 3]
+        return self.keys_GDS, self.values_GSD
 
 
 class Trace:
-    """The logits after one more token of each of the first rows of a cache."""
+    """Continues the first rows of a cache by one token each."""
 
     def __init__(self, model: LanguageModel, cache: KVCache) -> None:
         self.model = model
         self.cache = cache
         self._weights = [product.weight for product in _products(model)]
-        self._recorded: Any = None  # at the first step, because memory is made by the first forward
+        self._recorded: Any = None
 
-    def __call__(self, inputs_4N: torch.Tensor, length: int) -> torch.Tensor:
-        """Return logits (N, V). inputs: token, token before it, position and row; length: of the longest row."""
-        tensors = [inputs_4N]
-        for layer, memory in enumerate(self.cache.layers):
-            tensors += (*memory, *self.cache.views(layer, 0, inputs_4N.size(1), length))
+    def __call__(self, next_tokens: Sequence[tuple[int, int, int, int]]) -> torch.Tensor:
+        """Return logits (N, V).
+
+        next_tokens: for each row the next token, the token before it, its position and its row.
+        """
+        length = 1 + max(position for _, _, position, _ in next_tokens)
+        tensors = [torch.tensor(next_tokens).T]
+        for layer in self.cache.layers:
+            tensors += layer.memory
+            tensors += layer.views(0, len(next_tokens), length)
         tensors += self._weights  # oneDNN's layout cannot be a constant of a trace
         if self._recorded is None:
             self._recorded = self._record(tensors)
@@ -91,9 +93,13 @@ class Trace:
         return torch._C._create_function_from_graph("decode", graph)
 
     def _decode(self, inputs_4N: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
-        """Run the recorded step. The tracer knows an input wherever it is read, so weights need not be handed on."""
+        """Run the step that is recorded.
+
+        The tracer knows an input wherever it is read, so weights need not be handed on.
+        """
         idx_N, previous_N, positions_N, rows_N = inputs_4N.unbind()
-        all_rows = Part(first_row=0, n_rows=-1, n_tokens=1, length=self.cache.context + 1)
-        given = GivenMemory(self.cache, tensors)
-        context = CacheBatch(given, [all_rows], rows_N, positions_N, previous_N)
+        layers = [TracedLayer(layer, tensors[4 * i : 4 * i + 4]) for i, layer in enumerate(self.cache.layers)]
+        # All rows and slots: a part of -1 rows has as many as there are tokens.
+        part = Part(first_row=0, n_rows=-1, n_tokens=1, length=self.cache.context + 1)
+        context = CacheBatch(layers, [part], rows_N, positions_N, previous_N)
         return self.model(idx_N, context=context)

@@ -2,25 +2,26 @@
 
     step() = schedule, run the model, postprocess: a token for each request that was read to its end
 
-The scheduler (scheduler.py) says which requests run and how much of each is read; the KV cache (kv_cache.py) holds what
-was read; `Forward` (cuda_graph.py) runs the model, of any family (language_model.py), over all tokens of the step at
-once; sampling.py draws the tokens; detokenizer.py makes text of them.
+The scheduler (scheduler.py) says which requests run and how much of each is read. The model, of any family
+(language_model.py), reads all tokens of the step in one forward; kv_cache.py holds what it read before. sampling.py
+draws the tokens; detokenizer.py makes text of them.
 
-The same request with the same seed gives the same tokens alone and in any company, in any row, whatever of it was
-in the prefix cache, in whatever chunks it is read, and after a preemption. On CPU that holds bit by bit
-(`deterministic`); on a GPU, or without the mode, but for rounding, as products there sum in an order that depends on
-their shape.
+The same request with the same seed gives the same tokens alone and in any company, in any row, after a prefix hit, in
+chunks of any size, and after a preemption. On CPU that holds bit by bit (`deterministic`). On a GPU, or without the
+mode, it holds except for rounding, because products there sum in an order that depends on their shape.
 """
 
+import contextlib
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
-from nanochat.cuda_graph import Forward
-from nanochat.detokenizer import AnswerDecoder, ToolCall
-from nanochat.kv_cache import BLOCK, KVCache
+from nanochat.cpu_trace import Trace, traceable
+from nanochat.cuda_graph import CudaGraphs
+from nanochat.detokenizer import AnswerDecoder, Event
+from nanochat.kv_cache import BLOCK, CacheBatch, KVCache, Part
 from nanochat.language_model import LanguageModel
 from nanochat.packed import decode_threads, prepack
 from nanochat.sampling import sample, score
@@ -28,17 +29,17 @@ from nanochat.scheduler import Request, Scheduler
 from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
 from nanochat.tools import calculate
 
-__all__ = ["AnswerDecoder", "Engine", "Request", "ToolCall", "Update"]
+__all__ = ["Engine", "Request", "Update"]
 
 SAVE_EVERY = 64  # tokens of an answer between copies to the prefix cache; rings have room for as many
 
 
 class Update(NamedTuple):
-    """News of one request after a step: its new tokens, the events its decoder made of them, and why it ended."""
+    """The result of one step for one request."""
 
     request: Request
-    tokens: list[int]
-    events: list[Any]
+    tokens: list[int]  # the sampled one and what a tool answered, or none if the sampled one ended the answer
+    events: list[Event]  # text and tool calls, if the request has a decoder
     finish_reason: str | None
 
 
@@ -46,9 +47,9 @@ class Engine:
     """Runs requests in batches of at most `max_batch`; the others wait, first come, first served. Not thread-safe.
 
     The model's weights are used as they are now: after further training, make another engine.
-    step_tokens: at most so many tokens are read in a step, those that are continued included (see scheduler.py).
-    cache_tokens, prefix_tokens: room for running requests (None = for `max_batch` contexts) and for prefixes, in tokens
-    of `bytes_per_token`. deterministic: see above. int8: 8-bit weights on CPU. Raises ValueError where int8 cannot be.
+    step_tokens: tokens that a step reads at most, decoding included. cache_tokens: room for running requests (None =
+    for `max_batch` full contexts). prefix_tokens: room for prefixes. A token takes `bytes_per_token`.
+    deterministic: see above. int8: 8-bit weights; raises ValueError unless the model is in bf16 on CPU.
     """
 
     def __init__(
@@ -69,26 +70,31 @@ class Engine:
         self.threads = decode_threads(model)  # for the script: torch.set_num_threads(engine.threads)
         self.tokenizer = tokenizer
         self.max_batch = max_batch
+        self.deterministic = deterministic
         self.context = model.config.sequence_len
         self.vocab_size = model.config.vocab_size
-        self.needs = model.cache_needs
-        step_tokens = max(step_tokens, 2 * max_batch)
+        step_tokens = max(step_tokens, 2 * max_batch)  # prefill gets half of a full batch's step at least
         self.cache = KVCache(
-            model.device,
-            self.needs,
+            model.cache_needs,
             self.context,
             chunk=max(step_tokens, SAVE_EVERY),
             max_tokens=cache_tokens,
             prefix_tokens=prefix_tokens,
-            deterministic=deterministic,
         )
+        self.bytes_per_token = model.dtype.itemsize * sum(
+            2 * need.kv_heads * need.head_dim for need in model.cache_needs
+        )
+        # Kernels and graphs go to the current device, and a process may have an engine per GPU.
+        on_gpu = model.device.type == "cuda"
+        self._on_device = torch.cuda.device(model.device) if on_gpu else contextlib.nullcontext()
+        self.graphs = CudaGraphs(self.model, self.cache) if on_gpu and model.graphs else None
+        self.trace = Trace(self.model, self.cache) if traceable(self.model) else None
         self.scheduler = Scheduler(self.cache, max_batch, step_tokens)
         self.waiting = self.scheduler.waiting
         self.running = self.scheduler.running
-        self.forward = Forward(self.model, self.cache)
         self.n_prompt_tokens = 0
         self.n_output_tokens = 0
-        # tokenizers of other projects lack some of these
+        # Tokenizers of other projects lack some of these.
         self._special = {name: tokenizer.special_tokens.get(name) for name in SPECIAL_TOKENS}
         self._stop_tokens = {self._special["<|bos|>"], *tokenizer.stop_tokens}  # a new document ends every answer
 
@@ -96,11 +102,6 @@ class Engine:
     def busy(self) -> bool:
         """Return whether any request waits or runs."""
         return bool(self.waiting or self.running)
-
-    @property
-    def bytes_per_token(self) -> int:
-        """Cache memory of one token. Windowed layers stop growing at their window."""
-        return sum(2 * need.kv_heads * need.head_dim for need in self.needs) * self.model.dtype.itemsize
 
     def stats(self) -> dict[str, int]:
         """Gauges and counters since the start, as servers show them."""
@@ -110,8 +111,8 @@ class Engine:
             "cache_tokens": sum(request.n_read for request in self.running),
             "prompt_tokens": self.n_prompt_tokens,
             "output_tokens": self.n_output_tokens,
-            "prefix_queried_tokens": self.cache.n_queried,
-            "prefix_reused_tokens": self.cache.n_reused,
+            "prefix_queried_tokens": self.scheduler.n_queried,
+            "prefix_reused_tokens": self.scheduler.n_reused,
             "preemptions": self.scheduler.n_preempted,
         }
 
@@ -152,26 +153,79 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> list[Update]:
         """Continue by one token every request that was read to its end, and read on in the others."""
-        # schedule
-        decode, prefill = self.scheduler.schedule()
-        work = [(request, 1) for request in decode] + prefill
-        work.sort(key=lambda each: (each[1] > 1, each[0].slot))  # single tokens first, neighbouring rows together
+        # Schedule.
+        work = self.scheduler.schedule()
         if not work:
             return []
-        # run
+        # Single tokens first, neighbouring rows together: see `_read`.
+        work.sort(key=lambda item: (item[1] > 1, item[0].row))
+        # Run.
         self.cache.reserve(len(self.running), max(request.size for request in self.running))
-        logits_BV = self.forward(self.running, work)
+        with self._on_device:
+            logits_BV = self._forward(work)
         for request, n in work:
             request.n_read += n
-        # postprocess
-        places = [place for place, (request, _) in enumerate(work) if not request.n_pending]
-        logits_BV = logits_BV if len(places) == len(work) else logits_BV[places]
-        updates = self._extend([work[place][0] for place in places], logits_BV) if places else []
+        # Postprocess.
+        complete = [index for index, (request, _) in enumerate(work) if request.n_pending == 0]
+        if len(complete) < len(work):
+            logits_BV = logits_BV[complete]
+        updates = self._extend([work[index][0] for index in complete], logits_BV) if complete else []
         for request, _ in work:
-            self._remember(request)
+            self._save_prefix(request)
             if request.finish_reason is not None:
                 self.scheduler.remove(request)
         return updates
+
+    def _forward(self, work: Sequence[tuple[Request, int]]) -> torch.Tensor:
+        """Read the next n tokens of each request; return logits (B, V) after the last of each.
+
+        Requests that read one token come first: on a GPU a CUDA graph does that part, and on CPU a trace if there is
+        no other part.
+        """
+        n_decode = sum(n == 1 for _, n in work)
+        if self.graphs is not None and n_decode > 0:
+            # All running requests take part, because the rows of a graph have no gaps. What it writes for one that is
+            # still in prefill is overwritten later.
+            decoded = self.graphs(self._next_tokens())[[request.row for request, _ in work[:n_decode]]]
+            if n_decode == len(work):
+                return decoded
+            return torch.cat((decoded, self._read(work[n_decode:])))
+        if self.trace is not None and n_decode == len(self.running) and self.cache.layers[0].memory:
+            return self.trace(self._next_tokens())
+        return self._read(work)
+
+    def _next_tokens(self) -> list[tuple[int, int, int, int]]:
+        """Return the next token of each running request, the token before it, its position and its row."""
+        return [(request.pending(1)[0], request.previous, request.n_read, request.row) for request in self.running]
+
+    def _read(self, work: Sequence[tuple[Request, int]]) -> torch.Tensor:
+        """As `_forward`, without replaying anything."""
+        tokens: list[int] = []
+        previous: list[int] = []
+        positions: list[int] = []
+        rows: list[int] = []
+        ends: list[int] = []  # where the last token of each request is in `tokens`
+        parts: list[Part] = []
+        for request, n in work:
+            start = request.n_read
+            new = request.pending(n)
+            tokens += new
+            previous += [request.previous, *new[:-1]]
+            positions += range(start, start + n)
+            rows += [request.row] * n
+            ends.append(len(tokens) - 1)
+            last = parts[-1] if parts else None
+            if last is not None and last.n_tokens == n and last.first_row + last.n_rows == request.row:
+                # Neighbouring rows that read equally many tokens attend together.
+                parts[-1] = Part(last.first_row, last.n_rows + 1, n, max(last.length, start + n))
+            else:
+                parts.append(Part(request.row, 1, n, start + n))
+        device = self.model.device
+        inputs_4N = torch.tensor([tokens, previous, positions, rows]).to(device, non_blocking=True)
+        idx_N, previous_N, positions_N, rows_N = inputs_4N.unbind()
+        context = CacheBatch(self.cache.layers, parts, rows_N, positions_N, previous_N, self.deterministic)
+        wanted_R = None if len(ends) == len(tokens) else torch.tensor(ends, device=device)
+        return self.model(idx_N, context=context, wanted_R=wanted_R)
 
     def run(self, requests: Iterable[Request]) -> None:
         """Finish all of `requests`, in batches; results are in their `output`, `mask` and `finish_reason`."""
@@ -218,24 +272,25 @@ class Engine:
             Request(tokens, max_tokens, temperature, top_k, seed=seed, sample=sample, **settings)
             for sample in range(num_samples)
         ]
-        padding = self._special["<|assistant_end|>"] or 0, 0
+        padding = (self._special["<|assistant_end|>"] or 0, 0)
         try:
             for request in requests:
                 self.add(request)
-            for cells in itertools.zip_longest(*map(self._follow, requests), fillvalue=padding):
+            samples = [self._follow(request) for request in requests]
+            for cells in itertools.zip_longest(*samples, fillvalue=padding):
                 yield [token for token, _ in cells], [mask for _, mask in cells]
         finally:
             for request in requests:
                 self.abort(request)
 
     def _follow(self, request: Request) -> Iterator[tuple[int, int]]:
-        """Yield tokens of a request as they come, each with its mask, and the one that ended it."""
-        for column in itertools.count():
-            while len(request.output) <= column and request.finish_reason is None:
+        """Yield a request's tokens as they come, each with its mask, and then the token that ended it."""
+        for index in itertools.count():
+            while len(request.output) <= index and request.finish_reason is None:
                 self.step()
-            if column == len(request.output):
+            if index == len(request.output):
                 break
-            yield request.output[column], request.mask[column]
+            yield request.output[index], request.mask[index]
         if request.stop_token is not None:
             yield request.stop_token, 1
 
@@ -250,32 +305,28 @@ class Engine:
         return sequences, masks
 
     def complete(self, prompts: Iterable[Sequence[int]], max_tokens: int | None = None) -> list[list[int]]:
-        """Return the likeliest tokens after each prompt; a row of the batch that falls free is given to the next."""
+        """Return the likeliest tokens after each prompt."""
         requests = [Request(tokens, max_tokens, temperature=0.0) for tokens in prompts]
         self.run(requests)
         return [request.output for request in requests]
 
     def _extend(self, requests: Sequence[Request], logits_BV: torch.Tensor) -> list[Update]:
-        """Draw the next token of each request, and append it, with what a tool answers to it."""
-        numbers = [request.random.random() if request.temperature else 0.0 for request in requests]
-        tokens = sample(logits_BV, requests, numbers).tolist()
+        """Draw the next token of each request, and append it and what a tool answers to it."""
+        uniform = [request.rng.random() if request.temperature > 0 else 0.0 for request in requests]
+        tokens = sample(logits_BV, requests, uniform).tolist()
         scores = score(logits_BV, requests, tokens)
         updates = []
-        for request, token, its_score in zip(requests, tokens, scores, strict=True):
+        for request, token, token_score in zip(requests, tokens, scores, strict=True):
             new = self._accept(request, token)
-            if its_score is not None and new:
-                request.scores.append(its_score)
-            events = [event for each in new for event in request.decoder.feed(each)] if request.decoder else []
-            if request.decoder and request.decoder.stopped and request.finish_reason is None:
-                request.finish_reason = "stop"
-            if request.finish_reason is not None and request.decoder:
-                events += request.decoder.finish()
+            if new and token_score is not None:
+                request.scores.append(token_score)
+            events = self._decode(request, new) if request.decoder is not None else []
             self.n_output_tokens += len(new)
             updates.append(Update(request, new, events, request.finish_reason))
         return updates
 
     def _accept(self, request: Request, token: int) -> list[int]:
-        """Take a sampled token; return what it adds to the output: itself, and a tool's answer, which is forced."""
+        """Append a sampled token and what a tool answers to it; return what was appended."""
         if token in self._stop_tokens:
             request.finish_reason = "stop"
             request.stop_token = token
@@ -289,22 +340,37 @@ class Engine:
         return new
 
     def _use_tool(self, request: Request, token: int) -> list[int]:
-        """Collect an expression between the calculator's marks; return its result, marks included, if it is valid."""
+        """Collect the expression between the calculator's marks; at its end return the result, if it is valid.
+
+        The model then reads the result as if it had written it.
+        """
         if token == self._special["<|python_start|>"]:
             request.expression = []
         elif request.expression is not None and token == self._special["<|python_end|>"]:
-            value = calculate(self.tokenizer.decode(request.expression))
+            result = calculate(self.tokenizer.decode(request.expression))
             request.expression = None
-            if value is not None:
-                begin, end = self._special["<|output_start|>"], self._special["<|output_end|>"]
-                return [begin, *self.tokenizer.encode(value), end]
+            if result is not None:
+                return [
+                    self._special["<|output_start|>"],
+                    *self.tokenizer.encode(result),
+                    self._special["<|output_end|>"],
+                ]
         elif request.expression is not None:
             request.expression.append(token)
         return []
 
-    def _remember(self, request: Request) -> None:
-        """Let the prefix cache keep what was read of a request: while it is prompt, every 64 tokens, and at its end."""
-        known = BLOCK * len(request.chain)
-        if request.n_read - known >= SAVE_EVERY or request.state == "prefill" or request.finish_reason is not None:
+    def _decode(self, request: Request, new: Sequence[int]) -> list[Event]:
+        """Return the text and tool calls that new tokens make; ends the request after one of its `stop` texts."""
+        events = [event for token in new for event in request.decoder.feed(token)]
+        if request.decoder.stopped and request.finish_reason is None:
+            request.finish_reason = "stop"
+        if request.finish_reason is not None:
+            events += request.decoder.finish()
+        return events
+
+    def _save_prefix(self, request: Request) -> None:
+        """Copy what was read of a request to the prefix cache: all of its prompt, and its answer now and then."""
+        n_unsaved = request.n_read - BLOCK * len(request.chain)
+        if request.state == "prefill" or n_unsaved >= SAVE_EVERY or request.finish_reason is not None:
             read = [*request.tokens, *request.output][: request.n_read]
-            self.cache.prefixes.save(request.slot, read, request.chain)
+            self.cache.prefixes.save(request.row, read, request.chain)

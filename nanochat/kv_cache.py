@@ -1,193 +1,189 @@
 """The KV cache: keys and values of the tokens that running requests have read, so that each is computed once.
 
-    KVCache       one row of slots per running request; layers with a window keep a ring buffer
+    KVCache       a row of slots per running request, in a LayerCache per layer
     CacheBatch    the context of one forward: writes new keys and values, then attends to the rows
     PrefixCache   blocks of 16 tokens that were read before, so that a prefix that requests share is computed once
 
 The engine reserves memory (`KVCache.reserve`), describes the new tokens of a step by a CacheBatch, and runs the model,
 which asks `CacheBatch.layer` for the attention of each layer. After the step it saves whole blocks
-(`PrefixCache.save`); a new request begins with the blocks it shares (`KVCache.attach`, `PrefixCache.load`).
+(`PrefixCache.save`). A new request begins with the blocks that it shares with earlier ones (`PrefixCache.load`).
 
-Shapes: R rows, B of them in a rectangle of T new positions each, N = all new positions of a forward, S slots, H query
-heads, K kv heads, D head dim, G = B·K.
+Slot s of a row holds position s. A layer with a window needs the newest positions only, so it keeps a ring buffer, in
+which slot s holds the newest position p with p % ring = s. A ring of 4 slots after 6 positions:
+
+    slot       0  1  2  3
+    position   4  5  2  3
+
+Shapes: R rows, B of them in a part of T new positions each, N = all new positions of a forward, S slots, H query
+heads, K kv heads, D head dim, G = B·K, P places of blocks.
 """
 
 import functools
-import itertools
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
 from nanochat import attention
 from nanochat.language_model import LayerNeed
 
-ROUND = 128  # slots are read in multiples of this, which fixes the order in which attention sums
-BLOCK = 16  # tokens of a block of the prefix cache
-Key = tuple[int, tuple[int, ...]]  # the name of the block before (0 = none), and a block's tokens
+ROUND = 128  # attention reads slots in multiples of this, which fixes the order of its sums
+BLOCK = 16  # tokens of a block of the prefix cache; divides ROUND, so blocks never straddle the end of a ring
 
 
-def _up(n: int) -> int:
+def round_up(n: int) -> int:
     """Return `n` rounded up to a multiple of ROUND."""
     return -(-n // ROUND) * ROUND
 
 
-def allocate(like: torch.Tensor, n_rows: int, n_slots: int, kv_heads: int, head_dim: int) -> tuple[torch.Tensor, ...]:
-    """Return keys and values, (R, S, K, D) each, of zeros, in the dtype and on the device of `like`.
+def allocate(like: torch.Tensor, n_rows: int, n_slots: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return keys and values of zeros, (R, S, K, D) each, for tensors like `like` (..., K, D).
 
-    On CPU keys have their slots innermost in memory, which makes q·k five times as fast in bf16 (dev/LOG.md); fused
+    On CPU keys have their slots innermost in memory, which makes q·k five times as fast in bf16 (dev/LOG.md). Fused
     attention on a GPU wants their channels there.
     """
+    kv_heads, head_dim = like.shape[-2:]
     values_RSKD = like.new_zeros(n_rows, kv_heads, n_slots, head_dim).transpose(1, 2)
-    if like.device.type != "cpu":
-        return torch.zeros_like(values_RSKD), values_RSKD
-    return like.new_zeros(n_rows, kv_heads, head_dim, n_slots).permute(0, 3, 1, 2), values_RSKD
+    if like.device.type == "cpu":
+        keys_RSKD = like.new_zeros(n_rows, kv_heads, head_dim, n_slots).permute(0, 3, 1, 2)
+    else:
+        keys_RSKD = torch.zeros_like(values_RSKD)
+    return keys_RSKD, values_RSKD
+
+
+class LayerCache:
+    """Keys and values of one layer.
+
+    Its memory is made on the first write, in the shape, dtype and device of what is written: layers may lie on
+    different devices, or hold some of the heads only (hf/parallel.py).
+    """
+
+    def __init__(self, ring: int | None) -> None:
+        self.ring = ring  # slots of the ring buffer; None = a slot per position
+        self.n_rows = 1
+        self.n_slots = ROUND
+        self.memory: tuple[torch.Tensor, ...] = ()  # keys and values, (R, S, K, D) each
+        self._views: dict[tuple[int, int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def reserve(self, n_rows: int, n_slots: int) -> None:
+        """Change the size of the memory; what fits stays."""
+        self.n_rows = n_rows
+        self.n_slots = n_slots if self.ring is None else min(n_slots, self.ring)
+        if self.memory:
+            self._reallocate(self.memory[0])
+
+    def _reallocate(self, like: torch.Tensor) -> None:
+        old_memory = self.memory
+        self.memory = allocate(like, self.n_rows, self.n_slots)
+        for new_RSKD, old_RSKD in zip(self.memory, old_memory, strict=False):
+            rows = min(self.n_rows, old_RSKD.size(0))
+            slots = min(self.n_slots, old_RSKD.size(1))
+            new_RSKD[:rows, :slots] = old_RSKD[:rows, :slots]
+        self._views.clear()
+
+    def slots(self, positions: torch.Tensor) -> torch.Tensor:
+        """Return the slots of these positions."""
+        return positions if self.ring is None else positions % self.ring
+
+    def write(self, rows_N: torch.Tensor, slots_N: torch.Tensor, k_NKD: torch.Tensor, v_NKD: torch.Tensor) -> None:
+        """Store keys and values of new positions."""
+        if not self.memory:
+            self._reallocate(k_NKD)
+        keys_RSKD, values_RSKD = self.memory
+        keys_RSKD.index_put_((rows_N, slots_N), k_NKD)
+        values_RSKD.index_put_((rows_N, slots_N), v_NKD)
+
+    def n_visible(self, length: int) -> int:
+        """Return how many slots `views` shows of rows up to `length`."""
+        return min(round_up(length), self.n_slots)
+
+    def views(self, first_row: int, n_rows: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return keys (G, D, S) and values (G, S, D) of some rows up to `length`, as attention's products want them.
+
+        They are kept until memory moves: making them anew costs a small model as much as attending to them.
+        """
+        n_slots = self.n_visible(length)
+        key = (first_row, n_rows, n_slots)
+        if key not in self._views:
+            if len(self._views) >= 16:  # batches change their shape all the time: keep it bounded
+                self._views.clear()
+            rows = slice(first_row, first_row + n_rows)
+            keys_RSKD, values_RSKD = self.memory
+            keys_GDS = keys_RSKD[rows, :n_slots].permute(0, 2, 3, 1).flatten(0, 1)
+            values_GSD = values_RSKD[rows, :n_slots].transpose(1, 2).flatten(0, 1)
+            self._views[key] = (keys_GDS, values_GSD)
+        return self._views[key]
 
 
 class KVCache:
-    """Rows of slots, one row per running request. All rows are as long as the longest needs, by doubling.
+    """A row per running request. All rows are as long as the longest needs; memory grows by doubling.
 
-    Slot s of a row holds its position s. A layer with a window keeps a ring instead, in which slot s holds the newest
-    position p with p % ring = s; it has room for the window and for `chunk` positions, the most that one forward adds.
-
-    A layer's memory is made on its first write, in the shape, dtype and place of what is written. max_tokens: rows
-    times slots, at most (None: no limit). prefix_tokens: room of the prefix cache. deterministic: see attention.py.
+    chunk: the most positions that one forward adds to a row; a ring has room for them beside its window.
+    max_tokens: limit of rows times slots (None = no limit). prefix_tokens: room of the prefix cache.
     """
 
     def __init__(
         self,
-        device: torch.device,
         needs: Sequence[LayerNeed],
         context: int,
         chunk: int = ROUND,
         max_tokens: int | None = None,
         prefix_tokens: int = 0,
-        deterministic: bool = True,
     ) -> None:
-        self.device = device
         self.context = context
         self.max_tokens = max_tokens
-        self.deterministic = deterministic
-        self.layers: list[tuple[torch.Tensor, ...]] = []  # keys and values, (R, S, K, D)
-        self.windows = [need.window for need in needs]
-        rings = [_up(window + chunk) for window in self.windows]
-        self.rings = [None if ring >= context else ring for ring in rings]
+        self.layers: list[LayerCache] = []
+        self._spare = context  # positions that every ring holds beyond its window
+        for need in needs:
+            ring = round_up(need.window + chunk)
+            if ring < context:
+                self.layers.append(LayerCache(ring))
+                self._spare = min(self._spare, ring - need.window)
+            else:
+                self.layers.append(LayerCache(None))
         self.n_rows = 1
         self.n_slots = ROUND
-        self.version = 0  # how often memory has moved: views and CUDA graphs of an older version are stale
-        self.prefixes = PrefixCache(self, prefix_tokens)
-        self.n_queried = 0  # tokens of requests that began,
-        self.n_reused = 0  # and how many of those were in the cache already
-        self._views: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]] = {}
-
-    # What the scheduler asks (see scheduler.Slots).
+        self.version = 0  # grows when memory moves: CUDA graphs of an older version read freed memory
+        self.prefixes = PrefixCache(self.layers, prefix_tokens)
 
     def fits(self, sizes: Sequence[int]) -> bool:
-        """Return whether sequences of so many tokens have room at the same time."""
-        return self.max_tokens is None or len(sizes) * self._length(max(sizes, default=0)) <= self.max_tokens
+        """Return whether sequences of these sizes (tokens) have room at the same time."""
+        return self.max_tokens is None or len(sizes) * self._row_slots(max(sizes, default=0)) <= self.max_tokens
 
-    def attach(self, request: Any, running: Sequence[Any], twin: Any | None) -> int:
-        """Begin `request` in its row; return how many of its first tokens are in the cache already.
-
-        They come from `twin`, a running request with the same prompt, or from the prefix cache. The last token is
-        always read, for its logits.
-        """
-        limit = request.size - 1  # all but the last token
-        self.reserve(request.slot + 1, max(each.size for each in (*running, request)))
-        shared = min(twin.n_read, len(request.tokens), limit) if twin else 0
-        if twin and shared and self.can_truncate(twin.n_read, shared):
-            # A copied row is not rounded down to whole blocks.
-            self.move(twin.slot, request.slot, shared)
-            request.chain = twin.chain[: shared // BLOCK]
-        else:
-            request.chain = self.prefixes.load(request.slot, request.pending(limit), limit)
-            shared = BLOCK * len(request.chain)
-        self.n_queried += request.size
-        self.n_reused += shared
-        return shared
-
-    def move(self, source: int, target: int, length: int) -> None:
-        """Make row `target` equal to row `source` in its first `length` positions."""
-        self.reserve(target + 1, length)
-        for memory, ring in zip(self.layers, self.rings, strict=False):
-            for each_RSKD in memory:
-                each_RSKD[target, : ring or length] = each_RSKD[source, : ring or length]
-
-    def can_truncate(self, read: int, length: int) -> bool:
-        """Can a row of `read` tokens be truncated to `length`? Not if a ring has overwritten what its window needs."""
-        # A ring has ring - window positions more than its window shows, which may be taken back.
-        spare = (ring - window for ring, window in zip(self.rings, self.windows, strict=True) if ring is not None)
-        return read - length <= min(spare, default=read)
-
-    # Memory.
-
-    def memory(self, layer: int, like: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Return a layer's keys and values, (R, S, K, D), made on their first use for keys like these (..., K, D)."""
-        if layer == len(self.layers):
-            n_slots = min(self.n_slots, self.rings[layer] or self.n_slots)
-            self.layers.append(allocate(like, self.n_rows, n_slots, *like.shape[-2:]))
-        return self.layers[layer]
-
-    def slots(self, layer: int, positions: torch.Tensor) -> torch.Tensor:
-        """Return where a layer keeps these positions."""
-        ring = self.rings[layer]
-        return positions if ring is None else positions % ring
-
-    def write(
-        self, layer: int, rows_N: torch.Tensor, slots_N: torch.Tensor, k_NKD: torch.Tensor, v_NKD: torch.Tensor
-    ) -> None:
-        """Put keys and values of new positions in a layer's memory."""
-        keys_RSKD, values_RSKD = self.memory(layer, k_NKD)
-        keys_RSKD.index_put_((rows_N, slots_N), k_NKD)
-        values_RSKD.index_put_((rows_N, slots_N), v_NKD)
-
-    def views(self, layer: int, first_row: int, n_rows: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return keys (G, D, S) and values (G, S, D) of some rows up to `length`, as attention's products want them.
-
-        They are kept until memory moves: cutting them out anew costs a small model as much as attending to them.
-        """
-        key = layer, first_row, n_rows, _up(length)
-        if key not in self._views:
-            if len(self._views) >= 16 * len(self.layers):  # batches change shape all the time: keep it bounded
-                self._views.clear()
-            keys_RSKD, values_RSKD = self.layers[layer]
-            rows = slice(first_row, first_row + n_rows)
-            keys_GDS = keys_RSKD[rows, : _up(length)].permute(0, 2, 3, 1).flatten(0, 1)
-            self._views[key] = keys_GDS, values_RSKD[rows, : _up(length)].transpose(1, 2).flatten(0, 1)
-        return self._views[key]
-
-    def _length(self, size: int) -> int:
-        """Return the slots of rows that hold `size` tokens: a power of two, but no more than the context needs."""
-        power_of_two = 1 << size.bit_length()  # the smallest that is larger than `size`
-        return min(max(ROUND, power_of_two), _up(self.context + 1))
+    def _row_slots(self, size: int) -> int:
+        """Return the slots of a row for `size` tokens: the next power of two, but no more than the context needs."""
+        return min(max(ROUND, 1 << size.bit_length()), round_up(self.context + 1))
 
     def reserve(self, n_rows: int, size: int) -> None:
-        """Make room for so many rows, the longest of `size` tokens; what is held stays.
-
-        Memory doubles as needed, up to `max_tokens`, where longer rows mean fewer of them.
-        """
-        slots = self._length(size)
-        if n_rows <= self.n_rows and slots <= self.n_slots:
+        """Make room for `n_rows` rows, the longest of `size` tokens. The caller has checked that they fit."""
+        needed = self._row_slots(size)
+        if n_rows <= self.n_rows and needed <= self.n_slots:
             return
         rows = self.n_rows if n_rows <= self.n_rows else max(n_rows, 2 * self.n_rows)
-        slots = max(self.n_slots, slots)
+        slots = max(self.n_slots, needed)
         if self.max_tokens is not None and rows * slots > self.max_tokens:
-            # Doubling would exceed the limit: give back slots that no running request needs, then add as many rows
-            # as fit.
-            slots = slots if n_rows * slots <= self.max_tokens else self._length(size)
+            # Doubling would exceed the limit: give up slots that no running request needs, then add as many rows as
+            # there is room for.
+            if n_rows * slots > self.max_tokens:
+                slots = needed
             rows = max(n_rows, self.max_tokens // slots)
-        kept = min(rows, self.n_rows)
-        for layer, old in enumerate(self.layers):
-            n_slots = min(slots, self.rings[layer] or slots)  # a ring never grows
-            self.layers[layer] = allocate(old[0], rows, n_slots, *old[0].shape[2:])
-            for new_RSKD, old_RSKD in zip(self.layers[layer], old, strict=True):
-                common = min(n_slots, old_RSKD.size(1))
-                new_RSKD[:kept, :common] = old_RSKD[:kept, :common]
+        for layer in self.layers:
+            layer.reserve(rows, slots)
         self.n_rows = rows
         self.n_slots = slots
         self.version += 1
-        self._views.clear()
+
+    def copy_row(self, source: int, target: int, length: int) -> None:
+        """Make row `target` equal to row `source` in its first `length` positions."""
+        for layer in self.layers:
+            for memory_RSKD in layer.memory:
+                slots = slice(layer.ring or length)
+                memory_RSKD[target, slots] = memory_RSKD[source, slots]
+
+    def can_truncate(self, read: int, length: int) -> bool:
+        """Can a row of `read` tokens be cut to `length`? Not if a ring has overwritten what its window then shows."""
+        return read - length <= self._spare
 
 
 class Part(NamedTuple):
@@ -200,7 +196,7 @@ class Part(NamedTuple):
 
 
 class LayerPlan(NamedTuple):
-    """The row and slot of each new token, and each part's mask of the slots that its queries do not see."""
+    """The row and slot of each new token, and for each part a mask of the slots that its queries do not see."""
 
     rows_N: torch.Tensor
     slots_N: torch.Tensor
@@ -210,33 +206,35 @@ class LayerPlan(NamedTuple):
 class CacheBatch:
     """The context of one forward over new tokens of many rows (see language_model.py): part after part, row after row.
 
-    rows_N, positions_N: where each token goes, with room made by `KVCache.reserve`; along a row positions count up.
-    previous_N: the token before each, -1 before the first of a row.
+    rows_N, positions_N: where each token goes, with room made by `KVCache.reserve`; positions count up along a row.
+    previous_N: the token before each, -1 before the first of a row. deterministic: see attention.py.
     """
 
     def __init__(
         self,
-        cache: KVCache,
+        layers: Sequence[LayerCache],
         parts: Sequence[Part],
         rows_N: torch.Tensor,
         positions_N: torch.Tensor,
         previous_N: torch.Tensor,
+        deterministic: bool = True,
     ) -> None:
+        self.layers = layers
+        self.parts = parts
+        self.rows_N = rows_N
         self.positions = positions_N
         self.previous_N = previous_N
-        self.cache = cache
-        self._parts = parts
-        self.rows_N = rows_N
+        self.deterministic = deterministic
         # Layers with the same ring, window and device share one plan, so it is made once per forward.
-        self._plans: dict[tuple[Any, ...], LayerPlan] = {}
+        self._plans: dict[tuple[int | None, int, torch.device], LayerPlan] = {}
 
     def layer(self, layer: int) -> attention.Attend:
-        """Return the function by which queries of this layer meet keys and values."""
-        return functools.partial(self._attend, layer)
+        """Return attend(q, k, v, window) of a layer."""
+        return functools.partial(self._attend, self.layers[layer])
 
     def _attend(
         self,
-        layer: int,
+        layer: LayerCache,
         q_NHD: torch.Tensor,
         k_NKD: torch.Tensor,
         v_NKD: torch.Tensor,
@@ -244,158 +242,156 @@ class CacheBatch:
         sinks_H: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Write new keys and values, and attend to all that the window shows of each row; return (N, H, D)."""
-        cache = self.cache
-        kind = (cache.rings[layer], window, q_NHD.device)
+        kind = (layer.ring, window, q_NHD.device)
         if kind not in self._plans:
-            self._plans[kind] = self._plan(layer, window, q_NHD, k_NKD)
+            group = int(q_NHD.size(1)) // int(k_NKD.size(1))
+            self._plans[kind] = self._plan(layer, window, group, q_NHD)
         plan = self._plans[kind]
         # New tokens attend to themselves, so they are written first.
-        cache.write(layer, plan.rows_N, plan.slots_N, k_NKD, v_NKD)
+        layer.write(plan.rows_N, plan.slots_N, k_NKD, v_NKD)
         outputs = []
-        for part, q_part, mask in zip(self._parts, self._split(q_NHD), plan.masks, strict=True):
+        for part, q_part, mask in zip(self.parts, self._split(q_NHD), plan.masks, strict=True):
             q_BTHD = q_part.unflatten(0, (part.n_rows, part.n_tokens))
-            keys_GDS, values_GSD = cache.views(layer, part.first_row, part.n_rows, part.length)
+            keys_GDS, values_GSD = layer.views(part.first_row, part.n_rows, part.length)
             if q_NHD.device.type == "cuda" and part.n_tokens > 1 and sinks_H is None:
                 y_BTHD = attention.attend_fused(q_BTHD, keys_GDS, values_GSD, mask)
             else:
+                scale = int(q_NHD.size(2)) ** -0.5
                 y_BTHD = attention.attend_to_slots(
-                    q_BTHD, keys_GDS, values_GSD, mask, int(q_BTHD.size(3)) ** -0.5, sinks_H, cache.deterministic
+                    q_BTHD, keys_GDS, values_GSD, mask, scale, sinks_H, self.deterministic
                 )
             outputs.append(y_BTHD.flatten(0, 1))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
-    def _split(self, each_N: torch.Tensor) -> Sequence[torch.Tensor]:
+    def _split(self, x_N: torch.Tensor) -> Sequence[torch.Tensor]:
         """Cut a tensor of all new tokens into one tensor per part."""
-        if len(self._parts) == 1:
-            return [each_N]
-        return each_N.split([part.n_rows * part.n_tokens for part in self._parts])
+        if len(self.parts) == 1:
+            return [x_N]
+        return x_N.split([part.n_rows * part.n_tokens for part in self.parts])
 
-    def _plan(self, layer: int, window: int, q_NHD: torch.Tensor, k_NKD: torch.Tensor) -> LayerPlan:
+    def _plan(self, layer: LayerCache, window: int, group: int, like: torch.Tensor) -> LayerPlan:
         """Return where a layer writes the new tokens, and a mask for each part.
 
-        A query sees a slot if the position that the slot holds is not after its own and inside its window. In plain
-        rows slot s holds position s. In a ring buffer the slot's position has to be computed from the newest one.
+        A query sees a slot if the position that the slot holds is not after its own and inside its window.
         """
-        ring = self.cache.rings[layer]
-        self.cache.memory(layer, k_NKD)  # makes the memory on first use, for `views` below
-        device = q_NHD.device
-        positions_N = self.positions.to(device)
+        positions_N = self.positions.to(like.device)
         masks = []
-        for part, positions in zip(self._parts, self._split(positions_N), strict=True):
+        for part, positions in zip(self.parts, self._split(positions_N), strict=True):
             positions_BT1 = positions.view(part.n_rows, part.n_tokens, 1)
-            keys_GDS, _ = self.cache.views(layer, part.first_row, part.n_rows, part.length)
-            n_slots = keys_GDS.size(2)
-            held_BTS = torch.arange(n_slots, device=device)  # the position that each slot holds
-            if ring is not None and part.length > ring:
-                # The ring has wrapped: slot s holds the newest position p <= newest with p % ring = s. Example:
-                # ring 4 and newest 5 hold positions 4, 5, 2, 3.
+            held_BTS = torch.arange(layer.n_visible(part.length), device=like.device)  # the position in each slot
+            if layer.ring is not None and part.length > layer.ring:
+                # The ring has wrapped: slot s holds the newest position p with p % ring = s.
                 newest_B11 = positions_BT1[:, -1:]
-                held_BTS = newest_B11 - (newest_B11 - held_BTS) % ring
+                held_BTS = newest_B11 - (newest_B11 - held_BTS) % layer.ring
             hidden_BTS = held_BTS > positions_BT1  # causal
-            if window < part.length:  # otherwise no position can be outside of the window
+            if window < part.length:  # otherwise no position is outside of the window
                 hidden_BTS = hidden_BTS | (held_BTS <= positions_BT1 - window)
-            if ring is not None:
+            if layer.ring is not None:
                 # The formula gives a negative position for a slot that a shorter row has not written yet.
                 hidden_BTS = hidden_BTS | (held_BTS < 0)
-            group = int(q_NHD.size(1)) // int(k_NKD.size(1))
-            masks.append(attention.mask(hidden_BTS, group, q_NHD.dtype, self.cache.deterministic))
-        return LayerPlan(rows_N=self.rows_N.to(device), slots_N=self.cache.slots(layer, positions_N), masks=masks)
+            masks.append(attention.mask(hidden_BTS, group, like.dtype, self.deterministic))
+        return LayerPlan(rows_N=self.rows_N.to(like.device), slots_N=layer.slots(positions_N), masks=masks)
+
+
+class Block:
+    """The keys and values of 16 tokens after a certain prefix: a node in the tree of all known prefixes.
+
+    The path from the root to a block spells the prefix. Tokens are compared and not hashed, so nobody can craft a
+    prompt that is answered from another's.
+    """
+
+    def __init__(self, parent: "Block | None", tokens: tuple[int, ...], place: int) -> None:
+        self.parent = parent
+        self.tokens = tokens
+        self.place = place  # its row in the memory of the prefix cache
+        self.children: dict[tuple[int, ...], Block] = {}
 
 
 class PrefixCache:
-    """Keys and values of prefixes that were read before, at most `max_tokens` of them; the oldest go first.
+    """Copies of blocks that were read before, at most `max_tokens` tokens; the least recently used are evicted.
 
-    A prefix is a chain of blocks of 16 tokens. A block is found by the block before it and its tokens, which are
-    compared and not hashed, so nobody can craft a prompt that is answered from another's. Blocks are copies, made as
-    a row is read: a layer with a window has its part copied before its ring is overwritten, so a chain can end at any
-    block.
+    Blocks are copied as a row is read. So a layer with a window has them before its ring is overwritten, and a new
+    request can begin at the end of any block.
     """
 
-    def __init__(self, cache: KVCache, max_tokens: int) -> None:
-        self.cache = cache
+    def __init__(self, layers: Sequence[LayerCache], max_tokens: int) -> None:
+        self.layers = layers
         self.n_blocks = max_tokens // BLOCK
-        self._blocks: OrderedDict[Key, tuple[int, int]] = OrderedDict()  # name and place of each; the oldest first
-        self._names = itertools.count(1)  # never used again
-        self._memory: list[tuple[torch.Tensor, ...]] = []  # of each layer: keys and values, (P, 16, K, D)
+        self._root = Block(parent=None, tokens=(), place=-1)  # the empty prefix
+        self._by_age: OrderedDict[Block, None] = OrderedDict()  # least recently used first
+        self._memory: list[tuple[torch.Tensor, ...]] = []  # per layer: keys and values, (P, 16, K, D) each
 
     def clear(self) -> None:
         """Forget everything."""
-        self._blocks.clear()
+        self._root.children.clear()
+        self._by_age.clear()
         self._memory.clear()
 
-    def load(self, row: int, tokens: Sequence[int], limit: int) -> list[Key]:
-        """Fill a row with the longest known prefix of `tokens`, at most `limit` of them; return its chain."""
-        chain: list[Key] = []
-        places: list[int] = []
-        name = 0  # of the block before the first
-        for end in range(BLOCK, limit + 1, BLOCK):
-            key = (name, tuple(tokens[end - BLOCK : end]))
-            if key not in self._blocks:
+    def load(self, row: int, tokens: Sequence[int]) -> list[Block]:
+        """Fill `row` with the longest known prefix of `tokens`; return its blocks."""
+        chain: list[Block] = []
+        node = self._root
+        for start in range(0, len(tokens) - BLOCK + 1, BLOCK):
+            child = node.children.get(tuple(tokens[start : start + BLOCK]))
+            if child is None:
                 break
-            name, place = self._blocks[key]
-            chain.append(key)
-            places.append(place)
+            chain.append(child)
+            node = child
         self._touch(chain)
-        if not chain:
-            return chain
-        for layer, known in enumerate(self._memory):
+        for layer, known in zip(self.layers, self._memory, strict=False):
             # A ring has room for the end of the prefix only.
-            first = max(0, len(chain) - (self.cache.rings[layer] or len(tokens)) // BLOCK)
-            memory = self.cache.memory(layer, known[0])
-            for slots, blocks in self._runs(layer, first, places[first:]):
-                for each_RSKD, known_PSKD in zip(memory, known, strict=True):
-                    each_RSKD[row, slots].unflatten(0, (-1, BLOCK)).copy_(known_PSKD[blocks])
+            first = 0 if layer.ring is None else max(0, len(chain) - layer.ring // BLOCK)
+            places = torch.tensor([block.place for block in chain[first:]], dtype=torch.int64)
+            slots = layer.slots(torch.arange(BLOCK * first, BLOCK * len(chain)))
+            for memory_RSKD, known_PBKD in zip(layer.memory, known, strict=True):
+                memory_RSKD[row, slots] = known_PBKD[places].flatten(0, 1)
         return chain
 
-    def save(self, row: int, tokens: Sequence[int], chain: list[Key]) -> None:
-        """Keep the whole blocks of `tokens`, all of which `row` has read; `chain`, of those known before, grows."""
-        # The name of the last block of the chain, by which the next one is found; None if it was evicted.
-        name: int | None = self._blocks.get(chain[-1], (None, 0))[0] if chain else 0
-        fresh: dict[Key, int] = {}  # names of blocks that are not known yet; what follows one is not known either
-        first_end = BLOCK * (len(chain) + 1)
-        last_end = BLOCK * min(len(tokens) // BLOCK, self.n_blocks)
-        for end in range(first_end, last_end + 1, BLOCK):
-            if name is None:  # without its predecessor, a block could never be found again
-                break
-            key = (name, tuple(tokens[end - BLOCK : end]))
-            if key not in self._blocks:
-                fresh[key] = next(self._names)
-            name = fresh[key] if key in fresh else self._blocks[key][0]
-            chain.append(key)
-        # Touched before the eviction, so that the chain's own blocks are not the ones that go.
+    def save(self, row: int, tokens: Sequence[int], chain: list[Block]) -> None:
+        """Keep the whole blocks of `tokens`, all of which `row` has read.
+
+        chain: the blocks of this row that are known already; the new ones are appended.
+        """
+        if chain and chain[-1] not in self._by_age:
+            return  # it was evicted, so blocks after it could not be found
+        self._touch(chain)  # before evictions, so that they spare this chain
+        node = chain[-1] if chain else self._root
+        fresh: list[Block] = []
+        n_blocks = min(len(tokens) // BLOCK, self.n_blocks)
+        for start in range(BLOCK * len(chain), BLOCK * n_blocks, BLOCK):
+            block_tokens = tuple(tokens[start : start + BLOCK])
+            child = node.children.get(block_tokens)
+            if child is None:  # then no later block is known either
+                child = Block(node, block_tokens, self._free_place())
+                node.children[block_tokens] = child
+                fresh.append(child)
+            self._by_age[child] = None
+            self._by_age.move_to_end(child)
+            chain.append(child)
+            node = child
         self._touch(chain)
-        # First the places that were never used, then those of the oldest blocks.
-        places = list(range(len(self._blocks), min(self.n_blocks, len(self._blocks) + len(fresh))))
-        places += [self._blocks.popitem(last=False)[1][1] for _ in range(len(fresh) - len(places))]
-        places.sort()  # neighbours are copied together
-        for key, place in zip(fresh, places, strict=True):
-            self._blocks[key] = fresh[key], place
-        self._touch(chain)
-        if fresh:
-            self._copy(row, len(chain) - len(fresh), places)
+        if not fresh:
+            return
+        if not self._memory:
+            self._memory += [allocate(layer.memory[0], self.n_blocks, BLOCK) for layer in self.layers]
+        places = torch.tensor([block.place for block in fresh])
+        positions = torch.arange(BLOCK * (len(chain) - len(fresh)), BLOCK * len(chain))
+        for layer, known in zip(self.layers, self._memory, strict=True):
+            slots = layer.slots(positions)
+            for memory_RSKD, known_PBKD in zip(layer.memory, known, strict=True):
+                known_PBKD[places] = memory_RSKD[row, slots].unflatten(0, (-1, BLOCK))
 
-    def _touch(self, chain: Sequence[Key]) -> None:
-        """Make a chain the newest, its first block newest of all: without it the others cannot be found."""
-        for key in reversed(chain):
-            if key in self._blocks:
-                self._blocks.move_to_end(key)
+    def _free_place(self) -> int:
+        """Return a place that no block uses, if need be that of the least recently used one."""
+        if len(self._by_age) < self.n_blocks:
+            return len(self._by_age)
+        oldest, _ = self._by_age.popitem(last=False)
+        assert oldest.parent is not None
+        del oldest.parent.children[oldest.tokens]
+        return oldest.place
 
-    def _runs(self, layer: int, first: int, places: Sequence[int]) -> Iterator[tuple[slice, slice]]:
-        """Yield slots of a row, and places here, of the row's blocks from `first` on: neighbours in both together."""
-        ring = (self.cache.rings[layer] or 0) // BLOCK  # in blocks; 0 for a layer without a ring
-        pairs = [((first + i) % ring if ring else first + i, place) for i, place in enumerate(places)]
-        # A run starts wherever a pair does not follow its predecessor by one in both: one copy per run, not per block.
-        starts = [i for i, (slot, place) in enumerate(pairs) if not i or pairs[i - 1] != (slot - 1, place - 1)]
-        for start, end in itertools.pairwise([*starts, len(pairs)]):
-            slot, place = pairs[start]
-            n = end - start
-            yield slice(BLOCK * slot, BLOCK * (slot + n)), slice(place, place + n)
-
-    def _copy(self, row: int, first: int, places: Sequence[int]) -> None:
-        """Copy blocks of a row, from its `first` on, to these places."""
-        for layer, memory in enumerate(self.cache.layers):
-            if layer == len(self._memory):
-                self._memory.append(allocate(memory[0], self.n_blocks, BLOCK, *memory[0].shape[2:]))
-            for slots, blocks in self._runs(layer, first, places):
-                for each_RSKD, known_PSKD in zip(memory, self._memory[layer], strict=True):
-                    known_PSKD[blocks].copy_(each_RSKD[row, slots].unflatten(0, (-1, BLOCK)))
+    def _touch(self, chain: Sequence[Block]) -> None:
+        """Mark a chain as just used, its first block last: without the first, the others could not be found."""
+        for block in reversed(chain):
+            if block in self._by_age:
+                self._by_age.move_to_end(block)

@@ -1,105 +1,115 @@
-"""Requests, and which of them run next. Pure Python: no tensors.
+"""Requests, and which of them run in the next step. Pure Python: no tensors.
 
-A request waits, is read (prefill, in chunks), is continued token by token (decode), and is done. Running requests own
-rows of the KV cache: request i of `running` has row i. When the cache is full, the request that came last is preempted:
-it gives up its row and waits again, and what it had read is recomputed later.
+A request goes through four states:
+
+    waiting -> prefill -> decode -> done
+               reads its prompt,    adds one token
+               in chunks            per step
+
+Running requests own rows of the KV cache: request i of `Scheduler.running` has row i. When the cache is full, the
+request that came last is preempted: it loses its row and waits again, and what it had read is recomputed later.
 """
 
 import bisect
 import itertools
+import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
-HEAD_START = 64  # one level of priority overtakes at most so many requests that came before
+from nanochat.kv_cache import BLOCK, Block, KVCache
 
-State = Literal["waiting", "prefill", "decode", "done"]
-
-
-def _check_range(name: str, value: float | None, low: float, high: float = float("inf")) -> None:
-    if (value is not None and not low <= value <= high) or value in (float("inf"), float("-inf")):
-        raise ValueError(f"{name} {value} must be a number from {low:g} to {high:g}")
+HEAD_START = 64  # one level of priority overtakes at most this many requests that came before
 
 
 @dataclass(frozen=True)
 class TokenScore:
-    """Log-probabilities (nats) by the model's own distribution, before temperature and the rest."""
+    """Log-probabilities (nats) by the model's own distribution, before temperature and all other settings."""
 
     token: int
     logprob: float
-    top: dict[int, float]  # of the likeliest tokens, likeliest first
+    top: dict[int, float]  # the likeliest tokens and their log-probabilities, likeliest first
 
 
 @dataclass(eq=False)
 class Request:
-    """One sequence to be continued: what is asked for, and how far it has come.
+    """One sequence to be continued: its prompt, its settings and its progress.
 
-    Raises ValueError when a setting is out of range.
+    A new sampling option needs three lines of code: a field here, its range in `__post_init__`, and its effect in
+    sampling.py. A field in serve/schema.py of the same name lets clients of the API set it. Raises ValueError when a
+    setting is out of range.
     """
 
     tokens: Sequence[int]
-    max_tokens: int | None = None  # None = to the end of the context
+    max_tokens: int | None = None  # None = up to the end of the context
+
+    # How to sample (sampling.py).
     temperature: float = 1.0  # 0 = always the likeliest token
     top_k: int | None = None  # sample among the k likeliest tokens; None or 0 = among all
     seed: int = 42
-    sample: int = 0  # tells apart requests that share a seed
-    top_p: float = 1.0  # among the likeliest tokens that make up this share of the probability (arXiv 1904.09751)
-    min_p: float = 0.0  # among tokens with this share of the likeliest one's probability (arXiv 2407.01082)
+    sample: int = 0  # tells requests with the same seed apart
+    top_p: float = 1.0  # sample among the likeliest tokens that make up this probability (arXiv 1904.09751)
+    min_p: float = 0.0  # among tokens at least this share as likely as the likeliest (arXiv 2407.01082)
     repetition_penalty: float = 1.0  # divides the logits of all tokens so far, prompt included (arXiv 1909.05858)
     presence_penalty: float = 0.0  # subtracted once from the logits of tokens in the answer so far, as OpenAI does
     frequency_penalty: float = 0.0  # subtracted once for each time that a token occurs in the answer so far
     logit_bias: Mapping[int, float] = field(default_factory=dict)  # added to these tokens' logits
-    logprobs: int | None = None  # report each token's log-probability, and those of so many likeliest
-    stop: Sequence[str] = ()  # texts that end the answer, and are no part of it
+
+    # How to report and to stop.
+    logprobs: int | None = None  # report log-probabilities: of each token, and of this many likeliest ones
+    stop: Sequence[str] = ()  # texts that end the answer; they are not part of it
     priority: int = 0  # higher goes first
-    decoder: Any = None  # turns its tokens into text and tool calls (detokenizer.py); made where `stop` needs one
+    decoder: Any = None  # turns its tokens into text and tool calls (detokenizer.py); made by the engine for `stop`
 
+    # The result.
     output: list[int] = field(default_factory=list)  # without the token that ended it
-    mask: list[int] = field(default_factory=list)  # 1 = sampled by the model, 0 = forced by a tool
-    scores: list[TokenScore] = field(default_factory=list)  # of each token of the output, where asked for
+    mask: list[int] = field(default_factory=list)  # per token of `output`: 1 = sampled, 0 = forced by a tool
+    scores: list[TokenScore] = field(default_factory=list)  # per token of `output`, if `logprobs` is set
     finish_reason: str | None = None  # "stop" | "length" | "abort" | "error"; None while it waits or runs
-    stop_token: int | None = None  # the token that ended it, when the reason is "stop" and it was not a text
+    stop_token: int | None = None  # the token that ended it, if a token did
 
-    state: State = "waiting"
-    slot: int = 0  # its row in the cache, while it has one
-    n_read: int = 0  # tokens of prompt and output whose keys and values are in the cache
-    n_reused: int = 0  # of these, how many were in the cache before it began
+    # Its progress, kept by the scheduler and the engine.
+    state: Literal["waiting", "prefill", "decode", "done"] = "waiting"
     order: tuple[int, int] = (0, 0)  # its place in the queue, given on arrival
+    row: int = 0  # its row in the cache, while it runs
+    n_read: int = 0  # tokens of prompt and output whose keys and values are in the cache
+    n_reused: int = 0  # how many of these were in the cache before it ran
+    chain: list[Block] = field(default_factory=list)  # its blocks in the prefix cache
+    expression: list[int] | None = None  # tokens of an open call of the calculator
+    rng: random.Random = field(init=False)  # its own random numbers: no neighbour can change its answer
 
     def __post_init__(self) -> None:
         if not self.tokens:
             raise ValueError("the prompt is empty: begin it with <|bos|>")
+        if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
+            raise ValueError(f"stop {self.stop!r} must be a list of texts, none empty")
         _check_range("max_tokens", self.max_tokens, 1)
         _check_range("temperature", self.temperature, 0)
         _check_range("top_k", self.top_k, 0)
         _check_range("top_p", self.top_p, 0, 1)
         _check_range("min_p", self.min_p, 0, 1)
-        _check_range("logprobs", self.logprobs, 0)
-        _check_range("priority", self.priority, -1000, 1000)
+        _check_range("repetition_penalty", self.repetition_penalty, 1e-3, 1e3)
         _check_range("presence_penalty", self.presence_penalty, -100, 100)
         _check_range("frequency_penalty", self.frequency_penalty, -100, 100)
-        _check_range("repetition_penalty", self.repetition_penalty, 1e-3, 1e3)
         for token, bias in self.logit_bias.items():
             _check_range(f"logit_bias of token {token}", bias, -100, 100)
-        if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
-            raise ValueError(f"stop {self.stop!r} must be a list of texts, none empty")
-        self.random = random.Random(f"{self.seed}:{self.sample}")  # a string: integer seeds lose their sign
-        self.expression: list[int] | None = None  # what the model has told the calculator so far
-        self.chain: list[Any] = []  # blocks of its tokens that the prefix cache knows
+        _check_range("logprobs", self.logprobs, 0)
+        _check_range("priority", self.priority, -1000, 1000)
+        self.rng = random.Random(f"{self.seed}:{self.sample}")  # a text, because integer seeds lose their sign
 
     @property
     def size(self) -> int:
-        """Tokens of prompt and output."""
+        """Number of tokens of prompt and output."""
         return len(self.tokens) + len(self.output)
 
     @property
     def n_pending(self) -> int:
-        """Tokens still to be read before the next can be sampled."""
+        """Number of tokens to read before the next one can be sampled: 1 while it decodes."""
         return self.size - self.n_read
 
     def pending(self, n: int) -> list[int]:
-        """Return the next `n` tokens to be read."""
+        """Return the next `n` tokens to read."""
         first = self.n_read - len(self.tokens)
         if first >= 0:
             return self.output[first : first + n]
@@ -107,127 +117,134 @@ class Request:
 
     @property
     def previous(self) -> int:
-        """The token before the next to be read, -1 where there is none: all the state that smear needs."""
+        """The token before the next to read, -1 if there is none. Smear needs it (gpt.py)."""
+        if self.n_read == 0:
+            return -1
         if self.n_read <= len(self.tokens):
-            return self.tokens[self.n_read - 1] if self.n_read else -1
+            return self.tokens[self.n_read - 1]
         return self.output[self.n_read - 1 - len(self.tokens)]
 
 
-class Slots(Protocol):
-    """What the scheduler asks of the KV cache (kv_cache.KVCache). Request i of those that run has row i."""
-
-    def fits(self, sizes: Sequence[int]) -> bool:
-        """Return whether sequences of so many tokens have room at the same time."""
-
-    def attach(self, request: Request, running: Sequence[Request], twin: Request | None) -> int:
-        """Begin `request` in its row, after those of `running`; return how many of its first tokens need not be read.
-
-        They are known from before, or from the running `twin`, which has read the same prompt.
-        """
-
-    def move(self, source: int, target: int, length: int) -> None:
-        """Make row `target` equal to row `source` in its first `length` positions."""
+def _check_range(name: str, value: float | None, low: float, high: float = math.inf) -> None:
+    if value is not None and not (low <= value <= high and math.isfinite(value)):
+        raise ValueError(f"{name} {value} must be a number from {low:g} to {high:g}")
 
 
 class Scheduler:
-    """First come, first served, but for priorities.
+    """Continuous batching: first come, first served, except for priorities.
 
-    Every step continues all requests that decode, and gives the rest of its token budget to those that are still being
-    read, the first first. When nothing decodes, and so nothing waits for the step, it may take twice the budget, though
-    no single request more than the budget. Nothing starves: a later request overtakes an earlier one by HEAD_START
-    places at most, and the first of all is never preempted.
+    Every step continues all requests that decode. The rest of its token budget goes to prefill, in the order of the
+    queue, so a long prompt is read in chunks beside the answers of others (chunked prefill, arXiv 2308.16369).
+    Nothing starves: a later request overtakes an earlier one by HEAD_START places at most, and the first of all is
+    never preempted.
     """
 
-    def __init__(self, slots: Slots, max_running: int, step_tokens: int) -> None:
+    def __init__(self, cache: KVCache, max_running: int, step_tokens: int) -> None:
         assert step_tokens > max_running >= 1, "prefill must get a share of every step"
-        self.slots = slots
+        self.cache = cache
         self.max_running = max_running
         self.step_tokens = step_tokens
         self.waiting: list[Request] = []  # in the order of service
-        self.running: list[Request] = []
+        self.running: list[Request] = []  # in the order of rows
         self.n_preempted = 0
+        self.n_queried = 0  # tokens of requests that began to run
+        self.n_reused = 0  # how many of these the cache had already
         self._arrivals = itertools.count()
 
     def add(self, request: Request) -> None:
         """Queue a request."""
         arrival = next(self._arrivals)
-        request.order = arrival - HEAD_START * request.priority, arrival
+        request.order = (arrival - HEAD_START * request.priority, arrival)
         self._wait(request)
 
-    def schedule(self) -> tuple[list[Request], list[tuple[Request, int]]]:
-        """Return the requests to continue by one token, and those to read, each with how many tokens to read of it."""
-        full = False
-        while not self.slots.fits([request.size for request in self.running]):
-            self._preempt(max(self.running, key=lambda request: request.order))
-            full = True
-        decode = [request for request in self.running if request.n_pending == 1]
-        budget = self.step_tokens - len(decode) if decode else 2 * self.step_tokens
-        prefill: list[tuple[Request, int]] = []
-        for request in sorted(self.running, key=lambda request: request.order):
-            if request.n_pending > 1 and budget:
-                n = min(request.n_pending, self.step_tokens, budget)
-                prefill.append((request, n))
-                budget -= n
-        for request, twin in () if full else self._admissible():
-            if not budget or not self.slots.fits([each.size for each in (*self.running, request)]):
-                break  # those behind it wait with it: small ones that slip past would starve a large one
-            self._admit(request, twin)
-            n = min(request.n_pending, self.step_tokens, budget)
-            budget -= n
-            if request.n_pending == 1:
-                decode.append(request)
-            else:
-                prefill.append((request, n))
-        for request, _ in prefill:
-            request.state = "prefill"
-        for request in decode:
-            request.state = "decode"
-        return decode, prefill
-
     def remove(self, request: Request) -> None:
-        """Forget a request, wherever it is; the last running one moves into its row."""
+        """Forget a request, in any state."""
         if request.state == "waiting":
             self.waiting.remove(request)
         elif request.state != "done":
-            self._vacate(request)
+            self._free_row(request)
         request.state = "done"
+
+    def schedule(self) -> list[tuple[Request, int]]:
+        """Return the requests of the next step, each with the number of its tokens to read.
+
+        Preempts running requests if their next tokens do not fit, otherwise admits waiting ones.
+        """
+        preempted = False
+        while not self._fits(self.running):
+            self._preempt(max(self.running, key=lambda request: request.order))
+            preempted = True
+
+        work = [(request, 1) for request in self.running if request.n_pending == 1]
+        # While nothing decodes, nobody waits for the step to end: it may read twice as much.
+        budget = self.step_tokens - len(work) if work else 2 * self.step_tokens
+
+        # Prompts that have begun, then new ones. The first of the queue gets all that it can use.
+        for request in sorted(self.running, key=lambda request: request.order):
+            n = min(request.n_pending, self.step_tokens, budget)
+            if request.n_pending > 1 and n > 0:
+                work.append((request, n))
+                budget -= n
+        for request in [] if preempted else list(self.waiting):
+            if len(self.running) == self.max_running or budget == 0:
+                break
+            twin = self._twin(request)
+            if twin is not None and twin.n_read < len(request.tokens) - 1:
+                continue  # `request` will copy what its twin is reading now
+            if not self._fits([*self.running, request]):
+                break  # those behind it wait as well: small requests that slip past would starve a large one
+            self._admit(request, twin)
+            n = min(request.n_pending, self.step_tokens, budget)
+            work.append((request, n))
+            budget -= n
+
+        for request, _ in work:
+            request.state = "decode" if request.n_pending == 1 else "prefill"
+        return work
+
+    def _fits(self, requests: Sequence[Request]) -> bool:
+        return self.cache.fits([request.size for request in requests])
+
+    def _twin(self, request: Request) -> Request | None:
+        """Return the running request with the same prompt that has read most: samples of one prompt read it once."""
+        twins = [other for other in self.running if other.tokens is request.tokens or other.tokens == request.tokens]
+        return max(twins, key=lambda twin: twin.n_read, default=None)
 
     def _wait(self, request: Request) -> None:
         request.state = "waiting"
         bisect.insort(self.waiting, request, key=lambda request: request.order)
 
-    def _admissible(self) -> Iterator[tuple[Request, Request | None]]:
-        """Yield waiting requests in order, while rows are free, each with a running twin that has read the same prompt.
-
-        Samples of one prompt share what the first of them has read. While that one is still reading, the others wait.
-        """
-        for request in list(self.waiting):
-            if len(self.running) == self.max_running:
-                return
-            same = (each for each in self.running if each.tokens is request.tokens or each.tokens == request.tokens)
-            twin = max(same, key=lambda twin: twin.n_read, default=None)
-            if twin is None or twin.n_read >= len(request.tokens) - 1:
-                yield request, twin
-
     def _admit(self, request: Request, twin: Request | None) -> None:
+        """Give a waiting request the next row, and fill it with the longest prefix that the cache holds."""
         self.waiting.remove(request)
-        request.slot = len(self.running)
-        request.state = "prefill"
-        request.n_read = request.n_reused = self.slots.attach(request, self.running, twin)
-        assert 0 <= request.n_read < request.size
+        request.row = len(self.running)
         self.running.append(request)
+        self.cache.reserve(len(self.running), max(each.size for each in self.running))
+        # The last token is always read, because the next one is sampled from its logits.
+        limit = request.size - 1
+        shared = 0 if twin is None else min(twin.n_read, len(request.tokens), limit)
+        if twin is not None and self.cache.can_truncate(twin.n_read, shared):
+            self.cache.copy_row(twin.row, request.row, shared)
+            request.chain = twin.chain[: shared // BLOCK]
+        else:
+            request.chain = self.cache.prefixes.load(request.row, request.pending(limit))
+            shared = BLOCK * len(request.chain)
+        request.n_read = shared
+        request.n_reused = shared
+        self.n_queried += request.size
+        self.n_reused += shared
 
     def _preempt(self, request: Request) -> None:
-        assert len(self.running) > 1, "a request alone fits, or it would not have been added"
+        assert len(self.running) > 1, "a single request fits, or the engine would have refused it"
         self.n_preempted += 1
-        self._vacate(request)
+        self._free_row(request)
         self._wait(request)
 
-    def _vacate(self, request: Request) -> None:
-        """Take a request's row away; the last running one moves into it."""
+    def _free_row(self, request: Request) -> None:
+        """Take a request's row away; the last running request moves into it, so that rows have no gaps."""
         last = self.running.pop()
         if last is not request:
-            self.slots.move(last.slot, request.slot, last.n_read)
-            self.running[request.slot] = last
-            last.slot = request.slot
+            self.cache.copy_row(last.row, request.row, last.n_read)
+            self.running[request.row] = last
+            last.row = request.row
         request.n_read = 0

@@ -9,9 +9,10 @@ import torch
 from random_model import random_model
 
 from nanochat.conversation import ChatFormat
-from nanochat.engine import AnswerDecoder, Engine, Request, ToolCall
+from nanochat.cuda_graph import CudaGraphs, Graph
+from nanochat.detokenizer import AnswerDecoder, ToolCall
+from nanochat.engine import Engine, Request
 from nanochat.gpt import GPT
-from nanochat.kv_cache import Part
 from nanochat.language_model import LayerNeed
 from nanochat.tokenizer import Tokenizer
 
@@ -41,7 +42,7 @@ class ScriptedModel:
     def __call__(self, idx_N, *, context, wanted_R=None):
         content = idx_N[:, None, None].float()
         context.layer(0)(content, content, content, self.config.sequence_len)
-        read_RS = context.cache.layers[0][0][:, :, 0, 0]
+        read_RS = context.layers[0].memory[0][:, :, 0, 0]
         wanted = range(len(idx_N)) if wanted_R is None else wanted_R.tolist()
         logits = torch.full((len(wanted), self.config.vocab_size), -1e4)
         for line, n in enumerate(wanted):
@@ -445,18 +446,19 @@ def test_the_shapes_of_graphs_give_the_same(tokenizer):
     model = random_model(tokenizer.get_vocab_size(), sequence_len=768)
     prompts = [tokenizer.encode("How many r " * (1 + 20 * (i % 4)), prepend="<|bos|>") for i in range(9)]
     expected = Engine(model, tokenizer).complete(prompts, max_tokens=40)
-    engine, shapes = Engine(model, tokenizer, max_batch=5, step_tokens=32), set()
+    engine = Engine(model, tokenizer, max_batch=5, step_tokens=32)
+    shapes = set()
 
-    def capture(inputs_4N, shape):
-        """Something that, replayed, runs the step over the inputs that were copied to it."""
-        rows, length = shape
-        parts = [Part(0, rows, 1, min(length, engine.cache.n_slots - 1))]
-        static_4N = inputs_4N.clone()
-        logits = engine.forward._run(static_4N, parts).clone()
-        graph = types.SimpleNamespace(replay=lambda: logits.copy_(engine.forward._run(static_4N, parts)))
-        shapes.add(shape)
-        return graph, static_4N, logits
+    class Uncaptured(CudaGraphs):
+        """Runs the step anew when it is replayed."""
 
-    engine.forward.graphs, engine.forward._capture = True, capture
+        def _capture(self, inputs_4N, length):
+            static_4N = inputs_4N.clone()
+            logits_NV = self._step(static_4N, length).clone()
+            shapes.add((static_4N.size(1), length))
+            graph = types.SimpleNamespace(replay=lambda: logits_NV.copy_(self._step(static_4N, length)))
+            return Graph(graph, static_4N, logits_NV)
+
+    engine.graphs = Uncaptured(engine.model, engine.cache)
     assert engine.complete(prompts, max_tokens=40) == expected
     assert {rows for rows, _ in shapes} <= {1, 2, 4, 8} and len(shapes) >= 4

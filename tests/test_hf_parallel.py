@@ -98,8 +98,8 @@ def test_placed_layers_say_the_same(kind, tmp_path, monkeypatch):
             and engine.model.head_weight.device == TWO[0 if "tied" in kind or kind == "gpt2" else 1]
         )
         assert engine.complete(PROMPTS, 10) == wanted
-        assert engine.cache.n_reused, "known beginnings"
-        for each in (engine.cache.layers, engine.cache.prefixes._memory):
+        assert engine.scheduler.n_reused, "known beginnings"
+        for each in ([layer.memory for layer in engine.cache.layers], engine.cache.prefixes._memory):
             assert [k.device for k, _ in each] == [v.device for _, v in each] == list(found.places)
         assert not engine.model.graphs, "no CUDA graph where a device ends"
 
