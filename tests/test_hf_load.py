@@ -258,7 +258,6 @@ def test_tokenizer_ids_and_text(make, tmp_path):
         plain = theirs.decode(ids, skip_special_tokens=False)
         assert ours.decode(ids).removeprefix(" " if make is llama2_like else "") == plain
         assert ours.decode_bytes(ids) == b"".join(ours.decode_bytes([i]) for i in ids), "byte by byte, as streams need"
-    assert ours.hash == HFTokenizer.from_directory(tmp_path).hash
 
 
 def test_special_tokens_are_not_read_from_text(saved):

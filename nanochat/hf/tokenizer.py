@@ -1,12 +1,14 @@
 """A model folder's `tokenizer.json`, run by the `tokenizers` package, behind the interface of tokenizer.py.
 
 Special tokens are never read from text, as in tokenizer.py: what a user types stays text. Rendered chat templates, in
-which they are meant, go through `encode_marked`.
+which they are meant, go through `encode_marked`:
+
+    encode("<|im_end|>")         -> several ids, which spell "<|im_end|>"
+    encode_marked("<|im_end|>")  -> one id, which ends a turn
 """
 
 import copy
 import functools
-import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,23 +27,21 @@ BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 class HFTokenizer(Codec):
     """Encodes and decodes as the model was trained, over a `tokenizers.Tokenizer`.
 
-    `settings` is the folder's tokenizer_config.json; `stop_tokens` are the ids that end an answer."""
+    `settings` is the folder's tokenizer_config.json; `stop_tokens` are the ids that end an answer.
+    """
 
     title = "this model's tokenizer"
 
     def __init__(
-        self,
-        backend: "tokenizers.Tokenizer",
-        bos: int | None = None,
-        stop_tokens: Sequence[int] = (),
-        settings: dict[str, Any] | None = None,
+        self, backend: "tokenizers.Tokenizer", bos: int | None, stop_tokens: Sequence[int], settings: dict[str, Any]
     ) -> None:
+        self.backend = backend
         # The package's name for "special tokens spelled out in a text are encoded like the rest of the text".
         backend.encode_special_tokens = True
-        self.backend = backend
-        self.settings = settings or {}
+        self.settings = settings
         self.stop_tokens = frozenset(stop_tokens)
         self._bos = bos
+        self._vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self._added_tokens = backend.get_added_tokens_decoder()
         self.special_tokens = {token.content: i for i, token in sorted(self._added_tokens.items()) if token.special}
         if bos is not None:
@@ -51,7 +51,8 @@ class HFTokenizer(Codec):
     def from_directory(cls, folder: Path | str) -> "HFTokenizer":
         """Read the tokenizer of a model's folder. Raises ValueError, which names the file, if it is missing or damaged.
 
-        Which ids begin a document and end an answer is spread over three more files, each of which may be absent."""
+        Which ids begin a document and end an answer is spread over three more files, each of which may be absent.
+        """
         import tokenizers
 
         folder = Path(folder)
@@ -62,8 +63,6 @@ class HFTokenizer(Codec):
             backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the package raises nothing narrower
             raise ValueError(f"{path} is damaged or of a kind that is not supported ({error})") from error
-        if max(backend.get_vocab(with_added_tokens=True).values(), default=0) > LARGEST_ID:
-            raise ValueError(f"{path} has ids above {LARGEST_ID}, which no model has")
         config = _read_object(folder / "config.json")
         settings = _read_object(folder / "tokenizer_config.json")
         generation = _read_object(folder / "generation_config.json")
@@ -77,44 +76,14 @@ class HFTokenizer(Codec):
             end = values.get("eos_token_id")
             ends += end if isinstance(end, list) else [end]
         end_ids = [_token_id(backend, end) for end in ends]
-        return cls(backend, bos, [i for i in end_ids if i is not None], settings)
-
-    @functools.cached_property
-    def hash(self) -> str:
-        """Hex SHA-256 of the tokenizer's definition."""
-        return hashlib.sha256(self.backend.to_str().encode()).hexdigest()
-
-    @functools.cached_property
-    def _bytes(self) -> list[bytes]:
-        """The bytes that each id stands for.
-
-        Byte-level vocabularies (GPT-2) spell bytes in an alphabet of their own; SentencePiece ones write a space as
-        U+2581 and bytes without a character as <0x..>."""
-        is_byte_level = self.backend.decoder is not None and self.backend.decoder.decode(["Ġ"]) == " "
-        alphabet = byte_alphabet() if is_byte_level else {}
-        result = []
-        for i in range(self.get_vocab_size()):
-            token = self.backend.id_to_token(i) or ""
-            if i in self._added_tokens:
-                result.append(token.encode())
-            elif is_byte_level and all(letter in alphabet for letter in token):
-                result.append(bytes(alphabet[letter] for letter in token))
-            elif match := BYTE_TOKEN.fullmatch(token):
-                result.append(bytes([int(match[1], 16)]))
-            else:
-                result.append(token.replace("\u2581", " ").encode())
-        return result
-
-    @functools.cached_property
-    def token_bytes(self) -> list[int]:
-        """How many bytes of text each id stands for; 0 for special tokens."""
-        special = set(self.special_tokens.values())
-        return [0 if i in special else len(data) for i, data in enumerate(self._bytes)]
+        tokenizer = cls(backend, bos, [i for i in end_ids if i is not None], settings)
+        if tokenizer.get_vocab_size() > LARGEST_ID:
+            raise ValueError(f"{path} has ids above {LARGEST_ID}, which no model has")
+        return tokenizer
 
     def get_vocab_size(self) -> int:
         """Return one more than the largest id; the model may have more rows."""
-        vocab = self.backend.get_vocab(with_added_tokens=True)
-        return max(vocab.values(), default=-1) + 1
+        return self._vocab_size
 
     def get_bos_token_id(self) -> int | None:
         """Return the id that begins a document, or None for a model that has none."""
@@ -131,14 +100,42 @@ class HFTokenizer(Codec):
 
     @functools.cached_property
     def _marked_backend(self) -> "tokenizers.Tokenizer":
+        # A copy, because another thread may encode a user's text at the same moment.
         backend = copy.deepcopy(self.backend)
         backend.encode_special_tokens = False
         return backend
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
         """Return the exact bytes of `ids`. Ids that the model has and the tokenizer has not stand for nothing."""
-        table = self._bytes
-        return b"".join(table[i] for i in ids if 0 <= i < len(table))
+        return b"".join(self._bytes[i] for i in ids if 0 <= i < len(self._bytes))
+
+    @functools.cached_property
+    def token_bytes(self) -> list[int]:
+        """How many bytes of text each id stands for; 0 for special tokens."""
+        special = set(self.special_tokens.values())
+        return [0 if i in special else len(data) for i, data in enumerate(self._bytes)]
+
+    @functools.cached_property
+    def _bytes(self) -> list[bytes]:
+        """The bytes that each id stands for.
+
+        Byte-level vocabularies (GPT-2) spell bytes in an alphabet of their own; SentencePiece ones write a space as
+        U+2581 and bytes without a character as <0x..>.
+        """
+        is_byte_level = self.backend.decoder is not None and self.backend.decoder.decode(["Ġ"]) == " "
+        alphabet = byte_alphabet() if is_byte_level else {}
+        result = []
+        for i in range(self._vocab_size):
+            token = self.backend.id_to_token(i) or ""
+            if i in self._added_tokens:
+                result.append(token.encode())
+            elif is_byte_level and all(letter in alphabet for letter in token):
+                result.append(bytes(alphabet[letter] for letter in token))
+            elif match := BYTE_TOKEN.fullmatch(token):
+                result.append(bytes.fromhex(match[1]))
+            else:
+                result.append(token.replace("\u2581", " ").encode())
+        return result
 
 
 def _read_object(path: Path) -> dict[str, Any]:
@@ -162,10 +159,11 @@ def _token_id(backend: "tokenizers.Tokenizer", token: Any) -> int | None:
 def byte_alphabet() -> dict[str, int]:
     """Return the byte for which each letter stands in byte-level vocabularies (GPT-2).
 
-    Printable bytes stand for themselves; the others are numbered from U+0100 on, so that a space becomes Ġ."""
+    Printable bytes stand for themselves. The others are numbered from U+0100 on: a space, byte 32, becomes Ġ, U+0120.
+    """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     alphabet = {chr(byte): byte for byte in printable}
     others = sorted(set(range(256)) - set(printable))
     for i, byte in enumerate(others):
-        alphabet[chr(256 + i)] = byte
+        alphabet[chr(0x100 + i)] = byte
     return alphabet

@@ -1,6 +1,11 @@
 """Tokenizers in and out: the original nanochat's pickled tiktoken encoding, and tokenizer.json of `tokenizers`.
 
-Both ways end with a check on sample texts: a conversion that would encode one of them differently is refused.
+    tokenizer.pkl   -> read_pickled         -> Tokenizer
+    tokenizer.json  -> from_tokenizer_json  -> Tokenizer  -> to_tokenizer_json  -> tokenizer.json
+
+All three are byte-level BPE and differ in what they write down: tiktoken has each token with its rank, `tokenizers` has
+the list of merges. Both ways end with a check on sample texts: a conversion that would encode one of them differently
+is refused.
 """
 
 import itertools
@@ -44,16 +49,19 @@ class _Unpickler(pickle.Unpickler):
         return _EncodingState
 
 
-def read_pickled(path: Path | str) -> Tokenizer:
+def read_pickled(path: Path) -> Tokenizer:
     """Read the original's tokenizer.pkl without running anything in it.
 
-    Raises ValueError if the file is missing or anything but a plain tiktoken encoding with our special tokens."""
+    Raises ValueError if the file is missing or anything but a plain tiktoken encoding with our special tokens.
+    """
+    from pydantic import TypeAdapter
+
     try:
         with open(path, "rb") as file:
             state = _Unpickler(file).load().state
         pattern = state["pat_str"]
-        ranks = state["mergeable_ranks"]
-        special = state["special_tokens"]
+        ranks = TypeAdapter(dict[bytes, int]).validate_python(state["mergeable_ranks"], strict=True)
+        special = TypeAdapter(dict[str, int]).validate_python(state["special_tokens"], strict=True)
     except OSError as error:
         raise ValueError(f"no tokenizer at {path}: name its folder with --tokenizer") from error
     except Exception as error:  # a hostile pickle can raise anything
@@ -61,73 +69,18 @@ def read_pickled(path: Path | str) -> Tokenizer:
     return _make_tokenizer(path, pattern, ranks, special)
 
 
-def _make_tokenizer(path: Path | str, pattern: Any, ranks: Any, special: Any) -> Tokenizer:
-    """Return a Tokenizer of its parts, all of which are checked: tiktoken itself panics on some wrong ones."""
-    is_pattern = isinstance(pattern, str)
-    is_ranks = isinstance(ranks, dict) and all(isinstance(token, bytes) and token for token in ranks)
-    is_special = isinstance(special, dict) and all(isinstance(name, str) for name in special)
-    ids = [*ranks.values(), *special.values()] if is_pattern and is_ranks and is_special else []
-    if not ids or not all(isinstance(i, int) for i in ids) or sorted(ids) != list(range(len(ids))):
-        raise ValueError(f"{path} is no whole byte-level vocabulary: its ids must be 0, 1, 2 and so on")
-    has_all_bytes = all(bytes([byte]) in ranks for byte in range(256))
-    if not has_all_bytes or not set(SPECIAL_TOKENS) <= special.keys():
+def _make_tokenizer(path: Path, pattern: Any, ranks: dict[bytes, int], special: dict[str, int]) -> Tokenizer:
+    """Return a Tokenizer of its parts, which are checked first: tiktoken panics on some wrong ones."""
+    ids = sorted([*ranks.values(), *special.values()])
+    if ids != list(range(len(ids))):
+        raise ValueError(f"{path} is no whole vocabulary: its ids must be 0, 1, 2 and so on")
+    single_bytes = {bytes([byte]) for byte in range(256)}
+    if not single_bytes <= ranks.keys() or not set(SPECIAL_TOKENS) <= special.keys():
         raise ValueError(f"{path} lacks single bytes, or special tokens of nanochat's conversations")
     try:
         return Tokenizer(tiktoken.Encoding("nanochat", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special))
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # a panic in Rust is a BaseException and no Exception
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: tiktoken refuses it ({error})") from error
-
-
-def _find_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """Return the pair of tokens that each token of two bytes or more was merged from, in the order of their ranks.
-
-    tiktoken keeps no merges. They are found by encoding each token with the tokens of lower rank alone, which stops
-    one merge before the end: b"the" with rank 300 ends as [b"t", b"he"] or [b"th", b"e"]."""
-    merges = []
-    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        parts = [bytes([byte]) for byte in token]
-        while len(parts) > 2:
-            pair_ranks = [ranks.get(a + b, rank) for a, b in itertools.pairwise(parts)]
-            best = min(range(len(pair_ranks)), key=pair_ranks.__getitem__)
-            if pair_ranks[best] >= rank:
-                raise ValueError(f"token {token!r} is made of no earlier tokens: it cannot be written as a merge")
-            parts[best : best + 2] = [parts[best] + parts[best + 1]]
-        if len(parts) == 2:
-            merges.append((parts[0], parts[1]))
-    return merges
-
-
-def to_tokenizer_json(tokenizer: Tokenizer) -> str:
-    """Return the text of a tokenizer.json that encodes as `tokenizer` does; raises ValueError if there is none."""
-    import tokenizers
-    from tokenizers import decoders, models, pre_tokenizers
-
-    alphabet = {byte: letter for letter, byte in byte_alphabet().items()}
-    ranks = tokenizer.encoding._mergeable_ranks
-    special = tokenizer.encoding._special_tokens
-
-    def spell(token: bytes) -> str:
-        return "".join(alphabet[byte] for byte in token)
-
-    vocab = {spell(token): rank for token, rank in ranks.items()}
-    merges = [(spell(a), spell(b)) for a, b in _find_merges(ranks)]
-    backend = tokenizers.Tokenizer(models.BPE(vocab, merges, ignore_merges=True))
-    # "{1,3}+" is a possessive repeat for tiktoken and a repeat of a repeat for `tokenizers`. In these patterns no more
-    # could match after the range anyway, so the plus is left out.
-    pattern = re.sub(r"(\{\d+(,\d*)?\})\+", r"\1", tokenizer.encoding._pat_str)
-    split = pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
-    backend.decoder = decoders.ByteLevel()
-    names = sorted(special, key=special.__getitem__)  # ids are given in this order
-    backend.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False) for name in names])
-    same_text = all(backend.encode(text, add_special_tokens=False).ids == tokenizer.encode(text) for text in SAMPLES)
-    same_special = all(backend.token_to_id(name) == i for name, i in special.items())
-    if not same_text or not same_special:
-        raise ValueError("this tokenizer's split pattern or ids have no equal in the tokenizers package")
-    return backend.to_str(pretty=False)
 
 
 def from_tokenizer_json(path: Path) -> Tokenizer:
@@ -141,9 +94,9 @@ def from_tokenizer_json(path: Path) -> Tokenizer:
         special = {token["content"]: token["id"] for token in data["added_tokens"]}
         alphabet = byte_alphabet()
         ranks = {}
-        for token, i in data["model"]["vocab"].items():
+        for token, rank in data["model"]["vocab"].items():
             if token not in special:
-                ranks[bytes(alphabet[letter] for letter in token)] = i
+                ranks[bytes(alphabet[letter] for letter in token)] = rank
         steps = data["pre_tokenizer"].get("pretokenizers", [data["pre_tokenizer"]])
         pattern = next(step["pattern"]["Regex"] for step in steps if step["type"] == "Split")
     except Exception as error:  # the package raises nothing narrower
@@ -154,10 +107,64 @@ def from_tokenizer_json(path: Path) -> Tokenizer:
     return tokenizer
 
 
+def to_tokenizer_json(tokenizer: Tokenizer) -> str:
+    """Return the text of a tokenizer.json that encodes as `tokenizer` does; raises ValueError if there is none."""
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers
+
+    letters = {byte: letter for letter, byte in byte_alphabet().items()}
+
+    def spell(token: bytes) -> str:
+        return "".join(letters[byte] for byte in token)
+
+    ranks = tokenizer.encoding._mergeable_ranks
+    vocab = {spell(token): rank for token, rank in ranks.items()}
+    merges = [(spell(left), spell(right)) for left, right in _find_merges(ranks)]
+    backend = tokenizers.Tokenizer(models.BPE(vocab, merges, ignore_merges=True))
+    # "{1,3}+" is a possessive repeat for tiktoken and a repeat of a repeat for `tokenizers`. In these patterns no more
+    # could match after the range anyway, so the plus is left out.
+    pattern = re.sub(r"(\{\d+(,\d*)?\})\+", r"\1", tokenizer.encoding._pat_str)
+    split = pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    backend.decoder = decoders.ByteLevel()
+    special = tokenizer.encoding._special_tokens
+    names = sorted(special, key=special.__getitem__)  # ids are given in this order
+    backend.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False) for name in names])
+
+    same_text = all(backend.encode(text, add_special_tokens=False).ids == tokenizer.encode(text) for text in SAMPLES)
+    same_special = all(backend.token_to_id(name) == i for name, i in special.items())
+    if not same_text or not same_special:
+        raise ValueError("this tokenizer's split pattern or ids have no equal in the tokenizers package")
+    return backend.to_str(pretty=False)
+
+
+def _find_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
+    """Return the pair of tokens that each token of two bytes or more was merged from, in the order of their ranks.
+
+    tiktoken keeps no merges. They are found by encoding each token with the tokens of lower rank alone, which stops
+    one merge before the end: b"the" with rank 300 ends as [b"t", b"he"] or [b"th", b"e"].
+    """
+    merges = []
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        parts = [bytes([byte]) for byte in token]
+        while len(parts) > 2:
+            pair_ranks = [ranks.get(left + right, rank) for left, right in itertools.pairwise(parts)]
+            lowest = min(pair_ranks)
+            if lowest >= rank:
+                raise ValueError(f"token {token!r} is made of no earlier tokens: it cannot be written as a merge")
+            i = pair_ranks.index(lowest)
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        if len(parts) == 2:
+            merges.append((parts[0], parts[1]))
+    return merges
+
+
 def find_tokenizer(folder: Path, given: str | None = None) -> Tokenizer:
     """Read a checkpoint's tokenizer from `given`, or from `folder`, or from where the original keeps it.
 
-    Raises ValueError if none of these has a tokenizer.pkl or tokenizer.json."""
+    Raises ValueError if none of these has a tokenizer.pkl or tokenizer.json.
+    """
     places = [Path(given)] if given else [folder / "tokenizer", folder, folder.parent.parent / "tokenizer"]
     for place in places:
         if (place / "tokenizer.pkl").is_file():
