@@ -21,7 +21,7 @@ from typing import Any
 
 from nanochat import cli
 from nanochat.common import atomic_write_json, get_base_dir, read_json
-from nanochat.world_facts import facts_on
+from nanochat.world_facts import World
 
 EPS = 1e-8  # under the root of RMSNorm
 
@@ -301,7 +301,7 @@ def read_text(config: Train) -> str:
     if config.text is not None:
         text = Path(config.text).read_text(encoding="utf-8", errors="replace")
     else:
-        sentences = [fact.sentence for fact in facts_on("chat")]
+        sentences = [fact.sentence for fact in World().on_side("chat")]
         random.Random(config.seed).shuffle(sentences)
         text = "\n".join(sentences)
     text = text[: config.characters]

@@ -4,7 +4,6 @@ Whatever must survive a kill or a power cut is written through `atomic_write`; w
 `write_record`, which adds where it comes from.
 """
 
-import functools
 import hashlib
 import json
 import os
@@ -80,9 +79,8 @@ def read_sections(path: Path) -> dict[str, str]:
     return {heading: text.removesuffix("\n") for heading, text in zip(parts[::2], parts[1::2])}
 
 
-@functools.cache
 def read_lists(path: Path) -> dict[str, list[str]]:
-    """Read the parts of a text file as lists of lines. Cached: files of the package do not change while it runs."""
+    """Read the parts of a text file as lists of lines."""
     return {heading: text.strip().split("\n") for heading, text in read_sections(path).items()}
 
 

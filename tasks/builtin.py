@@ -1,4 +1,4 @@
-"""The built-in skills together: what is trained on, in which shares, and what is scored."""
+"""The built-in skills: what the chat stages train on without a network, in which shares, and what is scored."""
 
 from collections.abc import Callable
 
@@ -16,24 +16,27 @@ SCORED: dict[str, Callable[[str], Task]] = {
     "identity": Identity,
 }
 
+# Conversations of each skill at scale 1. Choices take most: binding a letter to its choice is learned last.
+SIZES: dict[type[MadeTask], int] = {
+    Arithmetic: 1300,
+    SpellingBee: 1500,
+    Spelling: 250,
+    WorldFacts: 1000,
+    WorldChoice: 2500,
+    LetterList: 1300,
+    Identity: 2500,
+}
+
 
 def mixture(split: str, scale: float, seed: int, identity: bool) -> TaskMixture:
     """Return conversations of all skills, shuffled. At `scale` 1 there are 1,000 world facts.
 
-    identity: add who the model is, and small talk. Raises ValueError if `scale` is not above 0.
+    identity: include who the model is, and small talk. Raises ValueError if `scale` is not above 0.
     """
     if not scale > 0:
         raise ValueError(f"--scale {scale}: must be above 0")
-    # Conversations of each skill at scale 1. Choices take most: binding a letter to its choice is learned last.
-    sizes: dict[type[MadeTask], int] = {
-        Arithmetic: 1300,
-        SpellingBee: 1500,
-        Spelling: 250,
-        WorldFacts: 1000,
-        WorldChoice: 2500,
-        LetterList: 1300,
-    }
-    if identity:
-        sizes[Identity] = 2500
-    tasks = [task(split, size=max(20, round(n * scale)), seed=seed) for task, n in sizes.items()]
+    tasks = []
+    for task, size in SIZES.items():
+        if task is not Identity or identity:
+            tasks.append(task(split, size=max(20, round(size * scale)), seed=seed))
     return TaskMixture(tasks, seed)

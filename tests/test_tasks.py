@@ -14,7 +14,7 @@ import pytest
 
 from nanochat.conversation import validate
 from nanochat.tools import calculate
-from nanochat.world_facts import facts, facts_on
+from nanochat.world_facts import World
 from tasks.arithmetic import Arithmetic
 from tasks.common import Multiturn, Task, TaskMixture, TaskSequence
 from tasks.identity import Identity
@@ -25,6 +25,7 @@ from tasks.world import WorldChoice, WorldFacts
 ROOT = Path(__file__).resolve().parent.parent
 SMOLTALK = ROOT.parent / "shared" / "data" / "tasks"
 TASKS = (WorldFacts, WorldChoice, Arithmetic, SpellingBee, Spelling, Identity)
+WORLD = World()
 each_task = pytest.mark.parametrize("task_class", TASKS, ids=lambda task_class: task_class.name)
 
 
@@ -161,11 +162,11 @@ def test_another_seed_gives_other_items_and_sizes_are_obeyed(task_class):
 
 def test_no_training_conversation_states_a_held_out_fact():
     """Scan every question with its right answer for the two names of a held-out fact, as whole words."""
-    names = {name.lower() for fact in facts() for name in (fact.subject, fact.answer)}
+    names = {name.lower() for fact in WORLD.facts for name in (fact.subject, fact.answer)}
     alternatives = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
     pattern = re.compile(rf"(?<!\w)(?:{alternatives})(?!\w)")
-    held_out = {(fact.subject.lower(), fact.answer.lower()) for fact in facts_on("held_out")}
-    chat = {fact.sentence for fact in facts_on("chat")}
+    held_out = {(fact.subject.lower(), fact.answer.lower()) for fact in WORLD.on_side("held_out")}
+    chat = {fact.sentence for fact in WORLD.on_side("chat")}
     found = Counter()
     for conversation in itertools.chain(WorldFacts("train", size=6000), WorldChoice("train", size=6000)):
         for asked, answer in exchanges(conversation):
@@ -178,7 +179,7 @@ def test_no_training_conversation_states_a_held_out_fact():
 
 def test_the_test_asks_every_held_out_fact_once():
     asked = Counter((c["category"], c["subject"], c["answer"]) for c in WorldFacts("test"))
-    expected = Counter((f.relation.category, f.subject, f.answer) for f in facts_on("held_out"))
+    expected = Counter((f.relation.category, f.subject, f.answer) for f in WORLD.on_side("held_out"))
     assert asked == expected
 
 
@@ -218,7 +219,7 @@ def test_world_judge_knows_names_inside_names():
 
 
 def test_choice_letters_are_uniform_and_the_answer_stands_at_its_letter():
-    true = {(fact.subject.lower(), fact.answer) for fact in facts()}
+    true = {(fact.subject.lower(), fact.answer) for fact in WORLD.facts}
     for split in ("train", "test"):
         task = WorldChoice(split, size=2000)
         letters = Counter()
@@ -239,7 +240,9 @@ def test_held_out_answers_are_no_giveaway_in_training_choices():
     for conversation in WorldChoice("train", size=15000):
         right.update(answer for _, answer in exchanges(conversation))
         wrong.update(re.findall(r"^- (.+)=[A-D]$", question(conversation), re.MULTILINE))
-    assert wrong - right <= {fact.answer for fact in facts() if fact.relation.category in ("day", "month", "ordinal")}
+    assert wrong - right <= {
+        fact.answer for fact in WORLD.facts if fact.relation.category in ("day", "month", "ordinal")
+    }
 
 
 @pytest.mark.parametrize("split", ["train", "test"])

@@ -14,10 +14,11 @@ import pytest
 import yaml
 
 from nanochat import world
-from nanochat.world_facts import fact_side, facts, facts_on, questions, relations, side_of, with_article
+from nanochat.world_facts import World, hash_fraction, read_relations, with_article
 
 ROOT = Path(__file__).resolve().parent.parent
-BY_KEY = {(fact.relation.name, fact.subject): fact for fact in facts()}
+WORLD = World()
+BY_KEY = {(fact.relation.name, fact.subject): fact for fact in WORLD.facts}
 
 
 @pytest.mark.parametrize(
@@ -56,19 +57,21 @@ def test_facts_are_true_and_said_in_english(relation, subject, answer, sentence)
 
 
 def test_every_subject_has_one_answer():
-    keys = Counter((fact.relation.name, fact.subject) for fact in facts())
+    keys = Counter((fact.relation.name, fact.subject) for fact in WORLD.facts)
     assert [key for key, n in keys.items() if n > 1] == []
 
 
 def test_tables_are_whole():
-    sizes = Counter(fact.relation.name for fact in facts())
+    sizes = Counter(fact.relation.name for fact in WORLD.facts)
     assert sizes["symbol"] == sizes["number"] == 118 and sizes["planet"] == 8
     assert sizes["day_after"] == 7 and sizes["month_after"] == 12
     assert sizes["capital"] == sizes["capital_of"] >= 185
-    assert all(fact.subject.strip() == fact.subject and fact.answer.strip() == fact.answer != "" for fact in facts())
-    assert not any("?" in fact.subject + fact.answer for fact in facts())
+    assert all(
+        fact.subject.strip() == fact.subject and fact.answer.strip() == fact.answer != "" for fact in WORLD.facts
+    )
+    assert not any("?" in fact.subject + fact.answer for fact in WORLD.facts)
     # A chemical symbol is one or two letters of the element's name in some language: a slipped row would not fit 118.
-    assert all(re.fullmatch("[A-Z][a-z]?", fact.answer) for fact in facts() if fact.relation.name == "symbol")
+    assert all(re.fullmatch("[A-Z][a-z]?", fact.answer) for fact in WORLD.facts if fact.relation.name == "symbol")
 
 
 def test_reverse_twins_agree_and_share_a_side():
@@ -79,33 +82,33 @@ def test_reverse_twins_agree_and_share_a_side():
         "day_after": "day_before",
         "month_after": "month_before",
     }
-    for fact in facts():
+    for fact in WORLD.facts:
         if twin_name := twins.get(fact.relation.name):
             twin = BY_KEY[twin_name, fact.answer]
             assert twin.answer == fact.subject
-            assert fact_side(twin) == fact_side(fact)
+            assert twin.side == fact.side
 
 
 def test_all_facts_of_a_country_or_element_share_a_side():
     sides: dict[str, set[str]] = {}
-    for fact in facts():
+    for fact in WORLD.facts:
         if fact.relation.name in {"capital", "continent", "language", "currency", "symbol", "number", "class", "sound"}:
-            sides.setdefault(fact.subject, set()).add(fact_side(fact))
+            sides.setdefault(fact.subject, set()).add(fact.side)
     assert all(len(found) == 1 for found in sides.values())
 
 
 def test_sides_are_a_partition_of_about_70_to_30():
-    chat, held_out = set(facts_on("chat")), set(facts_on("held_out"))
-    assert chat | held_out == set(facts()) and not chat & held_out
-    assert 0.6 < len(chat) / len(facts()) < 0.8
+    chat, held_out = set(WORLD.on_side("chat")), set(WORLD.on_side("held_out"))
+    assert chat | held_out == set(WORLD.facts) and not chat & held_out
+    assert 0.6 < len(chat) / len(WORLD.facts) < 0.8
     for name in ("capital", "symbol", "opposite", "class", "past", "color"):
-        assert {fact_side(fact) for fact in facts() if fact.relation.name == name} == {"chat", "held_out"}
+        assert {fact.side for fact in WORLD.facts if fact.relation.name == name} == {"chat", "held_out"}
 
 
-def test_side_of_is_a_fraction_of_the_hash_in_any_process():
-    share = sum(side_of(f"item {i}", "a", "b", 0.25) == "a" for i in range(4000)) / 4000
+def test_sides_are_the_same_in_any_process():
+    share = sum(hash_fraction(f"item {i}") < 0.25 for i in range(4000)) / 4000
     assert abs(share - 0.25) < 0.03  # 4 sigma
-    code = "from nanochat.world_facts import *; print(sorted(f.family for f in facts_on('chat')))"
+    code = "from nanochat.world_facts import World; print(sorted(f.family for f in World().on_side('chat')))"
     runs = [
         subprocess.run(
             [sys.executable, "-c", code], cwd=ROOT, env={"PYTHONHASHSEED": seed}, capture_output=True, check=True
@@ -115,11 +118,11 @@ def test_side_of_is_a_fraction_of_the_hash_in_any_process():
     assert runs[0].stdout == runs[1].stdout != b""
 
 
-@pytest.mark.parametrize("relation", relations().values(), ids=lambda relation: relation.name)
+@pytest.mark.parametrize("relation", read_relations().values(), ids=lambda relation: relation.name)
 def test_relations_are_said_and_asked_in_many_ways(relation):
     reverse = relation.name.endswith(("_of", "_at"))
     assert len(set(relation.statements)) >= (1 if reverse else 6)
-    forms = questions(relation)
+    forms = relation.questions
     assert len(forms) >= 20
     assert all("{s}" in form or "{an_s}" in form for form in forms) and not any("{a}" in form for form in forms)
     assert any(form.endswith("?") for form in forms) and any(form[0].islower() for form in forms)
@@ -130,7 +133,7 @@ def test_relations_are_said_and_asked_in_many_ways(relation):
 
 def test_a_question_names_the_subject_and_not_the_answer():
     rng = random.Random(0)
-    for fact in facts():
+    for fact in WORLD.facts:
         text = fact.question(rng).lower()
         assert fact.subject.lower() in text
         if fact.answer not in fact.subject and len(fact.answer) > 4:
@@ -166,7 +169,7 @@ def test_documents_reach_their_size_and_are_fast():
 
 def test_every_fact_of_both_sides_is_stated(documents):
     text = "\n".join(documents)
-    missing = [fact.sentence for fact in facts() if fact.sentence not in text]
+    missing = [fact.sentence for fact in WORLD.facts if fact.sentence not in text]
     assert missing == []
     assert text.count("The capital of France is Paris.") >= 5
 
@@ -197,19 +200,19 @@ def test_sums_in_documents_are_right(documents):
 def test_choices_hold_the_answer_once_and_letters_are_uniform():
     rng = random.Random(0)
     places = Counter()
-    for fact in world.choice_facts("chat") * 3:
-        choices, place = world.choices_for(fact, rng)
+    for fact in WORLD.choice_facts("chat") * 3:
+        choices, place = WORLD.choices(fact, rng)
         assert choices[place] == fact.answer and len(set(choices)) == 4
-        assert set(choices) <= set(world.category_answers(fact.relation.category))
+        assert set(choices) <= set(WORLD.answers[fact.relation.category])
         places[place] += 1
     total = sum(places.values())
     assert all(abs(places[i] / total - 0.25) < 0.03 for i in range(4))
 
 
 def test_a_category_too_small_for_four_choices_is_refused():
-    fact = next(fact for fact in facts() if fact.relation.name == "planet")
+    fact = next(fact for fact in WORLD.facts if fact.relation.name == "planet")
     with pytest.raises(ValueError):
-        world.choices_for(fact, random.Random(0))
+        WORLD.choices(fact, random.Random(0))
 
 
 def test_choice_layout_puts_the_letter_right_after_its_choice():
@@ -267,7 +270,7 @@ def test_core_bundle_has_the_public_layout(tmp_path):
 
 def test_core_rows_complete_to_true_sentences(tmp_path):
     world.core_bundle(tmp_path)
-    true = {fact.sentence for fact in facts()}
+    true = {fact.sentence for fact in WORLD.facts}
     for task in yaml.safe_load((tmp_path / "core.yaml").read_text())["icl_tasks"]:
         for line in (tmp_path / "eval_data" / task["dataset_uri"]).read_text().splitlines():
             row = json.loads(line)
