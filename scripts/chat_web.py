@@ -9,8 +9,10 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -20,9 +22,8 @@ from nanochat.common import STAGES
 from nanochat.compute import Compute, usable_cores
 from nanochat.engine import Engine
 from nanochat.hf import store
-from nanochat.serve.app import create_app_for
-from nanochat.serve.models import Models, ServerConfig
-from nanochat.serve.server import drain, make_server
+from nanochat.serve.app import create_app_for, make_server
+from nanochat.serve.loop import Models, ServerConfig
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,22 @@ def load_models(
         models.add(each.name, engines, chat_format)
     if len(found) == 1:
         torch.set_num_threads(engines[0].threads)  # a small model gains nothing from a second thread
+
+
+def drain(server: Any, models: Models, seconds: float) -> bool:
+    """Refuse new answers and wait until all that were begun are sent. Returns False if `seconds` were too short."""
+    # The order matters. First no new answers, or there would be no end. Then the engines finish what they have begun.
+    # Last the sockets: an answer that the engine has made may still lie in waitress' buffers, and a process that ended
+    # now would cut it off.
+    models.draining.set()
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        channels = list(server.active_channels.values())
+        is_sending = any(channel.requests or channel.total_outbufs_len for channel in channels)
+        if models.n_open == 0 and not is_sending:
+            return True
+        time.sleep(0.02)
+    return False
 
 
 def main() -> None:

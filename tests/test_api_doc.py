@@ -129,7 +129,7 @@ def server_of(settings, monkeypatch):
             assert response.status == 200
             at_end.callback(connection.close)
         if draining:
-            server.models.drain()
+            server.models.draining.set()
         yield port
 
 

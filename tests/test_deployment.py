@@ -160,7 +160,7 @@ def test_two_replicas_behind_nginx(proxied, tmp_path):
         engine.step = step
     assert (text + response.read()).endswith(b"data: [DONE]\n\n")
 
-    models[name].drain()
+    models[name].draining.set()
     answer = ask("POST", "/v1/chat/completions", {**BODY, "max_tokens": 2}, key)
     other = json.loads(answer.read())
     assert answer.status == 200 and other["model"] == ({"one", "two"} - {name}).pop()

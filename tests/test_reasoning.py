@@ -12,7 +12,7 @@ from tiny_chat import running_server, text_of
 
 from nanochat.compute import Compute
 from nanochat.serve.app import create_app_for
-from nanochat.serve.models import Models, ServerConfig
+from nanochat.serve.loop import Models, ServerConfig
 from scripts.chat_cli import Chat, Config, build_request
 
 HELLO = [{"role": "user", "content": "Hello"}]

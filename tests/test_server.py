@@ -8,7 +8,7 @@ from tiny_chat import ANSWERS, held, leave, running_server, text_of, wait_for
 from nanochat.conversation import render_for_completion
 from nanochat.serve.app import create_app
 from nanochat.serve.information import OPERATIONS
-from nanochat.serve.models import ServerConfig
+from nanochat.serve.loop import ServerConfig
 from nanochat.serve.schema import ApiError, ChatRequest, CompletionRequest, read_body
 
 HELLO = [{"role": "user", "content": "Hello"}]

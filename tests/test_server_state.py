@@ -13,7 +13,7 @@ from tiny_chat import ANSWERS, held, leave, running_server, text_of, tiny_chat, 
 
 from nanochat.conversation import ChatFormat
 from nanochat.engine import Engine
-from nanochat.serve.server import read_api_keys
+from nanochat.serve.app import read_api_keys
 
 HELLO = [{"role": "user", "content": "Hello"}]
 CHAT = "/v1/chat/completions"

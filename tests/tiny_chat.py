@@ -15,9 +15,8 @@ import torch
 from nanochat.conversation import ChatFormat, render
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.serve.app import create_app_for
-from nanochat.serve.models import Models, ServerConfig
-from nanochat.serve.server import make_server
+from nanochat.serve.app import create_app_for, make_server
+from nanochat.serve.loop import Models, ServerConfig
 from nanochat.tokenizer import Tokenizer
 
 CODE = "Like this:\n```python\nfor i in range(3):\n    print(i < 2)\n```\nIt prints `True` twice."

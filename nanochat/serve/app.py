@@ -1,36 +1,45 @@
 """The HTTP server: the chat page and the OpenAI API, as a Flask application under waitress.
 
-This file follows a request. A chat goes straight down from here:
+This file follows a request. Flask calls `begin_request` before the route and `end_request` after it, whichever route it
+is. A chat then goes straight down:
 
     chat_completions()            the route
       schema.read_body()          parses and checks the body
       model.sessions.begin()      puts the conversation so far before it, if it names a session (sessions.py)
-      chat_format.prompt()        renders the messages to token ids (conversation.py)
+      chat_format.prompt()        renders the messages to token ids (nanochat/conversation.py)
       model.submit()              hands them to an engine's thread (loop.py)
         engine.step()             samples a token of each request (nanochat/engine.py)
-      Answer                      makes OpenAI's objects of what comes back (answers.py)
-      send()                      sends them, whole or as a stream
+      answer.respond()            makes OpenAI's objects of what comes back, whole or as a stream (answers.py)
 
-What holds for all routes (keys, origins, the access log) and the server around them are in server.py; the routes that
-tell of the server are in information.py.
+The routes that tell of the server are in information.py.
 """
 
+import hmac
+import json
+import logging
+import os
+import re
+import time
+import uuid
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
+
+import flask
+from werkzeug.exceptions import HTTPException
 
 from nanochat.conversation import ChatFormat, Message
 from nanochat.detokenizer import AnswerDecoder
 from nanochat.engine import Engine, Request
-from nanochat.serve.answers import Answer, ChatForm, TextForm
-from nanochat.serve.information import add_information
-from nanochat.serve.loop import Model
-from nanochat.serve.models import Models, ServerConfig
+from nanochat.serve.answers import ChatAnswer, TextAnswer
+from nanochat.serve.information import information
+from nanochat.serve.loop import Model, Models, ServerConfig
 from nanochat.serve.schema import ApiError, ChatRequest, CompletionRequest, Parameters, read_body
-from nanochat.serve.server import add_policy
-from nanochat.serve.sessions import SessionTurn
 
-if TYPE_CHECKING:
-    import flask
+access_log = logging.getLogger("nanochat.access")
+REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+api = flask.Blueprint("api", __name__)
 
 
 def create_app(
@@ -38,8 +47,8 @@ def create_app(
     model_name: str = "nanochat",
     config: ServerConfig | None = None,
     chat_format: ChatFormat | None = None,
-) -> "flask.Flask":
-    """Return the application over one engine; server.make_server serves it, any WSGI server can.
+) -> flask.Flask:
+    """Return the application over one engine; `make_server` serves it, any WSGI server can.
 
     chat_format: None means the project's own. `app.extensions["models"].close()` ends the engine's thread.
     """
@@ -48,163 +57,268 @@ def create_app(
     return create_app_for(models)
 
 
-def create_app_for(models: Models) -> "flask.Flask":
+def create_app_for(models: Models) -> flask.Flask:
     """Return the application over several models, which may still be loading. Raises ValueError for bad API keys."""
-    import flask
-
+    origins = (models.config.cors_origin or "").split(",")
     app = flask.Flask(__name__, static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = models.config.max_body
+    app.config["API_KEYS"] = read_api_keys(models.config.api_keys)
+    app.config["ORIGINS"] = {origin.strip().rstrip("/") for origin in origins} - {""}
     app.extensions["models"] = models
-    add_policy(app, models)
-    _add_completions(app, models)
-    add_information(app, models)
+    app.register_blueprint(api)
+    app.register_blueprint(information)
     return app
 
 
-def _add_completions(app: "flask.Flask", models: Models) -> None:
-    """Add the two routes that make answers."""
-    import flask
+def make_server(app: flask.Flask, host: str, port: int) -> Any:
+    """Return a waitress server around `app`, bound but not yet running: `.run()` serves, `.effective_port` is its port.
 
-    @app.post("/v1/chat/completions")
-    def chat_completions() -> flask.Response:
-        body = read_body(json_body(), ChatRequest)
-        model = models.get_for_answer(body.model)
-        messages = [message.as_turn() for message in body.messages]
-        session = None
-        if body.session_id is not None:
-            # The owner is part of the key: the holder of one API key cannot read on in another's conversation.
-            session = model.sessions.begin((flask.g.owner, body.session_id), messages)
-            messages = session.messages
-        try:
-            requests = chat_requests(model, body, messages, models.config)
-            # What the session holds is asked for, too, so the messages are part of the key and not the body's alone.
-            key = cache_key(model, body, requests, [ChatForm.id_prefix, flask.g.owner, messages])
-            answer = begin(ChatForm(), model, body, requests, key, session)
-        except BaseException:
-            # A session answers one turn at a time: left open, it would refuse all further ones with 409.
-            if session is not None:
-                session.end()
-            raise
-        return send(answer, body)
+    Raises OSError when the address is taken.
+    """
+    import waitress
 
-    @app.post("/v1/completions")
-    def text_completions() -> flask.Response:
-        body = read_body(json_body(), CompletionRequest)
-        model = models.get_for_answer(body.model)
-        requests = text_requests(model, body, models.config)
-        key = cache_key(model, body, requests, [TextForm.id_prefix, flask.g.owner])
-        return send(begin(TextForm(), model, body, requests, key), body)
-
-    def json_body() -> bytes:
-        # A web page of another origin can post text without asking first, but JSON only after a preflight.
-        if not flask.request.is_json:
-            raise ApiError(415, "send JSON, with 'Content-Type: application/json'")
-        return flask.request.get_data(cache=False)
-
-    def cache_key(model: Model, body: Parameters, requests: Sequence[Request], context: list[Any]) -> str | None:
-        """Return the key of an answer that is sure to repeat, else None. context: what decides it besides the body."""
-        # Engines repeat themselves to the bit: at temperature 0 always, otherwise when the client names the seed.
-        repeats = body.seed is not None or requests[0].temperature == 0
-        if not repeats or not models.config.cache_mb:
-            return None
-        # These fields change how an answer is sent, not what it says: a streamed answer may be kept for a whole one.
-        # The model is left out because each has a cache of its own.
-        asked = body.model_dump(exclude={"stream", "stream_options", "user", "session_id", "model"})
-        return model.responses.key([asked, *context])
-
-    def begin(
-        form: ChatForm | TextForm,
-        model: Model,
-        body: Parameters,
-        requests: Sequence[Request],
-        key: str | None,
-        session: SessionTurn | None = None,
-    ) -> Answer:
-        """Take the answer from the response cache, or submit its requests. Raises ApiError as Model.submit does."""
-        kept = model.responses.get(key) if key is not None else None
-        ticket = model.submit(requests) if kept is None else None
-        with_logprobs = body.top_logprobs_wanted() is not None
-        return Answer(form, model, requests, with_logprobs, cache_key=key, kept=kept, ticket=ticket, session=session)
-
-    def send(answer: Answer, body: Parameters) -> flask.Response:
-        """Send an answer, whole or streamed; whatever becomes of it, it is closed."""
-        answer.facts["stream"] = bool(body.stream)
-        if body.user:
-            answer.facts["user"] = body.user
-        flask.g.facts = answer.facts
-        # waitress alone tells when the client has hung up; under another WSGI server answers are made to their end.
-        client_left = flask.request.environ.get("waitress.client_disconnected", lambda: False)
-        try:
-            if body.stream:
-                include_usage = bool(body.stream_options and body.stream_options.include_usage)
-                events = answer.stream(client_left, include_usage)
-                response = flask.Response(events, mimetype="text/event-stream")
-                response.headers["Cache-Control"] = "no-cache"
-                response.headers["X-Accel-Buffering"] = "no"  # nginx would hold events back until it has a page full
-            else:
-                for _ in answer.deliveries(client_left):
-                    pass
-                if not answer.finished:
-                    raise ApiError(499, "the client has left")  # for the access log alone
-                response = flask.jsonify(answer.whole())
-        except BaseException:
-            answer.close()
-            raise
-        response.headers["X-Cache"] = "miss" if answer.kept is None else "hit"
-        # A stream is read after this function has returned. Flask calls `close` when it has been sent, or cut off.
-        response.call_on_close(answer.close)
-        return response
+    # An answer holds a thread while it is made: one for each that may be open, and some for all other routes.
+    threads = app.extensions["models"].most_open + 8
+    logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # the queue's length is in our own metrics
+    return waitress.create_server(
+        app,
+        host=host,
+        port=port,
+        ipv4=":" not in host,  # one socket, even if a name has addresses of both kinds
+        ipv6=":" in host,
+        threads=threads,
+        connection_limit=max(1000, 4 * threads),
+        asyncore_use_poll=True,  # select() cannot watch more than 1,024 connections
+        # Flask refuses longer bodies with 413. This is the limit on what waitress buffers before Flask sees them.
+        max_request_body_size=8 * app.config["MAX_CONTENT_LENGTH"],
+        channel_request_lookahead=1,  # without it waitress does not notice a client that leaves before its answer
+        clear_untrusted_proxy_headers=True,
+    )
 
 
-def chat_requests(model: Model, body: ChatRequest, messages: list[Message], config: ServerConfig) -> list[Request]:
+# ---- Around every route: request ids, API keys, other origins, refusals, the access log
+
+
+def read_api_keys(path: str | None) -> list[str]:
+    """Return the keys of a file (one a line, # for comments) and of $NANOCHAT_API_KEYS.
+
+    Raises ValueError for a file without any key, and for a key so short that it could be guessed.
+    """
+    keys = os.environ.get("NANOCHAT_API_KEYS", "").split(",")
+    if path is not None:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        listed = [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
+        if not listed:
+            raise ValueError(f"--api-keys {path}: there is no key in it; leave the flag out to serve without keys")
+        keys += listed
+    keys = [key.strip() for key in keys if key.strip()]
+    if any(len(key) < 8 for key in keys):
+        raise ValueError("an API key has less than 8 characters: make longer ones")
+    return keys
+
+
+@api.before_app_request
+def begin_request() -> tuple[str, int] | None:
+    """Note what the route and the access log need, and check the key. Raises ApiError 401 if there is no valid one."""
+    request = flask.request
+    # A proxy's id is taken over, so that its log and ours can be joined; only safe characters get into a log line.
+    given = request.headers.get("X-Request-Id", "")
+    flask.g.request_id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+    flask.g.started = time.monotonic()
+    flask.g.models = flask.current_app.extensions["models"]
+    flask.g.owner = 0  # the number of the API key; sessions belong to it
+    flask.g.facts = {}  # what an answer adds to the access log
+    is_preflight = request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers
+    # A browser sends the preflight of a cross-origin request without its key, so it is answered before keys count.
+    if is_preflight and allowed_origin():
+        return "", 204
+    # Load balancers ask for /health and have no key.
+    if flask.current_app.config["API_KEYS"] and request.path != "/health":
+        flask.g.owner = owner_of(request)
+    return None
+
+
+def owner_of(request: flask.Request) -> int:
+    """Return the number of the request's API key. Raises ApiError 401 if it has no valid one."""
+    given = ""
+    if request.authorization:
+        given = request.authorization.token or request.authorization.password or ""
+    # In constant time, and without stopping at the first match: the duration tells a guesser nothing.
+    keys = flask.current_app.config["API_KEYS"]
+    matches = [hmac.compare_digest(given.encode(), key.encode()) for key in keys]
+    if not any(matches):
+        # Asked with Basic, a browser shows its own dialog: any name, the key as password. So the page works, too.
+        ask = {"WWW-Authenticate": 'Basic realm="nanochat: the password is an API key"'}
+        message = "no valid API key: send 'Authorization: Bearer KEY'"
+        raise ApiError(401, message, code="invalid_api_key", headers=ask)
+    return matches.index(True)
+
+
+def allowed_origin() -> str | None:
+    """Return the origin of the web page that asks, if it may use the API."""
+    origin = flask.request.headers.get("Origin")
+    allowed = flask.current_app.config["ORIGINS"]
+    return origin if origin and (origin in allowed or "*" in allowed) else None
+
+
+@api.app_errorhandler(ApiError)
+def refuse(error: ApiError) -> tuple[dict, int, dict]:
+    """Answer with a refusal."""
+    return error.body, error.status, error.headers
+
+
+@api.app_errorhandler(HTTPException)
+def refuse_as_http(error: HTTPException) -> tuple[dict, int, dict]:
+    """Give what Flask and werkzeug refuse (404, 405, 413 ...) the same shape."""
+    headers = {name: value for name, value in error.get_response().headers.items() if name == "Allow"}
+    return refuse(ApiError(error.code or 500, error.description or error.name, headers=headers))
+
+
+@api.after_app_request
+def end_request(response: flask.Response) -> flask.Response:
+    """Add the headers that every answer has, and see to its line in the access log."""
+    response.headers["X-Request-Id"] = flask.g.request_id
+    # A browser takes the declared type, and does not guess that an answer's text might be a page.
+    response.headers["X-Content-Type-Options"] = "nosniff"
+    if flask.current_app.config["ORIGINS"]:
+        response.headers.add("Vary", "Origin")  # or a shared cache would give one site the answer for another
+    origin = allowed_origin()
+    if origin is not None:
+        response.headers["Access-Control-Allow-Origin"] = origin
+        response.headers["Access-Control-Allow-Methods"] = "GET, POST, DELETE"
+        # Whatever was asked for: OpenAI's own client in a page sends a dozen headers about itself.
+        asked = flask.request.headers.get("Access-Control-Request-Headers", "Authorization, Content-Type")
+        response.headers["Access-Control-Allow-Headers"] = asked
+        response.headers["Access-Control-Expose-Headers"] = "X-Request-Id, X-Cache, Retry-After"
+    if response.status_code >= 400:
+        flask.g.models.metrics.refused.labels(response.status_code).inc()
+    line = {
+        "request_id": flask.g.request_id,
+        "method": flask.request.method,
+        "path": flask.request.path,
+        "client": flask.request.remote_addr,
+        "key": flask.g.owner,
+        "status": response.status_code,
+    }
+    facts = flask.g.facts
+    started = flask.g.started
+
+    def log() -> None:
+        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        seconds = round(time.monotonic() - started, 4)
+        access_log.info(json.dumps({"time": now, **line, "seconds": seconds, **facts}))
+
+    # When the body has been sent, because the facts of a stream are known only then.
+    response.call_on_close(log)
+    return response
+
+
+# ---- The two routes that make answers
+
+
+@api.post("/v1/chat/completions")
+def chat_completions() -> flask.Response:
+    """Answer the last message of a chat."""
+    body = read_body(json_body(), ChatRequest)
+    model = flask.g.models.get_for_answer(body.model)
+    messages = [message.as_turn() for message in body.messages]
+    session = None
+    if body.session_id is not None:
+        # The owner is part of the key: the holder of one API key cannot read on in another's conversation.
+        session = model.sessions.begin((flask.g.owner, body.session_id), messages)
+        messages = session.messages
+    try:
+        requests = chat_requests(model, body, messages)
+        # What the session holds is asked for, too, so the messages are part of the key and not the body's alone.
+        key = cache_key(model, body, requests, ["chat", flask.g.owner, messages])
+        answer = ChatAnswer(model, requests, key, session)
+    except BaseException:
+        # A session answers one turn at a time: left open, it would refuse all further ones with 409.
+        if session is not None:
+            session.end()
+        raise
+    return answer.respond(body)
+
+
+@api.post("/v1/completions")
+def text_completions() -> flask.Response:
+    """Continue a text, or several."""
+    body = read_body(json_body(), CompletionRequest)
+    model = flask.g.models.get_for_answer(body.model)
+    requests = text_requests(model, body)
+    key = cache_key(model, body, requests, ["text", flask.g.owner])
+    return TextAnswer(model, requests, key).respond(body)
+
+
+def json_body() -> bytes:
+    """Return the body of the request. Raises ApiError 415 if it is not declared to be JSON."""
+    # A web page of another origin can post text without asking first, but JSON only after a preflight.
+    if not flask.request.is_json:
+        raise ApiError(415, "send JSON, with 'Content-Type: application/json'")
+    return flask.request.get_data(cache=False)
+
+
+def cache_key(model: Model, body: Parameters, requests: Sequence[Request], context: list[Any]) -> str | None:
+    """Return the key of an answer that is sure to repeat, else None. context: what decides it besides the body."""
+    # Engines repeat themselves to the bit: at temperature 0 always, otherwise when the client names the seed.
+    repeats = body.seed is not None or requests[0].temperature == 0
+    if not repeats or not model.config.cache_mb:
+        return None
+    # These fields change how an answer is sent, not what it says: a streamed answer may be kept for a whole one.
+    # The model is left out because each has a cache of its own.
+    asked = body.model_dump(exclude={"stream", "stream_options", "user", "session_id", "model"})
+    return model.responses.key([asked, *context])
+
+
+def chat_requests(model: Model, body: ChatRequest, messages: list[Message]) -> list[Request]:
     """Return `n` engine requests for the next answer of a chat. Raises ApiError 400 if it cannot be made."""
-    limit = longest_answer(body, config)
-    sampling = body.sampling(model.engine.vocab_size, config.temperature)
     check_number(model, body.n or 1)
+    logprobs = (body.top_logprobs or 0) if body.logprobs else None
     try:
         # The oldest turns are dropped where the whole conversation would leave no room for an answer.
-        prompt = model.chat_format.prompt(messages, model.engine.context, limit)
-        requests = [Request(prompt, limit, sample=i, **sampling) for i in range(body.n or 1)]
-        for request in requests:
+        prompt = model.chat_format.prompt(messages, model.engine.context, longest_answer(model, body))
+        requests = make_requests(model, body, [prompt], logprobs)
+    except ValueError as error:
+        raise ApiError(400, str(error), "messages") from error
+    for request in requests:
+        request.decoder = model.chat_format.decoder(prompt, request.stop)
+    return requests
+
+
+def text_requests(model: Model, body: CompletionRequest) -> list[Request]:
+    """Return `n` engine requests for each prompt of the body. Raises ApiError 400 if one cannot be run."""
+    prompts = body.prompts()
+    check_number(model, len(prompts) * (body.n or 1))
+    # Models are trained on documents that begin with <|bos|>; some tokenizers of others have no such token.
+    bos = model.tokenizer.get_bos_token_id()
+    beginning = [] if bos is None else [bos]
+    try:
+        ids = [beginning + model.tokenizer.encode(each) if isinstance(each, str) else each for each in prompts]
+        requests = make_requests(model, body, ids, body.logprobs)
+    except ValueError as error:
+        raise ApiError(400, str(error), "prompt") from error
+    for request in requests:
+        request.decoder = AnswerDecoder(model.tokenizer, request.stop)  # a continued text has no reasoning
+    return requests
+
+
+def make_requests(model: Model, body: Parameters, prompts: Sequence[list[int]], logprobs: int | None) -> list[Request]:
+    """Return `n` engine requests for each prompt, prompt by prompt. Raises ValueError if one can never run."""
+    sampling = body.sampling(model.engine.vocab_size, model.config.temperature)
+    requests = []
+    for prompt in prompts:
+        for sample in range(body.n or 1):
+            request = Request(prompt, longest_answer(model, body), sample=sample, logprobs=logprobs, **sampling)
             # Checked here and not on the engine's thread, where an error could only end the engine. `check` reads
             # nothing that changes, so any thread may call it.
             model.engine.check(request)
-            request.decoder = model.chat_format.decoder(prompt, request.stop)
-    except ValueError as error:
-        raise ApiError(400, str(error), "messages") from error
+            requests.append(request)
     return requests
 
 
-def text_requests(model: Model, body: CompletionRequest, config: ServerConfig) -> list[Request]:
-    """Return `n` engine requests for each prompt of the body. Raises ApiError 400 if one cannot be run."""
-    limit = longest_answer(body, config)
-    sampling = body.sampling(model.engine.vocab_size, config.temperature)
-    prompts = body.prompts()
-    check_number(model, len(prompts) * (body.n or 1))
-    bos = model.tokenizer.get_bos_token_id()
-    requests = []
-    try:
-        for prompt in prompts:
-            if isinstance(prompt, str):
-                # Models are trained on documents that begin with <|bos|>; some tokenizers of others have no such token.
-                prompt_ids = [] if bos is None else [bos]
-                prompt_ids += model.tokenizer.encode(prompt)
-            else:
-                prompt_ids = prompt
-            for i in range(body.n or 1):
-                request = Request(prompt_ids, limit, sample=i, **sampling)
-                model.engine.check(request)
-                request.decoder = AnswerDecoder(model.tokenizer, request.stop)  # a continued text has no reasoning
-                requests.append(request)
-    except ValueError as error:
-        raise ApiError(400, str(error), "prompt") from error
-    return requests
-
-
-def longest_answer(body: Parameters, config: ServerConfig) -> int | None:
+def longest_answer(model: Model, body: Parameters) -> int | None:
     """Return the smaller of the request's and the server's limits; None means to the end of the context."""
-    limits = [limit for limit in (body.token_limit(), config.max_tokens) if limit is not None]
-    return min(limits, default=None)
+    return min(filter(None, (body.max_tokens, model.config.max_tokens)), default=None)
 
 
 def check_number(model: Model, n: int) -> None:

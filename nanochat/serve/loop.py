@@ -1,8 +1,8 @@
-"""The engine's thread, and a model as the replicas that answer for it.
+"""The engine's thread; a model as the replicas that answer for it; and the models of a server by name.
 
 An engine is not thread-safe: a step reads and writes its queue, its cache and its requests, and two at once would mix
 them up. Locking it would make every handler wait for a step to end. So each engine has a thread of its own, the only
-one that touches it, and handlers leave notes for that thread:
+one that touches it, and handlers leave calls for that thread:
 
     handler thread                                   engine thread (EngineLoop)
     ticket = model.submit(requests)  -- calls -->    add the requests; step; step; ...
@@ -14,7 +14,7 @@ than one (continuous batching, Orca, OSDI 2022).
 A `Model` has one EngineLoop per replica (`--replicas`), each on its own GPU or with its share of the cores. torch
 releases the interpreter's lock while it computes, so threads are enough and the replicas need no processes. Sessions
 and the response cache belong to the model, so all replicas share them. A replica whose engine raises answers its open
-requests with 503 and gets no more; the others go on.
+requests with 503 and gets no more; the others go on. `Models` knows which models there are and which are loaded.
 """
 
 import logging
@@ -22,22 +22,26 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from nanochat.cli import option, require_positive
 from nanochat.conversation import ChatFormat
 from nanochat.detokenizer import Event
 from nanochat.engine import Engine, Request, Update
+from nanochat.scheduler import TokenScore
 from nanochat.serve.metrics import Metrics
-from nanochat.serve.schema import ApiError, ModelInfo
+from nanochat.serve.schema import ApiError, unavailable
 from nanochat.serve.sessions import ResponseCache, Sessions
 
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.25  # how often a handler that waits for tokens looks whether its client is still there
-ENGINE_DEAD = "the engine has stopped: see the log; try again later"
+
+
+# ---- One engine and its thread
 
 
 class Delivery(NamedTuple):
@@ -45,7 +49,7 @@ class Delivery(NamedTuple):
 
     index: int  # type: ignore[assignment]  # of the request; the name hides tuple.index, which nobody needs here
     events: list[Event]  # text, reasoning and tool calls, fit to be shown
-    scores: list[Any]  # TokenScores of the step's tokens, if the request asked for them
+    scores: list[TokenScore]  # of the step's tokens, if the request asked for them
     finish_reason: str | None = None
 
 
@@ -57,7 +61,7 @@ class Progress:
     queue: "queue.SimpleQueue[Delivery]"
     arrived: float = field(default_factory=time.monotonic)
     started: bool = False
-    last_token: float | None = None
+    last_token: float | None = None  # when it came
     n_scores: int = 0  # delivered so far
 
 
@@ -92,10 +96,6 @@ class Ticket:
                 n_open -= 1
             yield delivery
 
-    def cancel(self) -> None:
-        """Drop the requests that have not finished."""
-        self.loop.cancel(self.requests)
-
 
 class EngineLoop:
     """One engine and its thread. At most `limit` requests are open at a time, running and waiting together."""
@@ -107,7 +107,7 @@ class EngineLoop:
         self.replica = replica
         self.limit = limit
         self.seconds_per_request = 1.0  # running mean; Retry-After is made of it
-        self.error: Exception | None = None  # what killed the engine
+        self.alive = True  # False once the engine has raised
         self._closed = False
         self._calls: list[Callable[[], None]] = []  # what handlers want done to the engine between two steps
         self._open: dict[Request, Progress] = {}
@@ -125,7 +125,7 @@ class EngineLoop:
         ticket = Ticket(self, requests)
         with self._wake:
             if self._closed:
-                raise ApiError(503, ENGINE_DEAD, headers={"Retry-After": "5"})
+                raise unavailable("the engine has stopped: see the log")
             for index, request in enumerate(requests):
                 self._open[request] = Progress(index, ticket.queue)
                 self._calls.append(partial(self.engine.add, request))
@@ -140,7 +140,7 @@ class EngineLoop:
                 # once, and what the step in progress still makes of it is dropped by `_deliver`.
                 if self._open.pop(request, None) is not None:
                     self._calls.append(partial(self.engine.abort, request))
-                    self.metrics.finished(self.model_name, "abort")
+                    self.metrics.requests.labels(self.model_name, "abort").inc()
             self._wake.notify()
 
     def forget_prefixes(self) -> None:
@@ -171,12 +171,12 @@ class EngineLoop:
                 for call in calls:
                     call()
                 self._deliver(self.engine.step())
-        except Exception as error:
+        except Exception:
             # Whatever a step raises (out of memory, a bug), the cache may be half written by now. The engine is not
             # tried again: a wrong answer would be worse than none.
             log.exception("the engine of %s (replica %d) died", self.model_name, self.replica)
-            self.error = error
-            self.metrics.replica_died(self.model_name, self.replica)
+            self.alive = False
+            self.metrics.replica_up.labels(self.model_name, self.replica).set(0)
         finally:
             # Closing and answering happen under one lock: a request is either in `_open` and hears of the end here, or
             # `submit` refuses it. None is left waiting for a thread that is gone.
@@ -184,17 +184,18 @@ class EngineLoop:
                 self._closed = True
                 for progress in self._open.values():
                     progress.queue.put(Delivery(progress.index, [], [], "error"))
-                    self.metrics.finished(self.model_name, "error")
+                    self.metrics.requests.labels(self.model_name, "error").inc()
                 self._open.clear()
 
     def _deliver(self, updates: Sequence[Update]) -> None:
         """Hand the results of a step to the handlers that wait for them, and measure them."""
+        name = self.model_name
         now = time.monotonic()
         with self._wake:
             for request, progress in self._open.items():
                 if not progress.started and request.state != "waiting":
                     progress.started = True
-                    self.metrics.started(self.model_name, now - progress.arrived)
+                    self.metrics.queue_time.labels(name).observe(now - progress.arrived)
             for update in updates:
                 if update.request not in self._open:
                     continue  # cancelled during the step
@@ -203,63 +204,83 @@ class EngineLoop:
                 scores = update.request.scores[progress.n_scores :]
                 progress.n_scores += len(scores)
                 progress.queue.put(Delivery(progress.index, update.events, scores, update.finish_reason))
-                since_arrival = now - progress.arrived
+                if update.tokens and progress.last_token is None:
+                    self.metrics.first_token.labels(name).observe(now - progress.arrived)
+                elif update.tokens and progress.last_token is not None:
+                    # A tool's result comes as several tokens at once; the reader waited once for all of them.
+                    seconds_per_token = (now - progress.last_token) / len(update.tokens)
+                    self.metrics.between_tokens.labels(name).observe(seconds_per_token)
                 if update.tokens:
-                    # A step may give several tokens: a tool's result comes with the token that called it.
-                    since_last = None if progress.last_token is None else now - progress.last_token
-                    self.metrics.new_tokens(self.model_name, len(update.tokens), since_arrival, since_last)
                     progress.last_token = now
                 if update.finish_reason is not None:
                     del self._open[update.request]
+                    seconds = now - progress.arrived
                     # Running mean over about the last ten requests, so that it follows the load.
-                    self.seconds_per_request += 0.1 * (since_arrival - self.seconds_per_request)
-                    self.metrics.finished(self.model_name, update.finish_reason, since_arrival)
+                    self.seconds_per_request += 0.1 * (seconds - self.seconds_per_request)
+                    # Aborted and broken answers are left out of the latencies: they end early, and would make a bad
+                    # hour look fast.
+                    self.metrics.end_to_end.labels(name).observe(seconds)
+                    self.metrics.requests.labels(name, update.finish_reason).inc()
+
+
+# ---- Models
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """The limits and defaults of a server."""
+
+    temperature: float = option(0.0, "for requests that give none; 0 is the likeliest answer")
+    max_batch: int = option(32, "answers that a model makes at the same time; further ones wait")
+    max_waiting: int = option(64, "answers that may wait while others are made; more are refused with 429")
+    max_tokens: int | None = option(None, "longest answer in tokens; unset: as far as the context goes")
+    max_body: int = option(1 << 20, "longest body of a request, in bytes")
+    api_keys: str | None = option(None, "file of API keys, one a line; $NANOCHAT_API_KEYS (by commas) adds to them")
+    cors_origin: str | None = option(None, "web pages of this origin may use the API, * = of any; unset: none but ours")
+    max_sessions: int = option(1000, "conversations kept by session_id; the least recently used goes first")
+    session_seconds: float = option(3600.0, "how long a session is kept after its last turn")
+    cache_mb: float = option(16.0, "memory per model for answers that would come out the same again; 0: none kept")
+    cache_seconds: float = option(600.0, "how long such an answer is kept")
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a flag with which no request could be answered."""
+        require_positive(self, "max_batch", "max_tokens", "max_body", "max_sessions")
+        require_positive(self, "session_seconds", "cache_seconds")
+        require_positive(self, "temperature", "max_waiting", "cache_mb", zero=True)
 
 
 class Model:
     """A model that the server offers: its replicas, chat format, sessions and response cache."""
 
     def __init__(
-        self,
-        *,
-        name: str,
-        engines: Sequence[Engine],
-        chat_format: ChatFormat,
-        sessions: Sessions,
-        responses: ResponseCache,
-        max_waiting: int,
-        metrics: Metrics,
+        self, name: str, engines: Sequence[Engine], chat_format: ChatFormat, config: ServerConfig, metrics: Metrics
     ) -> None:
         self.name = name
+        self.config = config
         self.engine = engines[0]  # for what all replicas have in common: context, limits, vocabulary
         self.tokenizer = self.engine.tokenizer
         self.chat_format = chat_format
-        self.sessions = sessions
-        self.responses = responses
-        self.metrics = metrics
         self.created = int(time.time())
+        # ChatFormat.prompt leaves the same share of the context to the conversation, so that what a session keeps still
+        # fits its next prompt.
+        budget = self.engine.context - self.engine.context // 4
+        self.sessions = Sessions(chat_format, budget, config.max_sessions, config.session_seconds)
+        self.responses = ResponseCache(int(config.cache_mb * 2**20), config.cache_seconds)
+        self.metrics = metrics
         metrics.add_model(name, engines)
-        limit = self.engine.max_batch + max_waiting
-        self.replicas = [
-            EngineLoop(engine, metrics, model_name=name, replica=replica, limit=limit)
-            for replica, engine in enumerate(engines)
-        ]
+        limit = self.engine.max_batch + config.max_waiting
+        self.replicas = [EngineLoop(engine, metrics, name, i, limit) for i, engine in enumerate(engines)]
         self._choice = threading.Lock()
 
     @property
     def alive(self) -> list[EngineLoop]:
         """The replicas whose engine still works."""
-        return [loop for loop in self.replicas if loop.error is None]
+        return [loop for loop in self.replicas if loop.alive]
 
     @property
     def n_open(self) -> int:
         """Number of requests that run or wait, over all replicas."""
         return sum(loop.n_open for loop in self.replicas)
-
-    @property
-    def limit(self) -> int:
-        """The largest `n_open` that can be, while all replicas live."""
-        return sum(loop.limit for loop in self.replicas)
 
     def submit(self, requests: Sequence[Request]) -> Ticket:
         """Send requests that belong together to the least busy replica.
@@ -267,10 +288,8 @@ class Model:
         Raises ApiError 429 when it has no room for them now, 503 when every engine is dead.
         """
         with self._choice:  # two handlers must not both find the same replica idle
-            if not self.alive:
-                raise ApiError(503, ENGINE_DEAD, headers={"Retry-After": "5"})
             # All of them go to one replica: samples of one prompt read it once and share its keys and values.
-            loop = min(self.alive, key=lambda loop: loop.n_open)
+            loop = min(self.alive or self.replicas, key=lambda loop: loop.n_open)
             # A refusal at the door costs the client one round trip. A place at the end of a long queue would cost it
             # minutes and then a timeout, and the engine would still make an answer that nobody reads.
             if loop.n_open + len(requests) > loop.limit:
@@ -281,23 +300,75 @@ class Model:
                 raise ApiError(429, message, code="queue_full", headers={"Retry-After": str(seconds)})
             return loop.submit(requests)
 
-    def describe(self) -> ModelInfo:
-        """Return the model's entry in /v1/models."""
-        return {
-            "id": self.name,
-            "object": "model",
-            "created": self.created,
-            "owned_by": "nanochat",
-            "context_length": self.engine.context,
-        }
 
-    def stats(self) -> dict[str, Any]:
-        """Return gauges and counters, summed over the replicas."""
-        return {
-            "context": self.engine.context,
-            "max_batch": self.engine.max_batch,
-            "open_requests": self.n_open,
-            "sessions": len(self.sessions),
-            "cached_responses": len(self.responses),
-            **self.metrics.engine_figures(self.name),
-        }
+class Models:
+    """The models of a server by name. A name is known before its model is loaded; until `add` it answers 503."""
+
+    def __init__(self, config: ServerConfig, names: Iterable[str], n_replicas: int = 1) -> None:
+        self.config = config
+        self.metrics = Metrics()
+        self.started = time.time()
+        # Set at SIGTERM: new answers are refused, those that were begun go on. The port stays open meanwhile: clients
+        # hear 503 with Retry-After, which tells them and the load balancer more than a refused connection.
+        self.draining = threading.Event()
+        self._models: dict[str, Model | None] = dict.fromkeys(names)
+        # The most requests that can be open. Counted by the flags, because no model is loaded yet.
+        self.most_open = len(self._models) * n_replicas * (config.max_batch + config.max_waiting)
+
+    def add(self, name: str, engines: Sequence[Engine], chat_format: ChatFormat) -> None:
+        """Start the threads of a model's replicas and let it answer."""
+        self._models[name] = Model(name, engines, chat_format, self.config, self.metrics)
+
+    @property
+    def loaded(self) -> list[Model]:
+        """The models that can be asked."""
+        # A copy of the values: the loading thread may add a model while a handler goes through them.
+        return [model for model in list(self._models.values()) if model is not None]
+
+    def get(self, name: str | None) -> Model:
+        """Return a model by name; None means the first. Raises ApiError 404 if there is none, 503 while it loads."""
+        if name is None:
+            name = next(iter(self._models))
+        if name not in self._models:
+            message = f"there is no model {name!r}: this server has {', '.join(self._models)}"
+            raise ApiError(404, message, "model", "model_not_found")
+        model = self._models[name]
+        if model is None:
+            raise unavailable("the model is being loaded")
+        return model
+
+    def get_for_answer(self, name: str | None) -> Model:
+        """As `get`, and raise ApiError 503 if the model makes no answers: after SIGTERM, or when its engines are dead.
+
+        Answers from the response cache are refused, too: a load balancer should hear the same from every request.
+        """
+        model = self.get(name)
+        if self.draining.is_set():
+            raise unavailable("the server is shutting down")
+        if not model.alive:
+            raise unavailable("the engine has stopped: see the log")
+        return model
+
+    @property
+    def trouble(self) -> str | None:
+        """Why this server should get no requests now, for /health; None when all is well."""
+        # One living replica is enough: a load balancer that heard 503 would take away the others' answers, too.
+        dead = [model.name for model in self.loaded if not model.alive]
+        if dead:
+            return f"the engine died: {', '.join(dead)}"
+        if self.draining.is_set():
+            return "shutting down"
+        if len(self.loaded) < len(self._models):
+            return "loading"
+        return None
+
+    @property
+    def n_open(self) -> int:
+        """Number of requests that run or wait, over all models."""
+        return sum(model.n_open for model in self.loaded)
+
+    def close(self) -> None:
+        """End the threads of all engines."""
+        for model in self.loaded:
+            for loop in model.replicas:
+                loop.close()

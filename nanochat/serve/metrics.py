@@ -1,7 +1,13 @@
-"""Counters, gauges and histograms in Prometheus' text format. Names follow vLLM's (docs.vllm.ai, "Metrics")."""
+"""Counters, gauges and histograms in Prometheus' text format. Names follow vLLM's (docs.vllm.ai, "Metrics").
+
+The engine's thread writes latencies and ends of answers here (loop.py). Engines count tokens for themselves, so each
+scrape asks them: prometheus_client calls `Metrics.collect`.
+"""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, ProcessCollector
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from nanochat.engine import Engine
 
@@ -22,74 +28,41 @@ ENGINE_FIGURES = {
 
 
 class Metrics:
-    """The measurements of a server, labelled by model. Engines count for themselves and are asked at each scrape."""
+    """The measurements of a server. The label `model_name` tells models apart; replicas of one are added up."""
 
     def __init__(self) -> None:
-        from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
-
         # A registry of its own and not the library's global one: tests make many servers in one process.
         self.registry = CollectorRegistry()
         self._engines: dict[str, Sequence[Engine]] = {}
-
-        def counter(name: str, text: str, labels: list[str]) -> Counter:
-            return Counter(f"nanochat_{name}", text, labels, registry=self.registry)
-
-        def histogram(name: str, text: str) -> Histogram:
-            return Histogram(
-                name=f"nanochat_{name}_seconds",
-                documentation=text,
-                labelnames=["model_name"],
-                buckets=SECONDS,
-                registry=self.registry,
-            )
-
-        self.requests = counter("request_success", "Sequences that ended", ["model_name", "finished_reason"])
-        self.refused = counter("requests_refused", "HTTP answers of status 400 and more", ["status"])
-        self.cache_hits = counter("response_cache_hits", "Answers from the response cache", ["model_name"])
-        self.queue_time = histogram("request_queue_time", "Arrival to first work")
-        self.first_token = histogram("time_to_first_token", "Arrival to first token")
-        self.between_tokens = histogram("inter_token_latency", "Token to token")
-        self.end_to_end = histogram("e2e_request_latency", "Arrival to last token")
+        self.requests = self._counter("request_success", "Sequences that ended", "model_name", "finished_reason")
+        self.refused = self._counter("requests_refused", "HTTP answers of status 400 and more", "status")
+        self.cache_hits = self._counter("response_cache_hits", "Answers from the response cache", "model_name")
+        self.queue_time = self._histogram("request_queue_time", "Arrival to first work")
+        self.first_token = self._histogram("time_to_first_token", "Arrival to first token")
+        self.between_tokens = self._histogram("inter_token_latency", "Token to token")
+        self.end_to_end = self._histogram("e2e_request_latency", "Arrival to last token")
         self.replica_up = Gauge(
             name="nanochat_replica_up",
             documentation="1 while the engine works",
             labelnames=["model_name", "replica"],
             registry=self.registry,
         )
-        self.registry.register(self)  # calls `collect` at each scrape
+        self.registry.register(self)
         ProcessCollector(registry=self.registry)  # memory, processor time, open files
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"nanochat_{name}", text, labels, registry=self.registry)
+
+    def _histogram(self, name: str, text: str) -> Histogram:
+        return Histogram(f"nanochat_{name}_seconds", text, ["model_name"], buckets=SECONDS, registry=self.registry)
 
     def add_model(self, model_name: str, engines: Sequence[Engine]) -> None:
         """Begin the series of a model at zero, so that a scrape sees them before the first request."""
         self._engines[model_name] = engines
-        self.cache_hits.labels(model_name)
-        for times in (self.queue_time, self.first_token, self.between_tokens, self.end_to_end):
-            times.labels(model_name)
+        for series in (self.cache_hits, self.queue_time, self.first_token, self.between_tokens, self.end_to_end):
+            series.labels(model_name)
         for replica in range(len(engines)):
-            self.replica_up.labels(model_name, str(replica)).set(1)
-
-    def replica_died(self, model_name: str, replica: int) -> None:
-        """Record that an engine has stopped for good."""
-        self.replica_up.labels(model_name, str(replica)).set(0)
-
-    def started(self, model_name: str, since_arrival: float) -> None:
-        """Record that a sequence left the queue."""
-        self.queue_time.labels(model_name).observe(since_arrival)
-
-    def new_tokens(self, model_name: str, n: int, since_arrival: float, since_last: float | None) -> None:
-        """Record that a step gave a sequence `n` tokens. since_last: seconds since the step before; None: its first."""
-        if since_last is None:
-            self.first_token.labels(model_name).observe(since_arrival)
-        else:
-            # A tool's result comes as several tokens at once; the reader waited once for all of them.
-            self.between_tokens.labels(model_name).observe(since_last / n)
-
-    def finished(self, model_name: str, reason: str, since_arrival: float | None = None) -> None:
-        """Record the end of a sequence; its latency counts only if it came to a regular end."""
-        self.requests.labels(model_name, reason).inc()
-        # Aborted and broken answers end early; among the latencies they would make a bad hour look fast.
-        if since_arrival is not None:
-            self.end_to_end.labels(model_name).observe(since_arrival)
+            self.replica_up.labels(model_name, replica).set(1)
 
     def engine_figures(self, model_name: str) -> dict[str, int]:
         """Return the figures of Engine.stats, summed over the model's replicas."""
@@ -97,10 +70,8 @@ class Metrics:
         figures = [engine.stats() for engine in self._engines[model_name]]
         return {key: sum(each[key] for each in figures) for key in ENGINE_FIGURES}
 
-    def collect(self) -> Iterator[Any]:
+    def collect(self) -> Iterator[Metric]:
         """Yield the engines' figures as metric families (the collector protocol of prometheus_client)."""
-        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
-
         figures = {model_name: self.engine_figures(model_name) for model_name in list(self._engines)}
         for key, (name, text) in ENGINE_FIGURES.items():
             kind = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
@@ -108,9 +79,3 @@ class Metrics:
             for model_name, values in figures.items():
                 family.add_metric([model_name], values[key])
             yield family
-
-    def text(self) -> bytes:
-        """Return the body of /metrics."""
-        from prometheus_client import generate_latest
-
-        return generate_latest(self.registry)

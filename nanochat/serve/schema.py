@@ -1,8 +1,12 @@
-"""The wire format: what the API accepts, what it answers, and the OpenAPI document that describes both.
+"""The wire format: what the API accepts and what it answers.
 
 Requests are pydantic models. Each parameter is honoured or refused by its name, never ignored; null counts as absent.
+
+    >>> read_body(b'{"messages": [{"role": "user", "content": "Hi"}], "stop": ""}', ChatRequest)
+    ApiError: 'stop' is not right: stop.str: String should have at least 1 character; or ...
+
 Answers are typed dicts, because this server makes them itself and need not validate them. pydantic turns both into the
-JSON schemas of /openapi.json.
+JSON schemas of /openapi.json (information.py).
 
 Names and shapes are OpenAI's (platform.openai.com/docs/api-reference/chat/create); `top_k`, `min_p` and
 `repetition_penalty` are vLLM's; `session_id` and `tool_trace` are our own.
@@ -10,10 +14,9 @@ Names and shapes are OpenAI's (platform.openai.com/docs/api-reference/chat/creat
 
 import json
 import random
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from typing_extensions import NotRequired, TypedDict  # pydantic does not take typing's own before Python 3.12
 
 
@@ -27,13 +30,18 @@ class ApiError(Exception):
         message: str,
         param: str | None = None,
         code: str | None = None,
-        headers: Mapping[str, str] | None = None,
+        headers: dict[str, str] | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
-        self.headers = dict(headers or {})
+        self.headers = headers or {}
         kind = "invalid_request_error" if status < 500 else "server_error"
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def unavailable(message: str) -> ApiError:
+    """Return the refusal of a server that cannot answer now, but may in a few seconds."""
+    return ApiError(503, f"{message}; try again later", headers={"Retry-After": "5"})
 
 
 # ---- Requests
@@ -44,6 +52,14 @@ class Strict(BaseModel):
 
     # A parameter that is dropped without a word, or misspelled, gives answers that nobody can explain.
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, fields: Any) -> Any:
+        # Clients send an answer back with its empty fields ("refusal": null and others that we do not know).
+        if isinstance(fields, dict):
+            return {name: value for name, value in fields.items() if value is not None}
+        return fields
 
 
 class ToolTrace(TypedDict):
@@ -117,18 +133,13 @@ class Parameters(Strict):
     stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
     user: Annotated[str, Field(max_length=256)] | None = Field(None, description="Noted in the access log.")
 
-    def check(self) -> None:
-        """Raise ApiError 400 for combinations that types alone cannot forbid."""
+    # Validators that run after the fields' own raise ApiError, which pydantic lets through as it is: a ValueError would
+    # be reported without the name of the parameter.
+    @model_validator(mode="after")
+    def _check_stream_options(self) -> "Parameters":
         if self.stream_options is not None and not self.stream:
             raise ApiError(400, "'stream_options' needs 'stream': true", "stream_options")
-
-    def token_limit(self) -> int | None:
-        """Return the longest answer that is asked for; None means to the end of the context."""
-        return self.max_tokens
-
-    def top_logprobs_wanted(self) -> int | None:
-        """Return how many likeliest tokens to list at each position; None means no log-probabilities at all."""
-        raise NotImplementedError
+        return self
 
     def sampling(self, vocab_size: int, default_temperature: float) -> dict[str, Any]:
         """Return the sampling arguments of a Request. Raises ApiError 400 if a token of `logit_bias` does not exist."""
@@ -144,7 +155,6 @@ class Parameters(Strict):
             "seed": random.getrandbits(32) if self.seed is None else self.seed,
             "stop": [self.stop] if isinstance(self.stop, str) else self.stop or (),
             "logit_bias": bias,
-            "logprobs": self.top_logprobs_wanted(),
             **self.model_dump(include=names, exclude_none=True),
         }
 
@@ -161,10 +171,10 @@ class ChatRequest(Parameters):
         None, description="The server keeps the conversation under this name; `messages` holds only the new ones."
     )
 
-    def check(self) -> None:
-        super().check()
-        limits = {self.max_tokens, self.max_completion_tokens} - {None}
-        if len(limits) > 1:
+    @model_validator(mode="after")
+    def _check_chat(self) -> "ChatRequest":
+        self.max_tokens = self.max_tokens or self.max_completion_tokens
+        if self.max_completion_tokens not in (None, self.max_tokens):
             raise ApiError(400, "'max_tokens' and 'max_completion_tokens' differ: give one", "max_tokens")
         if self.top_logprobs is not None and not self.logprobs:
             raise ApiError(400, "'top_logprobs' needs 'logprobs': true", "top_logprobs")
@@ -173,12 +183,7 @@ class ChatRequest(Parameters):
             raise ApiError(400, "'n' must be 1 in a session: it continues with one answer", "n")
         if self.messages[-1].role != "user":
             raise ApiError(400, "the last message must be the user's", "messages")
-
-    def token_limit(self) -> int | None:
-        return self.max_tokens or self.max_completion_tokens
-
-    def top_logprobs_wanted(self) -> int | None:
-        return (self.top_logprobs or 0) if self.logprobs else None
+        return self
 
 
 class CompletionRequest(Parameters):
@@ -186,9 +191,6 @@ class CompletionRequest(Parameters):
 
     prompt: str | Annotated[list[str], NONEMPTY] | Tokens | Annotated[list[Tokens], NONEMPTY]
     logprobs: int | None = Field(None, ge=0, le=20)
-
-    def top_logprobs_wanted(self) -> int | None:
-        return self.logprobs
 
     def prompts(self) -> list[Any]:
         """Return the prompts one by one, each as text or as token ids."""
@@ -209,43 +211,29 @@ def read_body(data: bytes, kind: type[Body]) -> Body:
             # An escaped half of a surrogate pair is valid JSON but not text: no tokenizer takes it. It becomes "?".
             body = json.loads(json.dumps(body, ensure_ascii=False).encode(errors="replace"))
     except (ValueError, RecursionError) as error:
+        # RecursionError: a body of brackets alone is nested deeper than Python's parser goes.
         raise ApiError(400, f"the body is not valid JSON: {error}") from error
-    # RecursionError: a body of brackets alone is nested deeper than Python's parser goes.
     if not isinstance(body, dict):
         raise ApiError(400, "the body must be a JSON object")
-    body = _without_nulls(body)
-    if isinstance(body.get("messages"), list):
-        # Clients send an answer back with its empty fields ("refusal": null and others that we do not know).
-        body["messages"] = [_without_nulls(each) if isinstance(each, dict) else each for each in body["messages"]]
     try:
-        parameters = kind.model_validate(body)
+        return kind.model_validate(body)
     except ValidationError as error:
         # pydantic's own text has many lines, with a link to its documentation; clients show one.
         raise _refusal(error, kind) from error
-    parameters.check()
-    return parameters
-
-
-def _without_nulls(fields: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in fields.items() if value is not None}
 
 
 def _refusal(error: ValidationError, kind: type[Parameters]) -> ApiError:
     """Word the first problem that pydantic found. The alternatives of a union (`stop`, `prompt`) come together."""
     problems = error.errors(include_url=False, include_input=False)
-    first = problems[0]
-    name = str(first["loc"][0])
-    if first["type"] == "extra_forbidden" and len(first["loc"]) == 1:
+    place = problems[0]["loc"]
+    name = str(place[0])
+    if problems[0]["type"] == "extra_forbidden" and len(place) == 1:
         known = ", ".join(kind.model_fields)
         return ApiError(400, f"'{name}' is not supported: this server knows {known}", name)
-    reasons: list[str] = []
-    problems_of_name = [problem for problem in problems if problem["loc"][0] == name]
-    for problem in problems_of_name[:4]:
-        place = ".".join(str(step) for step in problem["loc"])
-        reason = f"{place}: {problem['msg']}"
-        if reason not in reasons:
-            reasons.append(reason)
-    return ApiError(400, f"'{name}' is not right: {'; or '.join(reasons)}", name)
+    of_name = [problem for problem in problems if problem["loc"][0] == name]
+    reasons = [f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in of_name[:4]]
+    distinct = dict.fromkeys(reasons)  # keeps the order
+    return ApiError(400, f"'{name}' is not right: {'; or '.join(distinct)}", name)
 
 
 # ---- Answers
