@@ -21,7 +21,9 @@ class Config:
 
 def main() -> None:
     config = cli.parse(Config, description=__doc__)
-    print(write_report(get_base_dir(), Path(config.out) if config.out else None, config.price))
+    base_dir = get_base_dir()
+    folder = Path(config.out) if config.out else base_dir / "report"
+    print(write_report(base_dir, folder, config.price))
 
 
 if __name__ == "__main__":

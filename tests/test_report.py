@@ -82,6 +82,7 @@ def base(tmp_path):
             "tag": "d4",
             "step": 120,
             "chatcore": chatcore,
+            "chatcore_stderr": 0.01,
             "tasks": scores,
             "samples": [sample, odd],
         }
@@ -111,25 +112,25 @@ def row(text, first):
 
 
 def test_the_numbers_of_the_records_are_in_the_report(base):
-    text = write_report(base, price=24.0).read_text()
+    text = write_report(base, base / "report", price=24.0).read_text()
     assert row(text, "arithmetic")[1:] == ["200", "0", "0.0 ± 0.0", "90.0 ± 2.1 (+90.0)", "97.5 ± 1.1 (+7.5)"]
     assert row(text, "choice")[1:] == ["200", "25", "25.0 ± 3.1", "50.0 ± 3.5 (+25.0)", "65.0 ± 3.4 (+15.0)"]
     assert row(text, "identity")[3:] == ["–", "–", "95.0 ± 1.5"]
-    assert row(text, "**ChatCORE**")[3:] == ["0.000", "0.617 (+0.617)", "0.819 (+0.203)"]
+    assert row(text, "**ChatCORE**")[3:] == ["0.000 ± 0.010", "0.617 ± 0.010 (+0.617)", "0.819 ± 0.010 (+0.203)"]
     assert ["base", "1.2345", "1.3456", "0.1234 ± 0.0200", "world", "gone"] in [
         [cell.strip() for cell in line.strip("|").split(" | ")] for line in text.splitlines()
     ]
     assert row(text, "world_cloze")[1:] == ["100", "0", "40.0 ± 4.9"]
-    assert row(text, "English")[1:] == ["1,000", "4.00"]
+    assert row(text, "English")[1:] == ["1,000", "4"]
     assert row(text, "own") == ["own", "/some/folder", "CC-BY-NC-4.0", "2", "–", "2.0 MB"]
-    assert row(text, "tok_train")[1:] == ["0 min 45 s", "1 %", "$ 0.30"]
-    assert row(text, "**total**")[1:] == ["1 h 00 min", "100 %", "$ 24.00"]
+    assert row(text, "tok_train")[1:] == ["0:00:45", "1 %", "$ 0.30"]
+    assert row(text, "**total**")[1:] == ["1:00:00", "100 %", "$ 24.00"]
     losses = [json.loads(line).get("loss") for line in (base / "runs/mid/d4/metrics.jsonl").read_text().splitlines()]
     last = [loss for loss in losses if loss is not None][-1]
-    expected = ["–", "5,000,000", "119", "983,040", f"{last:.4f}", "2.5100"]
+    expected = ["–", "5,000,000", "119", "983,040", f"{last:.5g}", "2.51"]
     cells = [line.strip("| ").split(" | ") for line in text.splitlines() if "5,000,000" in line]
     assert [c[0] for c in cells] == ["base", "mid", "sft"] and cells[1][1:7] == expected
-    assert cells[1][8:] == ["n/a", "3.0 GiB", "5 min 12 s"]
+    assert cells[1][8:] == ["n/a", "3.0 GiB", "0:05:12"]
     assert row(text, "depth")[1:] == ["4", "4", "4"]
     assert row(text, "n_layer")[1:] == ["4", "4", "4"]
     assert "| run |" not in text  # unset everywhere
@@ -140,7 +141,8 @@ def test_the_numbers_of_the_records_are_in_the_report(base):
 
 
 def test_a_rerun_gives_the_same_bytes(base, tmp_path):
-    first, second = write_report(base), write_report(base, tmp_path / "again")
+    first = write_report(base, base / "report")
+    second = write_report(base, tmp_path / "again")
     names = sorted(path.name for path in first.parent.iterdir())
     assert names == sorted(
         ["report.md", "MODEL_CARD_d4.md", *(f"{name}_d4.png" for name in ("loss", "bpb", "speed", "tasks"))]
@@ -151,7 +153,7 @@ def test_a_rerun_gives_the_same_bytes(base, tmp_path):
 def test_every_figure_is_a_png_that_the_report_shows(base):
     from matplotlib.image import imread
 
-    report = write_report(base)
+    report = write_report(base, base / "report")
     for path in report.parent.glob("*.png"):
         assert f"({path.name})" in report.read_text()
         image_HWC = imread(path)
@@ -159,9 +161,9 @@ def test_every_figure_is_a_png_that_the_report_shows(base):
 
 
 def test_stages_that_did_not_run_are_said_so(tmp_path):
-    assert write_report(tmp_path).read_text().count("not run") == 5
+    assert write_report(tmp_path, tmp_path / "report").read_text().count("not run") == 5
     write_run(tmp_path, "base", 3, "2026-11-20T10:00:00Z")
-    text = write_report(tmp_path).read_text()
+    text = write_report(tmp_path, tmp_path / "report").read_text()
     assert (
         "## Model d4" in text and "### Validation\n\nnot run" in text and "### Chat tasks by stage\n\nnot run" in text
     )
@@ -170,7 +172,7 @@ def test_stages_that_did_not_run_are_said_so(tmp_path):
 def test_several_models_have_a_section_each(base):
     record = json.loads((base / "evals" / "chat_eval_sft_d4.json").read_text())
     write_json(base / "evals" / "chat_eval_sft_d6.json", {**record, "tag": "d6"})
-    text = write_report(base).read_text()
+    text = write_report(base, base / "report").read_text()
     assert text.index("## Model d4") < text.index("## Model d6")
     assert (base / "report" / "tasks_d6.png").is_file()
 
@@ -183,7 +185,7 @@ def test_a_model_card_tells_of_its_stage_and_those_before(base):
     assert yaml.safe_load(header)["pipeline_tag"] == "text-generation"
     assert row(body, "arithmetic")[1:] == ["200", "0", "0.0 ± 0.0", "90.0 ± 2.1 (+90.0)"]  # and not what SFT reaches
     assert "5,000,000 parameters" in body and "abc123def456" in body and "2026-11-22" not in body
-    write_report(base)
+    write_report(base, base / "report")
     assert "97.5 ± 1.1" in (base / "report" / "MODEL_CARD_d4.md").read_text()
     with pytest.raises(ValueError, match="no run rl/d4"):
         model_card(Records.read(base), "d4", "rl")
@@ -202,18 +204,18 @@ def test_open_weights_models_have_a_table_of_their_own(base):
     record = json.loads((base / "evals" / "base_eval_base_d4.json").read_text())
     foreign = {**record, "stage": "hf", "tag": "gpt2", "train_bpb": None, "val_bpb": None, "bundle": "core"}
     write_json(base / "evals" / "base_eval_hf_gpt2.json", foreign)
-    text = write_report(base).read_text()
+    text = write_report(base, base / "report").read_text()
     assert "## Model gpt2" not in text
     assert row(text, "gpt2") == ["gpt2", "–", "–", "0.1234 ± 0.0200", "core", "gone"]
 
 
 def test_runs_that_were_set_aside_do_not_count(base):
-    before = write_report(base).read_bytes()
+    before = write_report(base, base / "report").read_bytes()
     old = base / "runs" / "base" / "d4~1"
     old.mkdir()
     record = json.loads((base / "runs" / "base" / "d4" / "run.json").read_text())
     write_json(old / "run.json", {**record, "parameters": 1})
-    assert write_report(base).read_bytes() == before
+    assert write_report(base, base / "report").read_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -231,7 +233,7 @@ def test_runs_that_were_set_aside_do_not_count(base):
 def test_a_damaged_record_is_one_line_that_names_its_file(base, file, content):
     (base / file).write_text(content)
     with pytest.raises(ValueError, match=Path(file).name) as caught:
-        write_report(base)
+        write_report(base, base / "report")
     assert "\n" not in str(caught.value) and not (base / "report" / "report.md").exists()
 
 
