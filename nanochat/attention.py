@@ -73,6 +73,15 @@ def mask(hidden_BTS: torch.Tensor, group: int, dtype: torch.dtype, deterministic
     return mask_BMS[:, None]
 
 
+@torch.jit.script_if_tracing  # the tracer alone would fix the number of parts (cpu_trace.py)
+def _product_in_parts(weights_GMS: torch.Tensor, values_GSD: torch.Tensor) -> torch.Tensor:
+    """Return weights·values (G, M, D), summed over slots in parts of 128."""
+    y_GMD = torch.bmm(weights_GMS[:, :, :128], values_GSD[:, :128])
+    for start in range(128, weights_GMS.size(2), 128):
+        y_GMD = torch.baddbmm(y_GMD, weights_GMS[:, :, start : start + 128], values_GSD[:, start : start + 128])
+    return y_GMD
+
+
 def attend_to_slots(
     q_BTHD: torch.Tensor,
     keys_GDS: torch.Tensor,
@@ -113,10 +122,7 @@ def attend_to_slots(
         weights_GMS = weights_GMS[..., 1:]
     weights_GMS = weights_GMS.to(values_GSD.dtype)
     if _order_matters(q_BTHD.device, q_BTHD.dtype, deterministic):
-        pairs = zip(weights_GMS.split(128, dim=2), values_GSD.split(128, dim=1), strict=True)
-        y_GMD = torch.bmm(*next(pairs))
-        for part_GMS, part_GSD in pairs:
-            y_GMD = torch.baddbmm(y_GMD, part_GMS, part_GSD)
+        y_GMD = _product_in_parts(weights_GMS, values_GSD)
     else:
         y_GMD = torch.bmm(weights_GMS, values_GSD)
     if rows > M:

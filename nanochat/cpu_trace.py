@@ -36,7 +36,7 @@ def _products(model: LanguageModel) -> list[PackedLinear]:
 def traceable(model: LanguageModel) -> bool:
     """Return whether each step of this model is the same list of operations, whatever is read.
 
-    Not where experts are chosen in Python, nor where products pad their rows to a multiple (fp32).
+    Not where experts are chosen in Python, nor where products pad their rows (`PackedLinear` without oneDNN).
     """
     products = _products(model)
     return model.device.type == "cpu" and model.graphs and bool(products) and all(each.rows == 1 for each in products)
@@ -62,9 +62,10 @@ class TracedLayer(LayerCache):
 class Trace:
     """Continues the first rows of a cache by one token each."""
 
-    def __init__(self, model: LanguageModel, cache: KVCache) -> None:
+    def __init__(self, model: LanguageModel, cache: KVCache, deterministic: bool) -> None:
         self.model = model
         self.cache = cache
+        self.deterministic = deterministic
         self._weights = [product.weight for product in _products(model)]
         self._recorded: Any = None
 
@@ -101,5 +102,5 @@ class Trace:
         layers = [TracedLayer(layer, tensors[4 * i : 4 * i + 4]) for i, layer in enumerate(self.cache.layers)]
         # All rows and slots: a part of -1 rows has as many as there are tokens.
         part = Part(first_row=0, n_rows=-1, n_tokens=1, length=self.cache.context + 1)
-        context = CacheBatch(layers, [part], rows_N, positions_N, previous_N)
+        context = CacheBatch(layers, [part], rows_N, positions_N, previous_N, self.deterministic)
         return self.model(idx_N, context=context)

@@ -88,7 +88,7 @@ class Engine:
         on_gpu = model.device.type == "cuda"
         self._on_device = torch.cuda.device(model.device) if on_gpu else contextlib.nullcontext()
         self.graphs = CudaGraphs(self.model, self.cache) if on_gpu and model.graphs else None
-        self.trace = Trace(self.model, self.cache) if traceable(self.model) else None
+        self.trace = Trace(self.model, self.cache, deterministic) if traceable(self.model) else None
         self.scheduler = Scheduler(self.cache, max_batch, step_tokens)
         self.waiting = self.scheduler.waiting
         self.running = self.scheduler.running

@@ -32,6 +32,13 @@ def _onednn(x_NC: torch.Tensor, weight: torch.Tensor, bias_O: torch.Tensor | Non
     return torch.ops.mkldnn._linear_pointwise(x_NC, weight, bias_O, "none", [], "")
 
 
+@torch.jit.script_if_tracing
+def _onednn_two_rows(x_NC: torch.Tensor, weight: torch.Tensor, bias_O: torch.Tensor | None) -> torch.Tensor:
+    if x_NC.size(0) == 1:
+        return torch.ops.mkldnn._linear_pointwise(x_NC.expand(2, -1), weight, bias_O, "none", [], "")[:1]
+    return torch.ops.mkldnn._linear_pointwise(x_NC, weight, bias_O, "none", [], "")
+
+
 class PackedLinear(nn.Module):
     """x·Wᵀ + b for rows x_NC.
 
@@ -57,8 +64,7 @@ class PackedLinear(nn.Module):
             self.scale_O = scale_O
         elif form == "onednn":
             self.weight = torch.ops.mkldnn._reorder_linear_weight(weight_OC.contiguous(), 16)
-            if deterministic and weight_OC.dtype == torch.float32:
-                self.rows = 2
+            self.two_rows = deterministic and weight_OC.dtype == torch.float32
         else:
             self.weight = weight_OC
             if deterministic and on_cpu:
@@ -71,6 +77,8 @@ class PackedLinear(nn.Module):
         return self._product(padded_NC)[: len(x_NC)]
 
     def _product(self, x_NC: torch.Tensor) -> torch.Tensor:
+        if self.form == "onednn" and self.two_rows:
+            return _onednn_two_rows(x_NC, self.weight, self.bias_O)
         if self.form == "onednn":
             return _onednn(x_NC, self.weight, self.bias_O)
         if self.form == "int8":
