@@ -1,7 +1,11 @@
 """Chat formats of open-weights models: a Jinja template from the model's folder, or harmony for gpt-oss.
 
-A format turns messages into the ids of a prompt, and gives each answer a decoder that tells text, reasoning and tool
-calls apart. `chat_format` picks the one that a folder's model was trained in; conversation.py has the protocol.
+A format turns messages into the ids of a prompt, and gives each answer a decoder that tells text from reasoning.
+`chat_format` picks the format that a folder's model was trained in; `ChatFormat` in conversation.py is their protocol,
+`AnswerDecoder` in detokenizer.py that of the decoders.
+
+    TemplateFormat   chat_template.jinja or tokenizer_config.json    ThinkDecoder    <think>reasoning</think>text
+    HarmonyFormat    written out here                                HarmonyDecoder  messages in channels
 """
 
 import datetime
@@ -23,14 +27,20 @@ if TYPE_CHECKING:
 CONTINUE_TEMPLATE = "{{ bos_token }}{{ messages[-1].content }}"
 # A noncharacter, which no text holds. It marks what looks like a special token in somebody's message.
 BREAK = "\ufdd0"
-HARMONY_CHANNELS = "# Valid channels: analysis, commentary, final. Channel must be included for every message."
-HARMONY_IDENTITY = "You are ChatGPT, a large language model trained by OpenAI.\nKnowledge cutoff: 2024-06\n"
+HARMONY_SYSTEM = """You are ChatGPT, a large language model trained by OpenAI.
+Knowledge cutoff: 2024-06
+Current date: {date}
+
+Reasoning: medium
+
+# Valid channels: analysis, commentary, final. Channel must be included for every message."""
 
 
-def chat_format(folder: Path | str, tokenizer: HFTokenizer) -> "TemplateFormat | HarmonyFormat":
+def chat_format(folder: Path | str, tokenizer: HFTokenizer) -> ChatFormat:
     """Return the format in which the model in `folder` was trained to chat.
 
-    A model without a template continues the last message. Raises ValueError for a template with a syntax error."""
+    A model without a template continues the last message. Raises ValueError for a template with a syntax error.
+    """
     folder = Path(folder)
     config_path = folder / "config.json"
     if config_path.is_file() and read_json(config_path).get("model_type") == "gpt_oss":
@@ -45,11 +55,70 @@ def chat_format(folder: Path | str, tokenizer: HFTokenizer) -> "TemplateFormat |
     return TemplateFormat(source if isinstance(source, str) else CONTINUE_TEMPLATE, tokenizer)
 
 
+# --- templates
+
+
+class TemplateFormat(ChatFormat):
+    """Renders conversations by a Jinja template."""
+
+    def __init__(self, source: str, tokenizer: HFTokenizer) -> None:
+        super().__init__(tokenizer)
+        self._template = compile_template(source)
+        names = sorted(filter(None, tokenizer.special_tokens), key=len, reverse=True)
+        never = "(?!)"
+        self._special = re.compile("|".join(re.escape(name) for name in names) or never)
+        # Templates may use bos_token, eos_token and so on, from tokenizer_config.json.
+        self._variables: dict[str, str | None] = {}
+        for name, value in tokenizer.settings.items():
+            if name.endswith("_token"):
+                self._variables[name] = value.get("content") if isinstance(value, dict) else value
+        if not self._variables.get("bos_token"):
+            bos = tokenizer.get_bos_token_id()
+            self._variables["bos_token"] = "" if bos is None else tokenizer.decode([bos])
+
+    def render(self, messages: Sequence[Message]) -> list[int]:
+        """Return the ids of the conversation, ending where the assistant's next turn begins.
+
+        What looks like a special token in a message is encoded as text. Raises ValueError if the template refuses the
+        messages or fails.
+        """
+        validate({"messages": messages}, allow_empty_reply=True)
+        plain = [{"role": each["role"], "content": self._break_special(plain_text(each))} for each in messages]
+        try:
+            text = self._template.render(messages=plain, add_generation_prompt=True, **self._variables)
+        except Exception as error:  # a template can fail in any way that Python code can
+            reason = str(error) or type(error).__name__
+            raise ValueError(f"the model's chat template refuses this conversation: {reason}") from error
+        ids: list[int] = []
+        # Broken special tokens are the pieces that a pair of marks encloses: see _break_special.
+        for piece in re.split(f"([^{BREAK}]{BREAK}[^{BREAK}]*{BREAK})", text):
+            if BREAK in piece:
+                ids += self.tokenizer.encode(piece.replace(BREAK, ""))
+            elif piece:
+                ids += self.tokenizer.encode_marked(piece)
+        return ids
+
+    def _break_special(self, text: str) -> str:
+        """Put marks into what looks like a special token: "<|end|>" becomes "<", mark, "|end|>", mark.
+
+        The template may move the text about or cut it; the marks go with it, and tell `render` what came from a
+        message. Otherwise a message could open a turn of its own and speak for the assistant.
+        """
+        text = text.replace(BREAK, "")
+        return self._special.sub(lambda match: f"{match[0][0]}{BREAK}{match[0][1:]}{BREAK}", text)
+
+    def decoder(self, prompt: Sequence[int] = (), stop: Sequence[str] = ()) -> AnswerDecoder:
+        """Return a decoder for the answer to `prompt`, which some templates end with an open <think>."""
+        begins_thinking = self.tokenizer.decode(prompt[-4:]).rstrip().endswith("<think>")
+        return ThinkDecoder(self.tokenizer, stop, "reasoning" if begins_thinking else "text")
+
+
 def compile_template(source: str) -> "jinja2.Template":
     """Compile a chat template with the settings, extensions and helper functions that transformers gives it.
 
     Jinja's sandbox keeps a template, which is code of whoever published the model, from Python's internals and from
-    changing the messages. Raises ValueError for a syntax error."""
+    changing the messages. Raises ValueError for a syntax error.
+    """
     import jinja2
     from jinja2.ext import loopcontrols
     from jinja2.nodes import Scope
@@ -87,77 +156,10 @@ def compile_template(source: str) -> "jinja2.Template":
         raise ValueError(f"the model's chat template is broken: {error}") from error
 
 
-class TemplateFormat(ChatFormat):
-    """Renders conversations by a Jinja template."""
+class ChannelDecoder(AnswerDecoder):
+    """Decodes an answer whose special tokens switch between channels: "text", "reasoning", or "hidden"."""
 
-    def __init__(self, source: str, tokenizer: HFTokenizer) -> None:
-        super().__init__(tokenizer)
-        names = sorted(filter(None, tokenizer.special_tokens), key=len, reverse=True)
-        never = "(?!)"
-        self._special = re.compile("|".join(re.escape(name) for name in names) or never)
-        self._template = compile_template(source)
-
-    def render(self, messages: Sequence[Message], **variables: Any) -> list[int]:
-        """Return the ids of the conversation, ending where the assistant's next turn begins.
-
-        `variables` are further ones that the template knows, such as enable_thinking. What looks like a special token
-        in a message is encoded as text. Raises ValueError if the template refuses the messages or fails."""
-        validate({"messages": messages}, allow_empty_reply=True)
-        plain = [{**message, "content": self._break_special(plain_text(message))} for message in messages]
-        try:
-            text = self._template.render(
-                messages=plain, add_generation_prompt=True, **self._special_variables(), **variables
-            )
-        except Exception as error:  # a template can fail in any way that Python code can
-            reason = str(error) or type(error).__name__
-            raise ValueError(f"the model's chat template refuses this conversation: {reason}") from error
-        ids: list[int] = []
-        # Broken special tokens are the pieces that a pair of marks encloses: see _break_special.
-        for piece in re.split(f"([^{BREAK}]{BREAK}[^{BREAK}]*{BREAK})", text):
-            if BREAK in piece:
-                ids += self.tokenizer.encode(piece.replace(BREAK, ""))
-            elif piece:
-                ids += self.tokenizer.encode_marked(piece)
-        return ids
-
-    def _break_special(self, text: str) -> str:
-        """Put marks into what looks like a special token: "<|end|>" becomes "<", mark, "|end|>", mark.
-
-        The template may move the text about or cut it; the marks go with it, and tell `render` what came from a
-        message. Otherwise a message could open a turn of its own and speak for the assistant."""
-        text = text.replace(BREAK, "")
-        return self._special.sub(lambda match: f"{match[0][0]}{BREAK}{match[0][1:]}{BREAK}", text)
-
-    def _special_variables(self) -> dict[str, Any]:
-        """Return bos_token, eos_token and so on, which templates may use, from tokenizer_config.json."""
-        variables = {}
-        for name, value in self.tokenizer.settings.items():
-            if name.endswith("_token"):
-                variables[name] = value.get("content") if isinstance(value, dict) else value
-        if not variables.get("bos_token"):
-            bos = self.tokenizer.get_bos_token_id()
-            variables["bos_token"] = "" if bos is None else self.tokenizer.decode([bos])
-        return variables
-
-    def decoder(self, prompt: Sequence[int] = (), stop: Sequence[str] = ()) -> "ThinkDecoder":
-        """Return a decoder for the answer to `prompt`, which some templates end with an open <think>."""
-        begins_thinking = self.tokenizer.decode(prompt[-4:]).rstrip().endswith("<think>")
-        return ThinkDecoder(self.tokenizer, stop, "reasoning" if begins_thinking else "text")
-
-
-class ThinkDecoder(AnswerDecoder):
-    """Decodes an answer in which reasoning stands between <think> and </think>.
-
-    `channel` is what the tokens at hand belong to: "text", "reasoning", or "hidden" for what is not shown."""
-
-    def __init__(self, tokenizer: Any, stop: Sequence[str] = (), channel: str = "text") -> None:
-        marks = {}
-        for name in ("<think>", "</think>"):  # added tokens in most models, but seldom special ones
-            token = tokenizer.backend.token_to_id(name)
-            if token is not None:
-                marks[token] = name
-        super().__init__(tokenizer, stop, more_marks=marks)
-        self.channel = channel
+    channel = "text"
 
     def show(self, text: str) -> list[Event]:
         if self.channel == "hidden":
@@ -168,31 +170,50 @@ class ThinkDecoder(AnswerDecoder):
 
     def enter(self, name: str) -> list[Event]:
         events = self.flush_text()  # of the channel that ends here
-        self._switch(name)
+        self.switch(name)
         return events
 
-    def _switch(self, name: str) -> None:
-        """Change the channel as the special token `name` says."""
+    def switch(self, name: str) -> None:
+        """Set the channel that begins after the special token `name`."""
+        raise NotImplementedError
+
+
+class ThinkDecoder(ChannelDecoder):
+    """Decodes an answer in which reasoning stands between <think> and </think>."""
+
+    def __init__(self, tokenizer: HFTokenizer, stop: Sequence[str], channel: str) -> None:
+        marks = {}
+        for name in ("<think>", "</think>"):  # added tokens in most models, but seldom special ones
+            token = tokenizer.backend.token_to_id(name)
+            if token is not None:
+                marks[token] = name
+        super().__init__(tokenizer, stop, more_marks=marks)
+        self.channel = channel
+
+    def switch(self, name: str) -> None:
         if name == "<think>":
             self.channel = "reasoning"
         elif name == "</think>":
             self.channel = "text"
 
 
-class HarmonyFormat(ChatFormat):
-    """gpt-oss's format (OpenAI, "harmony response format"): messages in channels, of which `final` is the answer."""
+# --- harmony
 
-    def render(self, messages: Sequence[Message], reasoning: str = "medium", date: str | None = None) -> list[int]:
+
+class HarmonyFormat(ChatFormat):
+    """gpt-oss's format (OpenAI, "harmony response format"): messages in channels, of which `final` is the answer.
+
+    <|start|>role<|channel|>channel<|message|>text<|end|>
+    """
+
+    def render(self, messages: Sequence[Message]) -> list[int]:
         """Return the ids of the conversation, ending where the assistant's next turn begins.
 
-        What an API calls the system message becomes the developer's; old reasoning is left out. `date` is YYYY-MM-DD,
-        by default today. Raises ValueError if `reasoning` is not low, medium or high."""
+        What an API calls the system message becomes the developer's; old reasoning is left out.
+        """
         validate({"messages": messages}, allow_empty_reply=True)
-        if reasoning not in ("low", "medium", "high"):
-            raise ValueError(f"reasoning {reasoning!r}: choose low, medium or high")
-        date = date or datetime.date.today().isoformat()
-        system = f"{HARMONY_IDENTITY}Current date: {date}\n\nReasoning: {reasoning}\n\n{HARMONY_CHANNELS}"
-        ids = self._encode_message("system", system)
+        today = datetime.date.today().isoformat()
+        ids = self._encode_message("system", HARMONY_SYSTEM.format(date=today))
         for message in messages:
             role = message["role"]
             text = plain_text(message)
@@ -202,46 +223,44 @@ class HarmonyFormat(ChatFormat):
                 ids += self._encode_message(role, text, channel="final")
             else:
                 ids += self._encode_message(role, text)
-        return [*ids, self.tokenizer.encode_special("<|start|>"), *self.tokenizer.encode("assistant")]
+        return ids + self.tokenizer.encode("assistant", prepend="<|start|>")
 
     def _encode_message(self, role: str, text: str, channel: str | None = None) -> list[int]:
-        """Return the ids of <|start|>role<|channel|>channel<|message|>text<|end|>."""
-        encode = self.tokenizer.encode
-        special = self.tokenizer.encode_special
-        header = [special("<|start|>"), *encode(role)]
+        ids = self.tokenizer.encode(role, prepend="<|start|>")
         if channel is not None:
-            header += [special("<|channel|>"), *encode(channel)]
-        return [*header, special("<|message|>"), *encode(text), special("<|end|>")]
+            ids += self.tokenizer.encode(channel, prepend="<|channel|>")
+        return ids + self.tokenizer.encode(text, prepend="<|message|>", append="<|end|>")
 
-    def decoder(self, prompt: Sequence[int] = (), stop: Sequence[str] = ()) -> "HarmonyDecoder":
+    def decoder(self, prompt: Sequence[int] = (), stop: Sequence[str] = ()) -> AnswerDecoder:
         """Return a decoder for the answer to `prompt`."""
         return HarmonyDecoder(self.tokenizer, stop)
 
 
-class HarmonyDecoder(ThinkDecoder):
+class HarmonyDecoder(ChannelDecoder):
     """Decodes harmony: `final` and preambles are text, `analysis` and calls of functions are reasoning.
 
-    The prompt ends in "<|start|>assistant", so an answer begins inside a header, which is hidden and collected."""
+    The prompt ends in "<|start|>assistant", so an answer begins inside a header, which is hidden and collected:
 
-    def __init__(self, tokenizer: HFTokenizer, stop: Sequence[str] = ()) -> None:
-        super().__init__(tokenizer, stop, "hidden")
-        self._header = ""
+        <|channel|>analysis<|message|>2 and 2<|end|><|start|>assistant<|channel|>final<|message|>Four<|return|>
+    """
+
+    channel = "hidden"
+    header = ""
 
     def show(self, text: str) -> list[Event]:
         if self.channel == "hidden":
-            self._header += text
+            self.header += text
         return super().show(text)
 
-    def _switch(self, name: str) -> None:
+    def switch(self, name: str) -> None:
         if name == "<|message|>":
-            channel = self._header.partition("<|channel|>")[2]
-            is_call = "to=" in self._header  # of a function, in the commentary channel
+            _, has_channel, channel = self.header.partition("<|channel|>")
+            is_call = "to=" in self.header  # of a function, in the commentary channel
             is_text = channel.startswith(("final", "commentary")) and not is_call
-            has_channel = "<|channel|>" in self._header
             self.channel = "text" if is_text or not has_channel else "reasoning"
-            self._header = ""
+            self.header = ""
         elif name == "<|channel|>":
-            self._header += name
+            self.header += name
         elif name in ("<|start|>", "<|end|>", "<|return|>", "<|call|>"):
             self.channel = "hidden"
-            self._header = ""
+            self.header = ""
