@@ -10,7 +10,7 @@ from nanochat.compute import Compute
 from nanochat.finetune import FinetuneConfig, finetune
 from tasks.builtin import mixture
 from tasks.common import Multiturn
-from tasks.public import join
+from tasks.mixtures import join
 
 
 @dataclass(frozen=True)

@@ -7,18 +7,22 @@ from tasks.parquet import ChoiceTask
 
 
 class ARCEasy(ChoiceTask):
-    """The questions that retrieval or word co-occurrence answers. Labels are letters or digits; A, B, ... are shown."""
+    """The questions that retrieval or word co-occurrence answers."""
 
     name = "arc_easy"
-    repo, config, licence = "allenai/ai2_arc", "ARC-Easy", "CC BY-SA 4.0"
+    repo = "allenai/ai2_arc"
+    config = "ARC-Easy"
+    licence = "CC BY-SA 4.0"
     splits = ("train", "validation", "test")
     columns = ("question", "choices", "answerKey")
 
     def conversation(self, row: dict[str, Any]) -> Conversation:
-        texts, labels, key = row["choices"]["text"], row["choices"]["label"], row["answerKey"]
-        if len(labels) != len(texts) or labels.count(key) != 1:
-            raise ValueError(f"the answer {key!r} is not one of the labels {labels} of {len(texts)} choices")
-        return multiple_choice(row["question"], texts, labels.index(key))
+        choices = row["choices"]["text"]
+        labels = row["choices"]["label"]  # letters or digits; chats show A, B, ... in either case
+        key = row["answerKey"]
+        if len(labels) != len(choices) or labels.count(key) != 1:
+            raise ValueError(f"the answer {key!r} is not one of the labels {labels} of {len(choices)} choices")
+        return multiple_choice(row["question"], choices, labels.index(key))
 
 
 class ARCChallenge(ARCEasy):

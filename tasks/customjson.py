@@ -1,4 +1,7 @@
-"""Your own conversations, one JSON value a line."""
+"""Your own conversations to train on, one JSON value a line:
+
+{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
+"""
 
 import json
 from pathlib import Path
@@ -10,31 +13,39 @@ from tasks.common import Conversation, Task, name_skipped
 class CustomJSON(Task):
     """The lines of a JSONL file, each {"messages": [...]} or the list of messages alone; there is nothing to judge.
 
-    A line that is no conversation is named as FILE:LINE, counted in `skipped` and left out; ValueError when all are.
+    A line that is no conversation is named as FILE:LINE, counted in `skipped` and left out. Raises ValueError if no
+    line is one.
     """
 
     name = "customjson"
 
     def __init__(self, path: Path | str) -> None:
-        self._conversations: list[Conversation] = []
+        self.conversations: list[Conversation] = []
         problems = []
         with open(path, "rb") as lines:
-            for number, line in enumerate(lines, 1):
+            for number, line in enumerate(lines, start=1):
                 if not line.strip():
                     continue
                 try:
-                    value = json.loads(line.decode("utf-8-sig"))
-                    conversation = {"messages": value.get("messages") if isinstance(value, dict) else value}
-                    validate(conversation)
-                    json.dumps(conversation, ensure_ascii=False).encode()  # half of a surrogate pair is no text
-                    self._conversations.append(conversation)
+                    self.conversations.append(_conversation(line))
                 except (ValueError, RecursionError) as error:
                     problems.append(f"{path}:{number}: {error}")
-        total = len(self._conversations) + len(problems)
+        total = len(self.conversations) + len(problems)
         self.skipped = name_skipped(str(path), problems, total)
-        if not self._conversations:
+        if not self.conversations:
             raise ValueError(f'{path} holds no conversation: write one {{"messages": [...]}} a line')
-        super().__init__(len(self._conversations))
+        super().__init__(len(self.conversations))
 
     def example(self, index: int) -> Conversation:
-        return self._conversations[index]
+        return self.conversations[index]
+
+
+def _conversation(line: bytes) -> Conversation:
+    """Return the conversation of a line. Raises ValueError if it is none."""
+    value = json.loads(line.decode("utf-8-sig"))
+    messages = value.get("messages") if isinstance(value, dict) else value
+    conversation = {"messages": messages}
+    validate(conversation)
+    # JSON can spell half of a surrogate pair, which is no text: encoding it raises ValueError.
+    json.dumps(conversation, ensure_ascii=False).encode()
+    return conversation

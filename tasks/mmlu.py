@@ -1,4 +1,8 @@
-"""MMLU: exam questions of 57 subjects, with four choices (arXiv:2009.03300)."""
+"""MMLU: exam questions of 57 subjects, with four choices (arXiv:2009.03300).
+
+This is the shortest benchmark, and the one to copy for another data set of the hub: say where its rows are, and make a
+row a conversation. `ChoiceTask` judges a completion by its letter.
+"""
 
 from typing import Any
 
@@ -10,7 +14,9 @@ class MMLU(ChoiceTask):
     """A question of the "test" split, or of those to train on: "auxiliary_train" (other exams) and "dev"."""
 
     name = "mmlu"
-    repo, config, licence = "cais/mmlu", "all", "MIT"
+    repo = "cais/mmlu"
+    config = "all"
+    licence = "MIT"
     splits = ("auxiliary_train", "dev", "validation", "test")
     columns = ("question", "choices", "answer")
 

@@ -10,7 +10,9 @@ class SmolTalk(ParquetTask):
     """Conversations to learn from, SmolTalk's selection for small models; there is nothing to judge."""
 
     name = "smoltalk"
-    repo, config, licence = "HuggingFaceTB/smol-smoltalk", "data", "Apache-2.0"
+    repo = "HuggingFaceTB/smol-smoltalk"
+    config = "data"
+    licence = "Apache-2.0"
     columns = ("messages",)
 
     def conversation(self, row: dict[str, Any]) -> Conversation:

@@ -21,7 +21,7 @@ from nanochat.compute import usable_cores
 from nanochat.conversation import render, validate
 from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
 from nanochat.tools import calculate
-from tasks import public
+from tasks import mixtures, public
 from tasks.arc import ARCChallenge, ARCEasy
 from tasks.builtin import mixture
 from tasks.common import TaskMixture, multiple_choice
@@ -29,7 +29,7 @@ from tasks.customjson import CustomJSON
 from tasks.gsm8k import GSM8K, final_number, solution_parts
 from tasks.humaneval import HumanEval, program
 from tasks.mmlu import MMLU
-from tasks.parquet import ParquetTask, fetch
+from tasks.parquet import ParquetTask
 from tasks.smoltalk import SmolTalk
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -186,10 +186,20 @@ def test_gsm8k_calls_are_what_the_calculator_answers():
     assert calls == marks > 20_000  # no mark of the real data is lost
 
 
+def passes(code: str, tests: str) -> bool:
+    names: dict = {}
+    try:
+        exec(code, names)  # reference solutions, which are known
+        exec(tests, names)
+    except Exception:
+        return False
+    return True
+
+
 @needs_real_rows
 def test_humaneval_solutions_make_the_programs_they_should():
     for conversation in humaneval_problems():
-        prompt, entry_point = conversation["prompt"], conversation["entry_point"]
+        prompt, entry_point, tests = conversation["prompt"], conversation["entry_point"], conversation["test"]
         body = conversation["messages"][-1]["content"].removeprefix(f"```python\n{prompt}").removesuffix("\n```")
         whole = prompt + body
         says = [
@@ -200,9 +210,8 @@ def test_humaneval_solutions_make_the_programs_they_should():
             f"Sure:\n```py\n{whole}\n```\nSo `it` works.",
         ]
         for completion in says:
-            names: dict = {}
-            exec(program(prompt, entry_point, completion), names)  # reference solutions, which are known
-            exec(conversation["test"], names)
+            assert passes(program(prompt, entry_point, completion), tests), completion
+        assert not passes(program(prompt, entry_point, "    return 'wrong'"), tests)
 
 
 @needs_real_rows
@@ -440,7 +449,7 @@ def test_a_hub_that_has_not_got_it_or_is_not_there(gsm8k_hub, tmp_path, monkeypa
     assert "\n" not in str(caught.value)
     assert not list((tmp_path / "base").rglob("*.json"))
     with pytest.raises(ValueError, match="is missing: put it there"):
-        fetch(GSM8K, "test", tmp_path)  # nothing is ever downloaded into a folder of yours
+        GSM8K("test", tasks_dir=tmp_path)  # nothing is ever downloaded into a folder of yours
 
 
 # --- your own file ---------------------------------------------------------------------------------------------------
@@ -498,10 +507,10 @@ def no_downloads(tmp_path, monkeypatch):
 
 def test_without_published_tasks_the_skills_stay_as_they_are(no_downloads, tmp_path):
     skills = mixture("train", 0.02, 0, identity=True)
-    assert all(public.join(stage, skills, 0) is skills for stage in ("mid", "sft", "val"))
+    assert all(mixtures.join(stage, skills, 0) is skills for stage in ("mid", "sft", "val"))
     for folder in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(ValueError, match=r"--tasks-dir .* holds none of smoltalk/train\.parquet"):
-            public.join("mid", skills, 0, folder)
+            mixtures.join("mid", skills, 0, folder)
 
 
 @needs_real_rows
@@ -509,23 +518,23 @@ def test_stages_train_on_training_splits_alone(no_downloads, tmp_path):
     (tmp_path / "mine.jsonl").write_text(json.dumps(GOOD) + "\n")
     skills = mixture("train", 0.02, 0, identity=False)
     own = texts(CustomJSON(tmp_path / "mine.jsonl"))
-    mid, sft = (texts(public.join(stage, skills, 0, REAL, tmp_path / "mine.jsonl")) for stage in ("mid", "sft"))
+    mid, sft = (texts(mixtures.join(stage, skills, 0, REAL, tmp_path / "mine.jsonl")) for stage in ("mid", "sft"))
     parts = {task: texts(task("train", REAL)) for task in (SmolTalk, GSM8K, ARCEasy, ARCChallenge)}
     assert mid == texts(skills) + own + parts[SmolTalk] + texts(MMLU("dev", REAL)) + parts[GSM8K]
     rest = sft - texts(skills) - own - parts[GSM8K] - parts[ARCEasy] - parts[ARCChallenge]
     assert rest.total() == 10_000 and rest <= parts[SmolTalk]
     scored = set().union(*(texts(task("test", REAL)) for task in public.SCORED.values() if task is not HumanEval))
     for name in ("mid", "sft"):
-        assert not {(task, split) for task, split, _ in public.JOINED[name]} & {(t, "test") for t in parts}
+        assert not {(task, split) for task, split, _ in mixtures.PUBLISHED[name]} & {(t, "test") for t in parts}
     # ARC-Easy as published has one question in both of its splits
     assert len((mid.keys() | sft.keys()) & scored) <= 1
 
 
 def test_downloaded_tasks_join_by_themselves(gsm8k_hub, capsys):
     skills = mixture("train", 0.02, 0, identity=False)
-    assert public.join("mid", skills, 0) is skills and not downloads(gsm8k_hub)
-    fetch(GSM8K, "train")
-    mixed = public.join("mid", skills, 0)
+    assert mixtures.join("mid", skills, 0) is skills and not downloads(gsm8k_hub)
+    GSM8K.fetch("train")
+    mixed = mixtures.join("mid", skills, 0)
     assert len(mixed) == len(skills) + 4 and isinstance(mixed, TaskMixture)
     assert f"mid conversations: {len(skills)} of the built-in skills, 4 of gsm8k" in capsys.readouterr().out
 
