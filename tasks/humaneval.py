@@ -55,9 +55,14 @@ class HumanEval(ParquetTask):
         """Return True if the completed function passes its tests."""
         prompt = conversation["prompt"]
         entry_point = conversation["entry_point"]
-        code = program(prompt, entry_point, completion)
-        helpers = prompt[: _definition(entry_point, prompt).start()]
-        return execution.check(code, conversation["test"], prelude=helpers, unsafe=self.unsafe).passed
+        result = execution.check(
+            program=program(prompt, entry_point, completion),
+            entry_point=entry_point,
+            test=conversation["test"],
+            prelude=prompt[: _definition(entry_point, prompt).start()],  # the imports and helpers before it
+            unsafe=self.unsafe,
+        )
+        return result.passed
 
 
 def program(prompt: str, entry_point: str, completion: str) -> str:
