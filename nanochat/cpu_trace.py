@@ -24,22 +24,17 @@ import torch
 
 from nanochat.kv_cache import CacheBatch, KVCache, LayerCache, Part
 from nanochat.language_model import LanguageModel
-from nanochat.packed import PackedLinear, PackedTogether
-
-
-def _products(model: LanguageModel) -> list[PackedLinear]:
-    found = [module for module in model.modules() if isinstance(module, PackedLinear)]
-    together = [value for module in model.modules() for value in vars(module).values()]
-    return found + [value.product for value in together if isinstance(value, PackedTogether)]
+from nanochat.packed import Int8Product, OnednnProduct, PlainProduct
 
 
 def traceable(model: LanguageModel) -> bool:
-    """Return whether each step of this model is the same list of operations, whatever is read.
+    """Return whether each decoding step of this model is the same list of operations, whatever is read.
 
-    Not where experts are chosen in Python, nor where products pad their rows (`PackedLinear` without oneDNN).
+    It is not where experts are chosen in Python, nor with PyTorch's own products, which pad their rows.
     """
-    products = _products(model)
-    return model.device.type == "cpu" and model.graphs and bool(products) and all(each.rows == 1 for each in products)
+    packed = any(isinstance(module, OnednnProduct | Int8Product) for module in model.modules())
+    plain = any(isinstance(module, PlainProduct) for module in model.modules())
+    return model.device.type == "cpu" and model.graphs and packed and not plain
 
 
 class TracedLayer(LayerCache):
@@ -66,7 +61,7 @@ class Trace:
         self.model = model
         self.cache = cache
         self.deterministic = deterministic
-        self._weights = [product.weight for product in _products(model)]
+        self._weights = [module.weight for module in model.modules() if isinstance(module, OnednnProduct)]
         self._recorded: Any = None
 
     def __call__(self, next_tokens: Sequence[tuple[int, int, int, int]]) -> torch.Tensor:

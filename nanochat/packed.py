@@ -1,7 +1,7 @@
 """Weights laid out for decoding: `prepack(model)` gives the same model, of any family, with faster matrix products.
 
 Decoding one token reads every weight once and does almost nothing else, so it is bound by memory and by the number of
-operations. Three things help, and all of them are a matter of how weights are stored, not of another forward:
+operations. Three things help. All of them are about how weights are stored; the forward stays the same:
 
 1. Weights are rounded to the compute dtype once, not at each use (training keeps them in fp32).
 2. Matrices that read the same input (q, k and v; gate and up) become one product.
@@ -9,12 +9,15 @@ operations. Three things help, and all of them are a matter of how weights are s
 
 Measured on two cores (dev/LOG.md): the packed model decodes two to three times as fast as the plain one.
 
+Each Linear is replaced by one of three products: PlainProduct, OnednnProduct or Int8Product. Where `deterministic` is
+asked for, a row's result has the same bits whatever rows stand beside it (engine.py says why).
+
 Shapes: N tokens of any rows, C inputs, O outputs.
 """
 
 import copy
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,96 +25,98 @@ from torch import nn
 
 from nanochat.language_model import Gate, LanguageModel, Linear, Together
 
-Form = Literal["plain", "onednn", "int8"]
 SINGLE = 1 << 24  # weights: a d4 has 4 million of them and gains nothing from a second thread, a d12 has 88 million
 SMALL = 1 << 31  # bytes: on a GPU, models below this are bound by launches, and a second copy of them has room
 
 
-@torch.jit.script_if_tracing  # the tracer alone cannot write down a list of optional numbers (cpu_trace.py)
-def _onednn(x_NC: torch.Tensor, weight: torch.Tensor, bias_O: torch.Tensor | None) -> torch.Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x_NC, weight, bias_O, "none", [], "")
+class PlainProduct(nn.Module):
+    """x·Wᵀ + b by PyTorch's own product.
+
+    On CPU its sums depend on the number of rows, unless that is a multiple of eight.
+    """
+
+    def __init__(self, weight_OC: torch.Tensor, bias_O: torch.Tensor | None, deterministic: bool) -> None:
+        super().__init__()
+        self.weight = weight_OC
+        self.bias_O = bias_O
+        self.pads = deterministic and weight_OC.device.type == "cpu"
+
+    def forward(self, x_NC: torch.Tensor) -> torch.Tensor:
+        if not self.pads:
+            return F.linear(x_NC, self.weight, self.bias_O)
+        padded_NC = F.pad(x_NC, (0, 0, 0, -len(x_NC) % 8))
+        return F.linear(padded_NC, self.weight, self.bias_O)[: len(x_NC)]
 
 
+class OnednnProduct(nn.Module):
+    """x·Wᵀ + b by oneDNN, with the weights blocked beforehand.
+
+    A row's sums do not depend on the others, except that in fp32 a single row is summed in another order than several.
+    """
+
+    def __init__(self, weight_OC: torch.Tensor, bias_O: torch.Tensor | None, deterministic: bool) -> None:
+        super().__init__()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight_OC.contiguous(), 16)
+        self.bias_O = bias_O
+        self.two_rows = deterministic and weight_OC.dtype == torch.float32
+
+    def forward(self, x_NC: torch.Tensor) -> torch.Tensor:
+        return _onednn(x_NC, self.weight, self.bias_O, self.two_rows)
+
+
+# A script inside of a trace (cpu_trace.py): the tracer alone would record one of the two branches only.
 @torch.jit.script_if_tracing
-def _onednn_two_rows(x_NC: torch.Tensor, weight: torch.Tensor, bias_O: torch.Tensor | None) -> torch.Tensor:
-    if x_NC.size(0) == 1:
+def _onednn(x_NC: torch.Tensor, weight: torch.Tensor, bias_O: torch.Tensor | None, two_rows: bool) -> torch.Tensor:
+    if two_rows and x_NC.size(0) == 1:
         return torch.ops.mkldnn._linear_pointwise(x_NC.expand(2, -1), weight, bias_O, "none", [], "")[:1]
     return torch.ops.mkldnn._linear_pointwise(x_NC, weight, bias_O, "none", [], "")
 
 
-class PackedLinear(nn.Module):
-    """x·Wᵀ + b for rows x_NC.
+class Int8Product(nn.Module):
+    """x·Wᵀ + b with weights in 8 bits and a scale for each output; activations stay in bf16.
 
-    plain: PyTorch's product. onednn: oneDNN's, with the weights blocked beforehand. int8: weights in 8 bits with a
-    scale for each output, activations in bf16.
-    deterministic: on CPU a row's result has the same bits whatever rows stand beside it. int8 is so by nature, as is
-    oneDNN in bf16, and in fp32 from two rows on; PyTorch's own is where the rows are a multiple of eight.
+    A row's sums do not depend on the others.
     """
 
-    def __init__(
-        self, weight_OC: torch.Tensor, bias_O: torch.Tensor | None, form: Form, deterministic: bool = True
-    ) -> None:
+    def __init__(self, weight_OC: torch.Tensor, bias_O: torch.Tensor | None) -> None:
         super().__init__()
-        self.form = form
-        self.rows = 1  # the number of rows is padded to a multiple of this
-        self.scale_O = None
+        largest_O = weight_OC.float().abs().amax(dim=1).clamp(min=1e-12)
+        self.scale_O = (largest_O / 127).to(weight_OC.dtype)
+        steps_OC = (weight_OC.float() / self.scale_O.float()[:, None]).round()
+        self.weight = steps_OC.clamp(-127, 127).to(torch.int8)
         self.bias_O = bias_O
-        on_cpu = weight_OC.device.type == "cpu"
-        if form == "int8":
-            scale_O = (weight_OC.float().abs().amax(dim=1).clamp(min=1e-12) / 127).to(weight_OC.dtype)
-            steps_OC = (weight_OC.float() / scale_O.float()[:, None]).round()
-            self.weight = steps_OC.clamp(-127, 127).to(torch.int8)
-            self.scale_O = scale_O
-        elif form == "onednn":
-            self.weight = torch.ops.mkldnn._reorder_linear_weight(weight_OC.contiguous(), 16)
-            self.two_rows = deterministic and weight_OC.dtype == torch.float32
-        else:
-            self.weight = weight_OC
-            if deterministic and on_cpu:
-                self.rows = 8
 
     def forward(self, x_NC: torch.Tensor) -> torch.Tensor:
-        if self.rows == 1 or len(x_NC) % self.rows == 0:
-            return self._product(x_NC)
-        padded_NC = F.pad(x_NC, (0, 0, 0, -len(x_NC) % self.rows))
-        return self._product(padded_NC)[: len(x_NC)]
-
-    def _product(self, x_NC: torch.Tensor) -> torch.Tensor:
-        if self.form == "onednn" and self.two_rows:
-            return _onednn_two_rows(x_NC, self.weight, self.bias_O)
-        if self.form == "onednn":
-            return _onednn(x_NC, self.weight, self.bias_O)
-        if self.form == "int8":
-            assert self.scale_O is not None
-            y_NO = torch._weight_int8pack_mm(x_NC, self.weight, self.scale_O)
-            return y_NO if self.bias_O is None else y_NO + self.bias_O
-        return F.linear(x_NC, self.weight, self.bias_O)
+        y_NO = torch._weight_int8pack_mm(x_NC, self.weight, self.scale_O)
+        return y_NO if self.bias_O is None else y_NO + self.bias_O
 
 
-class PackedTogether:
-    """Several matrices that read the same input, as one product: `Together`'s counterpart."""
+class PackedTogether(nn.Module):
+    """Takes the place of a `Together`: one product, whose outputs are split into those of each group."""
 
-    def __init__(self, product: PackedLinear, sizes: Sequence[int]) -> None:
+    def __init__(self, product: nn.Module, sizes: Sequence[int]) -> None:
+        super().__init__()
         self.product = product
         self.sizes = list(sizes)
 
-    def __call__(self, x_NC: torch.Tensor) -> Sequence[torch.Tensor]:
+    def forward(self, x_NC: torch.Tensor) -> Sequence[torch.Tensor]:
         y_NO = self.product(x_NC)
         return y_NO.split(self.sizes, dim=-1) if len(self.sizes) > 1 else (y_NO,)
 
 
 class PackedGate(nn.Module):
-    """`Gate`'s counterpart, where it is a product of its own: with one output more, which is cut off.
+    """Takes the place of a `Gate` that is a product of its own: one with an output more, which is cut off.
 
-    PyTorch computes the sigmoid of whole vectors by another formula than that of what is left over, so that a column
-    of numbers would get other bits the longer it is. One with gaps in memory is never read as vectors.
+    The sigmoid that follows would not be deterministic otherwise. PyTorch computes it for whole vectors by another
+    formula than for the numbers that are left over, so a column of numbers would get other bits the longer it is. A
+    column with gaps in memory is never read as vectors.
     """
 
-    def __init__(self, product: PackedLinear, n_in: int, n_out: int) -> None:
+    def __init__(self, product: nn.Module, gate: Gate) -> None:
         super().__init__()
         self.product = product
-        self.n_in = n_in
-        self.n_out = n_out
+        self.n_in = gate.in_features
+        self.n_out = gate.out_features
 
     def forward(self, x_NC: torch.Tensor) -> torch.Tensor:
         return self.product(x_NC[:, : self.n_in])[:, : self.n_out]
@@ -124,7 +129,7 @@ def onednn_works(dtype: torch.dtype) -> bool:
     weight_OC = torch.randn(96, 64, generator=torch.Generator().manual_seed(1)).to(dtype)
     x_NC = torch.randn(3, 64, generator=torch.Generator().manual_seed(2)).to(dtype)
     try:
-        y_NO = PackedLinear(weight_OC, None, "onednn")(x_NC)
+        y_NO = OnednnProduct(weight_OC, None, deterministic=True)(x_NC)
     except (RuntimeError, AttributeError):  # a build of PyTorch without oneDNN, or a CPU without the instructions
         return False
     return torch.allclose(y_NO.float(), F.linear(x_NC.float(), weight_OC.float()), atol=0.1, rtol=0.02)
@@ -144,45 +149,65 @@ def decode_threads(model: LanguageModel) -> int:
 def prepack(model: LanguageModel, *, int8: bool = False, deterministic: bool = True) -> Any:
     """Return `model` for inference, its weights as they are now; `model` itself stays as it is, and may train on.
 
-    What is not a matrix (embeddings, norms, scalars) is shared with `model`, not copied. Where nothing is gained (large
-    models on a GPU, models that are spread over devices or ranks) it is `model` itself that is returned.
-    int8: matrices in 8 bits; raises ValueError where they cannot be. deterministic: see PackedLinear.
+    Embeddings, norms and scalars are shared with `model`, not copied. Where nothing is gained (large models on a GPU,
+    models that are spread over devices or ranks) it returns `model` itself. int8: matrices in 8 bits; raises
+    ValueError unless the model is in bf16 on CPU.
     """
     on_cpu = model.device.type == "cpu"
     if int8 and not (on_cpu and model.whole and model.dtype == torch.bfloat16 and model.config.n_embd % 16 == 0):
         raise ValueError("int8 weights need a CPU, NANOCHAT_DTYPE=bfloat16, and a width that 16 divides")
     if not model.whole or not (on_cpu or sum(weight.nbytes for weight in model.parameters()) < SMALL):
         return model
-    form: Form = "onednn" if on_cpu and onednn_works(model.dtype) else "plain"
+    onednn = on_cpu and onednn_works(model.dtype)
 
-    def pack(matrices: Sequence[Linear], more: int = 0) -> PackedLinear:
-        n_in = max(matrix.matrix_OC.size(1) for matrix in matrices)
-        rows = [matrix.matrix_OC.detach().to(model.dtype) for matrix in matrices]
-        weight_OC = torch.cat([F.pad(each_OC, (0, n_in - each_OC.size(1))) for each_OC in rows])  # gates read less
-        weight_OC = F.pad(weight_OC, (0, 0, 0, more))
-        biases = [matrix.bias.detach().to(model.dtype) for matrix in matrices if matrix.bias is not None]
-        assert len(biases) in (0, len(matrices)), "matrices with and without bias cannot be one product"
-        # a gate of its own has too few inputs for 8 bits, and too few weights to matter
-        fits = int8 and n_in % 16 == 0
-        return PackedLinear(weight_OC, torch.cat(biases) if biases else None, "int8" if fits else form, deterministic)
+    def pack(matrices: Sequence[Any], extra_outputs: int = 0) -> nn.Module:
+        weight_OC = F.pad(_stack_weights(matrices, model.dtype), (0, 0, 0, extra_outputs))
+        bias_O = _stack_biases(matrices, model.dtype)
+        # A gate has too few inputs for 8 bits, and too few weights to matter.
+        if int8 and weight_OC.size(1) % 16 == 0:
+            return Int8Product(weight_OC, bias_O)
+        if onednn:
+            return OnednnProduct(weight_OC, bias_O, deterministic)
+        return PlainProduct(weight_OC, bias_O, deterministic)
 
-    shared: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
-    for weight in model.parameters():  # the same memory, but without a gradient: a trace takes them as constants
-        shared[id(weight)] = nn.Parameter(weight.detach(), requires_grad=False)
-    packed = copy.deepcopy(model, memo=shared).eval()  # modules are copied, tensors are not
+    packed = _copy_modules(model).eval()
+    taken: set[nn.Module] = set()  # matrices that became part of another product
     for module in list(packed.modules()):
-        together = {name: value for name, value in vars(module).items() if isinstance(value, Together)}
-        taken = []
-        for name, value in together.items():
-            matrices = [matrix for group in value.groups for matrix in group]
-            sizes = [sum(len(matrix.matrix_OC) for matrix in group) for group in value.groups]
-            setattr(module, name, PackedTogether(pack(matrices), sizes))
-            taken += matrices
+        for name, together in list(vars(module).items()):
+            if isinstance(together, Together):
+                matrices = [matrix for group in together.groups for matrix in group]
+                taken.update(matrices)
+                sizes = [sum(len(matrix.matrix_OC) for matrix in group) for group in together.groups]
+                setattr(module, name, PackedTogether(pack(matrices), sizes))
+    for module in list(packed.modules()):
         for name, child in list(module.named_children()):
-            if any(child is matrix for matrix in taken):
+            if child in taken:
                 delattr(module, name)
             elif isinstance(child, Gate):
-                setattr(module, name, PackedGate(pack([child], more=1), child.in_features, child.out_features))
+                setattr(module, name, PackedGate(pack([child], extra_outputs=1), child))
             elif isinstance(child, Linear):
                 setattr(module, name, pack([child]))
     return packed
+
+
+def _copy_modules(model: nn.Module) -> Any:
+    """Return a copy of the modules of `model`, which shares its tensors."""
+    memo: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
+    for weight in model.parameters():
+        # The same memory without a gradient, which a trace takes as a constant.
+        memo[id(weight)] = nn.Parameter(weight.detach(), requires_grad=False)
+    return copy.deepcopy(model, memo)
+
+
+def _stack_weights(matrices: Sequence[Any], dtype: torch.dtype) -> torch.Tensor:
+    """Return the weights (O, C) of matrices that read the same input, one below the other."""
+    weights = [matrix.matrix_OC.detach().to(dtype) for matrix in matrices]
+    n_in = max(weight_OC.size(1) for weight_OC in weights)
+    # A gate reads the first channels only: zeros for the others.
+    return torch.cat([F.pad(weight_OC, (0, n_in - weight_OC.size(1))) for weight_OC in weights])
+
+
+def _stack_biases(matrices: Sequence[Any], dtype: torch.dtype) -> torch.Tensor | None:
+    biases = [matrix.bias.detach().to(dtype) for matrix in matrices if matrix.bias is not None]
+    assert len(biases) in (0, len(matrices)), "matrices with and without bias cannot be one product"
+    return torch.cat(biases) if biases else None
