@@ -1,8 +1,9 @@
 """Chat in the terminal: `python -m scripts.chat_cli`, or `-p "..."` for one answer.
 
-`main` loads a model by its name (nanochat/hf/store.py), then a `Chat` reads lines: commands that begin with a slash,
-and messages, each of which becomes a request to the engine, whose answer is shown as it grows. Answers go to stdout.
-Asides (reasoning, tool calls, speed) are dim on a terminal and go to stderr where stdout is a pipe or a file.
+`main` loads a model by its name (nanochat/hf/store.py), then a `Chat` goes through the lines that the user types:
+commands that begin with a slash, and messages, each of which becomes a request to the engine, whose answer is shown as
+it grows. Answers go to stdout. Asides (reasoning, tool calls, speed) are dim on a terminal, and go to stderr where
+stdout is a pipe or a file.
 
 Under `torchrun ... --tensor-parallel` every rank runs this same loop on the same lines, and rank 0 alone prints.
 """
@@ -12,7 +13,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -36,6 +37,10 @@ HELP = (
 # Control characters, without tab and newline. A model that prints escape sequences could set the window's title, move
 # the cursor or write to the clipboard, so they are removed from what a terminal is shown.
 CONTROL_CHARACTERS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])
+# The few escape sequences that we send ourselves.
+DIM = "\x1b[2m"
+NORMAL = "\x1b[0m"
+ERASE_LINE = "\r\x1b[K"
 
 
 @dataclass(frozen=True)
@@ -59,25 +64,6 @@ class Config:
     tensor_parallel: bool = option(False, "cut a Llama-like model over the processes that torchrun has started")
 
 
-def system_message(config: Config) -> list[Message]:
-    """Return the instructions as the messages, one or none, that begin a conversation."""
-    return [{"role": "system", "content": config.system}] if config.system else []
-
-
-def build_request(config: Config, form: ChatFormat, messages: list[Message], context: int) -> Request:
-    """Return the request for the next answer of a conversation, for a model with a context of so many tokens."""
-    tokens = form.prompt(system_message(config) + messages, context, config.max_tokens)
-    return Request(
-        tokens,
-        config.max_tokens,
-        decoder=form.decoder(tokens),
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        seed=config.seed,
-    )
-
-
 class Chat:
     """A conversation with an engine. `live`: a person watches, who gets colours and progress through a long prompt."""
 
@@ -89,70 +75,92 @@ class Chat:
         self.live = live
         self.messages: list[Message] = []
 
+    def talk(self, lines: Iterable[str]) -> None:
+        """Answer lines until they end or one says /quit."""
+        for line in lines:
+            text = line.strip()
+            name, _, argument = text.removeprefix("/").partition(" ")
+            try:
+                if not text:
+                    continue
+                if not text.startswith("/"):
+                    self.ask(text)
+                elif name in ("quit", "exit"):
+                    return
+                else:
+                    self.command(name, argument.strip())
+            except (ValueError, OSError) as error:  # a wrong command does not end the session
+                self._write(f"{error}\n")
+
     def ask(self, text: str) -> None:
         """Stream the answer to `text`. Ctrl-C ends the answer, and what was said of it stays in the conversation."""
         messages = [*self.messages, {"role": "user", "content": text}]
-        request = build_request(self.config, self.form, messages, self.engine.context)
-        events: list[Event] = []
+        request = self.request(messages)
+        said: list[Event] = []
         first_token_time = None
-        for new_events in self._steps(request):
-            if first_token_time is None and request.output:
-                first_token_time = time.monotonic()
-            for event in new_events:
-                if events and isinstance(events[-1], Reasoning) and not isinstance(event, Reasoning):
-                    self._write("\n", aside=True)
-                self._show(event)
-                events.append(event)
-        if request.finish_reason == "abort":
+        self.engine.add(request)
+        with noted_interrupts() as interrupts:
+            # Ranks of a tensor-parallel model must agree to stop, or they would wait for each other forever.
+            while request.finish_reason is None and not self.compute.any_rank(bool(interrupts)):
+                updates = self.engine.step()
+                if request.output and first_token_time is None:
+                    first_token_time = time.monotonic()
+                    if self.live:
+                        self._write(ERASE_LINE)
+                elif self.live and not request.output:  # a step reads a few hundred tokens of the prompt
+                    self._write(f"\rreading: {request.n_read:,} of {len(request.tokens):,} tokens", aside=True)
+                for update in updates:
+                    self._show(update.events, said)
+        if request.finish_reason is None:
+            self._show(request.decoder.finish(), said)
+            self.engine.abort(request)
             self._write(" [stopped]", aside=True)
         self._write("\n")
-        speed = ""
+        self.messages = [*messages, {"role": "assistant", "content": content_of(said)}]
+
         n_tokens = len(request.output)
-        # The first token ends the prefill, so the tokens after it are what decoding took its time for.
+        speed = ""
+        # The first token ends the prefill, so decoding took its time for the tokens after it.
         if first_token_time is not None and n_tokens > 1 and (seconds := time.monotonic() - first_token_time):
             speed = f", {(n_tokens - 1) / seconds:.1f} tokens/s"
         self._write(f"[{n_tokens} tokens{speed}]\n", aside=True)
-        self.messages = [*messages, {"role": "assistant", "content": content_of(events)}]
 
-    def _steps(self, request: Request) -> Iterator[list[Event]]:
-        """Run the engine until the answer ends, and yield the events of each step.
+    def request(self, messages: list[Message]) -> Request:
+        """Return the request for the next answer of a conversation, without its oldest turns if it is too long."""
+        config = self.config
+        prompt = self.form.prompt(self._system() + messages, self.engine.context, config.max_tokens)
+        return Request(
+            prompt,
+            config.max_tokens,
+            decoder=self.form.decoder(prompt),
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            seed=config.seed,
+        )
 
-        Ctrl-C is noted by a handler and obeyed between two steps: a step torn in the middle would spoil the engine for
-        the next answer. All ranks of a tensor-parallel model agree on it, or they would wait for each other forever."""
-        signals: list[int] = []
-        handler = signal.signal(signal.SIGINT, lambda signum, frame: signals.append(signum))
-        self.engine.add(request)
-        progress_shown = False
-        try:
-            while request.finish_reason is None and not self.compute.any_rank(bool(signals)):
-                updates = self.engine.step()
-                if self.live and not request.output:
-                    progress_shown = True
-                    self._write(f"\rreading: {request.n_read:,} of {len(request.tokens):,} tokens", aside=True)
-                elif progress_shown:
-                    progress_shown = False
-                    self._write("\r\x1b[K")  # erases the line
-                yield [event for update in updates for event in update.events]
-            if request.finish_reason is None:
-                yield request.decoder.finish()
-        finally:
-            self.engine.abort(request)
-            signal.signal(signal.SIGINT, handler)
+    def _system(self) -> list[Message]:
+        """Return the instructions as the messages, one or none, that begin the conversation."""
+        return [{"role": "system", "content": self.config.system}] if self.config.system else []
 
-    def _show(self, event: Event) -> None:
-        text = str(event)
-        if isinstance(event, ToolCall):
-            text = f"[{event.expression} = {event.result or 'not valid'}] "
-        if self.live:
-            text = text.translate(CONTROL_CHARACTERS)
-        self._write(text, aside=isinstance(event, (Reasoning, ToolCall)))
+    def _show(self, events: Sequence[Event], said: list[Event]) -> None:
+        """Write the events of a step, and append them to what was said of this answer."""
+        for event in events:
+            if said and isinstance(said[-1], Reasoning) and not isinstance(event, Reasoning):
+                self._write("\n", aside=True)
+            said.append(event)
+            text = str(event)
+            if isinstance(event, ToolCall):
+                text = f"[{event.expression} = {event.result or 'not valid'}] "
+            if self.live:
+                text = text.translate(CONTROL_CHARACTERS)
+            self._write(text, aside=isinstance(event, (Reasoning, ToolCall)))
 
     def _write(self, text: str, aside: bool = False) -> None:
         if aside and self.live:
-            line = text.rstrip("\n")
-            newlines = text[len(line) :]
-            text = f"\x1b[2m{line}\x1b[0m{newlines}"  # dim
-        print0(text, end="", file=sys.stderr if aside and not self.live else sys.stdout)
+            print0(f"{DIM}{text}{NORMAL}", end="")
+        else:
+            print0(text, end="", file=sys.stderr if aside else sys.stdout)
 
     def command(self, name: str, argument: str) -> None:
         """Do what `/name argument` says. Raises ValueError or OSError if that cannot be done."""
@@ -182,8 +190,7 @@ class Chat:
     def _save(self, path: str) -> None:
         if not self.messages:
             raise ValueError("nothing has been said yet")
-        conversation = {"messages": system_message(self.config) + self.messages}
-        atomic_write_json(Path(os.path.expanduser(path)), conversation)
+        atomic_write_json(Path(os.path.expanduser(path)), {"messages": self._system() + self.messages})
         self._write(f"{len(self.messages)} messages saved to {path}\n")
 
     def _load(self, path: str) -> None:
@@ -201,23 +208,24 @@ class Chat:
         self.messages = messages
         self._write(f"{len(messages)} messages loaded from {path}\n")
 
-    def talk(self, read: Callable[[], str]) -> None:
-        """Answer lines until `read` raises EOFError or returns /quit. Ctrl-C while reading raises KeyboardInterrupt."""
+
+@contextlib.contextmanager
+def noted_interrupts() -> Iterator[list[int]]:
+    """Give a list that grows at each Ctrl-C, instead of an exception: that could end an engine's step in the middle."""
+    signals: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda signum, frame: signals.append(signum))
+    try:
+        yield signals
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
+def typed_lines(prompt: str = "") -> Iterator[str]:
+    """Yield the lines of stdin, on all ranks those that rank 0 reads. Ctrl-C raises KeyboardInterrupt."""
+    read = on_all_ranks(lambda: input(prompt))
+    with contextlib.suppress(EOFError):
         while True:
-            try:
-                text = read().strip()
-            except EOFError:
-                return
-            name, _, argument = text.removeprefix("/").partition(" ")
-            if text.startswith("/") and name in ("quit", "exit"):
-                return
-            try:
-                if text.startswith("/"):
-                    self.command(name, argument.strip())
-                elif text:
-                    self.ask(text)
-            except (ValueError, OSError) as error:  # a wrong command does not end the session
-                self._write(f"{error}\n")
+            yield read()
 
 
 @contextlib.contextmanager
@@ -250,7 +258,7 @@ def main() -> None:
         raise ValueError("--tensor-parallel needs `torchrun --nproc-per-node N -m ...`, N above 1, and no --devices")
     live = compute.rank == 0 and sys.stdout.isatty()
 
-    name = config.model or "/".join(filter(None, (config.stage, config.model_tag)))
+    name = config.model or f"{config.stage}/{config.model_tag or ''}"
     (model,) = store.find_all([name], compute.device, config.step, config.devices, ranks)
     print0(model.placement, file=sys.stderr)
     engine, form = model.load(compute.device, max_batch=1, int8=config.int8, ranks=ranks)
@@ -263,11 +271,11 @@ def main() -> None:
         print(HELP)
         try:
             with line_editing():
-                chat.talk(on_all_ranks(lambda: input("> ")))
+                chat.talk(typed_lines("> "))
         finally:
             print()
     else:
-        chat.talk(on_all_ranks(input))
+        chat.talk(typed_lines())
     compute.close()
 
 

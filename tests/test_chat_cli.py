@@ -123,7 +123,7 @@ def test_a_session_on_a_terminal(base_dir):
     terminal.send("What is 37*48?\n")
     terminal.expect("[37*48 = 1776]")
     terminal.expect("1776.")
-    assert re.search(r"17 tokens, [\d.]+ tokens/s", terminal.expect("\r\n> "))
+    assert re.search(r"17 tokens, [\d.]+ tokens/s", terminal.expect("> "))
     terminal.send("Tell me a story\n")
     terminal.expect("Once there")
     terminal.send("\x03")
@@ -228,7 +228,7 @@ def test_history_is_kept_cleared_and_dropped(capsys):
         {"type": "python_output", "text": "1776"},
     ]
     lines = iter(["/help", "/clear", "Hello", "/exit", "never read"])
-    chat.talk(lambda: next(lines))
+    chat.talk(lines)
     assert len(chat.messages) == 2 and next(lines) == "never read"
     end = "37*48 is 1776.\n" + HELP + "\nHello! Grüße 🎉 from a tiny model.\n"
     assert capsys.readouterr().out.endswith(end)
@@ -238,9 +238,9 @@ def test_a_conversation_is_saved_and_loaded(tmp_path, capsys):
     chat = new_chat(system="Be kind.")
     file = tmp_path / "talk.json"
     chat.ask("What is 37*48?")
-    chat.talk(iter([f"/save {file}", "/quit"]).__next__)
+    chat.talk([f"/save {file}", "/quit"])
     other = new_chat()
-    other.talk(iter([f"/load {file}", "/quit"]).__next__)
+    other.talk([f"/load {file}", "/quit"])
     assert other.messages == chat.messages and other.config.system == "Be kind."
     assert capsys.readouterr().out.count("2 messages") == 2
     chat.ask("Hello")
@@ -250,7 +250,7 @@ def test_a_conversation_is_saved_and_loaded(tmp_path, capsys):
     question = {"role": "user", "content": "What was never answered"}
     conversation = {"messages": [{"role": "system", "content": parts}, *chat.messages, question]}
     file.write_text(json.dumps(conversation))
-    other.talk(iter([f"/load {file}", "/quit"]).__next__)
+    other.talk([f"/load {file}", "/quit"])
     assert other.messages == chat.messages and other.config.system == "Be kind."
 
 
@@ -271,11 +271,11 @@ def test_wrong_commands_are_answered_and_change_nothing(tmp_path, capsys):
         "/": "unknown command",
     }
     for line, words in wrong.items():
-        chat.talk(iter([line, "/quit"]).__next__)
+        chat.talk([line, "/quit"])
         assert words in capsys.readouterr().out, line
     assert (chat.messages, chat.config) == ([], Config())
     chat.ask("Hello")
-    chat.talk(iter(["/load ~nobody-of-that-name/x", "/quit"]).__next__)
+    chat.talk(["/load ~nobody-of-that-name/x", "/quit"])
     assert "No such file" in capsys.readouterr().out and len(chat.messages) == 2
-    chat.talk(iter(["/system Be brief.", "/temp 1.5", "/system", "/quit"]).__next__)
+    chat.talk(["/system Be brief.", "/temp 1.5", "/system", "/quit"])
     assert chat.config == Config(temperature=1.5)

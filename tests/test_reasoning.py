@@ -13,7 +13,7 @@ from tiny_chat import running_server, text_of
 from nanochat.compute import Compute
 from nanochat.serve.app import create_app_for
 from nanochat.serve.loop import Models, ServerConfig
-from scripts.chat_cli import Chat, Config, build_request
+from scripts.chat_cli import Chat, Config
 
 HELLO = [{"role": "user", "content": "Hello"}]
 
@@ -148,6 +148,6 @@ def test_settings_reach_the_sampler(oss):
     """Each is in the request that the terminal's chat makes of them."""
     engine, form = oss
     config = Config(temperature=0.7, top_k=5, top_p=0.4, max_tokens=9, seed=3, system="Be brief.")
-    request = build_request(config, form, HELLO, engine.context)
+    request = Chat(engine, form, config, Compute(torch.device("cpu"), torch.float32)).request(HELLO)
     given = (request.temperature, request.top_k, request.top_p, request.max_tokens, request.seed)
     assert given == (0.7, 5, 0.4, 9, 3) and "Be brief." in engine.tokenizer.decode(request.tokens)

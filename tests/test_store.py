@@ -23,7 +23,7 @@ from nanochat.engine import Engine
 from nanochat.hf import download, store
 from nanochat.hf.chat import TemplateFormat
 from nanochat.hf.tokenizer import HFTokenizer
-from scripts.chat_cli import Chat, Config, build_request
+from scripts.chat_cli import Chat, Config
 
 ROOT = Path(__file__).resolve().parent.parent
 NAME = "me/tiny"
@@ -238,7 +238,7 @@ def test_a_chat_of_several_turns(server, capsys):
         chat.ask("word " * 20)
     assert len(chat.messages) == 28
     chat.ask("word " * 400 + "end")  # of which the end is asked
-    request = build_request(chat.config, chat.form, chat.messages[:-1], 256)
+    request = chat.request(chat.messages[:-1])
     assert len(request.tokens) <= 248 and chat.engine.tokenizer.decode(request.tokens).endswith("word end<|im_end|>")
 
 
