@@ -47,11 +47,6 @@ class Linear(nn.Linear):
     def __init__(self, n_in: int, n_out: int, bias: bool = False) -> None:
         super().__init__(n_in, n_out, bias=bias)
 
-    @property
-    def matrix_OC(self) -> torch.Tensor:
-        """The matrix as (outputs, inputs), for `packed.prepack`."""
-        return self.weight
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.fp8 and self.training:
             return fp8.linear(x, self.weight)

@@ -177,7 +177,7 @@ def prepack(model: LanguageModel, *, int8: bool = False, deterministic: bool = T
             if isinstance(together, Together):
                 matrices = [matrix for group in together.groups for matrix in group]
                 taken.update(matrices)
-                sizes = [sum(len(matrix.matrix_OC) for matrix in group) for group in together.groups]
+                sizes = [sum(len(matrix.weight) for matrix in group) for group in together.groups]
                 setattr(module, name, PackedTogether(pack(matrices), sizes))
     for module in list(packed.modules()):
         for name, child in list(module.named_children()):
@@ -201,7 +201,7 @@ def _copy_modules(model: nn.Module) -> Any:
 
 def _stack_weights(matrices: Sequence[Any], dtype: torch.dtype) -> torch.Tensor:
     """Return the weights (O, C) of matrices that read the same input, one below the other."""
-    weights = [matrix.matrix_OC.detach().to(dtype) for matrix in matrices]
+    weights = [matrix.weight.detach().to(dtype) for matrix in matrices]
     n_in = max(weight_OC.size(1) for weight_OC in weights)
     # A gate reads the first channels only: zeros for the others.
     return torch.cat([F.pad(weight_OC, (0, n_in - weight_OC.size(1))) for weight_OC in weights])

@@ -177,9 +177,10 @@ def test_hostile_and_damaged_originals(base, tmp_path, monkeypatch, tokenizer):
     refused("model_000700.pt")
     model.write_bytes(right[0][:-500])
     refused("model_000700.pt")
-    for wrong in ({**state, "evil": torch.zeros(2)}, {k: v for k, v in state.items() if "c_fc" not in k}):
-        torch.save(wrong, model)
-        refused("tensors")
+    torch.save({**state, "evil": torch.zeros(2)}, model)
+    refused("does not fit", "evil")
+    torch.save({k: v for k, v in state.items() if "c_fc" not in k}, model)
+    refused("does not fit", "mlp.up")
     torch.save({**state, "lm_head.weight": state["lm_head.weight"][:, :-1]}, model)
     refused("head.weight")
     torch.save({k: v for k, v in state.items() if not k.startswith("smear")}, model)

@@ -95,7 +95,7 @@ def test_placed_layers_say_the_same(kind, tmp_path, monkeypatch):
         engine, _ = found.load(CPU, 3)
         assert (
             engine.model.device == TWO[0]
-            and engine.model.head_weight.device == TWO[0 if "tied" in kind or kind == "gpt2" else 1]
+            and engine.model.lm_head.weight.device == TWO[0 if "tied" in kind or kind == "gpt2" else 1]
         )
         assert engine.complete(PROMPTS, 10) == wanted
         assert engine.scheduler.n_reused, "known beginnings"
@@ -125,7 +125,7 @@ def test_a_missing_transfer_is_found(folder, monkeypatch):
     with FarDevices():
         model = hf.load_model(folder, [*TWO, TWO[1]], torch.float32)
         assert model(IDX.to(TWO[0])).device == TWO[1]
-        monkeypatch.setattr(hf_llama, "bring", lambda norm, *tensors: tensors)
+        monkeypatch.setattr(hf_llama, "bring", lambda device, *tensors: tensors)
         with pytest.raises(RuntimeError, match="mixes tensors of lazy:0, lazy:1"):
             model(IDX.to(TWO[0]))
 
@@ -135,7 +135,7 @@ def on_a_rank(rank, folder, store):
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
     whole, cut = load(folder), tensor_parallel(load(folder), mesh)
-    assert cut.model.layers[0].self_attn.q_proj.weight.to_local().shape == (32, 64)
+    assert cut.layers[0].self_attn.q_proj.weight.to_local().shape == (32, 64)
     error = (cut(IDX) - whole(IDX)).abs().max() / whole(IDX).abs().max()
     assert error < 1e-4, error
     tokenizer, prompts = HFTokenizer.from_directory(folder), [IDX[0, :9].tolist(), IDX[0, :17].tolist()]

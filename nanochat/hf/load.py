@@ -1,7 +1,7 @@
 """Open-weights models from a folder of safetensors: `load(folder, device)` -> a model and its tokenizer.
 
     config.json                             which family, and its numbers
-    model.safetensors                       or shards, with model.safetensors.index.json to say which holds what
+    model.safetensors                       or shards, with model.safetensors.index.json to list them
     tokenizer.json, tokenizer_config.json   text to ids; names of special tokens; chat template
     generation_config.json                  which tokens end an answer
 
@@ -20,8 +20,8 @@ from nanochat.common import read_json
 from nanochat.compute import pick_dtype
 from nanochat.hf.gpt2 import GPT2
 from nanochat.hf.gpt_oss import GptOss
-from nanochat.hf.layers import OpenModel
 from nanochat.hf.llama import Llama
+from nanochat.hf.open_model import OpenModel
 from nanochat.hf.tokenizer import HFTokenizer
 
 # model_type in config.json -> the class that runs it.
@@ -34,7 +34,6 @@ FAMILIES: dict[str, type[OpenModel]] = {
     "gpt_oss": GptOss,
 }
 INDEX = "model.safetensors.index.json"
-LARGEST_HEADER = 16 << 20  # bytes; models of 100,000 tensors stay below
 FLOAT_TYPES = ("F32", "BF16", "F16")
 
 # One device for the whole model, or one for each layer.
@@ -73,36 +72,15 @@ def read_config(folder: Path | str) -> dict[str, Any]:
     return values
 
 
-def stored_tensors(folder: Path | str) -> dict[str, StoredTensor]:
-    """Return every tensor of a folder by its name, from the headers of its files alone.
+def weight_files(folder: Path | str) -> list[Path]:
+    """Return the files that hold a model's weights: model.safetensors, or the shards that the index names.
 
-    Raises ValueError, which names the file, if one is missing, damaged, or not what the index says."""
+    They need not be there. Raises ValueError if the index is damaged, or if it names a file with a folder in it, which
+    could lead anywhere."""
     folder = Path(folder)
-    index_path = folder / INDEX
-    weight_map: dict[str, str] | None = None
-    if index_path.is_file():
-        weight_map = read_weight_map(index_path)
-        files = sorted(set(weight_map.values()))
-    elif (folder / "model.safetensors").is_file():
-        files = ["model.safetensors"]
-    else:
-        raise ValueError(f"{folder} holds no model.safetensors, whole or in shards: other formats are not read")
-    found: dict[str, StoredTensor] = {}
-    for file in files:
-        for name, tensor in _read_header(folder / file).items():
-            if name in found or (weight_map is not None and weight_map.get(name) != file):
-                raise ValueError(f"{index_path} does not place the tensor {name!r:.80} in {file}, which has it")
-            found[name] = tensor
-    missing = sorted((weight_map or {}).keys() - found.keys())
-    if missing:
-        raise ValueError(f"{folder}: {_first_few(missing)} named by the index, but in no file")
-    return found
-
-
-def read_weight_map(path: Path) -> dict[str, str]:
-    """Return the index's map from tensors to files.
-
-    Raises ValueError for a damaged index, and for a file name with a folder in it, which could lead anywhere."""
+    path = folder / INDEX
+    if not path.is_file():
+        return [folder / "model.safetensors"]
     index = read_json(path)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
@@ -110,33 +88,29 @@ def read_weight_map(path: Path) -> dict[str, str]:
     for file in weight_map.values():
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
             raise ValueError(f"{path}: {file!r:.80} is not the name of a .safetensors file beside it")
-    return weight_map
+    return [folder / file for file in sorted(set(weight_map.values()))]
 
 
-def _read_header(path: Path) -> dict[str, StoredTensor]:
-    """Return the tensors of one file by their names; no values are read."""
-    if not path.is_file():  # also a named pipe, which opening would wait for
-        raise ValueError(f"{path} is missing: download the whole model")
-    try:
-        # A file begins with the length of its header. safe_open would try to make room for whatever it says.
-        with open(path, "rb") as file:
-            header_bytes = int.from_bytes(file.read(8), "little")
-        if header_bytes > LARGEST_HEADER:
-            raise ValueError(f"{path} is not a safetensors file: its header would have {header_bytes} bytes")
-        tensors = {}
-        with safe_open(path, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118 (it is no dict)
-                part = opened.get_slice(name)
-                tensors[name] = StoredTensor(path, name, part.get_dtype(), tuple(part.get_shape()))
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is missing, damaged or not a safetensors file ({error})") from error
-    return tensors
+def stored_tensors(folder: Path | str) -> dict[str, StoredTensor]:
+    """Return every tensor of a folder by its name, from the headers of its files alone; no values are read.
 
-
-def _first_few(names: list[str]) -> str:
-    """Return the first three names, and how many there are."""
-    dots = ", ..." if len(names) > 3 else ""
-    return f"{', '.join(names[:3])}{dots} ({len(names)} tensors)"
+    Raises ValueError, which names the file, if one is missing or damaged, or has a tensor that another one has, too."""
+    found: dict[str, StoredTensor] = {}
+    for path in weight_files(folder):
+        if not path.is_file():  # also a named pipe, which opening would wait for
+            raise ValueError(
+                f"{path} is missing: download the whole model, in safetensors, as other formats are not read"
+            )
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 (it is no dict)
+                    if name in found:
+                        raise ValueError(f"{path} has {name!r:.80}, which {found[name].path.name} has, too")
+                    part = file.get_slice(name)
+                    found[name] = StoredTensor(path, name, part.get_dtype(), tuple(part.get_shape()))
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} is missing, damaged or not a safetensors file ({error})") from error
+    return found
 
 
 def skeleton(folder: Path | str) -> OpenModel:
@@ -148,68 +122,64 @@ def skeleton(folder: Path | str) -> OpenModel:
         return family(config)
 
 
-def _match_names(model: OpenModel, stored: dict[str, StoredTensor], folder: Path | str) -> dict[str, StoredTensor]:
-    """Return the stored tensors by the names of the model's parameters.
+def match_parameters(model: OpenModel, folder: Path | str) -> dict[str, StoredTensor]:
+    """Return for each parameter of the model the stored tensor that holds its values.
 
     Raises ValueError for tensors that are missing, unknown, or of another shape or type than the model's."""
-    wanted = model.state_dict()
     found = {}
-    for name, tensor in stored.items():
-        target = model.rename(name)
+    for stored in stored_tensors(folder).values():
+        target = model.rename(stored.name)
         # With tied embeddings some files hold the head as well; it is a copy of the embedding.
         if target is not None and not (target == "lm_head.weight" and model.config.tied):
-            found[target] = tensor
-    wrong_shapes = []
-    wrong_types = []
-    for name in wanted.keys() & found.keys():
-        allowed = FLOAT_TYPES if wanted[name].is_floating_point() else ("U8",)
-        if found[name].shape != wanted[name].shape:
-            wrong_shapes.append(f"{name} {list(found[name].shape)} for {list(wanted[name].shape)}")
-        elif found[name].dtype not in allowed:
-            wrong_types.append(f"{name} {found[name].dtype}")
-    problems = {
-        "missing": sorted(wanted.keys() - found.keys()),
-        "not the model's": sorted(found.keys() - wanted.keys()),
-        "of another shape": sorted(wrong_shapes),
-        "of another type": sorted(wrong_types),
-    }
-    words = [f"{_first_few(names)} {problem}" for problem, names in problems.items() if names]
-    if words:
-        raise ValueError(f"the weights in {folder} do not fit its config.json: {'; '.join(words)}")
+            found[target] = stored
+    wanted = dict(model.named_parameters())  # a tied head is not among them
+    problems = [f"{name} is missing" for name in wanted.keys() - found.keys()]
+    for name, stored in found.items():
+        if name not in wanted:
+            problems.append(f"{stored.name} is not the model's")
+            continue
+        shape = tuple(wanted[name].shape)
+        if model.is_transposed(name):
+            shape = shape[::-1]
+        types = FLOAT_TYPES if wanted[name].is_floating_point() else ("U8",)
+        if stored.shape != shape:
+            problems.append(f"{stored.name} is of another shape, {list(stored.shape)} for {list(shape)}")
+        elif stored.dtype not in types:
+            problems.append(f"{stored.name} is of another type, {stored.dtype}")
+    if problems:
+        few = "; ".join(sorted(problems)[:3])
+        raise ValueError(f"the weights in {folder} do not fit its config.json, {len(problems)} of them: {few}")
     return found
 
 
 def load_model(folder: Path | str, device: Place, dtype: torch.dtype | None = None) -> OpenModel:
     """Load the model in `folder` in eval mode, with floating-point weights in `dtype` (None: the device's best).
 
-    `device` is one for the whole model or one per layer (see `OpenModel.parts`). Files are memory-mapped: on the CPU,
-    weights that keep their dtype stay views of the file, so that a second process shares their pages. Raises
-    ValueError, which names what is wrong, if the folder is not that of a supported model."""
+    `device` is one for the whole model or one per layer. Files are memory-mapped: on the CPU, weights that keep their
+    dtype stay views of the file, so that a second process shares their pages. Raises ValueError, which names what is
+    wrong, if the folder is not that of a supported model."""
+    # 1. config.json says which family this is; its model has shapes and no values yet.
     model = skeleton(folder)
-    found = _match_names(model, stored_tensors(folder), folder)
-    n_layer = model.config.n_layer
-    places = [torch.device(device)] * n_layer if isinstance(device, torch.device | str) else list(device)
+
+    # 2. The headers say what the files hold. From here on, everything is known to fit.
+    stored = match_parameters(model, folder)
+
+    # 3. Each layer has a device, and what is outside the layers goes with the first or the last of them.
+    places = [torch.device(device)] * model.config.n_layer if isinstance(device, torch.device | str) else list(device)
     dtype = dtype or pick_dtype(places[0])
 
-    # Parts share tensors with the model; identity says which part, hence which device, a tensor belongs to.
-    place_of_tensor = {}
-    for part, place in zip(model.parts, places, strict=True):
-        for tensor in part.state_dict(keep_vars=True).values():
-            place_of_tensor[id(tensor)] = place
-    place_of_name = {name: place_of_tensor[id(t)] for name, t in model.state_dict(keep_vars=True).items()}
-
-    names_by_file: dict[Path, list[str]] = {}
-    for name, stored in found.items():
-        names_by_file.setdefault(stored.path, []).append(name)
+    # 4. Weights are read one by one, each straight to its device, so that no second copy of the model is in memory.
+    files = {tensor.path: safe_open(tensor.path, framework="pt") for tensor in stored.values()}
     state = {}
-    for path, names in names_by_file.items():
-        with safe_open(path, framework="pt") as opened:
-            for name in names:
-                value = opened.get_tensor(found[name].name).to(place_of_name[name])
-                state[name] = value.to(dtype) if value.is_floating_point() else value
-    model.load_state_dict(state, assign=True)
-    for part, place in zip(model.parts, places, strict=True):
-        part.to(place)  # moves buffers that are in no file, such as rotary frequencies
+    for name, tensor in stored.items():
+        value = files[tensor.path].get_tensor(tensor.name).to(places[model.layer_of(name)])
+        if model.is_transposed(name):
+            value = value.t()  # a view
+        state[name] = value.to(dtype) if value.is_floating_point() else value
+    model.load_state_dict(state, strict=False, assign=True)  # not strict: a tied head is not in `state`
+    model.tie_head()
+    for name, table in model.named_buffers():  # rotary frequencies: in no file, needed where tokens come in
+        setattr(model, name, table.to(places[0]))
     return model.requires_grad_(False).eval()
 
 

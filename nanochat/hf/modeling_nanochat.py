@@ -2,8 +2,10 @@
 
     AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
-It is the network of nanochat/gpt.py, written for reading and for equal numbers. It keeps no cache, so each new token
-costs a pass over all tokens before it. Nothing here imports nanochat: a bundle runs where only transformers is.
+It is the network of nanochat/gpt.py, written for reading and for equal numbers; gpt.py says why each part is there. It
+keeps no cache, so each new token costs a pass over all tokens before it. Nothing here imports nanochat: a bundle runs
+where only transformers is.
+
 Shapes: B rows, T positions, C channels, H query heads, K key-value heads, D head dim, V vocabulary.
 """
 
@@ -46,37 +48,37 @@ class Attention(nn.Module):
     def __init__(self, gpt, gated):
         super().__init__()
         n_embd = gpt["n_embd"]
-        self.n_head = gpt["n_head"]
-        self.n_kv_head = gpt["n_kv_head"]
+        self.head_dim = n_embd // gpt["n_head"]
         self.qk_scale = gpt["qk_scale"]
-        self.head_dim = n_embd // self.n_head
+        kv_channels = gpt["n_kv_head"] * self.head_dim
         self.q = nn.Linear(n_embd, n_embd, bias=False)
-        self.k = nn.Linear(n_embd, self.n_kv_head * self.head_dim, bias=False)
-        self.v = nn.Linear(n_embd, self.n_kv_head * self.head_dim, bias=False)
+        self.k = nn.Linear(n_embd, kv_channels, bias=False)
+        self.v = nn.Linear(n_embd, kv_channels, bias=False)
         self.out = nn.Linear(n_embd, n_embd, bias=False)
-        self.gate = nn.Linear(gpt["value_gate_channels"], self.n_kv_head, bias=False) if gated else None
+        self.gate = None
+        if gated:
+            self.gate = nn.Linear(gpt["value_gate_channels"], gpt["n_kv_head"], bias=False)
 
     def forward(self, x_BTC, ve_BTC, cos_BT1D, sin_BT1D, visible_BTT):
-        B, T, _ = x_BTC.shape
-        q_BTHD = self.q(x_BTC).view(B, T, self.n_head, self.head_dim)
-        k_BTKD = self.k(x_BTC).view(B, T, self.n_kv_head, self.head_dim)
-        v_BTKD = self.v(x_BTC).view(B, T, self.n_kv_head, self.head_dim)
+        heads = (-1, self.head_dim)
+        q_BTHD = self.q(x_BTC).unflatten(-1, heads)
+        k_BTKD = self.k(x_BTC).unflatten(-1, heads)
+        v_BTKD = self.v(x_BTC).unflatten(-1, heads)
         if self.gate is not None:
             # Each key-value head decides from the first channels how much of the token's value embedding it adds.
             share_BTK = 3 * torch.sigmoid(self.gate(x_BTC[..., : self.gate.in_features]))
-            v_BTKD = v_BTKD + share_BTK.unsqueeze(-1) * ve_BTC.view_as(v_BTKD)
+            v_BTKD = v_BTKD + share_BTK.unsqueeze(-1) * ve_BTC.unflatten(-1, heads)
         # QK-norm after the rotation; the scale sharpens the softmax, as a norm without parameters cannot grow.
         q_BTHD = norm(rotate(q_BTHD, cos_BT1D, sin_BT1D)) * self.qk_scale
         k_BTKD = norm(rotate(k_BTKD, cos_BT1D, sin_BT1D)) * self.qk_scale
-        group = self.n_head // self.n_kv_head
-        q_BHTD = q_BTHD.transpose(1, 2)
-        k_BHTD = k_BTKD.repeat_interleave(group, dim=2).transpose(1, 2)
-        v_BHTD = v_BTKD.repeat_interleave(group, dim=2).transpose(1, 2)
-        scores_BHTT = (q_BHTD @ k_BHTD.mT * self.head_dim**-0.5).float()
-        # The lowest finite number and not -inf: a padded row sees no position at all, and must not become NaN.
-        scores_BHTT = scores_BHTT.masked_fill(~visible_BTT[:, None], torch.finfo(torch.float32).min)
-        y_BHTD = scores_BHTT.softmax(-1).to(v_BHTD.dtype) @ v_BHTD
-        return self.out(y_BHTD.transpose(1, 2).reshape(B, T, -1))
+        y_BHTD = F.scaled_dot_product_attention(
+            q_BTHD.transpose(1, 2),
+            k_BTKD.transpose(1, 2),
+            v_BTKD.transpose(1, 2),
+            attn_mask=visible_BTT[:, None],
+            enable_gqa=True,
+        )
+        return self.out(y_BHTD.transpose(1, 2).flatten(-2))
 
 
 class MLP(nn.Module):
@@ -92,12 +94,16 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer."""
+    """One layer: attention, then MLP, each on the normed residual."""
 
     def __init__(self, gpt, gated):
         super().__init__()
         self.attn = Attention(gpt, gated)
         self.mlp = MLP(gpt)
+
+    def forward(self, x_BTC, ve_BTC, cos_BT1D, sin_BT1D, visible_BTT):
+        x_BTC = x_BTC + self.attn(norm(x_BTC), ve_BTC, cos_BT1D, sin_BT1D, visible_BTT)
+        return x_BTC + self.mlp(norm(x_BTC))
 
 
 class NanochatGPT(PreTrainedModel, GenerationMixin):
@@ -111,16 +117,17 @@ class NanochatGPT(PreTrainedModel, GenerationMixin):
         gpt = config.gpt
         n_layer = gpt["n_layer"]
         n_embd = gpt["n_embd"]
-        every = gpt["value_embed_every"]
-        padded_vocab_size = round_up(gpt["vocab_size"], 64)
         kv_channels = gpt["n_kv_head"] * n_embd // gpt["n_head"]
-        gated = [every > 0 and (n_layer - 1 - i) % every == 0 for i in range(n_layer)]
+        padded_vocab_size = round_up(gpt["vocab_size"], 64)
         self.embed = nn.Embedding(padded_vocab_size, n_embd)
         self.value_embeds = nn.ModuleDict()
+        self.blocks = nn.ModuleList()
+        every = gpt["value_embed_every"]
         for i in range(n_layer):
-            if gated[i]:
+            gated = every > 0 and (n_layer - 1 - i) % every == 0  # counted back from the last layer
+            if gated:
                 self.value_embeds[str(i)] = nn.Embedding(padded_vocab_size, kv_channels)
-        self.blocks = nn.ModuleList(Block(gpt, gated[i]) for i in range(n_layer))
+            self.blocks.append(Block(gpt, gated))
         self.head = nn.Linear(n_embd, padded_vocab_size, bias=False)
         self.resid_scale = nn.Parameter(torch.ones(n_layer))
         self.embed_skip = nn.Parameter(torch.zeros(n_layer))
@@ -129,7 +136,7 @@ class NanochatGPT(PreTrainedModel, GenerationMixin):
             self.smear_scale = nn.Parameter(torch.zeros(()))
         if gpt["backout"]:
             self.backout = nn.Parameter(torch.zeros(()))
-        # How many positions each layer sees, its own included: S = a quarter of the context, L = all; the last all.
+        # The last layer sees all positions; before it S = a quarter of the context, L = all, tiled over the layers.
         context = gpt["sequence_len"]
         short = min(round_up(context // 4 + (context % 4 > 0), 128), context)
         pattern = gpt["window_pattern"]
@@ -147,44 +154,47 @@ class NanochatGPT(PreTrainedModel, GenerationMixin):
         """Give `generate` the whole sequence at each step, as there is no cache."""
         return {"input_ids": input_ids, "attention_mask": attention_mask}
 
+    def rotation(self, positions_BT):
+        """Return cos and sin of the rotary angles, computed in fp32, which tells far positions apart."""
+        head_dim = self.config.gpt["n_embd"] // self.config.gpt["n_head"]
+        channels = torch.arange(0, head_dim, 2, device=positions_BT.device, dtype=torch.float32)
+        frequencies = self.config.gpt["rope_base"] ** -(channels / head_dim)
+        angles_BT1D = positions_BT[:, :, None, None].float() * frequencies
+        return angles_BT1D.cos().to(self.dtype), angles_BT1D.sin().to(self.dtype)
+
     def forward(self, input_ids, attention_mask=None, labels=None, **kwargs):
         """Return logits (B, T, V) in fp32, and the mean loss of predicting `labels` if given (-100 is ignored).
 
         `attention_mask` is 0 at padding, which generation puts on the left; positions count real tokens only."""
         gpt = self.config.gpt
-        device = input_ids.device
-        _, T = input_ids.shape
+        T = input_ids.size(1)
         real_BT = torch.ones_like(input_ids) if attention_mask is None else attention_mask[:, -T:]
         positions_BT = (real_BT.cumsum(-1) - 1).clamp(min=0)
         distance_BTT = positions_BT[:, :, None] - positions_BT[:, None, :]
-        causal_TT = torch.ones(T, T, dtype=torch.bool, device=device).tril()
-        visible_BTT = causal_TT & real_BT.bool()[:, None, :]
-
-        head_dim = gpt["n_embd"] // gpt["n_head"]
-        channels = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32)
-        frequencies = gpt["rope_base"] ** -(channels / head_dim)
-        angles_BT1D = (positions_BT[..., None].float() * frequencies)[:, :, None]
+        # A token sees real tokens up to itself. Padding sees itself alone: a softmax over nothing would be NaN.
+        causal_TT = torch.ones(T, T, dtype=torch.bool, device=input_ids.device).tril()
+        visible_BTT = (causal_TT & real_BT.bool()[:, None, :]) | torch.eye(T, dtype=torch.bool, device=input_ids.device)
+        cos_BT1D, sin_BT1D = self.rotation(positions_BT)
 
         x_BTC = norm(self.embed(input_ids))
-        cos_BT1D = angles_BT1D.cos().to(x_BTC.dtype)
-        sin_BT1D = angles_BT1D.sin().to(x_BTC.dtype)
         if gpt["smear_channels"]:
             # Smear: each token gets a gated bit of the embedding of the token before it.
             previous_BTC = F.pad((x_BTC * real_BT[..., None])[:, :-1], (0, 0, 1, 0))
             gate_BT1 = torch.sigmoid(self.smear_gate(x_BTC[..., : gpt["smear_channels"]]))
             x_BTC = x_BTC + self.smear_scale * gate_BT1 * previous_BTC
         x0_BTC = x_BTC
+        middle_BTC = x_BTC
         for i, block in enumerate(self.blocks):
             ve_BTC = self.value_embeds[str(i)](input_ids) if str(i) in self.value_embeds else None
-            x_BTC = self.resid_scale[i] * x_BTC + self.embed_skip[i] * x0_BTC
             in_window_BTT = visible_BTT & (distance_BTT < self.windows[i])
-            x_BTC = x_BTC + block.attn(norm(x_BTC), ve_BTC, cos_BT1D, sin_BT1D, in_window_BTT)
-            x_BTC = x_BTC + block.mlp(norm(x_BTC))
-            if gpt["backout"] and i == gpt["n_layer"] // 2:
+            x_BTC = self.resid_scale[i] * x_BTC + self.embed_skip[i] * x0_BTC
+            x_BTC = block(x_BTC, ve_BTC, cos_BT1D, sin_BT1D, in_window_BTT)
+            if i == gpt["n_layer"] // 2:
                 middle_BTC = x_BTC
         if gpt["backout"]:
             # Backout: early features that only later layers needed are subtracted before the head.
             x_BTC = x_BTC - self.backout * middle_BTC
+
         logits_BTV = self.head(norm(x_BTC))[..., : gpt["vocab_size"]].float()
         if gpt["softcap"]:
             logits_BTV = gpt["softcap"] * torch.tanh(logits_BTV / gpt["softcap"])

@@ -26,7 +26,7 @@ from nanochat.compute import free_memory, pick_dtype
 from nanochat.conversation import ChatFormat
 from nanochat.engine import Engine
 from nanochat.hf.chat import chat_format
-from nanochat.hf.load import FAMILIES, INDEX, load, read_config, read_weight_map, skeleton, stored_tensors
+from nanochat.hf.load import FAMILIES, load, read_config, skeleton, stored_tensors, weight_files
 from nanochat.hf.parallel import layer_bytes, split_layers, tensor_parallel
 
 DEVICES = "lay an open-weights model over these, such as cuda:0,cuda:1; unset: over all GPUs if one is too small"
@@ -72,10 +72,8 @@ def snapshot(repo: str, revision: str) -> Path:
 
 def is_complete(folder: Path) -> bool:
     """Return whether a folder has every file that the model needs to run. Raises ValueError for a damaged index."""
-    weights = {"model.safetensors"}
-    if (folder / INDEX).is_file():
-        weights = set(read_weight_map(folder / INDEX).values())
-    return all((folder / name).is_file() for name in (*NEEDED, *weights))
+    needed = [*(folder / name for name in NEEDED), *weight_files(folder)]
+    return all(path.is_file() for path in needed)
 
 
 def list_models() -> dict[str, Path]:
