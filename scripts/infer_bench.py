@@ -1,13 +1,16 @@
-"""How fast the engine answers, alone and in batches, beside what the machine can do: python -m scripts.infer_bench
+"""Measure how fast the engine answers: python -m scripts.infer_bench
 
-Weights are random unless --stage or --hf names a model: speed does not depend on their values. Every number is the
-median of several rounds. To compare with other programs: python -m dev.bench infer.
+It prints two tables and writes them as a JSON record: decoding, alone and in batches; and prefill, a known prefix,
+clients that come at once, and the share of the machine's own speed. Weights are random unless --stage or --hf names a
+model, because speed does not depend on their values. Every number is the median of several rounds. To compare with
+other programs: python -m dev.bench infer.
 """
 
 import dataclasses
 import statistics
 import time
 import types
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,11 +67,12 @@ class Config:
 
 
 def open_model(config: Config, compute: Compute) -> nn.Module:
-    """Load the model asked for, or build one whose random weights are nowhere zero: zeros make products faster."""
+    """Load the model asked for, or build one with random weights, nowhere zero: zeros make products faster."""
     if config.hf is not None:
         return load_model(Path(config.hf), compute.device)
     if config.stage is not None:
-        return checkpoint.load_model(config.stage, compute.device, config.model_tag)[0]
+        model, _, _ = checkpoint.load_model(config.stage, compute.device, config.model_tag)
+        return model
     shape = recipe.model_config(
         config.depth,
         config.vocab_size,
@@ -80,8 +84,21 @@ def open_model(config: Config, compute: Compute) -> nn.Module:
     generator = torch.Generator(compute.device).manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.normal_(0, 0.02 if parameter.dim() == 2 else 0.2, generator=generator)
+            std = 0.02 if parameter.dim() == 2 else 0.2
+            parameter.normal_(0, std, generator=generator)
     return model
+
+
+def time_calls(call: Callable[[], Any], device: torch.device, times: int = 10) -> list[float]:
+    """Return the seconds of each of `times` calls, after two calls that do not count."""
+    seconds = []
+    for _ in range(times + 2):
+        start = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return seconds[2:]
 
 
 def read_bandwidth(device: torch.device) -> float:
@@ -91,154 +108,161 @@ def read_bandwidth(device: torch.device) -> float:
 
 
 def product_rate(model: nn.Module, rows: int, compute: Compute) -> float:
-    """Measure matrix products of the MLP's shape in FLOP/s: the best of ten."""
+    """Measure matrix products of the MLP's shape, in FLOP/s: the best of ten."""
     C = model.config.n_embd
     x_NC = torch.randn(rows, C, device=compute.device).to(compute.dtype)
     w_HC = torch.randn(4 * C, C, device=compute.device).to(compute.dtype)
-    return 2 * rows * w_HC.numel() / min(time_calls(lambda: F.linear(x_NC, w_HC), compute.device))
-
-
-def time_calls(call: Any, device: torch.device, times: int = 10) -> list[float]:
-    """Return the seconds of each of `times` calls, after two that do not count."""
-    seconds = []
-    for _ in range(times + 2):
-        began = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - began)
-    return seconds[2:]
+    seconds = time_calls(lambda: F.linear(x_NC, w_HC), compute.device)
+    return 2 * rows * w_HC.numel() / min(seconds)
 
 
 class EngineSide:
-    """The engine under measurement. Other programs that it is compared with offer `batch` as well (dev/bench.py)."""
+    """The engine under measurement. Programs that it is compared with have `name` and `batch` too (dev/reference.py)."""
 
     name = "ours"
 
     def __init__(self, model: nn.Module, config: Config) -> None:
         self.config = config
         self.vocab_size = model.config.vocab_size
-        # what a decode step reads: every matrix, but of the embeddings only a row a token
-        self.weights = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
-        self.bytes_per_weight = 1 if config.int8 else model.dtype.itemsize
+        # A decode step reads every matrix, but only one row per token of the embeddings.
+        self.n_weights = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+        self.weight_bytes = self.n_weights * (1 if config.int8 else model.dtype.itemsize)
         largest_batch = max(config.clients, *config.batch_sizes)
         self.engine = Engine(model, NO_TOKENIZER, largest_batch, int8=config.int8)
         torch.set_num_threads(self.engine.threads)
-        self.prompts_made = 0
+        self.n_prompts = 0
 
     def prompt(self, n: int) -> list[int]:
-        """Return a prompt that was not used before, so that the prefix cache knows nothing of it."""
-        self.prompts_made += 1
-        generator = torch.Generator().manual_seed(self.prompts_made)
+        """Return a new prompt of n tokens, which the prefix cache cannot know."""
+        self.n_prompts += 1
+        generator = torch.Generator().manual_seed(self.n_prompts)
         return torch.randint(self.vocab_size, (n,), generator=generator).tolist()
 
     def run(self, prompts: list[list[int]], new_tokens: int) -> tuple[list[float], float]:
-        """Answer all prompts at once. Returns each one's seconds to its first token, and the seconds after the last
-        of these until the end, scaled to new_tokens - 1 steps: early requests may be further by then."""
+        """Answer all prompts at once; return each one's seconds to its first token, and the seconds of decoding.
+
+        Decoding begins when the last request has its first token. The others may be some tokens ahead by then, so the
+        time is scaled to new_tokens - 1 steps of all.
+        """
         requests = [Request(prompt, max_tokens=new_tokens, temperature=0.0) for prompt in prompts]
-        began = time.perf_counter()
+        start = time.perf_counter()
         for request in requests:
             self.engine.add(request)
-        first_token: dict[int, float] = {}
+        first_token: dict[Request, float] = {}
         while len(first_token) < len(requests):
             for update in self.engine.step():
-                first_token.setdefault(id(update.request), time.perf_counter() - began)
-        middle = time.perf_counter()
+                first_token.setdefault(update.request, time.perf_counter() - start)
         tokens_before = sum(len(request.output) for request in requests)
+        middle = time.perf_counter()
         while self.engine.busy:
             self.engine.step()
         seconds = time.perf_counter() - middle
         tokens_after = sum(len(request.output) for request in requests)
-        wanted = (new_tokens - 1) * len(prompts)
-        return list(first_token.values()), seconds * wanted / max(tokens_after - tokens_before, 1)
+        all_tokens = (new_tokens - 1) * len(prompts)
+        return list(first_token.values()), seconds * all_tokens / max(tokens_after - tokens_before, 1)
 
     def batch(self, size: int) -> tuple[float, float]:
-        """Answer one prompt `size` times. Returns the seconds to the first token, and those of all that follow."""
-        first_token, rest = self.run([self.prompt(self.config.prompt_tokens)] * size, self.config.new_tokens)
-        return max(first_token), rest
+        """Answer one prompt `size` times; return the seconds to the last first token, and those of decoding."""
+        prompt = self.prompt(self.config.prompt_tokens)
+        first_tokens, decoding = self.run([prompt] * size, self.config.new_tokens)
+        return max(first_tokens), decoding
 
 
 def measure_batches(sides: list[Any], config: Config) -> list[dict[str, Any]]:
     """Time every batch size on all sides in turn, A B A B, so that a machine that drifts favours none.
 
-    The first side is ours; `ours x` is its speed over the other's, the median of the ratios of each round.
+    The first side is ours. `ours x` says how many times as fast it is: the median of the ratios of each round.
     """
+    steps = config.new_tokens - 1
     lines = []
     for size in config.batch_sizes:
-        times: dict[str, list[tuple[float, float]]] = {side.name: [] for side in sides}
         for side in sides:
             side.batch(size)  # warms up
-        for _ in range(config.rounds):
-            for side in sides:
-                times[side.name].append(side.batch(size))
-        for side in sides:
-            rest = [after for _, after in times[side.name]]
-            ratios = [theirs / ours for (_, ours), theirs in zip(times[sides[0].name], rest, strict=True)]
+        rounds = [[side.batch(size) for side in sides] for _ in range(config.rounds)]
+        for index, side in enumerate(sides):
+            first_token = statistics.median(results[index][0] for results in rounds)
+            decoding = statistics.median(results[index][1] for results in rounds)
             lines.append(
                 {
                     "side": side.name,
                     "batch": size,
-                    "tokens/s": (config.new_tokens - 1) * size / statistics.median(rest),
-                    "ms a step": 1e3 * statistics.median(rest) / (config.new_tokens - 1),
-                    "first token ms": 1e3 * statistics.median(first for first, _ in times[side.name]),
-                    "ours x": statistics.median(ratios),
+                    "tokens/s": steps * size / decoding,
+                    "ms a step": 1e3 * decoding / steps,
+                    "first token ms": 1e3 * first_token,
+                    "ours x": statistics.median(results[index][1] / results[0][1] for results in rounds),
                 }
             )
     return lines
 
 
-def measure_alone(side: EngineSide, lines: list[dict[str, Any]], config: Config, compute: Compute) -> dict[str, Any]:
-    """Measure prefill, a known prefix, simultaneous clients, and the share of the machine's own rates."""
+def measure_requests(side: EngineSide, config: Config) -> dict[str, float]:
+    """Measure a long prompt, one whose prefix is known, and clients that come at once."""
     n = config.prefix_tokens + 16
-    cold, known, first_tokens, rates = [], [], [], []
+    unknown: list[float] = []
+    known: list[float] = []
+    first_tokens: list[float] = []
+    rates: list[float] = []
     for _ in range(config.rounds):
         prefix = side.prompt(config.prefix_tokens)
-        cold.append(side.run([prefix + side.prompt(16)], 2)[0][0])
-        known.append(side.run([prefix + side.prompt(16)], 2)[0][0])
+        for seconds in (unknown, known):  # the second request finds the prefix of the first
+            (first_token,), _ = side.run([prefix + side.prompt(16)], new_tokens=2)
+            seconds.append(first_token)
         prompts = [side.prompt(config.prompt_tokens) for _ in range(config.clients)]
-        firsts, rest = side.run(prompts, config.new_tokens)
-        first_tokens += firsts
-        rates.append((config.new_tokens - 1) / rest)
-    bandwidth = read_bandwidth(compute.device)
-    flop_rate = product_rate(side.engine.model, 256, compute)
-    alone = next(line for line in lines if line["side"] == side.name)
-    weight_bytes = side.weights * side.bytes_per_weight
+        together, decoding = side.run(prompts, config.new_tokens)
+        first_tokens += together
+        rates.append((config.new_tokens - 1) / decoding)
     return {
-        "bytes of weights read a step": weight_bytes,
-        "bytes of cache a token": side.engine.bytes_per_token,
-        "memory, bytes/s": bandwidth,
-        "matrix products, FLOP/s": flop_rate,
-        f"batch {alone['batch']}: share of memory bandwidth": weight_bytes / (alone["ms a step"] / 1e3) / bandwidth,
-        "prefill tokens/s": n / statistics.median(cold),
-        "prefill share of product rate": 2 * side.weights * n / statistics.median(cold) / flop_rate,
-        f"first token of {n}, ms": 1e3 * statistics.median(cold),
+        "prefill tokens/s": n / statistics.median(unknown),
+        f"first token of {n}, ms": 1e3 * statistics.median(unknown),
         f"first token of {n}, {config.prefix_tokens} known, ms": 1e3 * statistics.median(known),
         f"{config.clients} at once: median first token, ms": 1e3 * statistics.median(first_tokens),
         f"{config.clients} at once: last first token, ms": 1e3 * max(first_tokens),
         f"{config.clients} at once: tokens/s of each": statistics.median(rates),
+    }
+
+
+def measure_machine(
+    side: EngineSide, decoding: dict[str, Any], prefill_rate: float, compute: Compute
+) -> dict[str, float]:
+    """Compare decoding with the speed of memory, and prefill with that of matrix products."""
+    step_seconds = decoding["ms a step"] / 1e3
+    bandwidth = read_bandwidth(compute.device)
+    flop_rate = product_rate(side.engine.model, 256, compute)
+    return {
+        "bytes of weights read a step": side.weight_bytes,
+        "bytes of cache a token": side.engine.bytes_per_token,
+        "memory, bytes/s": bandwidth,
+        "matrix products, FLOP/s": flop_rate,
+        f"batch {decoding['batch']}: share of memory bandwidth": side.weight_bytes / step_seconds / bandwidth,
+        "prefill share of product rate": 2 * side.n_weights * prefill_rate / flop_rate,
         "peak memory, bytes": compute.peak_memory(),
     }
 
 
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return str(value)
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """Format rows with the keys of the first as a Markdown table; numbers to four digits."""
-
-    def cell(value: Any) -> str:
-        if isinstance(value, float):
-            return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-        return "" if value is None else str(value)
-
     keys = list(rows[0])
-    lines = [keys, ["---"] * len(keys), *([cell(row[key]) for key in keys] for row in rows)]
+    lines = [keys, ["---"] * len(keys)]
+    for row in rows:
+        lines.append([_cell(row[key]) for key in keys])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def run(config: Config, more_sides: list[Any], model: nn.Module, compute: Compute) -> None:
     """Measure, print the tables and write the record."""
     side = EngineSide(model, config)
-    lines = measure_batches([side, *more_sides], config)
-    alone = measure_alone(side, lines, config, compute)
-    print(f"{compute.name}, {compute.dtype}, {torch.get_num_threads()} threads\n\n{table(lines)}")
+    batches = measure_batches([side, *more_sides], config)
+    alone = measure_requests(side, config)
+    alone.update(measure_machine(side, batches[0], alone["prefill tokens/s"], compute))
+    print(f"{compute.name}, {compute.dtype}, {torch.get_num_threads()} threads\n\n{table(batches)}")
     print(table([{"measured": key, "value": value} for key, value in alone.items()]))
     shape = dataclasses.asdict(model.config)
     record = {
@@ -247,7 +271,7 @@ def run(config: Config, more_sides: list[Any], model: nn.Module, compute: Comput
         "device": compute.name,
         "dtype": str(compute.dtype),
         "threads": torch.get_num_threads(),
-        "batches": lines,
+        "batches": batches,
         "alone": alone,
     }
     default = get_base_dir() / "bench" / f"infer_d{shape['n_layer']}.json"
