@@ -186,12 +186,11 @@ def read_meta(stage: str, tag: str, step: int) -> dict[str, Any]:
     return meta
 
 
-def newest_whole(stage: str, tag: str) -> int:
-    """Return the newest step whose files are all undamaged. Raises ValueError when there is none."""
+def newest(stage: str, tag: str) -> dict[str, Any]:
+    """Return the meta of the newest checkpoint whose files are all undamaged. Raises ValueError when there is none."""
     for step in reversed(list_steps(stage, tag)):
         try:
-            read_meta(stage, tag, step)
-            return step
+            return read_meta(stage, tag, step)
         except ValueError as error:
             print0(f"skipping step {step}: {error}")
     raise ValueError(f"no whole checkpoint in {checkpoint_dir(stage, tag)}: start without --resume")
@@ -202,9 +201,7 @@ def find_tag(stage: str) -> str:
     folder = get_base_dir() / "checkpoints" / stage
     metas = [path for path in folder.glob("*/step_*/meta.json") if "~" not in path.parts[-3]]  # none set aside
     if not metas:
-        raise ValueError(
-            f"no '{stage}' checkpoint in {folder}: run python -m scripts.{SCRIPTS.get(stage, stage)} first"
-        )
+        raise ValueError(f"no '{stage}' checkpoint in {folder}: run python -m scripts.{SCRIPTS[stage]} first")
     return max(metas, key=lambda path: path.stat().st_mtime).parts[-3]
 
 
@@ -232,15 +229,13 @@ def load_model(
     """
     if tag is None:
         tag = find_tag(stage)
-    if step is None:
-        if not list_steps(stage, tag):
-            raise ValueError(f"no checkpoint in {checkpoint_dir(stage, tag)}: check --model-tag, or train it first")
-        step = newest_whole(stage, tag)
-    meta = read_meta(stage, tag, step)
+    if not list_steps(stage, tag):
+        raise ValueError(f"no checkpoint in {checkpoint_dir(stage, tag)}: check --model-tag, or train it first")
+    meta = newest(stage, tag) if step is None else read_meta(stage, tag, step)
     tokenizer = load_tokenizer(meta["tokenizer_hash"])
     check_tokenizer(meta, tokenizer)
     model = build_model(GPTConfig.from_dict(meta["model_config"]), device, train=train)
-    load_weights(stage, tag, step, model)
+    load_weights(stage, tag, meta["step"], model)
     return model.train(train), tokenizer, meta
 
 

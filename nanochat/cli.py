@@ -1,8 +1,16 @@
 """Command lines from dataclasses: flags, `--config FILE.yaml`, one-line errors and exit codes.
 
-A stage states its flags once, as a frozen dataclass whose fields are made by `option`. `parse` builds the argument
-parser from it and returns an instance, so that defaults, types and help texts stand in one place. `run` wraps a
-script's main and turns its end into an exit code.
+A stage states its flags once, as a frozen dataclass whose fields are made by `option`:
+
+    @dataclass(frozen=True)
+    class Config:
+        depth: int = option(12, "layers")                     # --depth 4
+        model_tag: str | None = option(None, "name")          # --model-tag d4, or --model-tag unset
+        compile: bool = option(True, "fuse")                  # --compile, --no-compile
+        device: tuple[str, ...] = option((), "a device")      # --device cuda:0 --device cuda:1
+
+`parse` builds the argument parser from it and returns an instance. A YAML file is turned into the same flags and read
+by the same parser. `run` wraps a script's main and turns its end into an exit code.
 """
 
 import argparse
@@ -36,11 +44,25 @@ def require_positive(config: Any, *names: str, zero: bool = False) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {value}: must be {wanted}")
 
 
-def _value_type(annotation: Any) -> type:
-    """Return the type that a flag's text is read as: int for `int | None`, tuple for `tuple[str, ...]`."""
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        annotation = next(a for a in typing.get_args(annotation) if a is not type(None))
-    return typing.get_origin(annotation) or annotation
+def parse(config: type[T], argv: Sequence[str] | None = None, description: str | None = None) -> T:
+    """Fill the dataclass `config` from the command line, over `--config FILE.yaml`, over its defaults.
+
+    A wrong flag or value ends the process with status 2 and one line on stderr.
+    """
+    parser = Parser(description=description, argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    add_flags(parser, config)
+    parser.add_argument("--config", metavar="FILE.yaml", help="flags from a YAML file; the command line wins")
+    given = vars(parser.parse_args(argv))
+    path = given.pop("config", None)
+    try:
+        if path is not None:
+            # A parser of its own, whose errors name the file.
+            file_parser = Parser(prog=f"--config {path}", argument_default=argparse.SUPPRESS, allow_abbrev=False)
+            add_flags(file_parser, config)
+            given = {**vars(file_parser.parse_args(flags_from_file(path, config))), **given}
+        return config(**given)
+    except ValueError as error:
+        parser.error(str(error))
 
 
 class Parser(argparse.ArgumentParser):
@@ -50,100 +72,82 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (see --help)\n")
 
 
-def build_parser(config: type, description: str | None = None) -> argparse.ArgumentParser:
-    """Make a parser with one flag per field of the dataclass `config`; absent flags are left out of its result."""
-    parser = Parser(description=description, argument_default=argparse.SUPPRESS, allow_abbrev=False)
-    hints = typing.get_type_hints(config)
+def add_flags(parser: argparse.ArgumentParser, config: type) -> None:
+    """Add one flag per field of the dataclass `config`. Flags that are not given leave nothing in the result."""
+    kinds = flag_types(config)
     for field in dataclasses.fields(config):
-        kind = _value_type(hints[field.name])
-        metadata = field.metadata
-        names = ["--" + field.name.replace("_", "-")]
-        if metadata.get("flag"):
-            names.append(metadata["flag"])
+        kind, optional = kinds[field.name]
         default = "unset" if field.default is None else field.default
-        text = f"{metadata.get('help', '')} (default: {default})".replace("%", "%%")  # argparse formats it with %
+        arguments: dict[str, Any] = {
+            "dest": field.name,
+            "help": f"{field.metadata['help']} (default: {default})".replace("%", "%%"),  # argparse formats it with %
+        }
         if kind is bool:
-            parser.add_argument(*names, dest=field.name, help=text, action=argparse.BooleanOptionalAction)
+            arguments["action"] = argparse.BooleanOptionalAction
         elif kind is tuple:
-            # given several times, each adds a value
-            parser.add_argument(*names, dest=field.name, help=text, action="append")
+            arguments["action"] = "append"  # given several times, each adds a value
         else:
-            # words that are taken as they are: ("auto",) of `int | Literal["auto"] | None`
-            words = tuple(word for part in typing.get_args(hints[field.name]) for word in typing.get_args(part))
-
-            def read(text: str, kind: type = kind, words: tuple[str, ...] = words) -> Any:
-                return text if text in words else kind(text)
-
-            read.__name__ = kind.__name__  # argparse names it to the user
-            choices = metadata.get("choices")
-            bare = metadata.get("bare")
-            parser.add_argument(
-                *names,
-                dest=field.name,
-                help=text,
-                type=read,
-                choices=choices,
-                metavar=None if choices else "|".join((kind.__name__.upper(), *words)),
-                nargs=None if bare is None else "?",
-                const=bare,
-            )
-    parser.add_argument("--config", metavar="FILE.yaml", help="flags from a YAML file; the command line wins")
-    return parser
+            choices = field.metadata["choices"]
+            arguments["type"] = reader(kind, optional)
+            arguments["metavar"] = "|".join(choices) if choices else kind.__name__.upper()
+            if choices:
+                arguments["choices"] = [*choices, None] if optional else choices
+            if field.metadata["bare"] is not None:
+                arguments["nargs"] = "?"
+                arguments["const"] = field.metadata["bare"]
+        names = ["--" + field.name.replace("_", "-")]
+        if field.metadata["flag"]:
+            names.append(field.metadata["flag"])
+        parser.add_argument(*names, **arguments)
 
 
-def _read_config_file(path: str, config: type) -> dict[str, Any]:
-    """Read flags from a YAML file. Raises ValueError for an unknown key or a value of the wrong type."""
+def flag_types(config: type) -> dict[str, tuple[type, bool]]:
+    """Return for each field its type, and whether it may be None: int | None -> (int, True)."""
+    kinds = {}
+    for name, hint in typing.get_type_hints(config).items():
+        optional = typing.get_origin(hint) in (typing.Union, types.UnionType)
+        if optional:
+            hint = next(part for part in typing.get_args(hint) if part is not type(None))
+        kinds[name] = (typing.get_origin(hint) or hint, optional)  # tuple[str, ...] -> tuple
+    return kinds
+
+
+def reader(kind: type, optional: bool) -> Callable[[str], Any]:
+    """Return the function that reads a flag's text as `kind`, and "unset" (for numbers also "auto") as None."""
+    unset = ("unset",) if kind is str else ("unset", "auto")
+
+    def read(text: str) -> Any:
+        return None if optional and text in unset else kind(text)
+
+    read.__name__ = kind.__name__  # for argparse's message: "invalid int value"
+    return read
+
+
+def flags_from_file(path: str, config: type) -> list[str]:
+    """Return the flags of `config` that a YAML file states. Raises ValueError when it cannot be read."""
     import yaml
-    from pydantic import TypeAdapter, ValidationError
 
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except OSError as error:
         raise ValueError(f"--config {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}") from error
+        raise ValueError(f"--config {path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"--config {path} must hold 'flag: value' lines")
-    fields = {field.name: field for field in dataclasses.fields(config)}
-    hints = typing.get_type_hints(config)
-    result = {}
+    repeatable = [name for name, (kind, _) in flag_types(config).items() if kind is tuple]
+    flags = []
     for key, value in values.items():
-        name = str(key).lstrip("-").replace("-", "_")
-        if name not in fields:
-            raise ValueError(f"--config {path}: unknown key '{key}'; known: {', '.join(sorted(fields))}")
-        if isinstance(value, str) and _value_type(hints[name]) is tuple:
-            value = [value]
-        try:
-            # Numbers in text are read, too: for YAML 1e-3, which has no point, is text.
-            strict = not isinstance(value, str | list)
-            result[name] = TypeAdapter(hints[name]).validate_python(value, strict=strict)
-        except ValidationError as error:
-            raise ValueError(f"--config {path}: '{key}' is {value!r}: {error.errors()[0]['msg']}") from error
-        choices = fields[name].metadata.get("choices")
-        if choices and result[name] not in (None, *choices):
-            raise ValueError(f"--config {path}: '{key}' must be one of {', '.join(map(str, choices))}")
-    return result
-
-
-def parse(config: type[T], argv: Sequence[str] | None = None, description: str | None = None) -> T:
-    """Fill the dataclass `config` from the command line, over `--config FILE.yaml`, over its defaults.
-
-    A wrong flag or value ends the process with status 2 and one line on stderr.
-    """
-    parser = build_parser(config, description)
-    given = vars(parser.parse_args(argv))
-    try:
-        return fill(config, given)
-    except ValueError as error:
-        parser.error(str(error))
-
-
-def fill(config: type[T], given: dict[str, Any]) -> T:
-    """Fill the dataclass `config` from the result of its parser, over the file that it names under "config"."""
-    values = dict(given)
-    path = values.pop("config", None)
-    from_file = _read_config_file(path, config) if path else {}
-    return config(**{**from_file, **values})
+        name = str(key).lstrip("-").replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(f"--{name}" if value else f"--no-{name}")
+        elif value is None:
+            flags.append(f"--{name}=unset")
+        elif isinstance(value, list) and name.replace("-", "_") in repeatable:
+            flags += [f"--{name}={item}" for item in value]
+        else:
+            flags.append(f"--{name}={value}")
+    return flags
 
 
 def run(main: Callable[[], None]) -> typing.NoReturn:

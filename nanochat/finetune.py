@@ -16,12 +16,11 @@ from nanochat.compute import Compute
 from nanochat.conversation import Rendered, render
 from nanochat.dataset import iterate_documents, list_shards
 from nanochat.gpt import GPT
-from nanochat.run import TrainConfig
+from nanochat.optim import MuonAdamW
+from nanochat.run import Run, TrainConfig
 from nanochat.token_shards import PackedRows, pack_conversations
 from nanochat.tokenizer import Tokenizer
 from nanochat.trainer import rows_per_step, train
-
-Source = tuple[GPT, Tokenizer, dict[str, Any]]  # a trained model, and the meta of its checkpoint
 
 
 class Conversations(Protocol):
@@ -60,13 +59,90 @@ class FinetuneConfig(SourceConfig):
         require_positive(self, "replay", zero=True)
 
 
+@dataclass(frozen=True)
+class Source:
+    """A trained model that a stage goes on from."""
+
+    model: GPT
+    tokenizer: Tokenizer
+    meta: dict[str, Any]  # of its checkpoint
+    name: str  # such as "base/d12 step 1680 5f1c..." with the first digits of the weights' hash
+
+
+def finetune(
+    config: FinetuneConfig, stage: str, from_stage: str, train_on: Conversations, val_on: Conversations
+) -> None:
+    """Train the newest `from_stage` model on conversations and save it as `stage`.
+
+    The loss counts assistant tokens only. Batch size and steps default to the source run's batch and to one pass over
+    the conversations. Raises ValueError when there is no source model, or no usable conversation.
+    """
+    compute = Compute.create(config.device_type)
+    source = load_source(from_stage, config, compute)
+    tokenizer = source.tokenizer
+    T = source.model.config.sequence_len
+
+    train_rows = conversation_rows(
+        f"{stage}_train", train_on, tokenizer, T, compute, replay=config.replay, dataset=source.meta["dataset"]
+    )
+    val_rows = conversation_rows(f"{stage}_val", val_on, tokenizer, T, compute)
+
+    # The batch of pretraining, and as many steps as there are rows.
+    total_batch_size = config.total_batch_size or source.meta["total_batch_size"]
+    rows_in_step = rows_per_step(total_batch_size, T, compute.world_size)
+    rows_in_epoch = train_rows.total()
+    num_iterations = config.num_iterations or max(1, config.num_epochs * rows_in_epoch // rows_in_step)
+    print0(
+        f"{stage} from {source.name}: {len(train_on):,} conversations in {rows_in_epoch:,} rows of {T}; "
+        f"{num_iterations} steps of {total_batch_size:,} tokens"
+    )
+    run = continue_from(source, stage, config, compute, total_batch_size, num_iterations, more_facts={})
+    train(run, train_rows, val_rows)
+    compute.close()
+
+
 def load_source(stage: str, config: SourceConfig, compute: Compute) -> Source:
-    """Load the model of `stage` to go on from, its tokenizer, and its meta with `source`, a name for its weights."""
+    """Load the model of `stage` to go on from. Raises ValueError, with the remedy, when there is none."""
     model, tokenizer, meta = checkpoint.load_model(
         stage, compute.device, tag=config.source_tag, step=config.source_step, train=True
     )
     digest = meta["files"]["model.safetensors"][:12]
-    return model, tokenizer, {**meta, "source": f"{stage}/{meta['tag']} step {meta['step']} {digest}"}
+    return Source(model, tokenizer, meta, name=f"{stage}/{meta['tag']} step {meta['step']} {digest}")
+
+
+def continue_from(
+    source: Source,
+    stage: str,
+    config: SourceConfig,
+    compute: Compute,
+    total_batch_size: int,
+    num_iterations: int,
+    more_facts: dict[str, Any],
+) -> Run:
+    """Return a run that trains the source further as `stage`, with a new optimizer. more_facts: see `Run.facts`."""
+    scales = recipe.learning_rate_scales(total_batch_size, config.init_lr_frac)
+    # Nothing decays unless it is asked for: decay would pull the weights away from what they know.
+    optimizer = MuonAdamW(source.model, config.learning_rates(scales), config.weight_decay or 0.0, compute)
+    return Run(
+        stage=stage,
+        tag=config.model_tag or source.meta["tag"],
+        config=config,
+        model=source.model,
+        optimizer=optimizer,
+        tokenizer=source.tokenizer,
+        compute=compute,
+        total_batch_size=total_batch_size,
+        num_iterations=num_iterations,
+        facts={
+            "dataset": source.meta["dataset"],
+            "depth": source.meta["depth"],
+            "source": source.name,
+            **more_facts,
+        },
+    )
+
+
+# --- from conversations to rows
 
 
 def conversation_rows(
@@ -85,16 +161,16 @@ def conversation_rows(
 
     def stream() -> Iterator[Rendered]:
         n_tokens = 0
-        for ids, mask in _rendered(conversations, tokenizer, T + 1):
+        for ids, mask in rendered(conversations, tokenizer, max_tokens=T + 1):
             n_tokens += len(ids)
             yield ids, mask
         if replay:
-            yield from _replayed(dataset, tokenizer, T + 1, round(replay * n_tokens))
+            yield from replayed(dataset, tokenizer, max_tokens=T + 1, n_tokens=round(replay * n_tokens))
 
     return compute.from_rank_0(lambda: pack_conversations(name, stream(), tokenizer, T))
 
 
-def _rendered(conversations: Conversations, tokenizer: Tokenizer, max_tokens: int) -> Iterator[Rendered]:
+def rendered(conversations: Conversations, tokenizer: Tokenizer, max_tokens: int) -> Iterator[Rendered]:
     """Yield conversations as (ids, mask), skipping those that are malformed or supervise nothing once truncated."""
     skipped = 0
     problem = ""
@@ -102,22 +178,19 @@ def _rendered(conversations: Conversations, tokenizer: Tokenizer, max_tokens: in
     for index in range(len(conversations)):
         try:
             ids, mask = render(conversations[index], tokenizer, max_tokens)
+            if not any(mask):
+                raise ValueError("nothing to learn within the context")
+            yield ids, mask
         except ValueError as error:
             skipped += 1
             problem = str(error)
-            continue
-        if any(mask):
-            yield ids, mask
-        else:
-            skipped += 1
-            problem = "nothing to learn within the context"
         if (index + 1) % 50_000 == 0:
             print0(f"rendered {index + 1:,} of {len(conversations):,}, {time.monotonic() - began:.0f} s")
     if skipped:
         print0(f"skipped {skipped} of {len(conversations):,} conversations ({problem})")
 
 
-def _replayed(dataset: str, tokenizer: Tokenizer, max_tokens: int, n_tokens: int) -> Iterator[Rendered]:
+def replayed(dataset: str, tokenizer: Tokenizer, max_tokens: int, n_tokens: int) -> Iterator[Rendered]:
     """Yield about `n_tokens` tokens of the dataset's training text as (ids, mask), supervised throughout.
 
     It is taken from the last shard backwards: a run that does not use up its dataset has not seen the end of it.
@@ -129,57 +202,3 @@ def _replayed(dataset: str, tokenizer: Tokenizer, max_tokens: int, n_tokens: int
             ids = tokenizer.encode(text, prepend="<|bos|>")[:max_tokens]
             n_tokens -= len(ids)
             yield ids, [0] + [1] * (len(ids) - 1)
-
-
-def finetune(
-    stage: str,
-    from_stage: str,
-    config: FinetuneConfig,
-    train_conversations: Conversations,
-    val_conversations: Conversations,
-    compute: Compute,
-) -> None:
-    """Train the newest `from_stage` model on conversations and save it as `stage`.
-
-    The loss counts assistant tokens only. Batch size and steps default to the source run's batch and to one pass over
-    the conversations. Raises ValueError when there is no source model, or no usable conversation.
-    """
-    model, tokenizer, meta = load_source(from_stage, config, compute)
-    T = model.config.sequence_len
-
-    train_rows = conversation_rows(
-        f"{stage}_train",
-        train_conversations,
-        tokenizer,
-        T,
-        compute,
-        replay=config.replay,
-        dataset=meta["dataset"],
-    )
-    val_rows = conversation_rows(f"{stage}_val", val_conversations, tokenizer, T, compute)
-
-    # The batch of pretraining, and as many steps as there are rows.
-    total_batch_size = config.total_batch_size or meta["total_batch_size"]
-    rows_in_step = rows_per_step(total_batch_size, T, compute.world_size)
-    rows_in_epoch = train_rows.total()
-    num_iterations = config.num_iterations or max(1, config.num_epochs * rows_in_epoch // rows_in_step)
-    print0(
-        f"{stage} from {meta['source']}: {len(train_conversations):,} conversations in {rows_in_epoch:,} rows of {T}; "
-        f"{num_iterations} steps of {total_batch_size:,} tokens"
-    )
-    train(
-        config,
-        stage=stage,
-        tag=config.model_tag or meta["tag"],
-        model=model,
-        tokenizer=tokenizer,
-        train_rows=train_rows,
-        val_rows=val_rows,
-        compute=compute,
-        total_batch_size=total_batch_size,
-        num_iterations=num_iterations,
-        weight_decay=config.weight_decay or 0.0,
-        lr_scales=recipe.learning_rate_scales(total_batch_size, config.init_lr_frac),
-        meta={"dataset": meta["dataset"], "depth": meta["depth"], "source": meta["source"]},
-    )
-    compute.close()

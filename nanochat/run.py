@@ -1,31 +1,40 @@
-"""A training run: its flags, what identifies it, how far it has come, and how it starts, stops and is recorded.
+"""A training run: its flags, what identifies it, how far it has come, and what it leaves on disk.
 
-trainer.py and rl.py have a loop each and share this. `Run` holds what stays the same during a run, `Progress` what
-changes; together they are all that a checkpoint must bring back, so that a resumed run goes on to the bit.
+trainer.py and rl.py each have a loop of their own over one `Run`:
+
+    run.start_or_resume()          step 0, or the checkpoint that --resume names
+    run.save()                     checkpoints/<stage>/<tag>/step_<n>/
+    run.record_evaluation(...)     a line of runs/<stage>/<tag>/metrics.jsonl
+    run.record_step(...)           likewise, and the run is one step further
+    run.finish(...)                runs/<stage>/<tag>/run.json
+
+A checkpoint holds the weights, the optimizer's state and this object's progress, which is a handful of numbers. Data
+order and random numbers follow from (seed, step), so a resumed run goes on to the bit.
 """
 
 import contextlib
 import dataclasses
+import json
 import os
 import re
+import shutil
 import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from nanochat import checkpoint, recipe
 from nanochat.cli import option, require_positive
-from nanochat.common import get_base_dir, print0, write_record
+from nanochat.common import atomic_write, get_base_dir, print0, write_record
 from nanochat.compute import Compute
 from nanochat.gpt import GPT
 from nanochat.optim import MuonAdamW
-from nanochat.run_log import RunLog, drop_lines_after
 from nanochat.tokenizer import Tokenizer
 
-# What a checkpoint must share with the run that goes on from it; the rest, such as learning rates, may change.
-IDENTITY = ("model_config", "total_batch_size", "num_iterations", "dataset", "source", "rollouts")
+# A checkpoint must share these with the run that goes on from it; the rest, such as learning rates, may change.
+IDENTITY = ("model_config", "tokenizer_hash", "total_batch_size", "num_iterations", "dataset", "source", "rollouts")
 
 
 @dataclass(frozen=True)
@@ -36,14 +45,16 @@ class TrainConfig:
     device_type: str | None = option(None, "cuda | mps | cpu; unset = the fastest there is", ("cuda", "mps", "cpu"))
     seed: int = option(1337, "seed of weights and data order")
     model_tag: str | None = option(None, "name of the run's checkpoints")
-    device_batch_size: int | Literal["auto"] | None = option(
-        None, "rows a device takes at once; auto or unset: on CUDA the most of 65,536 tokens that fit, else up to 32"
+    # the batch
+    device_batch_size: int | None = option(
+        None, "rows a device takes at once; unset or auto: on CUDA the most of 65,536 tokens that fit, else up to 32"
     )
     activation_checkpointing: bool | None = option(
         None, "recompute activations in the backward pass; unset = only if they do not fit"
     )
     total_batch_size: int | None = option(None, "tokens per step over all devices and micro-batches")
     num_iterations: int | None = option(None, "steps")
+    # the optimizer
     embedding_lr: float = option(recipe.LEARNING_RATES["embedding"], "AdamW learning rate of the embeddings")
     unembedding_lr: float = option(recipe.LEARNING_RATES["unembedding"], "AdamW learning rate of the head")
     matrix_lr: float = option(recipe.LEARNING_RATES["matrix"], "Muon learning rate of the matrices")
@@ -54,6 +65,7 @@ class TrainConfig:
     warmdown_ratio: float = option(0.65, "share of the run over which the linear schedule falls")
     final_lr_frac: float = option(0.05, "learning rate at the end, as a fraction")
     grad_clip: float | None = option(None, "largest gradient norm; unset = no clipping")
+    # evaluating and saving
     eval_every: int = option(250, "steps between evaluations (0 = only at the end)")
     eval_tokens: int = option(20 * 2**19, "validation tokens, at most one pass over the validation set")
     sample_every: int = option(2000, "steps between samples (0 = only at the end)")
@@ -62,16 +74,16 @@ class TrainConfig:
     resume: str | None = option(
         None, "continue from a step; alone: from the newest; auto: from the newest if there is one", bare="newest"
     )
+    # speed
     compile: bool = option(True, "fuse with torch.compile where a compiler is there")
     fp8: bool = option(False, "matrix products of the blocks in fp8 (Ada, Hopper or later)")
     price: float | None = option(None, "dollars per hour of all machines together, to say what the run will cost")
 
     def __post_init__(self) -> None:
-        require_positive(self, "total_batch_size", "num_iterations", "grad_clip", "save_every", "keep", "eval_tokens")
+        require_positive(self, "device_batch_size", "total_batch_size", "num_iterations", "grad_clip", "eval_tokens")
+        require_positive(self, "save_every", "keep")
         require_positive(self, "eval_every", "sample_every", "warmup_steps", "seed", "weight_decay", "price", zero=True)
         require_positive(self, "embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr", zero=True)
-        if self.device_batch_size != "auto":
-            require_positive(self, "device_batch_size")
         if self.seed >= 2**63:
             raise ValueError(f"--seed {self.seed}: must be below 2**63")
         if self.model_tag is not None and not re.fullmatch(r"\w[\w.-]*", self.model_tag):
@@ -81,204 +93,307 @@ class TrainConfig:
         if self.resume is not None and self.resume not in ("newest", "auto") and not self.resume.isdigit():
             raise ValueError(f"--resume {self.resume}: give a step, or nothing for the newest checkpoint, or auto")
 
+    def learning_rates(self, scales: dict[str, float]) -> dict[str, float]:
+        """Return the optimizer's learning rates: those of the flags, each times its factor (see recipe.py)."""
+        return {
+            "matrix": self.matrix_lr * scales["matrix"],
+            "embedding": self.embedding_lr * scales["embedding"],
+            "unembedding": self.unembedding_lr * scales["unembedding"],
+            "scalar": self.scalar_lr * scales["scalar"],
+        }
 
-@dataclass(frozen=True)
+
+@dataclass
 class Run:
-    """What stays the same during a run. `meta` goes into every checkpoint and into run.json."""
+    """One training run. The first fields never change; a checkpoint brings back the progress at the end."""
 
-    stage: str
+    stage: str  # base | mid | sft | rl
     tag: str
     config: TrainConfig
     model: GPT
     optimizer: MuonAdamW
     tokenizer: Tokenizer
     compute: Compute
-    num_iterations: int
-    meta: dict[str, Any]
+    total_batch_size: int  # tokens per step
+    num_iterations: int  # steps
+    facts: dict[str, Any]  # what else a checkpoint says: dataset, depth, and the source that fine-tuning started from
+
+    step: int = 0
+    tokens: int = 0  # trained on so far
+    seconds: float = 0.0  # of training so far
+    saved_step: int = 0  # a new run has nothing worth saving at step 0, so that counts as saved
+    evaluated_step: int | None = None
+    val_bpb: float | None = None  # of the newest evaluation
+    stop_requested: bool = False  # by a signal
+    log: "RunLog | None" = None  # rank 0 has one, between start_or_resume and close
 
     @property
     def folder(self) -> Path:
         """The folder of metrics.jsonl and run.json."""
         return get_base_dir() / "runs" / self.stage / self.tag
 
+    @property
+    def meta(self) -> dict[str, Any]:
+        """The facts that every checkpoint and run.json state about this run."""
+        return {
+            **self.facts,
+            "model_config": dataclasses.asdict(self.model.config),
+            "tokenizer_hash": self.tokenizer.hash,
+            "config": dataclasses.asdict(self.config),
+            "total_batch_size": self.total_batch_size,
+            "num_iterations": self.num_iterations,
+        }
 
-@dataclass
-class Progress:
-    """How far a run has come. A new run has nothing worth saving at step 0, so that counts as saved."""
+    # --- beginning
 
-    step: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    saved_step: int = 0
-    val_bpb: float | None = None  # of the newest evaluation
+    def start_or_resume(self) -> None:
+        """Begin at step 0, setting an earlier run of this name aside, or load the checkpoint that --resume names.
+
+        Raises ValueError when there is no such checkpoint, or when it belongs to a run with other flags or tokenizer.
+        """
+        meta = self._meta_to_resume()
+        if meta is not None:
+            self._load(meta)
+        elif self.compute.rank == 0:
+            checkpoint.set_aside(self.stage, self.tag)
+            self.folder.mkdir(parents=True, exist_ok=True)
+        self.compute.barrier()
+        if self.compute.rank == 0:
+            self.log = RunLog(self)
+
+    def _meta_to_resume(self) -> dict[str, Any] | None:
+        """Return the meta of the checkpoint to go on from, or None to begin anew."""
+        wanted = self.config.resume
+        if wanted is None:
+            return None
+        if wanted == "newest":
+            return checkpoint.newest(self.stage, self.tag)
+        if wanted == "auto":
+            try:
+                meta = checkpoint.newest(self.stage, self.tag)
+            except ValueError:
+                return None
+            # A checkpoint of another run with the same tag is no reason to stop: this run begins anew.
+            return None if self._difference(meta) else meta
+        return checkpoint.read_meta(self.stage, self.tag, int(wanted))
+
+    def _difference(self, meta: dict[str, Any]) -> str:
+        """Say in which part of its identity a checkpoint differs from this run; "" if in none."""
+        mine = self.meta
+        for name in IDENTITY:
+            if meta.get(name) != mine.get(name):
+                return f"this run began with {name} {meta.get(name)}, now it is {mine.get(name)}"
+        return ""
+
+    def _load(self, meta: dict[str, Any]) -> None:
+        checkpoint.check_tokenizer(meta, self.tokenizer)
+        if difference := self._difference(meta):
+            raise ValueError(f"--resume: {difference}: give the same flags")
+        step = meta["step"]
+        checkpoint.load_weights(self.stage, self.tag, step, self.model)
+        shares = checkpoint.load_optimizer_shares(self.stage, self.tag, step, self.compute.device)
+        self.optimizer.load_state_dicts(shares)
+        self.step = step
+        self.saved_step = step
+        self.seconds = meta["seconds"]
+        # Checkpoints of older versions do not count tokens.
+        self.tokens = meta.get("tokens", step * self.total_batch_size)
+        self.val_bpb = meta["val_bpb"]
+        if self.val_bpb is not None:
+            self.evaluated_step = step
+        if self.compute.rank == 0:
+            drop_lines_after(self.folder / "metrics.jsonl", step)
+        print0(f"resumed {self.stage}/{self.tag} at step {step} of {self.num_iterations}")
+
+    # --- under way
+
+    def save(self) -> None:
+        """Write a checkpoint of this step, unless it has one; every rank calls this. Raises OSError on a full disk."""
+        if self.step == self.saved_step:
+            return
+        meta = {**self.meta, "val_bpb": None, "seconds": self.seconds, "tokens": self.tokens}
+        state = self.optimizer.state_dict()
+        checkpoint.save(self.stage, self.tag, self.step, self.model, state, meta, self.compute)
+        self.saved_step = self.step
+
+    def prune(self) -> None:
+        """Delete old checkpoints if this step has a new one. Call it after evaluating, which may find a new best."""
+        if self.step == self.saved_step and self.compute.rank == 0:
+            checkpoint.prune(self.stage, self.tag, self.config.keep)
+
+    def record_evaluation(self, metrics: dict[str, Any]) -> None:
+        """Write an evaluation to the log and, if this step has a checkpoint, into its meta.json."""
+        self.evaluated_step = self.step
+        self.val_bpb = metrics["val_bpb"]
+        if self.log is None:
+            return
+        if self.step > 0 and self.step == self.saved_step:
+            checkpoint.update_meta(self.stage, self.tag, self.step, metrics)
+        self.log.write({"step": self.step, **metrics})
+        scores = [f"{name} {value:.4f}" for name, value in metrics.items() if isinstance(value, float)]
+        self.log.say(f"step {self.step}: {', '.join(scores)}")
+
+    def record_step(
+        self,
+        *,
+        loss: float,
+        lr_mult: float,
+        tokens: int,
+        flops: float | None,
+        seconds: float,
+        epoch: int,
+        more: dict[str, Any],
+    ) -> None:
+        """Count the step just made, of `tokens` tokens and `flops` operations, and log it.
+
+        `mfu`, model FLOPs utilization, is None where `flops` or the device's peak is unknown. more: further metrics.
+        """
+        self.step += 1
+        self.tokens += tokens
+        self.seconds += seconds
+        peak = self.compute.peak_flops
+        mfu = None
+        if flops is not None and peak is not None:
+            mfu = flops / seconds / (peak * self.compute.world_size)
+        if self.log is None:
+            return
+        line = {
+            "step": self.step,
+            "loss": loss,
+            "lr_mult": lr_mult,
+            "tokens": self.tokens,
+            "tok_per_sec": tokens / seconds,
+            "mfu": mfu,
+            "dt": seconds,
+            "peak_mem_bytes": self.compute.peak_memory(),
+            "epoch": epoch,
+            **more,
+        }
+        self.log.write(line)
+        self.log.show_step(line, self.num_iterations)
+
+    def diverged(self, what: str) -> ValueError:
+        """Return the error that ends a diverged run and names the newest checkpoint that is still sound.
+
+        A checkpoint of this very step holds the weights that gave the loss, so only earlier ones are sound.
+        """
+        sound = [saved for saved in checkpoint.list_steps(self.stage, self.tag) if saved < self.step]
+        again = f"--resume {sound[-1]}" if sound else "begin again"
+        return ValueError(f"{what}: lower the learning rates or set --grad-clip, then {again}")
+
+    # --- ending
+
+    def finish(self, plan: dict[str, Any]) -> None:
+        """Write run.json: configuration, result, time and memory of the whole run. plan: how a device took its rows."""
+        if self.compute.rank != 0:
+            return
+        record = {
+            "stage": self.stage,
+            "tag": self.tag,
+            **self.meta,
+            "val_bpb": self.val_bpb,
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "plan": plan,
+            "peak_mem_bytes": self.compute.peak_memory(),
+            "wall_seconds": self.seconds,
+        }
+        write_record(self.folder / "run.json", record)
+
+    def close(self) -> None:
+        """Close the log."""
+        if self.log is not None:
+            self.log.close()
 
 
-def describe(
-    config: TrainConfig,
-    model: GPT,
-    tokenizer: Tokenizer,
-    total_batch_size: int,
-    num_iterations: int,
-    meta: dict[str, Any],
-) -> dict[str, Any]:
-    """Return what every checkpoint of a run says of it: `meta`, and what can be read off the other arguments."""
-    return {
-        **meta,
-        "model_config": dataclasses.asdict(model.config),
-        "tokenizer_hash": tokenizer.hash,
-        "config": dataclasses.asdict(config),
-        "total_batch_size": total_batch_size,
-        "num_iterations": num_iterations,
-    }
+class RunLog:
+    """The log of a run: metrics.jsonl for programs, wandb where --run asks for it, and lines on the screen for people.
 
-
-def start_or_resume(run: Run) -> Progress:
-    """Begin at step 0, setting an earlier run of this name aside, or load the checkpoint that --resume names.
-
-    Raises ValueError when there is no such checkpoint, or when it belongs to a run with other flags or tokenizer.
+    On a terminal the line of a step overwrites that of the step before; a file gets about fifty lines for a whole run.
     """
-    wanted = run.config.resume
-    if wanted is None or (wanted == "auto" and not has_own_checkpoint(run)):
-        if run.compute.rank == 0:
-            checkpoint.set_aside(run.stage, run.tag)
-            run.folder.mkdir(parents=True, exist_ok=True)
-        run.compute.barrier()
-        return Progress()
-    step = int(wanted) if wanted.isdigit() else checkpoint.newest_whole(run.stage, run.tag)
-    meta = checkpoint.read_meta(run.stage, run.tag, step)
-    checkpoint.check_tokenizer(meta, run.tokenizer)
-    for name in IDENTITY:
-        before, now = meta.get(name), run.meta.get(name)
-        if before != now:
-            raise ValueError(f"--resume: this run began with {name} {before}, now it is {now}: give the same flags")
-    checkpoint.load_weights(run.stage, run.tag, step, run.model)
-    run.optimizer.load_state_dicts(checkpoint.load_optimizer_shares(run.stage, run.tag, step, run.compute.device))
-    if run.compute.rank == 0:
-        drop_lines_after(run.folder, step)
-    print0(f"resumed {run.stage}/{run.tag} at step {step} of {run.num_iterations}")
-    return Progress(
-        step=step,
-        # checkpoints of older versions do not count tokens
-        tokens=meta.get("tokens", step * run.meta["total_batch_size"]),
-        seconds=meta["seconds"],
-        saved_step=step,
-        val_bpb=meta["val_bpb"],
-    )
+
+    def __init__(self, run: Run) -> None:
+        """Open metrics.jsonl for appending. Raises ValueError when wandb is wanted and cannot be used."""
+        self.wandb = start_wandb(run.config.run, run.meta, run.folder) if run.config.run else None
+        self.live = sys.stdout.isatty()
+        # Line buffering: a killed run loses at most the line in hand.
+        self.file = open(run.folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Append a line to metrics.jsonl and wandb."""
+        self.file.write(json.dumps(line) + "\n")
+        if self.wandb is not None:
+            self.wandb.log(line, step=line["step"])
+
+    def show_step(self, line: dict[str, Any], num_iterations: int) -> None:
+        """Show a step's metrics on the screen."""
+        step = line["step"]
+        scores = [f"{name} {line[name]:.4f}" for name in ("loss", "reward") if name in line]
+        mfu = "n/a" if line["mfu"] is None else f"{line['mfu']:.1%}"
+        minutes_left = (num_iterations - step) * line["dt"] / 60
+        text = (
+            f"step {step:5d}/{num_iterations} | {', '.join(scores)} | lr x{line['lr_mult']:.3f} | "
+            f"{line['tok_per_sec']:,.0f} tok/s | mfu {mfu} | epoch {line['epoch']} | {minutes_left:.1f} min left"
+        )
+        # The first three steps show that a run has begun.
+        if step <= 3 or step == num_iterations or step % max(1, num_iterations // 50) == 0:
+            self.say(text)
+        elif self.live:
+            width = shutil.get_terminal_size().columns - 1
+            print(f"{text[:width]}\x1b[K", end="\r", flush=True)
+
+    def say(self, text: str) -> None:
+        """Print a line. \\x1b[K clears what a longer live line has left on its right."""
+        print(f"{text}\x1b[K" if self.live else text, flush=True)
+
+    def close(self) -> None:
+        """Close the file and the wandb run."""
+        self.file.close()
+        if self.wandb is not None:
+            self.wandb.finish()
 
 
-def has_own_checkpoint(run: Run) -> bool:
-    """Return whether this very run, and not another one of the same tag, has left a whole checkpoint."""
+def start_wandb(name: str, config: dict[str, Any], folder: Path) -> Any:
+    """Start the wandb run `name`; raises ValueError when wandb is not installed or refuses."""
     try:
-        step = checkpoint.newest_whole(run.stage, run.tag)
-        meta = checkpoint.read_meta(run.stage, run.tag, step)
-    except ValueError:
-        return False
-    same = all(meta.get(name) == run.meta.get(name) for name in IDENTITY)
-    return same and meta["tokenizer_hash"] == run.tokenizer.hash
+        import wandb
+    except ImportError as error:
+        raise ValueError(f"--run {name} needs wandb: pip install wandb, or leave --run out") from error
+    try:
+        wandb.init(project="nanochat", name=name, config=config, dir=str(folder))
+    except wandb.Error as error:
+        raise ValueError(f"--run {name}: {error}: log in to wandb, or set WANDB_MODE=offline") from error
+    return wandb
 
 
-def open_log(run: Run, first_step: int) -> RunLog:
-    """Open the run's log at step `first_step`."""
-    return RunLog(
-        run.folder,
-        title=f"{run.stage} {run.tag}",
-        first_step=first_step,
-        num_iterations=run.num_iterations,
-        wandb_name=run.config.run,
-        config=run.meta,
-        rank=run.compute.rank,
-    )
-
-
-@dataclass
-class StopRequest:
-    """Whether a signal has asked the run to stop."""
-
-    requested: bool = False
+def drop_lines_after(path: Path, step: int) -> None:
+    """Remove the metrics of steps that a resumed run will repeat, and a line that a kill has cut short."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    kept = []
+    for line in lines:
+        with contextlib.suppress(json.JSONDecodeError):
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+    atomic_write(path, "".join(kept))
 
 
 @contextlib.contextmanager
-def stop_signals() -> Iterator[StopRequest]:
-    """Turn the first SIGINT or SIGTERM into a request to stop after the step in hand; a second one ends at once."""
-    stop = StopRequest()
+def stop_on_signals(run: Run) -> Iterator[None]:
+    """Let the first SIGINT or SIGTERM ask the run to stop after the step in hand; a second one ends at once.
+
+    The handler only sets a flag, which the loop reads between two steps: a signal may come in the middle of an update,
+    when the weights are those of no step, and reaches each rank at another moment.
+    """
 
     def handle(signum: int, frame: Any) -> None:
         # torchrun sends its workers a signal twice, which is not the user's impatience
-        if stop.requested and "TORCHELASTIC_RUN_ID" not in os.environ:
+        if run.stop_requested and "TORCHELASTIC_RUN_ID" not in os.environ:
             raise KeyboardInterrupt
-        stop.requested = True
+        run.stop_requested = True
         print0(f"\n{signal.Signals(signum).name}: saving after this step, once more ends at once", file=sys.stderr)
 
     previous = {signum: signal.signal(signum, handle) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield stop
+        yield
     finally:
         for signum, handler in previous.items():
             signal.signal(signum, handler)
-
-
-def save(run: Run, progress: Progress) -> None:
-    """Write a checkpoint of this step, unless it has one; every rank calls this. Raises OSError on a full disk."""
-    if progress.step == progress.saved_step:
-        return
-    meta = {**run.meta, "val_bpb": None, "seconds": progress.seconds, "tokens": progress.tokens}
-    checkpoint.save(run.stage, run.tag, progress.step, run.model, run.optimizer.state_dict(), meta, run.compute)
-    progress.saved_step = progress.step
-
-
-def record_evaluation(run: Run, progress: Progress, log: RunLog, metrics: dict[str, Any]) -> None:
-    """Write an evaluation to the log and, if this step has a checkpoint, into its meta.json."""
-    progress.val_bpb = metrics["val_bpb"]
-    if run.compute.rank == 0 and progress.step > 0 and progress.step == progress.saved_step:
-        checkpoint.update_meta(run.stage, run.tag, progress.step, metrics)
-    log.write({"step": progress.step, **metrics})
-
-
-def finish_step(run: Run, progress: Progress, *, loss: float, lr_mult: float, tokens: int, dt: float) -> dict[str, Any]:
-    """Count the step just made, of `tokens` tokens in `dt` seconds, and return its line of metrics.jsonl.
-
-    `mfu`, model FLOPs utilization, is None where the device's peak is unknown.
-    """
-    progress.step += 1
-    progress.tokens += tokens
-    progress.seconds += dt
-    tok_per_sec = tokens / dt
-    peak = run.compute.peak_flops
-    mfu = None if peak is None else tok_per_sec * run.model.flops_per_token() / (peak * run.compute.world_size)
-    return {
-        "step": progress.step,
-        "loss": loss,
-        "lr_mult": lr_mult,
-        "tokens": progress.tokens,
-        "tok_per_sec": tok_per_sec,
-        "mfu": mfu,
-        "dt": dt,
-        "peak_mem_bytes": run.compute.peak_memory(),
-    }
-
-
-def diverged(run: Run, step: int, what: str) -> ValueError:
-    """Return the error that ends a diverged run and names the newest checkpoint that is still sound.
-
-    A checkpoint of this very step holds the weights that gave the loss, so only earlier ones are.
-    """
-    sound = [saved for saved in checkpoint.list_steps(run.stage, run.tag) if saved < step]
-    again = f"--resume {sound[-1]}" if sound else "begin again"
-    return ValueError(f"{what}: lower the learning rates or set --grad-clip, then {again}")
-
-
-def write_run_record(run: Run, progress: Progress, plan: dict[str, Any]) -> None:
-    """Write run.json: configuration, result, time and memory of the whole run. plan: how a device took its rows."""
-    if run.compute.rank != 0:
-        return
-    record = {
-        "stage": run.stage,
-        "tag": run.tag,
-        **run.meta,
-        "val_bpb": progress.val_bpb,
-        "parameters": sum(p.numel() for p in run.model.parameters()),
-        "plan": plan,
-        "peak_mem_bytes": run.compute.peak_memory(),
-        "wall_seconds": progress.seconds,
-    }
-    write_record(run.folder / "run.json", record)

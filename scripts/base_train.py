@@ -3,21 +3,21 @@
 It builds a model of the given depth, lets the recipe derive everything else from it, and trains on a dataset's text.
 """
 
-import functools
 from dataclasses import dataclass
 
 import torch
 
 from nanochat import cli, recipe
-from nanochat.common import print0
 from nanochat.compute import Compute
 from nanochat.dataset import dataset_name
-from nanochat.gpt import GPT, build_model
-from nanochat.run import TrainConfig
+from nanochat.gpt import build_model
+from nanochat.optim import MuonAdamW
+from nanochat.run import Run, TrainConfig
 from nanochat.token_shards import TextRows
-from nanochat.tokenizer import Tokenizer, load_tokenizer
+from nanochat.tokenizer import load_tokenizer
 from nanochat.trainer import train
 
+# Continued every --sample-every steps. The last is one that only reasoning could continue.
 PROMPTS = ("The capital of France is", "The chemical symbol of gold is", "The opposite of hot is", "If yesterday was")
 
 
@@ -59,7 +59,7 @@ def main() -> None:
     model = build_model(model_config, compute.device, train=True)
     model.init_weights(torch.Generator(compute.device).manual_seed(config.seed))
 
-    # The recipe: how many tokens, how many of them per step, and how much weight decay. A flag overrides each.
+    # The recipe: how many tokens, and how many of them per step. A flag overrides each.
     if config.total_batch_size and config.num_iterations:
         tokens = config.num_iterations * config.total_batch_size
     elif config.target_flops is not None:
@@ -69,51 +69,32 @@ def main() -> None:
     reference = recipe.reference_tokens(model_config)
     total_batch_size = config.total_batch_size or recipe.batch_tokens(tokens, reference)
     num_iterations = config.num_iterations or max(1, round(tokens / total_batch_size))
+
+    # The optimizer: learning rates and weight decay that suit this batch and this many tokens.
     weight_decay = config.weight_decay
     if weight_decay is None:
         weight_decay = recipe.weight_decay(total_batch_size, num_iterations * total_batch_size, reference)
+    learning_rates = config.learning_rates(recipe.learning_rate_scales(total_batch_size))
+    optimizer = MuonAdamW(model, learning_rates, weight_decay, compute)
 
     # The rows: the dataset's text as token ids, made by the first run that needs them.
     train_rows = TextRows(config.dataset, "train", tokenizer, config.max_seq_len)
     val_rows = TextRows(config.dataset, "val", tokenizer, config.max_seq_len)
 
-    train(
-        config,
+    run = Run(
         stage="base",
         tag=config.model_tag or f"d{config.depth}",
+        config=config,
         model=model,
+        optimizer=optimizer,
         tokenizer=tokenizer,
-        train_rows=train_rows,
-        val_rows=val_rows,
         compute=compute,
         total_batch_size=total_batch_size,
         num_iterations=num_iterations,
-        weight_decay=weight_decay,
-        lr_scales=recipe.learning_rate_scales(total_batch_size),
-        meta={"dataset": dataset_name(config.dataset), "depth": config.depth},
-        sample=functools.partial(print_samples, model, tokenizer, compute),
+        facts={"dataset": dataset_name(config.dataset), "depth": config.depth},
     )
+    train(run, train_rows, val_rows, prompts=PROMPTS)
     compute.close()
-
-
-@torch.no_grad()
-def print_samples(model: GPT, tokenizer: Tokenizer, compute: Compute) -> None:
-    """Print the likeliest 16 tokens after each of a few prompts; rank 0 alone samples.
-
-    Each token is computed from the whole text before it. The engine, which keeps keys and values, would gain nothing on
-    so few tokens.
-    """
-    if compute.rank != 0:
-        return
-    model.eval()
-    with torch.compiler.set_stance("force_eager"):  # texts of every length would each be compiled anew
-        for prompt in PROMPTS:
-            ids = tokenizer.encode(prompt, prepend="<|bos|>")
-            for _ in range(16):
-                logits_BTV = model(torch.tensor([ids], device=compute.device))
-                ids.append(int(logits_BTV[0, -1].argmax()))
-            print0("  " + repr(tokenizer.decode(ids[1:])))
-    model.train()
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 from nanochat import cli
-from nanochat.compute import Compute
 from nanochat.rl import RLConfig, reinforce
 from tasks.builtin import SCORED, mixture
 from tasks.common import Task
@@ -33,9 +32,8 @@ class ChatRL(RLConfig):
 def main() -> None:
     """Train, and save as stage rl."""
     config = cli.parse(ChatRL, description=__doc__)
-    compute = Compute.create(config.device_type)
     held_out = mixture("test", 0.1, config.seed, identity=True)
-    reinforce(config, config.load("train"), config.load("test"), held_out, compute)
+    reinforce(config, config.load("train"), config.load("test"), held_out)
 
 
 if __name__ == "__main__":

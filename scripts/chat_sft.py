@@ -6,7 +6,6 @@ The last, short stage, on conversations of the kind that is wanted, at a lower l
 from dataclasses import dataclass
 
 from nanochat import cli
-from nanochat.compute import Compute
 from nanochat.finetune import FinetuneConfig, finetune
 from tasks.builtin import mixture
 from tasks.common import Multiturn
@@ -23,18 +22,16 @@ class ChatSFT(FinetuneConfig):
 
 def main() -> None:
     config = cli.parse(ChatSFT, description=__doc__)
-    compute = Compute.create(config.device_type)
     # Another seed than midtraining's draws other numbers, words and wordings, all from the training side.
     skills = mixture("train", config.scale, config.seed + 1, identity=True)
     held_out = mixture("test", 0.1, config.seed, identity=True)
     conversations = Multiturn(skills, max_turns=3, seed=config.seed)
     finetune(
+        config,
         stage="sft",
         from_stage="mid",
-        config=config,
-        train_conversations=join("sft", conversations, config.seed, config.tasks_dir, config.custom_json),
-        val_conversations=join("val", held_out, config.seed, config.tasks_dir),
-        compute=compute,
+        train_on=join("sft", conversations, config.seed, config.tasks_dir, config.custom_json),
+        val_on=join("val", held_out, config.seed, config.tasks_dir),
     )
 
 

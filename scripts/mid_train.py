@@ -6,7 +6,6 @@ The base model continues text. On a mixture of conversations it learns the chat 
 from dataclasses import dataclass
 
 from nanochat import cli
-from nanochat.compute import Compute
 from nanochat.finetune import FinetuneConfig, finetune
 from tasks.builtin import mixture
 from tasks.common import Multiturn
@@ -22,17 +21,15 @@ class MidTrain(FinetuneConfig):
 
 def main() -> None:
     config = cli.parse(MidTrain, description=__doc__)
-    compute = Compute.create(config.device_type)
     skills = mixture("train", config.scale, config.seed, identity=False)
     held_out = mixture("test", 0.1, config.seed, identity=False)
     conversations = Multiturn(skills, max_turns=2, seed=config.seed)
     finetune(
+        config,
         stage="mid",
         from_stage="base",
-        config=config,
-        train_conversations=join("mid", conversations, config.seed, config.tasks_dir, config.custom_json),
-        val_conversations=join("val", held_out, config.seed, config.tasks_dir),
-        compute=compute,
+        train_on=join("mid", conversations, config.seed, config.tasks_dir, config.custom_json),
+        val_on=join("val", held_out, config.seed, config.tasks_dir),
     )
 
 

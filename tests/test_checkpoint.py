@@ -110,7 +110,7 @@ def test_killed_at_any_moment_of_saving(tiny_world):
         result = tiny_run.start(save_and_die, 2, fsyncs).wait()
         assert result.code in (0, -signal.SIGKILL), result
         outcomes.append(checkpoint.list_steps("base", "t"))
-        whole = checkpoint.newest_whole("base", "t")
+        whole = checkpoint.newest("base", "t")["step"]
         assert whole == outcomes[-1][-1], "what has its final name is whole"
         assert same(checkpoint.load_model("base", "cpu", "t", 1)[0].state_dict(), first.state_dict())
         if result.code == 0:
@@ -128,7 +128,7 @@ def test_killed_while_a_step_is_saved_again(tiny_world):
     for fsyncs in range(20):
         code = tiny_run.start(save_and_die, 2, fsyncs).wait().code
         assert checkpoint.list_steps("base", "t") == [1, 2]
-        assert checkpoint.newest_whole("base", "t") == 2
+        assert checkpoint.newest("base", "t")["step"] == 2
         if code == 0:
             break
     assert code == 0, "a rest of an earlier kill is no obstacle"
@@ -208,7 +208,7 @@ def test_a_damaged_meta_json_is_named_and_the_step_skipped(tiny_world, content):
     with pytest.raises(ValueError, match=r"step_000002/meta\.json"):
         checkpoint.load_model("base", "cpu", "t", 2)
     assert checkpoint.load_model("base", "cpu")[2]["step"] == 1
-    assert checkpoint.newest_whole("base", "t") == 1
+    assert checkpoint.newest("base", "t")["step"] == 1
     checkpoint.prune("base", "t", 1)
 
 
@@ -364,7 +364,7 @@ def test_a_disk_that_fills_up(small_disk):
     result = script("scripts.base_train", *every)
     assert "step_000008 could not be written" in result.error_line
     assert "No space left" in result.error_line
-    assert checkpoint.newest_whole("base", "d2") == 4
+    assert checkpoint.newest("base", "d2")["step"] == 4
     assert small_disk(10**9)
     run("scripts.base_train", *every, "--resume")
     assert losses("base", "d2") == expected

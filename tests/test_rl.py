@@ -19,10 +19,20 @@ from nanochat.chat_eval import pass_at_k
 from nanochat.compute import Compute
 from nanochat.conversation import render, render_for_completion
 from nanochat.engine import Engine, Request
+from nanochat.finetune import continue_from, load_source
 from nanochat.gpt import build_model
 from nanochat.optim import MuonAdamW
 from nanochat.report import Records
-from nanochat.rl import Group, RLConfig, Rollouts, judge, make_micro_batches, reinforce, sampled_row
+from nanochat.rl import (
+    Group,
+    RLConfig,
+    judge,
+    make_micro_batches,
+    problems_of_step,
+    reinforce,
+    sample_groups,
+    sampled_row,
+)
 from nanochat.tokenizer import load_tokenizer
 from scripts.chat_rl import ChatRL
 from tasks.arithmetic import Arithmetic
@@ -93,15 +103,14 @@ def configure(**flags):
     return RLConfig(**{**sizes, **evaluations, "init_lr_frac": 1.0, **flags})
 
 
-def learn(right="a", compute=None, **flags):
+def learn(right="a", **flags):
     """A run in this process."""
-    compute = compute or Compute(torch.device("cpu"), torch.float32)
     held_out = [single_turn(f"Say letters, held out {i}.", LETTERS) for i in range(8)]
-    reinforce(configure(**flags), [Letters(right, "train")], [Letters(right, "test")], held_out, compute)
+    reinforce(configure(**flags), [Letters(right, "train")], [Letters(right, "test")], held_out)
 
 
 def learn_in_child(right, flags):
-    cli.run(lambda: learn(right, Compute.create("cpu"), **flags))
+    cli.run(lambda: learn(right, **flags))
 
 
 def start_learning(right="a", environment=None, **flags) -> Running:
@@ -129,10 +138,17 @@ def weights(tag, step, stage="rl"):
     return dict(model.named_parameters())
 
 
-def rollouts_of(train, **flags):
-    compute = Compute(torch.device("cpu"), torch.float32)
-    model, tokenizer, _ = checkpoint.load_model("sft", "cpu", "d2", train=True)
-    return Rollouts(model, tokenizer, train, [], configure(**flags), compute)
+def places(task):
+    return [(task, index) for index in range(len(task))]
+
+
+def asked(config, step, rank=0, ranks=1):
+    """The run that goes on from the SFT model, a step's problems for all ranks, and what this rank answers to its."""
+    compute = Compute(torch.device("cpu"), torch.float32, rank, ranks)
+    run = continue_from(load_source("sft", config, compute), "rl", config, compute, 512, 6, more_facts={})
+    problems = problems_of_step(places(Letters("a", "train")), config, step)
+    run.model.eval()
+    return run, problems, sample_groups(run, config, problems, 4)
 
 
 # --- the gradient
@@ -143,16 +159,15 @@ def test_the_gradient_is_that_of_the_objective(base, monkeypatch):
     got = {}
     update_weights = trainer.update_weights
 
-    def spy(run, step, lr_mult):
+    def spy(run, lr_mult):
         got.update({name: p.grad.clone() for name, p in run.model.named_parameters() if p.grad is not None})
-        return update_weights(run, step, lr_mult)
+        return update_weights(run, lr_mult)
 
-    rollouts = rollouts_of([Letters("a", "train")])
-    groups = rollouts.sample(rollouts.problems(0), 4)
-    model, loss, nll, trained, n_tokens = rollouts.model, 0.0, 0.0, 0, 0
-    end = rollouts.tokenizer.encode_special("<|assistant_end|>")
+    run, _, groups = asked(configure(), 0)
+    model, loss, nll, trained, n_tokens = run.model, 0.0, 0.0, 0, 0
+    end = run.tokenizer.encode_special("<|assistant_end|>")
     for group in groups:
-        said = [rollouts.tokenizer.decode(request.output) for request in group.requests]
+        said = [run.tokenizer.decode(request.output) for request in group.requests]
         rewards = [float(set(text) == {"a"} and r.stop_token == end) for text, r in zip(said, group.requests)]
         for request, reward in zip(group.requests, rewards, strict=True):
             advantage = reward - sum(rewards) / 4
@@ -298,14 +313,17 @@ def test_equal_rewards_change_nothing(base, right):
 
 
 def test_problems_follow_from_seed_and_step(base):
-    one, other, seeded = (rollouts_of([Letters("a", "train", 10)], seed=seed) for seed in (1, 1, 2))
-    order = [index for step in range(5) for _, index in one.problems(step).values()]
+    problems = places(Letters("a", "train", 10))
+
+    def indices(step, seed):
+        return [index for _, index in problems_of_step(problems, configure(seed=seed), step).values()]
+
+    order = [index for step in range(5) for index in indices(step, seed=1)]
     assert sorted(order[:10]) == sorted(order[10:]) == list(range(10)), "each problem once an epoch"
     assert order[:10] != order[10:] and order[:10] != list(range(10))
     for step in reversed(range(5)):
-        indices = [index for _, index in other.problems(step).values()]
-        assert indices == order[4 * step : 4 * step + 4]
-    assert [index for step in range(5) for _, index in seeded.problems(step).values()] != order
+        assert indices(step, seed=1) == order[4 * step : 4 * step + 4]
+    assert [index for step in range(5) for index in indices(step, seed=2)] != order
 
 
 def test_answers_do_not_depend_on_their_neighbours(base):
@@ -313,11 +331,8 @@ def test_answers_do_not_depend_on_their_neighbours(base):
     told = {}
     for size, ranks in ((12, 1), (3, 1), (16, 2)):
         for rank in range(ranks):
-            rollouts = rollouts_of([Letters("a", "train")], rollout_batch_size=size)
-            rollouts.compute = Compute(torch.device("cpu"), torch.float32, rank, ranks)
-            problems = rollouts.problems(3)
-            names = list(problems)[rank::ranks]
-            for name, group in zip(names, rollouts.sample(problems, 4), strict=True):
+            _, problems, groups = asked(configure(rollout_batch_size=size), 3, rank, ranks)
+            for name, group in zip(list(problems)[rank::ranks], groups, strict=True):
                 told.setdefault(name, []).append([request.output for request in group.requests])
     assert len(told) == 4
     for found in told.values():
@@ -334,7 +349,7 @@ def test_killed_and_resumed_to_the_bit(base):
     wait_for(lambda: max(losses("rl", "killed"), default=0) >= 5, running)
     os.kill(running.pid, signal.SIGKILL)
     assert running.wait().code == -signal.SIGKILL
-    assert 3 <= checkpoint.newest_whole("rl", "killed") < 12
+    assert 3 <= checkpoint.newest("rl", "killed")["step"] < 12
     running = start_learning(model_tag="killed", resume="newest", **flags)
     wait_for(lambda: max(losses("rl", "killed"), default=0) >= 8, running)
     os.kill(running.pid, signal.SIGTERM)
@@ -401,17 +416,12 @@ def test_rewarded_behaviour_takes_over(base, right):
 
 def test_only_problems_of_the_training_split_are_trained_on(base):
     train, test = Letters("a", "train"), Letters("a", "test", 8)
-    rollouts = rollouts_of([train])
-    assert {task.split for task, _ in rollouts.places} == {"train"}
     config = ChatRL(tasks="arithmetic,spellingbee,arithmetic")
     for split in ("train", "test"):
         assert [(task.name, task.split) for task in config.load(split)] == [
             ("arithmetic", split), ("spellingbee", split),
         ]  # fmt: skip
-    compute = Compute(torch.device("cpu"), torch.float32)
-    reinforce(
-        configure(model_tag="t", eval_every=0, eval_problems=5), [train], [test], [single_turn("a", "b")], compute
-    )
+    reinforce(configure(model_tag="t", eval_every=0, eval_problems=5), [train], [test], [single_turn("a", "b")])
     assert set(test.seen) == set(range(5)) and len(train.seen) == 6 * 4
 
 
@@ -476,9 +486,8 @@ class Odd(Letters):
 
 
 def test_problems_that_cannot_be_asked_are_counted_and_the_rest_goes_on(base):
-    compute = Compute(torch.device("cpu"), torch.float32)
     odd, held_out = Odd("a", "train", 8), [single_turn("a", "b")]
-    reinforce(configure(model_tag="t", num_iterations=4), [odd], [Letters("a", "test")], held_out, compute)
+    reinforce(configure(model_tag="t", num_iterations=4), [odd], [Letters("a", "test")], held_out)
     lines = steps("t")
     assert sum(line["unusable"] for line in lines) == 8, "four of eight, twice"
     assert sum(line["tokens"] > 0 for line in lines) == 4

@@ -1,6 +1,5 @@
 """The one loop: killed, told to stop, diverging and resumed; and what it writes down."""
 
-import dataclasses
 import json
 import math
 import os
@@ -18,6 +17,7 @@ from nanochat import checkpoint, recipe, trainer
 from nanochat.compute import Compute, can_compile
 from nanochat.dataloader import RowLoader
 from nanochat.gpt import build_model
+from nanochat.optim import MuonAdamW
 from nanochat.run import Run, TrainConfig
 from nanochat.token_shards import TextRows
 from nanochat.tokenizer import load_tokenizer
@@ -53,22 +53,21 @@ def make_model():
 def train_here(steps=6, tag="t", model=None, **flags):
     """A run in this process, on the corpus."""
     tokenizer = load_tokenizer()
+    model = model or make_model()
     config = TrainConfig(**{"compile": False, "eval_tokens": 512, "device_batch_size": 4, **flags})
-    trainer.train(
-        config,
+    run = Run(
         stage="base",
         tag=tag,
-        model=model or make_model(),
+        config=config,
+        model=model,
+        optimizer=MuonAdamW(model, config.learning_rates(dict.fromkeys(recipe.LEARNING_RATES, 0.03)), 0.1, CPU),
         tokenizer=tokenizer,
-        train_rows=TextRows("corpus", "train", tokenizer, 64),
-        val_rows=TextRows("corpus", "val", tokenizer, 64),
         compute=CPU,
         total_batch_size=512,
         num_iterations=steps,
-        weight_decay=0.1,
-        lr_scales=dict.fromkeys(recipe.LEARNING_RATES, 0.03),
-        meta={"dataset": "corpus", "depth": 2},
+        facts={"dataset": "corpus", "depth": 2},
     )
+    trainer.train(run, TextRows("corpus", "train", tokenizer, 64), TextRows("corpus", "val", tokenizer, 64))
 
 
 # --- killed and resumed
@@ -171,7 +170,7 @@ def test_a_crash_in_evaluation_costs_nothing(tiny_world, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="out of memory"):
         patch.setattr(trainer, "evaluate_bpb", crash)
         train_here(eval_every=3)
-    assert checkpoint.newest_whole("base", "t") == 3
+    assert checkpoint.newest("base", "t")["step"] == 3
     train_here(eval_every=3, resume="newest")
     train_here(eval_every=3, tag="whole")
     assert losses("base", "t") == losses("base", "whole")
@@ -192,7 +191,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny_world, ranks):
     wait_for(lambda: len(losses("base", "d2")) >= 4, first)
     os.kill(first.pid, signal.SIGTERM)
     assert first.wait().code == 130
-    good = checkpoint.newest_whole("base", "d2")
+    good = checkpoint.newest("base", "d2")["step"]
     weights = (tiny_world / "checkpoints/base/d2" / f"step_{good:06d}" / "model.safetensors").read_bytes()
     broken = [*flags, "--matrix-lr", "1e30", "--embedding-lr", "1e30", "--resume"]
     for result in run_ranks(ranks, "scripts.base_train", *broken):
@@ -364,35 +363,22 @@ def test_it_learns(tiny_world, monkeypatch, dtype):
 # --- rows at once
 
 
-def make_run(**flags):
-    """A run on a model, for the helpers of the loop."""
-    config = TrainConfig(**{"compile": False, **flags})
-    model = make_model()
-    optimizer = trainer.make_optimizer(model, config, dict.fromkeys(recipe.LEARNING_RATES, 1.0), 0.0, CPU)
-    return Run(
-        stage="base",
-        tag="t",
-        config=config,
-        model=model,
-        optimizer=optimizer,
-        tokenizer=load_tokenizer(),
-        compute=CPU,
-        num_iterations=6,
-        meta={},
-    )
+def choose(share, model=None, compute=CPU, **flags):
+    """The rows that a device takes at once of its share of a step."""
+    return trainer.choose_device_batch(model or make_model(), TrainConfig(**flags), compute, share)
 
 
 @pytest.mark.parametrize(("share", "rows"), [(8, 8), (24, 24), (64, 32), (96, 32), (37, 1), (93, 31)])
 def test_a_cpu_takes_the_largest_divisor_up_to_32(tiny_world, share, rows):
-    batch = trainer.choose_device_batch(make_run(), share)
+    batch = choose(share)
     assert (batch.rows, batch.accumulation, batch.checkpointing) == (rows, share // rows, False)
 
 
 def test_a_given_number_of_rows_is_taken_as_it_is(tiny_world):
     for recompute in (None, True, False):
-        run = make_run(device_batch_size=3, activation_checkpointing=recompute)
-        batch = trainer.choose_device_batch(run, 24)
-        assert (batch.rows, batch.accumulation, run.model.checkpointing) == (3, 8, bool(recompute))
+        model = make_model()
+        batch = choose(24, model, device_batch_size=3, activation_checkpointing=recompute)
+        assert (batch.rows, batch.accumulation, model.checkpointing) == (3, 8, bool(recompute))
 
 
 @pytest.mark.parametrize(
@@ -410,36 +396,36 @@ def test_a_given_number_of_rows_is_taken_as_it_is(tiny_world):
 def test_on_a_gpu_rows_are_halved_until_they_fit_and_then_activations_recomputed(
     tiny_world, monkeypatch, fits, fits_recomputing, expected
 ):
-    run = dataclasses.replace(make_run(), compute=Compute(torch.device("cuda"), torch.bfloat16))
+    model, cuda = make_model(), Compute(torch.device("cuda"), torch.bfloat16)
 
-    def attempt(run, rows):
-        return 1000 if rows <= (fits_recomputing if run.model.checkpointing else fits) else None
+    def attempt(model, compute, rows):
+        return 1000 if rows <= (fits_recomputing if model.checkpointing else fits) else None
 
     monkeypatch.setattr(trainer, "try_device_batch", attempt)
     if expected is None:
         with pytest.raises(ValueError, match="out of memory with 1 rows at once: try a smaller --device-batch-size"):
-            trainer.choose_device_batch(run, 24)
+            choose(24, model, cuda)
         return
-    batch = trainer.choose_device_batch(run, 24)
+    batch = choose(24, model, cuda)
     assert (batch.rows, batch.checkpointing, batch.peak) == (*expected, 1000)
-    assert run.model.checkpointing == batch.checkpointing
+    assert model.checkpointing == batch.checkpointing
 
 
 def test_an_attempt_leaves_no_gradients_and_reports_running_out(tiny_world, monkeypatch):
-    run = make_run()
-    forward = run.model.forward
+    model = make_model()
+    forward = model.forward
 
     def limited(idx_BT, targets_BT, **options):
         if len(idx_BT) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return forward(idx_BT, targets_BT, **options)
 
-    monkeypatch.setattr(run.model, "forward", limited)
-    weights = {name: value.clone() for name, value in run.model.state_dict().items()}
-    assert trainer.try_device_batch(run, 2) > 0
-    assert trainer.try_device_batch(run, 4) is None
-    assert all(parameter.grad is None for parameter in run.model.parameters())
-    assert all(torch.equal(value, weights[name]) for name, value in run.model.state_dict().items())
+    monkeypatch.setattr(model, "forward", limited)
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    assert trainer.try_device_batch(model, CPU, 2) > 0
+    assert trainer.try_device_batch(model, CPU, 4) is None
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
