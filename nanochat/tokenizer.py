@@ -1,6 +1,9 @@
 """Byte-pair encoding (BPE): text to token ids and back.
 
-BPE starts from the 256 bytes and merges, again and again, the two neighbouring tokens that occur most often together.
+BPE starts from the 256 bytes and merges, again and again, the two neighbouring tokens that occur most often together:
+
+    "low lower lowest"    l+o -> "lo", lo+w -> "low", low+e -> "lowe", ...
+
 A pattern first splits text into words, numbers and signs, and no merge crosses such a piece. rustbpe learns the merges,
 tiktoken applies them, and one file, tokenizer.json, holds them. Since every byte is a token, any text and any bytes
 become ids and come back unchanged.
@@ -13,7 +16,6 @@ Special tokens mark the structure of a conversation. They are never read from te
 """
 
 import base64
-import contextlib
 import functools
 import hashlib
 import json
@@ -50,9 +52,9 @@ SPLIT_PATTERN = (
     r"|\s{0,255}[\r\n]|\s{1,256}(?!\S)|\s"
 )
 
-Mark = int | str  # a special token by id or name
-FORMAT, VERSION = "nanochat-bpe", 1
 FILE_NAME = "tokenizer.json"
+FORMAT = "nanochat-bpe"
+VERSION = 1
 
 
 class Codec(ABC):
@@ -75,7 +77,9 @@ class Codec(ABC):
             raise ValueError(f"{self.title} has no special token {name}")
         return self.special_tokens[name]
 
-    def encode(self, text: str | Sequence[str], prepend: Mark | None = None, append: Mark | None = None) -> list[Any]:
+    def encode(
+        self, text: str | Sequence[str], prepend: int | str | None = None, append: int | str | None = None
+    ) -> list[Any]:
         """Return the ids of a text, or for a list of texts a list of ids for each, encoded in threads.
 
         `prepend` and `append` are special tokens, by name or id, around each text. Special tokens that are spelled out
@@ -83,14 +87,15 @@ class Codec(ABC):
         """
         first = self._mark(prepend)
         last = self._mark(append)
-        texts = [text] if isinstance(text, str) else text
-        rows = [first + ids + last for ids in self.encode_rows(texts)]
-        return rows[0] if isinstance(text, str) else rows
+        if isinstance(text, str):
+            [ids] = self.encode_rows([text])
+            return first + ids + last
+        return [first + ids + last for ids in self.encode_rows(text)]
 
-    def _mark(self, mark: Mark | None) -> list[int]:
-        if mark is None:
+    def _mark(self, token: int | str | None) -> list[int]:
+        if token is None:
             return []
-        return [self.encode_special(mark) if isinstance(mark, str) else mark]
+        return [self.encode_special(token) if isinstance(token, str) else token]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of `ids`, special tokens by name. Bytes that are not UTF-8 become U+FFFD."""
@@ -103,10 +108,14 @@ class Tokenizer(Codec):
     def __init__(self, encoding: tiktoken.Encoding) -> None:
         self.encoding = encoding
         self.title = f"tokenizer '{encoding.name}'"
-        self.special_tokens: dict[str, int] = dict(encoding._special_tokens)
+        self.pattern: str = encoding._pat_str
+        self.ranks: dict[bytes, int] = encoding._mergeable_ranks  # ids of the tokens; lower ranks are merged first
+        self.special_tokens = dict(encoding._special_tokens)
         # The encodings of GPT-2 and GPT-4 have one special token that separates documents. It serves as BOS.
         if "<|bos|>" not in self.special_tokens and "<|endoftext|>" in self.special_tokens:
             self.special_tokens["<|bos|>"] = self.special_tokens["<|endoftext|>"]
+        ends = ("<|assistant_end|>", "<|bos|>")
+        self.stop_tokens = frozenset(self.special_tokens[name] for name in ends if name in self.special_tokens)
 
     @classmethod
     def train_from_iterator(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
@@ -117,20 +126,20 @@ class Tokenizer(Codec):
         """
         import rustbpe
 
-        smallest = 256 + len(SPECIAL_TOKENS)
-        if vocab_size < smallest:
+        n_special = len(SPECIAL_TOKENS)
+        if vocab_size < 256 + n_special:
             raise ValueError(
-                f"--vocab-size {vocab_size} is smaller than the 256 bytes and {len(SPECIAL_TOKENS)} special tokens: "
-                f"use at least {smallest}"
+                f"--vocab-size {vocab_size} is smaller than the 256 bytes and {n_special} special tokens: "
+                f"use at least {256 + n_special}"
             )
         trainer = rustbpe.Tokenizer()
         clean = (replace_surrogates(text) for text in texts)
-        trainer.train_from_iterator(clean, vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN)
+        trainer.train_from_iterator(clean, vocab_size - n_special, pattern=SPLIT_PATTERN)
         ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
-        if len(ranks) == 256 and vocab_size > smallest:
+        if len(ranks) == 256 and vocab_size > 256 + n_special:
             raise ValueError("no text to learn a tokenizer from: give it files or documents that hold some words")
-        specials = {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
-        tokenizer = cls(_encoding("nanochat", SPLIT_PATTERN, ranks, specials))
+        special_tokens = {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
+        tokenizer = cls(_encoding("nanochat", SPLIT_PATTERN, ranks, special_tokens))
         if tokenizer.get_vocab_size() < vocab_size:
             print0(f"the text supports {tokenizer.get_vocab_size()} tokens, not {vocab_size}: a smaller vocabulary")
         return tokenizer
@@ -146,15 +155,14 @@ class Tokenizer(Codec):
             raise ValueError(f"{path} is not a {FORMAT} file of version {VERSION}: train it again")
         try:
             ranks = {base64.b64decode(token, validate=True): rank for token, rank in data["ranks"].items()}
-            intact = data["hash"] == _content_hash(data["pattern"], ranks, data["special_tokens"])
-            if intact:  # checked first: tiktoken panics on some altered vocabularies
+            # The hash is checked first: tiktoken panics on some altered vocabularies.
+            if data["hash"] == _content_hash(data["pattern"], ranks, data["special_tokens"]):
                 tokenizer = cls(_encoding(data["name"], data["pattern"], ranks, data["special_tokens"]))
-                intact = tokenizer._to_dict() == data
+                if tokenizer._to_dict() == data:
+                    return tokenizer
         except (KeyError, TypeError, AttributeError, ValueError):
-            intact = False
-        if not intact:
-            raise ValueError(f"{path} is damaged (its content does not match its hash): restore it or train it again")
-        return tokenizer
+            pass
+        raise ValueError(f"{path} is damaged (its content does not match its hash): restore it or train it again")
 
     @classmethod
     def from_pretrained(cls, name: str) -> "Tokenizer":
@@ -176,28 +184,31 @@ class Tokenizer(Codec):
     def save(self, directory: Path | str, name: str = FILE_NAME) -> None:
         """Write `tokenizer.json` to `directory`, atomically. One that was there stays beside it, named by its hash."""
         path = Path(directory) / name
-        with contextlib.suppress(ValueError):  # none there, or a damaged one
-            if (before := Tokenizer.from_directory(directory, name).hash) != self.hash:
-                path.replace(path.with_name(kept_name(before)))
+        try:
+            before = Tokenizer.from_directory(directory, name)
+        except ValueError:  # none there, or a damaged one
+            before = self
+        if before.hash != self.hash:
+            path.replace(path.with_name(kept_name(before.hash)))
         atomic_write_json(path, self._to_dict())
 
     def _to_dict(self) -> dict[str, Any]:
-        ranks = sorted(self.encoding._mergeable_ranks.items(), key=lambda item: item[1])
+        in_order = sorted(self.ranks, key=self.ranks.__getitem__)
         return {
             "format": FORMAT,
             "version": VERSION,
             "name": self.encoding.name,
             "hash": self.hash,
-            "pattern": self.encoding._pat_str,
+            "pattern": self.pattern,
             "special_tokens": self.special_tokens,
-            "ranks": {base64.b64encode(token).decode(): rank for token, rank in ranks},
+            "ranks": {base64.b64encode(token).decode(): self.ranks[token] for token in in_order},
             "token_bytes": self.token_bytes,
         }
 
     @functools.cached_property
     def hash(self) -> str:
         """SHA-256 of split pattern, merges and special tokens, in hex. Equal hashes encode equally."""
-        return _content_hash(self.encoding._pat_str, self.encoding._mergeable_ranks, self.special_tokens)
+        return _content_hash(self.pattern, self.ranks, self.special_tokens)
 
     @functools.cached_property
     def token_bytes(self) -> list[int]:
@@ -206,19 +217,13 @@ class Tokenizer(Codec):
         Taken from the raw bytes: many tokens are a part of a UTF-8 character, which a `str` cannot hold.
         """
         lengths = [0] * self.get_vocab_size()
-        for token, rank in self.encoding._mergeable_ranks.items():
+        for token, rank in self.ranks.items():
             lengths[rank] = len(token)
         return lengths
 
     def get_vocab_size(self) -> int:
         """Return the number of ids, special tokens included."""
         return self.encoding.n_vocab
-
-    @property
-    def stop_tokens(self) -> frozenset[int]:
-        """Ids that end an answer."""
-        names = ("<|assistant_end|>", "<|bos|>")
-        return frozenset(self.special_tokens[name] for name in names if name in self.special_tokens)
 
     def get_bos_token_id(self) -> int:
         """Return the id that begins every document and conversation."""
@@ -236,7 +241,7 @@ class Tokenizer(Codec):
         # "surrogateescape" turns each invalid byte b into the character U+DC00 + b.
         for piece in re.split("([\udc80-\udcff])", data.decode("utf-8", errors="surrogateescape")):
             if "\udc80" <= piece <= "\udcff":
-                ids.append(self.encoding.encode_single_token(bytes([ord(piece) - 0xDC00])))
+                ids.append(self.ranks[bytes([ord(piece) - 0xDC00])])
             else:
                 ids += self.encoding.encode_ordinary(piece)
         return ids
@@ -246,9 +251,16 @@ class Tokenizer(Codec):
         try:
             return self.encoding.decode_bytes(ids)
         except (KeyError, OverflowError) as error:
-            known = {*self.encoding._mergeable_ranks.values(), *self.special_tokens.values()}
+            known = {*self.ranks.values(), *self.special_tokens.values()}
             wrong = next(i for i in ids if i not in known)
             raise ValueError(f"token id {wrong} is not in the vocabulary of {len(known)} ids") from error
+
+
+def load_tokenizer(content_hash: str = "") -> Tokenizer:
+    """Return the newest tokenizer of `scripts.tok_train`, or the one of this hash. Raises ValueError if missing."""
+    folder = get_base_dir() / "tokenizer"
+    kept = kept_name(content_hash)
+    return Tokenizer.from_directory(folder, kept if (folder / kept).is_file() else FILE_NAME)
 
 
 def kept_name(content_hash: str) -> str:
@@ -256,38 +268,22 @@ def kept_name(content_hash: str) -> str:
     return f"{content_hash[:12]}.json"
 
 
-def load_tokenizer(content_hash: str | None = None) -> Tokenizer:
-    """Return the newest tokenizer of `scripts.tok_train`, or the one of this hash. Raises ValueError if missing."""
-    folder = get_base_dir() / "tokenizer"
-    kept = kept_name(content_hash or "")
-    return Tokenizer.from_directory(folder, kept if (folder / kept).is_file() else FILE_NAME)
-
-
-def _encoding(name: str, pattern: str, ranks: dict[bytes, int], specials: dict[str, int]) -> tiktoken.Encoding:
-    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials)
-
-
-def _content_hash(pattern: str, ranks: dict[bytes, int], specials: dict[str, int]) -> str:
-    tokens = sorted((rank, token.hex()) for token, rank in ranks.items())
-    return hashlib.sha256(json.dumps([pattern, tokens, sorted(specials.items())]).encode()).hexdigest()
-
-
 def replace_surrogates(text: str) -> str:
     """Make surrogate pairs their character and lone surrogates U+FFFD, as tiktoken does."""
     return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _read_bytes(path: str) -> bytes:
-    return sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+def _encoding(name: str, pattern: str, ranks: dict[bytes, int], special_tokens: dict[str, int]) -> tiktoken.Encoding:
+    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens)
 
 
-def _read_texts(paths: Sequence[str], size: int = 1 << 14) -> Iterator[str]:
-    """Yield the files' text in pieces of `size` characters, so that no file has to fit in memory."""
-    for path in paths:
-        source = sys.stdin.fileno() if path == "-" else path
-        with open(source, encoding="utf-8", errors="replace", newline="", closefd=path != "-") as f:
-            while piece := f.read(size):
-                yield piece
+def _content_hash(pattern: str, ranks: dict[bytes, int], special_tokens: dict[str, int]) -> str:
+    tokens = sorted((rank, token.hex()) for token, rank in ranks.items())
+    content = json.dumps([pattern, tokens, sorted(special_tokens.items())])
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+# --- the command line
 
 
 def main() -> None:
@@ -298,9 +294,8 @@ def main() -> None:
     train.add_argument("files", nargs="+", metavar="FILE", help="text files; - is standard input")
     train.add_argument("--vocab-size", type=int, default=32768, help="ids, special tokens included (default: 32768)")
     train.add_argument("--out", required=True, metavar="DIR", help="folder for tokenizer.json")
-    encode = commands.add_parser("encode", help="bytes to ids, separated by blanks")
-    decode = commands.add_parser("decode", help="ids to bytes")
-    for command in (encode, decode):
+    for name, about in (("encode", "bytes to ids, separated by blanks"), ("decode", "ids to bytes")):
+        command = commands.add_parser(name, help=about)
         command.add_argument("file", nargs="?", default="-", metavar="FILE", help="default: standard input")
         folder = get_base_dir() / "tokenizer"
         command.add_argument("--tokenizer", default=folder, metavar="DIR", help="folder of tokenizer.json")
@@ -310,15 +305,27 @@ def main() -> None:
         tokenizer = Tokenizer.train_from_iterator(_read_texts(args.files), args.vocab_size)
         tokenizer.save(args.out)
         print(f"{tokenizer.get_vocab_size()} tokens in {Path(args.out) / FILE_NAME}")
-    elif args.command == "encode":
-        tokenizer = Tokenizer.from_directory(args.tokenizer)
-        print(" ".join(map(str, tokenizer.encode_bytes(_read_bytes(args.file)))))
-    else:
-        tokenizer = Tokenizer.from_directory(args.tokenizer)
-        words = _read_bytes(args.file).split()
-        if wrong := next((word for word in words if not word.isdigit()), None):
-            raise ValueError(f"{args.file}: {wrong.decode(errors='replace')!r} is not a token id")
-        sys.stdout.buffer.write(tokenizer.decode_bytes([int(word) for word in words]))
+        return
+    tokenizer = Tokenizer.from_directory(args.tokenizer)
+    data = sys.stdin.buffer.read() if args.file == "-" else Path(args.file).read_bytes()
+    if args.command == "encode":
+        print(*tokenizer.encode_bytes(data))
+        return
+    ids = []
+    for word in data.split():
+        if not word.isdigit():
+            raise ValueError(f"{args.file}: {word.decode(errors='replace')!r} is not a token id")
+        ids.append(int(word))
+    sys.stdout.buffer.write(tokenizer.decode_bytes(ids))
+
+
+def _read_texts(paths: Sequence[str], size: int = 1 << 14) -> Iterator[str]:
+    """Yield the files' text in pieces of `size` characters, so that no file has to fit in memory."""
+    for path in paths:
+        source = sys.stdin.fileno() if path == "-" else path
+        with open(source, encoding="utf-8", errors="replace", newline="", closefd=path != "-") as f:
+            while piece := f.read(size):
+                yield piece
 
 
 if __name__ == "__main__":
