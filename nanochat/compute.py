@@ -1,8 +1,9 @@
 """The machine that a process runs on: its device, compute dtype and rank, and what the hardware can do.
 
 Every script begins with `Compute.create`, which picks the device, joins the other ranks that torchrun has started, and
-returns a `Compute` that is handed on. On one process its reductions return what they are given, so that the rest of
-the project is written once, for any number of ranks.
+returns a `Compute` that is handed on. On one process its reductions return what they are given, so the rest of the
+project is written once, for any number of ranks. Below it stand questions about the hardware, and the probe that
+decides whether an optional kernel may be used.
 """
 
 import ctypes
@@ -45,82 +46,6 @@ GPU_PEAKS = {
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def peak_flops(device_name: str) -> float | None:
-    """Return the dense bf16 peak in FLOP/s of a GPU by its name, or None when unknown (MFU is then n/a, never 0)."""
-    for name, peak in GPU_PEAKS.items():
-        # whole words: an L40 is no L4, an RTX A1000 no A100
-        if re.search(rf"\b{name}\b", device_name):
-            return peak
-    return None
-
-
-def cpu_has_bf16() -> bool:
-    """Return whether this processor multiplies bf16 matrices in hardware (AVX512-BF16, AMX, or Arm BF16)."""
-    flags = read_if_there("/proc/cpuinfo")
-    return any(f" {name}" in flags for name in ("avx512_bf16", "amx_bf16", "bf16"))
-
-
-def usable_cores() -> int:
-    """Return how many cores this process may run on."""
-    if hasattr(os, "sched_getaffinity"):  # Linux; a container or taskset may allow fewer than there are
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def can_compile(device: torch.device) -> bool:
-    """Return whether torch.compile has what it needs: a C++ compiler on CPU, Triton on CUDA."""
-    if device.type == "cpu":
-        compilers = (os.environ.get("CXX") or "g++", "clang++")
-        return any(shutil.which(name) for name in compilers)
-    return device.type == "cuda"
-
-
-def pick_dtype(device: torch.device) -> torch.dtype:
-    """Return the compute dtype: `$NANOCHAT_DTYPE`, else bf16 where the hardware multiplies it, else fp32.
-
-    Raises ValueError when the variable names no dtype that we know.
-    """
-    asked = os.environ.get("NANOCHAT_DTYPE")
-    if asked:
-        if asked not in DTYPES:
-            raise ValueError(f"NANOCHAT_DTYPE={asked}: choose one of {', '.join(DTYPES)}")
-        return DTYPES[asked]
-    if device.type == "cuda":
-        has_bf16 = torch.cuda.get_device_capability(device)[0] >= 8  # Ampere and later
-    else:
-        has_bf16 = device.type == "cpu" and cpu_has_bf16()
-    return torch.bfloat16 if has_bf16 else torch.float32
-
-
-def free_memory(device: torch.device) -> int:
-    """Return the bytes that this process may still take: of a GPU, or its rank's part of the machine's memory."""
-    if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + cached
-    room = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *_room_in_control_groups()]
-    if available := re.search(r"MemAvailable:\s+(\d+) kB", read_if_there("/proc/meminfo")):
-        room.append(int(available[1]) * 1024)
-    return min(room) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
-
-def _room_in_control_groups() -> Iterator[int]:
-    """Yield the bytes left in each control group that limits this process, as a container's does.
-
-    Only anonymous memory counts as used: pages of files make room when memory is needed.
-    """
-    for line in read_if_there("/proc/self/cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers not in ("", "memory"):  # version 2 has no controllers here; version 1 one hierarchy for each
-            continue
-        group = Path("/sys/fs/cgroup", controllers, path.strip("/"))
-        limit_file = "memory.limit_in_bytes" if controllers else "memory.max"
-        for folder in (group, *group.parents):
-            limit = read_if_there(folder / limit_file).strip()
-            used = re.search(r"^(?:anon|total_rss) (\d+)", read_if_there(folder / "memory.stat"), re.MULTILINE)
-            if limit.isdigit() and used:
-                yield max(0, int(limit) - int(used[1]))
-
-
 @dataclass(frozen=True)
 class Compute:
     """Device, compute dtype and the process's rank. Reductions do nothing on one process."""
@@ -142,12 +67,15 @@ class Compute:
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
-        available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+        available = ["cpu"]
+        if torch.backends.mps.is_available():
+            available.insert(0, "mps")
+        if torch.cuda.is_available():
+            available.insert(0, "cuda")
         if device_type is None:
-            device_type = next(name for name, there in available.items() if there)
-        if not available.get(device_type):
-            there = ", ".join(name for name, ok in available.items() if ok)
-            raise ValueError(f"--device-type {device_type} is not available here: choose one of {there}")
+            device_type = available[0]
+        if device_type not in available:
+            raise ValueError(f"--device-type {device_type} is not available here: choose one of {', '.join(available)}")
 
         if device_type == "cuda":
             device = torch.device("cuda", local_rank)
@@ -223,9 +151,9 @@ class Compute:
         outcome: list[Any] = [None]
         if self.rank == 0:
             try:
-                outcome = [make()]
+                outcome[0] = make()
             except (ValueError, OSError) as error:
-                outcome = [error]
+                outcome[0] = error
         dist.broadcast_object_list(outcome, src=0, group=group)
         if isinstance(outcome[0], Exception):
             raise outcome[0]
@@ -284,6 +212,90 @@ def _keep_few_kernels() -> None:
     """
     for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # oneDNN's, and PyTorch's in front of it
         os.environ.setdefault(cache, "64")
+
+
+# --- what the hardware can do
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Return the dense bf16 peak in FLOP/s of a GPU by its name, or None when unknown (MFU is then n/a, never 0)."""
+    for name, peak in GPU_PEAKS.items():
+        # whole words: an L40 is no L4, an RTX A1000 no A100
+        if re.search(rf"\b{name}\b", device_name):
+            return peak
+    return None
+
+
+def cpu_has_bf16() -> bool:
+    """Return whether this processor multiplies bf16 matrices in hardware (AVX512-BF16, AMX, or Arm BF16)."""
+    flags = read_if_there("/proc/cpuinfo")
+    return any(f" {name}" in flags for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may run on."""
+    if hasattr(os, "sched_getaffinity"):  # Linux; a container or taskset may allow fewer than there are
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def can_compile(device: torch.device) -> bool:
+    """Return whether torch.compile has what it needs: a C++ compiler on CPU, Triton on CUDA."""
+    if device.type == "cpu":
+        compilers = (os.environ.get("CXX") or "g++", "clang++")
+        return any(shutil.which(name) for name in compilers)
+    return device.type == "cuda"
+
+
+def pick_dtype(device: torch.device) -> torch.dtype:
+    """Return the compute dtype: `$NANOCHAT_DTYPE`, else bf16 where the hardware multiplies it, else fp32.
+
+    Raises ValueError when the variable names no dtype that we know.
+    """
+    asked = os.environ.get("NANOCHAT_DTYPE")
+    if asked:
+        if asked not in DTYPES:
+            raise ValueError(f"NANOCHAT_DTYPE={asked}: choose one of {', '.join(DTYPES)}")
+        return DTYPES[asked]
+    if device.type == "cuda":
+        has_bf16 = torch.cuda.get_device_capability(device)[0] >= 8  # Ampere and later
+    else:
+        has_bf16 = device.type == "cpu" and cpu_has_bf16()
+    return torch.bfloat16 if has_bf16 else torch.float32
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that this process may still take: of a GPU, or its rank's part of the machine's memory."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    room = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]  # all that is installed
+    available = re.search(r"MemAvailable:\s+(\d+) kB", read_if_there("/proc/meminfo"))
+    if available:
+        room.append(int(available[1]) * 1024)
+    room += _room_in_control_groups()
+    return min(room) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def _room_in_control_groups() -> Iterator[int]:
+    """Yield the bytes left in each control group that limits this process, as a container's does.
+
+    Only anonymous memory counts as used: pages of files make room when memory is needed.
+    """
+    for line in read_if_there("/proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "memory":  # version 1 has a hierarchy for each controller
+            limit_file = "memory.limit_in_bytes"
+        elif controllers == "":  # version 2 has one for all
+            limit_file = "memory.max"
+        else:
+            continue
+        group = Path("/sys/fs/cgroup", controllers, path.strip("/"))
+        for folder in (group, *group.parents):
+            limit = read_if_there(folder / limit_file).strip()
+            used = re.search(r"^(?:anon|total_rss) (\d+)", read_if_there(folder / "memory.stat"), re.MULTILINE)
+            if limit.isdigit() and used:
+                yield max(0, int(limit) - int(used[1]))
 
 
 # --- probes

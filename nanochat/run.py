@@ -61,9 +61,9 @@ class TrainConfig:
     scalar_lr: float = option(recipe.LEARNING_RATES["scalar"], "AdamW learning rate of the scalars")
     weight_decay: float | None = option(None, "Muon weight decay; unset = from the recipe")
     schedule: str = option("linear", "how the learning rate falls", ("linear", "cosine"))
-    warmup_steps: int = option(40, "steps of linear warmup, at most a tenth of the run")
-    warmdown_ratio: float = option(0.65, "share of the run over which the linear schedule falls")
-    final_lr_frac: float = option(0.05, "learning rate at the end, as a fraction")
+    warmup_steps: int = option(recipe.WARMUP_STEPS, "steps of linear warmup, at most a tenth of the run")
+    warmdown_ratio: float = option(recipe.WARMDOWN_RATIO, "share of the run over which the linear schedule falls")
+    final_lr_frac: float = option(recipe.FINAL_LR_FRAC, "learning rate at the end, as a fraction")
     grad_clip: float | None = option(None, "largest gradient norm; unset = no clipping")
     # evaluating and saving
     eval_every: int = option(250, "steps between evaluations (0 = only at the end)")

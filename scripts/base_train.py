@@ -66,7 +66,7 @@ def main() -> None:
         tokens = round(config.target_flops / model.flops_per_token())
     else:
         tokens = recipe.horizon_tokens(model_config, config.target_param_data_ratio)
-    reference = recipe.reference_tokens(model_config)
+    reference = recipe.reference_tokens(model_config, config.target_param_data_ratio)
     total_batch_size = config.total_batch_size or recipe.batch_tokens(tokens, reference)
     num_iterations = config.num_iterations or max(1, round(tokens / total_batch_size))
 

@@ -13,8 +13,9 @@ from nanochat.gpt import GPT
 SCHEDULES = [(1000, 40, 0.65, 0.05), (5000, 40, 0.5, 0.0), (300, 0, 1.0, 0.1), (100, 40, 0.2, 0.05)]
 
 
-def multipliers(steps, *rest, **options):
-    return [recipe.learning_rate_multiplier(step, steps, *rest, **options) for step in range(steps + 1)]
+def multipliers(steps, warmup=40, warmdown=0.65, final=0.05, schedule="linear"):
+    shape = {"warmup": warmup, "warmdown": warmdown, "final": final, "schedule": schedule}
+    return [recipe.learning_rate_multiplier(step, steps, **shape) for step in range(steps + 1)]
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
@@ -58,17 +59,17 @@ def test_tiny_runs_learn_at_every_step(schedule, steps):
     assert values[0] == 1.0 and all(0.05 < value <= 1 for value in values)
     assert values == sorted(values, reverse=True)
     for step in range(steps + 1):
-        assert 0.85 <= recipe.muon_momentum(step, steps) <= 0.97
+        assert 0.85 <= recipe.muon_momentum(step, steps, 0.65) <= 0.97
         assert 0 <= recipe.weight_decay_multiplier(step, steps) <= 1
 
 
 def test_an_unknown_schedule_is_refused():
     with pytest.raises(ValueError, match="--schedule sqrt"):
-        recipe.learning_rate_multiplier(90, 100, schedule="sqrt")
+        multipliers(100, schedule="sqrt")
 
 
 def test_momentum_rises_over_400_steps_and_falls_in_warmdown():
-    values = [recipe.muon_momentum(step, 4000) for step in range(4001)]
+    values = [recipe.muon_momentum(step, 4000, 0.65) for step in range(4001)]
     assert values[0] == pytest.approx(0.85) and values[200] == pytest.approx(0.91)
     assert values[400:1401] == pytest.approx([0.97] * 1001)
     assert values[2700] == pytest.approx((0.97 + 0.90) / 2) and values[4000] == pytest.approx(0.90)
@@ -119,7 +120,9 @@ def test_the_horizon_counts_matrices_and_head():
 def test_reference_horizon_is_that_of_depth_twelve():
     for depth in (2, 12, 24):
         config = recipe.model_config(depth, 32768, 2048)
-        assert recipe.reference_tokens(config) == recipe.horizon_tokens(recipe.model_config(12, 32768, 2048))
+        reference = recipe.model_config(12, 32768, 2048)
+        assert recipe.reference_tokens(config) == recipe.horizon_tokens(reference)
+        assert recipe.reference_tokens(config, 8) == recipe.horizon_tokens(reference, 8)
 
 
 def test_batch_is_half_a_million_at_depth_twelve_and_follows_the_power_law():

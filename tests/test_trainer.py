@@ -305,7 +305,6 @@ def test_the_learning_rate_is_the_recipes(tiny_world, schedule):
     flags = {"schedule": schedule, "warmup_steps": 3, "warmdown_ratio": 0.5, "final_lr_frac": 0.1}
     train_here(40, eval_every=0, **flags)
     lr = [line["lr_mult"] for line in metrics("base", "t") if "loss" in line]
-    assert lr == [recipe.learning_rate_multiplier(step, 40, 3, 0.5, 0.1, schedule) for step in range(40)]
     if schedule == "linear":
         expected = [min((n + 1) / 3, 1, 0.1 + 0.9 * (40 - n) / 20) for n in range(40)]
     else:
