@@ -63,17 +63,17 @@ def validate(conversation: dict[str, Any], allow_empty_reply: bool = False) -> N
         expected = ROLES[(i - first_turn) % 2]
         if i >= first_turn and role != expected:
             raise ValueError(f"message {i}: role {role!r} where {expected!r} must come (optional system, then turns)")
-        problem = _content_problem(message["content"], role == "assistant", allow_empty_reply)
+        problem = _content_problem(message["content"], is_assistant=role == "assistant", may_be_empty=allow_empty_reply)
         if problem:
             raise ValueError(f"message {i} ({role}): {problem}")
 
 
-def _content_problem(content: Any, is_assistant: bool, allow_empty_reply: bool) -> str | None:
+def _content_problem(content: Any, is_assistant: bool, may_be_empty: bool) -> str | None:
     """Return what is wrong with a message's content, or None."""
     if not isinstance(content, (str, list)):
         return f"content must be text or a list of parts, not {type(content).__name__}"
     if not content:
-        return None if is_assistant and allow_empty_reply else "content is empty"
+        return None if is_assistant and may_be_empty else "content is empty"
     known = PARTS if is_assistant else ("text",)
     for part in _parts(content):
         if not isinstance(part, dict) or not isinstance(part.get("text"), str):
@@ -182,27 +182,30 @@ class ChatFormat:
         if turns[-1]["role"] == "assistant":
             turns = turns[:-1]
 
-        def excess(candidate: list[Message]) -> int:
-            return len(self.render(candidate)) - budget
+        def fits_without(n_pairs: int) -> bool:
+            return len(self.render(system + turns[2 * n_pairs :])) <= budget
 
         # Fewer pairs are fewer tokens, so bisection finds how many must go.
-        n_pairs = len(turns) // 2
-        dropped = bisect_left(range(n_pairs), True, key=lambda pairs: excess(system + turns[2 * pairs :]) <= 0)
-        kept = system + turns[2 * dropped :]
-        if dropped < n_pairs or excess(kept) <= 0:
-            return kept
+        all_pairs = len(turns) // 2
+        n_dropped = bisect_left(range(all_pairs), True, key=fits_without)
+        if n_dropped < all_pairs or fits_without(all_pairs):
+            return system + turns[2 * n_dropped :]
+        return self._fit_question(system, plain_text(turns[-1]), budget)
 
-        # The last question alone is too long.
-        text = plain_text(turns[-1])
-        if excess([*system, {"role": "user", "content": text[-1]}]) > -(budget // 4):
+    def _fit_question(self, system: list[Message], text: str, budget: int) -> list[Message]:
+        """Return a question that alone is too long, without as much of its beginning as must go."""
+
+        def size(question: str) -> int:
+            return len(self.render([*system, {"role": "user", "content": question}]))
+
+        if budget - size(text[-1]) < budget // 4:
             system = []
-        while len(text) > 1:
-            over = excess([*system, {"role": "user", "content": text}])
-            if over <= 0:
-                break
+        while len(text) > 1 and (excess := size(text) - budget) > 0:
             # The first token that stays may begin inside a character (U+FFFD once decoded): that character goes, too.
-            shorter = self.tokenizer.decode(self.tokenizer.encode(text)[over:]).lstrip("\ufffd")
-            text = shorter if 0 < len(shorter) < len(text) else text[(len(text) + 1) // 2 :]
+            shorter = self.tokenizer.decode(self.tokenizer.encode(text)[excess:]).lstrip("\ufffd")
+            if not 0 < len(shorter) < len(text):  # nothing is left of it, or nothing went: halve it
+                shorter = text[(len(text) + 1) // 2 :]
+            text = shorter
         return [*system, {"role": "user", "content": text}]
 
     def decoder(self, prompt: Sequence[int] = (), stop: Sequence[str] = ()) -> AnswerDecoder:
