@@ -155,9 +155,10 @@ class NamedModel:
     name: str
     folder: Path
     own: bool  # a checkpoint of this project
-    step: int | None = None  # of an own checkpoint; None = the newest
-    places: tuple[torch.device, ...] = ()  # the device of each layer, or one for all; () = where `load` is told
-    placement: str = ""  # one line for the user about size and devices, by `find_all`
+    step: int | None = None  # of an own checkpoint; None = the newest whole one
+    # By `find_all`: the device of each layer, or one for all; and a line for the user about size and devices.
+    places: tuple[torch.device, ...] = ()
+    placement: str = ""
 
     def n_bytes(self, dtype: torch.dtype, ranks: int = 1) -> int:
         """Return the bytes of its weights on each of the ranks that share its layers, from the files' headers."""
@@ -171,7 +172,10 @@ class NamedModel:
     def load(
         self, device: torch.device, max_batch: int, int8: bool = False, ranks: int = 1
     ) -> tuple[Engine, ChatFormat]:
-        """Load it and return an engine with its chat format. Raises ValueError if `ranks` cannot share its matrices."""
+        """Load it and return an engine with its chat format.
+
+        `device` counts for a model without `places`. Raises ValueError if `ranks` processes cannot share its matrices.
+        """
         if self.places:
             device = self.places[0]
         if self.own:
@@ -278,12 +282,15 @@ def find_all(
         indices = split_layers(pieces, room)  # the device of each piece
         for index, piece in zip(indices, pieces, strict=True):
             room[index] -= piece
-        line = f"{model.name}, {model.folder.name.replace('_', ' ')}" if model.own else model.name
-        line += f": {size / 1e9:.2f} GB of weights in {str(dtype).removeprefix('torch.')} for "
-        if whole:
-            line += str(places[indices[0]])
-        else:
-            line += ", ".join(f"{places[index]} ({n} layers)" for index, n in Counter(indices).items())
-        layer_places = tuple(places[index] for index in indices)
-        placed.append(replace(model, places=layer_places, placement=f"{line}, {free}"))
+        where = str(places[indices[0]])
+        if not whole:
+            where = ", ".join(f"{places[index]} ({n} layers)" for index, n in Counter(indices).items())
+        title = f"{model.name}, {model.folder.name.replace('_', ' ')}" if model.own else model.name
+        weights = f"{size / 1e9:.2f} GB of weights in {str(dtype).removeprefix('torch.')}"
+        placed_model = replace(
+            model,
+            places=tuple(places[index] for index in indices),
+            placement=f"{title}: {weights} for {where}, {free}",
+        )
+        placed.append(placed_model)
     return placed
