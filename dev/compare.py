@@ -32,7 +32,7 @@ from nanochat import cli, recipe
 from nanochat.common import write_record
 from nanochat.compute import Compute
 from nanochat.dataloader import RowLoader
-from nanochat.dataset import list_shards
+from nanochat.documents import list_shards
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.token_shards import TextRows
 from nanochat.tokenizer import load_tokenizer

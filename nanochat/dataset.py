@@ -2,53 +2,31 @@
 
     python -m nanochat.dataset --name builtin|climbmix|fineweb-edu|PATH -n SHARDS
 
-Every source becomes the same thing: a folder datasets/NAME of Parquet shards (a column `text`, one document a row) and
-a manifest.json. The manifest names the source, its licence, and each shard with its size, hash and split. All later
-stages read shards through it:
+Every source becomes the same thing, a folder datasets/NAME of Parquet shards and a manifest (see documents.py). What is
+already there is kept: preparing again continues, grows, or does nothing.
 
-* The validation shard is chosen once and fixed in the manifest by its hash. If it is missing or has changed, that is an
-  error: losses on another validation set could not be compared.
-* A manifest lists all shards of a download from its start, with `complete` false until the last has arrived. So
-  training may begin with the first shards (token_shards.py waits for the others), in the order that it would have had
-  anyway.
+A manifest lists all shards of a download from its start, with `complete` false until the last has arrived. So training
+may begin with the first shards (token_shards.py waits for the others), in the order that it would have had anyway.
 """
 
 import hashlib
 import itertools
 import platform
-import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanochat import cli
-from nanochat.common import atomic_write_json, get_base_dir, read_json, sha256_file
-from nanochat.documents import ShardWriter, iterate_documents, parquet_errors
+from nanochat import cli, world
+from nanochat.common import atomic_write, atomic_write_json, read_json, sha256_file
+from nanochat.documents import REMOTES, Manifest, dataset_dir, iterate_documents, parquet_errors, read_manifest
 from nanochat.hub import fetch_dataset_files, hub_address, list_dataset
 
+DEFAULT_SHARDS = 8
 SHARD_BYTES = 64 << 20  # text of a shard that is made from a folder
 BUILTIN_SHARD_BYTES = 1_500_000
-DEFAULT_SHARDS = 8
 VALIDATION_SHARE = 20  # one document in this many validates, where a source has no validation part of its own
-
-Manifest = dict[str, Any]  # see read_manifest
-
-
-@dataclass(frozen=True)
-class Remote:
-    """A dataset on the hub: `shards` files shard_00000.parquet and on, already shuffled. The last one validates."""
-
-    repo: str
-    shards: int
-    licence: str
-
-
-REMOTES = {
-    "climbmix": Remote("karpathy/climbmix-400b-shuffle", 6543, "CC-BY-NC-4.0"),
-    "fineweb-edu": Remote("karpathy/fineweb-edu-100b-shuffle", 1823, "ODC-By"),
-}
 
 
 @dataclass(frozen=True)
@@ -65,115 +43,48 @@ class Config:
         cli.require_positive(self, "shards", "workers")
 
 
-# --- a prepared dataset
-
-
-def dataset_name(name: str) -> str:
-    """Return the name that a dataset is kept under: itself, or for a path the folder's name, made safe."""
-    if name == "builtin" or name in REMOTES:
-        return name
-    safe = re.sub(r"[^\w.-]+", "-", Path(name).resolve().name).strip("-.") or "folder"
-    return f"{safe}-folder" if safe == "builtin" or safe in REMOTES else safe
-
-
-def dataset_dir(name: str) -> Path:
-    """Return the folder of a dataset, given its name or the path it was made from."""
-    return get_base_dir() / "datasets" / dataset_name(name)
-
-
-def read_manifest(name: str) -> Manifest:
-    """Return a prepared dataset's manifest. Raises ValueError if there is none, or if it is of another folder.
-
-    Keys: name, source, licence, shards [{file, sha256, bytes, documents, split}], complete (false while a download goes
-    on), shuffled (true if the source has shuffled its documents), counts of documents skipped or cleaned.
-    """
-    path = dataset_dir(name) / "manifest.json"
-    if not path.exists():
-        raise ValueError(f"dataset '{name}' is not prepared: run python -m nanochat.dataset --name {name}")
-    manifest = read_json(path)
-    if Path(name).is_dir() and "sources" in manifest and Path(manifest["source"]) != Path(name).resolve():
-        raise ValueError(f"dataset '{manifest['name']}' was made from {manifest['source']}, not {name}: rename one")
-    return manifest
-
-
-def shard_records(name: str, split: str) -> list[tuple[Path, dict[str, Any]]]:
-    """Return path and manifest entry of each shard of `split` ("train" or "val"), in order.
-
-    A training shard may still be on its way while the manifest is not `complete`. Raises ValueError if any other shard
-    is missing, or if the validation shard's bytes have changed.
-    """
-    manifest = read_manifest(name)
-    folder = dataset_dir(name)
-    records = [(folder / entry["file"], entry) for entry in manifest["shards"] if entry["split"] == split]
-    for path, entry in records:
-        if not path.exists() and (split == "val" or manifest["complete"]):
-            raise ValueError(f"{path} of dataset '{name}' is missing: run python -m nanochat.dataset --name {name}")
-        if split == "val" and sha256_file(path) != entry["sha256"]:
-            raise ValueError(f"{path} is not the validation shard that the manifest names: delete it and prepare again")
-    return records
-
-
-def list_shards(name: str, split: str) -> list[Path]:
-    """Return the paths of the shards of `split`; see `shard_records` for what may be missing."""
-    return [path for path, _ in shard_records(name, split)]
-
-
-# --- preparing one
+def main() -> None:
+    config = cli.parse(Config, description="Prepare a dataset.")
+    prepare(config.name, config.shards, mirror=config.mirror, workers=config.workers, seed=config.seed)
 
 
 def prepare(name: str, n: int | None = None, *, mirror: str | None = None, workers: int = 8, seed: int = 0) -> Manifest:
     """Make dataset `name` ready, with at least `n` training shards, and return its manifest.
 
-    What is already there is kept: preparing again continues, grows, or does nothing. Raises ValueError if the name is
-    unknown, a folder is empty or has changed, or a file cannot be read.
+    Raises ValueError if the name is unknown, a folder is empty or has changed, or a file cannot be read.
     """
-    folder = dataset_dir(name)
     if name == "builtin":
-        manifest = _prepare_builtin(folder, n or DEFAULT_SHARDS, seed)
+        manifest = _prepare_builtin(n or DEFAULT_SHARDS, seed)
     elif name in REMOTES:
-        manifest = _prepare_remote(name, folder, n or DEFAULT_SHARDS, mirror, workers)
+        manifest = _prepare_remote(name, n or DEFAULT_SHARDS, mirror, workers)
     elif Path(name).is_dir():
-        manifest = _prepare_folder(Path(name).resolve(), folder, n)
+        manifest = _prepare_folder(Path(name).resolve(), n)
     else:
         raise ValueError(f"--name {name}: no such folder, and not one of builtin, {', '.join(REMOTES)}")
     train = sum(entry["split"] == "train" for entry in manifest["shards"])
-    print(f"dataset {manifest['name']}: {train} training shards and one for validation in {folder}")
+    counts = manifest["counts"]
+    print(f"dataset {manifest['name']}: {train} training shards and one for validation in {dataset_dir(name)}")
     print(f"licence: {manifest['licence']}")
-    if any(manifest["counts"].values()):
-        print(f"documents skipped as empty: {manifest['counts']['empty']}, cleaned: {manifest['counts']['cleaned']}")
+    if any(counts.values()):
+        print(f"documents skipped as empty: {counts['empty']}, cleaned: {counts['cleaned']}")
     return manifest
 
 
-def _save(folder: Path, counts: Counter[str], **manifest: Any) -> Manifest:
-    told = {"empty": counts["empty"], "cleaned": counts["cleaned"]}
-    atomic_write_json(folder / "manifest.json", {"name": folder.name, "counts": told, **manifest})
-    return read_json(folder / "manifest.json")
+# --- the built-in text
 
 
-def _is_whole(folder: Path, manifest: Manifest) -> bool:
-    """Return whether all shards of a manifest are there, with their sizes."""
-    paths = [(folder / entry["file"], entry["bytes"]) for entry in manifest["shards"]]
-    return all(path.exists() and path.stat().st_size == size for path, size in paths)
-
-
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
-
-
-def _prepare_builtin(folder: Path, n: int, seed: int) -> Manifest:
+def _prepare_builtin(n: int, seed: int) -> Manifest:
     """Write English prose of the Python installation, mixed with documents of the built-in world."""
-    from nanochat import world
-
+    folder = dataset_dir("builtin")
     # The text depends on all of these; if one differs, the dataset is made anew.
     world_files = sorted(Path(world.__file__).parent.glob("world*"))
     world_hash = hashlib.sha256(b"".join(path.read_bytes() for path in world_files)).hexdigest()
     recipe = {"seed": seed, "n": n, "world": world_hash, "python": platform.python_version()}
-    if (folder / "manifest.json").exists():
-        old = read_json(folder / "manifest.json")
-        if old["recipe"] == recipe and _is_whole(folder, old):
-            return old
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "manifest.json").unlink(missing_ok=True)
+    before = _whole_manifest(folder)
+    if before and before["recipe"] == recipe:
+        return before
+
+    _start_anew(folder)
     train = ShardWriter(folder, "train")
     val = ShardWriter(folder, "val")
     prose = world.prose_documents()
@@ -183,124 +94,145 @@ def _prepare_builtin(folder: Path, n: int, seed: int) -> Manifest:
         world_bytes = max(BUILTIN_SHARD_BYTES // 2, BUILTIN_SHARD_BYTES - prose_bytes)
         for text in itertools.chain(share, world.documents(_hash(f"{seed} {index}"), world_bytes)):
             # By hash, so that a text that occurs twice is never on both sides.
-            (train if _hash(text) % VALIDATION_SHARE else val).add(text)
+            if _hash(text) % VALIDATION_SHARE == 0:
+                val.add(text)
+            else:
+                train.add(text)
         train.end_shard()
     val.end_shard()
     return _save(
         folder,
-        Counter(),
         source="the standard library's documentation and the built-in world",
         licence="PSF-2.0 (standard library documentation), MIT (world text)",
         recipe=recipe,
-        complete=True,
         shards=train.entries + val.entries,
     )
 
 
-def _prepare_remote(name: str, folder: Path, n: int, mirror: str | None, workers: int) -> Manifest:
-    """Download `n` training shards and the validation shard, which comes first."""
+# --- a dataset of the hub
+
+
+def _prepare_remote(name: str, n: int, mirror: str | None, workers: int) -> Manifest:
+    """Download the validation shard first, then `n` training shards."""
+    folder = dataset_dir(name)
     remote = REMOTES[name]
     if n >= remote.shards:
         raise ValueError(f"-n {n}: {name} has {remote.shards - 1} training shards")
     print(f"{name}: {remote.repo}, licence {remote.licence}")
     known: dict[str, dict[str, Any]] = {}
     if (folder / "manifest.json").exists():
-        known = {entry["file"]: entry for entry in read_json(folder / "manifest.json")["shards"]}
+        known = {entry["file"]: entry for entry in read_manifest(name)["shards"]}
     n = max(n, len(known) - 1)  # a dataset only grows: a run may be reading it
-    names = [f"shard_{number:05d}.parquet" for number in (*range(n), remote.shards - 1)]
+
     commit, listed = list_dataset(remote.repo, mirror)
-    entries = []
-    for file_name in names:
+    files = []
+    for number in (*range(n), remote.shards - 1):
+        file_name = f"shard_{number:05d}.parquet"
         if file_name not in listed:
             raise ValueError(f"{remote.repo} has no {file_name}: check the mirror, or ask for fewer shards")
-        sha256 = listed[file_name].sha256
-        if file_name in known and known[file_name]["sha256"] not in (None, sha256):
+        file = listed[file_name]
+        if file_name in known and known[file_name]["sha256"] not in (None, file.sha256):
             raise ValueError(f"the hub's {file_name} of {name} has changed: delete {folder} to take the new data")
-        entries.append({
-            "file": file_name,
-            "sha256": sha256,
-            "bytes": listed[file_name].bytes,
-            "documents": None,  # until it has arrived
-            "split": "val" if file_name == names[-1] else "train",
-        })  # fmt: skip
-    facts = {
-        "source": f"{hub_address(mirror)}/datasets/{remote.repo}",
-        "licence": remote.licence,
-        "shuffled": True,
-    }
-    files = [listed[file_name] for file_name in names]
+        files.append(file)
+
+    def save(complete: bool) -> Manifest:
+        entries = []
+        for file in files:
+            entry = _entry(folder / file.path, "val" if file is files[-1] else "train", file.sha256, file.bytes)
+            entries.append(entry)
+        return _save(
+            folder,
+            source=f"{hub_address(mirror)}/datasets/{remote.repo}",
+            licence=remote.licence,
+            shuffled=True,
+            complete=complete,
+            shards=entries,
+        )
+
     fetch_dataset_files(remote.repo, commit, files[-1:], folder, mirror, workers)
-    entries[-1] = _with_documents(folder, entries[-1])
-    _save(folder, Counter(), **facts, complete=False, shards=entries)  # from here on, training may start
+    save(complete=False)  # from here on, training may start
     fetch_dataset_files(remote.repo, commit, files[:-1], folder, mirror, workers)
-    entries = [_with_documents(folder, entry) for entry in entries]
-    return _save(folder, Counter(), **facts, complete=True, shards=entries)
+    return save(complete=True)
 
 
-def _with_documents(folder: Path, entry: dict[str, Any]) -> dict[str, Any]:
-    """Return the entry of a downloaded shard with its number of documents."""
-    from pyarrow import parquet
-
-    path = folder / entry["file"]
-    with parquet_errors(path):
-        return {**entry, "documents": parquet.read_metadata(path).num_rows}
+# --- a folder of your own files
 
 
-def _prepare_folder(source: Path, folder: Path, n: int | None) -> Manifest:
-    """Gather the documents of a user's folder into shards."""
-    visible = (p for p in source.rglob("*") if not any(part.startswith(".") for part in p.relative_to(source).parts))
-    files = sorted(p for p in visible if p.suffix.lower() in (".parquet", ".jsonl", ".txt") and p.is_file())
-    if not files:
-        raise ValueError(f"--name {source}: no .parquet, .jsonl or .txt file in this folder: put your text there")
-    sources = [{"file": str(p.relative_to(source)), "bytes": p.stat().st_size, "sha256": sha256_file(p)} for p in files]
+def _prepare_folder(source: Path, n: int | None) -> Manifest:
+    """Gather the documents of a user's folder into at most `n` training shards, and one for validation."""
+    folder = dataset_dir(str(source))
+    files = _text_files(source)
+    sources = [
+        {"file": str(path.relative_to(source)), "bytes": path.stat().st_size, "sha256": sha256_file(path)}
+        for path in files
+    ]
     if (folder / "manifest.json").exists():
-        old = read_manifest(str(source))
-        changed = [s["file"] for s in [*sources, *old["sources"]] if s not in sources or s not in old["sources"]]
+        before = read_manifest(str(source))
+        changed = [entry["file"] for entry in sources if entry not in before["sources"]]
+        changed += [entry["file"] for entry in before["sources"] if entry not in sources]
         if changed:
             raise ValueError(f"{source} has changed since it was prepared ({changed[0]}): delete {folder} to renew it")
-        if _is_whole(folder, old) and (old["n"] is None or (n is not None and n <= old["n"])):
-            return old
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "manifest.json").unlink(missing_ok=True)
+        has_enough = before["n"] is None or (n is not None and n <= before["n"])
+        if has_enough and _whole_manifest(folder):
+            return before
+
+    _start_anew(folder)
     counts: Counter[str] = Counter()
     train = ShardWriter(folder, "train", shard_bytes=SHARD_BYTES, max_shards=n)
     val = ShardWriter(folder, "val")
-    if len(files) > 1 and all(p.suffix.lower() != ".txt" for p in files):  # shards already: the last one validates
+    if len(files) > 1 and all(path.suffix.lower() != ".txt" for path in files):
+        # Shards already: each stays one, in its order, and the last one validates.
         for path in files[:-1]:
             for text in iterate_documents([path], counts):
                 train.add(text)
             train.end_shard()
-            if len(train.entries) == n:
+            if train.is_full():
                 break
         for text in iterate_documents(files[-1:], counts):
             val.add(text)
     else:
         for text, validates in _split_documents(files, counts):
-            (val if validates else train).add(text)
+            if validates:
+                val.add(text)
+            else:
+                train.add(text)
     train.end_shard()
     val.end_shard()
-    if not train.entries or not val.entries:
-        raise ValueError(f"--name {source}: no text for {'validation' if train.entries else 'training'}: add documents")
+    for writer, purpose in ((train, "training"), (val, "validation")):
+        if not writer.entries:
+            raise ValueError(f"--name {source}: no text for {purpose}: add documents")
     return _save(
         folder,
-        counts,
         source=str(source),
         licence=f"that of your own files in {source}",
         sources=sources,
         n=n,
-        complete=True,
+        counts={"empty": counts["empty"], "cleaned": counts["cleaned"]},
         shards=train.entries + val.entries,
     )
 
 
-def _split_documents(files: Sequence[Path], counts: Counter[str]) -> Iterator[tuple[str, bool]]:
+def _text_files(source: Path) -> list[Path]:
+    """Return the files of a folder that hold text, sorted. Hidden files and folders are left out."""
+    files = []
+    for path in sorted(source.rglob("*")):
+        is_hidden = any(part.startswith(".") for part in path.relative_to(source).parts)
+        if path.suffix.lower() in (".parquet", ".jsonl", ".txt") and path.is_file() and not is_hidden:
+            files.append(path)
+    if not files:
+        raise ValueError(f"--name {source}: no .parquet, .jsonl or .txt file in this folder: put your text there")
+    return files
+
+
+def _split_documents(files: list[Path], counts: Counter[str]) -> Iterator[tuple[str, bool]]:
     """Yield every document and whether it validates: about one in twenty by hash, and at least one on each side."""
     hashes = {_hash(text) for text in iterate_documents(files)}
     if len(hashes) == 1:  # a book in one file: its last twentieth validates
-        text, *_ = iterate_documents(files, counts)
+        text = next(iterate_documents(files, counts))
         cut = len(text) * (VALIDATION_SHARE - 1) // VALIDATION_SHARE
-        cut = text.rfind("\n", 0, cut) + 1 or cut
-        yield from [(part, i == 1) for i, part in enumerate((text[:cut], text[cut:])) if part.strip()]
+        cut = text.rfind("\n", 0, cut) + 1 or cut  # after a line, if there is more than one
+        yield text[:cut], False
+        yield text[cut:], True
         return
     chosen = {value for value in hashes if value % VALIDATION_SHARE == 0}
     if not chosen or chosen == hashes:
@@ -309,10 +241,88 @@ def _split_documents(files: Sequence[Path], counts: Counter[str]) -> Iterator[tu
         yield text, _hash(text) in chosen
 
 
-def main() -> None:
-    """Prepare a dataset from the command line."""
-    config = cli.parse(Config, description="Prepare a dataset.")
-    prepare(config.name, config.shards, mirror=config.mirror, workers=config.workers, seed=config.seed)
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+
+# --- writing
+
+
+class ShardWriter:
+    """Gathers documents of one split and writes them as Parquet shards, each whole or not at all."""
+
+    def __init__(self, folder: Path, split: str, shard_bytes: int | None = None, max_shards: int | None = None) -> None:
+        self.folder = folder
+        self.split = split
+        self.shard_bytes = shard_bytes
+        self.max_shards = max_shards
+        self.entries: list[dict[str, Any]] = []  # of the manifest
+        self.texts: list[str] = []  # of the shard that is being gathered
+        self.bytes = 0
+
+    def is_full(self) -> bool:
+        return len(self.entries) == self.max_shards
+
+    def add(self, text: str) -> None:
+        """Take one more document, unless there are enough shards."""
+        if self.is_full() or not text.strip():
+            return
+        self.texts.append(text)
+        self.bytes += len(text.encode())
+        if self.shard_bytes and self.bytes >= self.shard_bytes:
+            self.end_shard()
+
+    def end_shard(self) -> None:
+        """Write the documents gathered so far as a shard."""
+        import pyarrow as pa
+        from pyarrow import parquet
+
+        if not self.texts:
+            return
+        number = "val" if self.split == "val" else f"{len(self.entries):05d}"
+        path = self.folder / f"shard_{number}.parquet"
+        table = pa.table({"text": pa.array(self.texts, pa.large_string())})
+        content = pa.BufferOutputStream()
+        parquet.write_table(table, content, compression="zstd", row_group_size=1024)
+        atomic_write(path, content.getvalue().to_pybytes())
+        self.entries.append(_entry(path, self.split, sha256_file(path), path.stat().st_size))
+        self.texts = []
+        self.bytes = 0
+
+
+def _entry(path: Path, split: str, sha256: str, size: int) -> dict[str, Any]:
+    """Return a shard's entry in the manifest; `documents` is null for one that has not arrived yet."""
+    from pyarrow import parquet
+
+    documents = None
+    if path.exists():
+        with parquet_errors(path):
+            documents = parquet.read_metadata(path).num_rows
+    return {"file": path.name, "sha256": sha256, "bytes": size, "documents": documents, "split": split}
+
+
+def _save(folder: Path, **facts: Any) -> Manifest:
+    manifest = {"name": folder.name, "complete": True, "counts": {"empty": 0, "cleaned": 0}, **facts}
+    atomic_write_json(folder / "manifest.json", manifest)
+    return manifest
+
+
+def _whole_manifest(folder: Path) -> Manifest | None:
+    """Return a folder's manifest if all shards that it lists are there, with their sizes."""
+    if not (folder / "manifest.json").exists():
+        return None
+    manifest = read_json(folder / "manifest.json")
+    for entry in manifest["shards"]:
+        path = folder / entry["file"]
+        if not path.exists() or path.stat().st_size != entry["bytes"]:
+            return None
+    return manifest
+
+
+def _start_anew(folder: Path) -> None:
+    """Make the folder if need be. Without its manifest, what is in it does not count as prepared."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "manifest.json").unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

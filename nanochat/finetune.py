@@ -14,7 +14,7 @@ from nanochat.cli import option, require_positive
 from nanochat.common import print0
 from nanochat.compute import Compute
 from nanochat.conversation import Rendered, render
-from nanochat.dataset import iterate_documents, list_shards
+from nanochat.documents import iterate_documents, list_shards
 from nanochat.gpt import GPT
 from nanochat.optim import MuonAdamW
 from nanochat.run import Run, TrainConfig

@@ -36,8 +36,7 @@ from typing import Any
 import numpy as np
 
 from nanochat.common import atomic_write_json, fsync_dir, read_json, sha256_file
-from nanochat.dataset import dataset_dir, read_manifest, shard_records
-from nanochat.documents import iterate_documents
+from nanochat.documents import dataset_dir, iterate_documents, read_manifest, shard_records
 from nanochat.tokenizer import Tokenizer
 
 # Seconds to wait for a shard that is still being downloaded.

@@ -9,7 +9,7 @@ import torch
 
 from nanochat import cli, recipe
 from nanochat.compute import Compute
-from nanochat.dataset import dataset_name
+from nanochat.documents import dataset_name
 from nanochat.gpt import build_model
 from nanochat.optim import MuonAdamW
 from nanochat.run import Run, TrainConfig

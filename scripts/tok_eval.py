@@ -9,7 +9,7 @@ from typing import Any
 
 from nanochat import cli
 from nanochat.common import get_base_dir, print0, read_sections, write_record
-from nanochat.dataset import dataset_dir, iterate_documents, list_shards
+from nanochat.documents import dataset_dir, iterate_documents, list_shards
 from nanochat.tokenizer import Tokenizer, load_tokenizer
 
 # The files tiktoken keeps for an encoding (it names them by the SHA-1 of their address).

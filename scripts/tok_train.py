@@ -7,7 +7,7 @@ from itertools import islice
 
 from nanochat import cli
 from nanochat.common import get_base_dir, print0, write_record
-from nanochat.dataset import iterate_documents, list_shards
+from nanochat.documents import iterate_documents, list_shards
 from nanochat.tokenizer import Tokenizer
 
 

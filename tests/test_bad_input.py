@@ -10,7 +10,7 @@ from pyarrow import parquet
 from tiny_run import BASE, SKILLS, STEPS, call, losses, run, script
 
 from nanochat import checkpoint
-from nanochat.dataset import iterate_documents, list_shards
+from nanochat.documents import iterate_documents, list_shards
 from nanochat.tokenizer import Tokenizer
 
 TRAIN = ["scripts.base_train", *BASE, *STEPS, "--num-iterations", "2", "--eval-every", "0"]

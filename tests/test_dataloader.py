@@ -11,9 +11,10 @@ import pytest
 import torch
 from test_dataset import parquet_bytes, write_jsonl
 
-from nanochat import dataset, token_shards
+from nanochat import token_shards
 from nanochat.dataloader import RowLoader
-from nanochat.dataset import iterate_documents, list_shards, prepare
+from nanochat.dataset import prepare
+from nanochat.documents import dataset_dir, iterate_documents, list_shards
 from nanochat.token_shards import TextRows, pack_conversations
 from nanochat.tokenizer import Tokenizer
 
@@ -39,7 +40,7 @@ def corpus(tmp_path, monkeypatch):
 
 
 def set_in_manifest(name, **values):
-    path = dataset.dataset_dir(name) / "manifest.json"
+    path = dataset_dir(name) / "manifest.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
@@ -258,7 +259,7 @@ def test_run_that_starts_early_waits_for_later_shards_and_sees_the_same_rows(cor
     set_in_manifest(corpus, shuffled=True)
     everything = RowLoader(train_rows(corpus, tokenizer), 8, 8, 0)
     expected = [rows_of(everything.step(step))[0] for step in range(200)]
-    for path in dataset.dataset_dir(corpus).glob("rows_*/*/meta.json"):
+    for path in dataset_dir(corpus).glob("rows_*/*/meta.json"):
         path.parent.rename(path.parent.with_name(f"old-{path.parent.name}"))
     set_in_manifest(corpus, complete=False)
     late = list_shards(corpus, "train")[1:]

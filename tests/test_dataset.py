@@ -12,7 +12,8 @@ from hub_server import HubServer
 from pyarrow import parquet
 
 from nanochat import cli, dataset, world
-from nanochat.dataset import iterate_documents, list_shards, prepare, read_manifest
+from nanochat.dataset import prepare
+from nanochat.documents import REMOTES, Remote, dataset_dir, iterate_documents, list_shards, read_manifest
 
 TEXTS = [f"Document number {i} says hello to document {i + 1}.\n" for i in range(200)]
 
@@ -282,7 +283,7 @@ def test_builtin_is_deterministic_and_sides_share_no_text(tmp_path, monkeypatch)
 
 @pytest.fixture
 def server(monkeypatch, tmp_path):
-    monkeypatch.setitem(dataset.REMOTES, "tiny", dataset.Remote("me/tiny", 5, "CC0-1.0"))
+    monkeypatch.setitem(REMOTES, "tiny", Remote("me/tiny", 5, "CC0-1.0"))
     with HubServer() as server:
         server.use(monkeypatch, tmp_path / "cache")
         for i in range(5):
@@ -335,7 +336,7 @@ def test_bytes_that_are_not_the_listed_ones_are_not_kept(server):
     server.faults["shard_00000.parquet"] = [("body", b"x" * size)]
     with pytest.raises(ConnectionError, match="damaged"):
         prepare("tiny", 1)
-    assert not (dataset.dataset_dir("tiny") / "shard_00000.parquet").exists()
+    assert not (dataset_dir("tiny") / "shard_00000.parquet").exists()
     prepare("tiny", 1)
     assert documents("tiny", "train") == TEXTS[:40]
 
