@@ -97,6 +97,9 @@ def plain_text(message: Message) -> str:
     return "".join(part["text"] for part in _parts(message["content"]))
 
 
+# --- training
+
+
 def render(conversation: dict[str, Any], tokenizer: Tokenizer, max_tokens: int | None = None) -> Rendered:
     """Return the ids of a conversation, and its mask: 1 where the assistant must produce the token.
 
@@ -144,6 +147,9 @@ def _render(messages: list[Message], tokenizer: Tokenizer) -> Rendered:
             add(tokenizer.encode(part["text"], prepend=start, append=end), trained=trained)
         add([tokenizer.encode_special("<|assistant_end|>")], trained=True)
     return ids, mask
+
+
+# --- chatting
 
 
 class ChatFormat:

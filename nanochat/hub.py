@@ -79,7 +79,7 @@ def persistently(attempt: Callable[[], T], repo: str) -> T:
 
     The library retries some failures by itself, not all: a 500 in the middle of many files would end the download.
     """
-    for pause in (0.5, 2, 8):
+    for pause in (0.5, 2, 8):  # seconds
         try:
             with hub_errors(repo):
                 return attempt()
@@ -117,6 +117,7 @@ def list_dataset(repo: str, mirror: str | None = None) -> tuple[str, dict[str, H
 
     def ask() -> tuple[str, dict[str, HubFile]]:
         api = HfApi(endpoint=mirror)
+        # The files are listed and fetched at this commit, even if the dataset changes in between.
         commit = api.dataset_info(repo).sha or "main"
         files = {}
         for entry in api.list_repo_tree(repo, repo_type="dataset", revision=commit, recursive=True):
@@ -149,6 +150,7 @@ def fetch_dataset_files(
             max_workers=workers,
         )
 
+    # What is here was checked when it came; hashing hundreds of gigabytes again at each start would take long.
     new = [file for file in files if not (folder / file.path).exists()]
     persistently(fetch, repo)
     for file in new:

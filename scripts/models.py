@@ -35,6 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_verb("verify", "compare every file with its hash").add_argument("name", metavar="NAME", help=name_help)
     add_verb("remove", "delete a model").add_argument("name", metavar="ORG/NAME")
 
+    # REMAINDER leaves whatever follows the name, flags included, to chat_cli.
     play = add_verb("play", "chat with a model; without a name, list what there is")
     play.add_argument("name", nargs="?", metavar="NAME", help="as `list` shows it, or a folder")
     play.add_argument("flags", nargs=argparse.REMAINDER, help="those of python -m scripts.chat_cli, after the name")

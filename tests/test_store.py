@@ -214,6 +214,10 @@ def test_models_of_earlier_versions_are_found_and_can_be_removed(server, files):
         download.verify("me/old")
     assert download.remove("me/old") > 100_000
     assert store.list_models() == {}
+    for name in ("..", "", "../.."):
+        with pytest.raises(ValueError, match="not here"):
+            download.remove(name)
+    assert folder.parent.is_dir(), "no name leads out of the folder"
 
 
 def session(folder, **settings):

@@ -49,7 +49,8 @@ def chat_format(folder: Path | str, tokenizer: HFTokenizer) -> ChatFormat:
     if template_path.is_file():
         return TemplateFormat(template_path.read_text(encoding="utf-8"), tokenizer)
     source = tokenizer.settings.get("chat_template")
-    if isinstance(source, list):  # several templates by name, such as default and tool_use
+    # A list has several templates by name, such as default and tool_use.
+    if isinstance(source, list):
         by_name = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
         source = by_name.get("default")
     return TemplateFormat(source if isinstance(source, str) else CONTINUE_TEMPLATE, tokenizer)
@@ -64,6 +65,7 @@ class TemplateFormat(ChatFormat):
     def __init__(self, source: str, tokenizer: HFTokenizer) -> None:
         super().__init__(tokenizer)
         self._template = compile_template(source)
+        # The longest first: where one name begins with another, a regex takes the alternative that stands first.
         names = sorted(filter(None, tokenizer.special_tokens), key=len, reverse=True)
         never = "(?!)"
         self._special = re.compile("|".join(re.escape(name) for name in names) or never)
@@ -109,6 +111,7 @@ class TemplateFormat(ChatFormat):
 
     def decoder(self, prompt: Sequence[int] = (), stop: Sequence[str] = ()) -> AnswerDecoder:
         """Return a decoder for the answer to `prompt`, which some templates end with an open <think>."""
+        # "<think>\n" is two tokens in most vocabularies; four leave room for another spelling of the line's end.
         begins_thinking = self.tokenizer.decode(prompt[-4:]).rstrip().endswith("<think>")
         return ThinkDecoder(self.tokenizer, stop, "reasoning" if begins_thinking else "text")
 
@@ -144,6 +147,7 @@ def compile_template(source: str) -> "jinja2.Template":
     def strftime_now(pattern: str) -> str:
         return datetime.datetime.now().strftime(pattern)
 
+    # Templates are laid out over many lines for people. Trimming keeps that layout out of the prompt.
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
     )
@@ -152,7 +156,7 @@ def compile_template(source: str) -> "jinja2.Template":
     environment.globals["strftime_now"] = strftime_now
     try:
         return environment.from_string(source)
-    except (jinja2.TemplateError, RecursionError) as error:
+    except (jinja2.TemplateError, RecursionError) as error:  # the second for thousands of open brackets
         raise ValueError(f"the model's chat template is broken: {error}") from error
 
 
@@ -169,7 +173,8 @@ class ChannelDecoder(AnswerDecoder):
         return super().show(text)  # stop texts end the answer, not the reasoning
 
     def enter(self, name: str) -> list[Event]:
-        events = self.flush_text()  # of the channel that ends here
+        # Text held back, such as half a character, belongs to the channel that ends here.
+        events = self.flush_text()
         self.switch(name)
         return events
 
@@ -255,7 +260,9 @@ class HarmonyDecoder(ChannelDecoder):
     def switch(self, name: str) -> None:
         if name == "<|message|>":
             _, has_channel, channel = self.header.partition("<|channel|>")
-            is_call = "to=" in self.header  # of a function, in the commentary channel
+            # Text in the commentary channel is a preamble for the user, unless the header names a function to call,
+            # as in "commentary to=functions.weather". We offer no functions, so such a call is shown as reasoning.
+            is_call = "to=" in self.header
             is_text = channel.startswith(("final", "commentary")) and not is_call
             self.channel = "text" if is_text or not has_channel else "reasoning"
             self.header = ""

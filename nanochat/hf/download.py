@@ -48,7 +48,7 @@ def download(
     from huggingface_hub import snapshot_download
 
     repo, named_revision = parse_name(name)
-    revision = revision or named_revision
+    revision = revision or named_revision  # `--revision` wins over ORG/NAME@REVISION
     if offline:
         folder = snapshot(repo, revision)
         if not is_complete(folder):
@@ -82,6 +82,7 @@ def _check_before_download(repo: str, revision: str, include: Sequence[str]) -> 
             missing.append(".safetensors files")
         if missing:
             raise ValueError(f"{repo} lacks {', '.join(missing)}: it cannot be run here")
+    # A full disk would end the download after hours, so the room is counted now, without the files that are here.
     folder = snapshot(repo, info.sha or revision)
     needed = sum(size for path, size in sizes.items() if not (folder / path).exists())
     cache_dir().mkdir(parents=True, exist_ok=True)
@@ -140,13 +141,14 @@ def remove(name: str) -> int:
     repo, _ = parse_name(name)
     folder_name = repo.replace("/", "--")
     folders = [cache_dir() / f"models--{folder_name}"]
-    if "--" in folder_name:
+    if "--" in folder_name:  # without it, a name such as ".." would lead out of the folder
         folders.append(old_downloads() / folder_name)
     folders = [folder for folder in folders if folder.is_dir()]
     if not folders:
         raise ValueError(f"{name} is not here: {', '.join(list_models()) or 'no model'} is")
     freed = 0
     for folder in folders:
+        # Links in snapshots lead to blobs, which are counted once.
         files = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
         freed += sum(path.stat().st_size for path in files)
         shutil.rmtree(folder)

@@ -67,10 +67,12 @@ class HFTokenizer(Codec):
         settings = _read_object(folder / "tokenizer_config.json")
         generation = _read_object(folder / "generation_config.json")
 
+        # The file for the tokenizer says it best, and config.json is older. GPT-2 has <|endoftext|> and neither entry.
         bos = None
         for candidate in (settings.get("bos_token"), config.get("bos_token_id"), "<|endoftext|>"):
             if bos is None:
                 bos = _token_id(backend, candidate)
+        # A chat model ends its turn with another token than a document. Which of the files knows that one differs.
         ends = [settings.get("eos_token")]
         for values in (config, generation):
             end = values.get("eos_token_id")
@@ -122,6 +124,7 @@ class HFTokenizer(Codec):
         Byte-level vocabularies (GPT-2) spell bytes in an alphabet of their own; SentencePiece ones write a space as
         U+2581 and bytes without a character as <0x..>.
         """
+        # A byte-level decoder turns the letter for byte 32 into a space, any other leaves it alone.
         is_byte_level = self.backend.decoder is not None and self.backend.decoder.decode(["Ġ"]) == " "
         alphabet = byte_alphabet() if is_byte_level else {}
         result = []

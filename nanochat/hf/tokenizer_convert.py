@@ -120,6 +120,7 @@ def to_tokenizer_json(tokenizer: Tokenizer) -> str:
     ranks = tokenizer.encoding._mergeable_ranks
     vocab = {spell(token): rank for token, rank in ranks.items()}
     merges = [(spell(left), spell(right)) for left, right in _find_merges(ranks)]
+    # tiktoken looks a whole piece up before it merges anything; ignore_merges makes the other package do so, too.
     backend = tokenizers.Tokenizer(models.BPE(vocab, merges, ignore_merges=True))
     # "{1,3}+" is a possessive repeat for tiktoken and a repeat of a repeat for `tokenizers`. In these patterns no more
     # could match after the range anyway, so the plus is left out.
@@ -129,7 +130,8 @@ def to_tokenizer_json(tokenizer: Tokenizer) -> str:
     backend.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
     backend.decoder = decoders.ByteLevel()
     special = tokenizer.encoding._special_tokens
-    names = sorted(special, key=special.__getitem__)  # ids are given in this order
+    # Ids are given in the order of this list, from the end of the vocabulary on.
+    names = sorted(special, key=special.__getitem__)
     backend.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False) for name in names])
 
     same_text = all(backend.encode(text, add_special_tokens=False).ids == tokenizer.encode(text) for text in SAMPLES)
