@@ -29,7 +29,7 @@ from dev.profile_step import profile_table, profiled
 from dev.reference import PeerSide
 from nanochat import checkpoint, cli, recipe, world
 from nanochat.common import STAGES, get_base_dir, read_json, write_record
-from nanochat.compute import Compute, can_compile
+from nanochat.compute import Compute
 from nanochat.core_eval import evaluate_core
 from nanochat.dataloader import RowLoader
 from nanochat.gpt import GPT, GPTConfig, build_model
@@ -253,12 +253,10 @@ def model(config: ModelBench, more: list[str]) -> None:
             head_dim=config.head_dim,
             window_pattern=config.window_pattern,
         )
-        net = build_model(shape, compute.device, train=True)
+        net = build_model(shape, compute.device, train=True, compiled=config.compile)
         with torch.no_grad():
             for parameter in net.parameters():  # zeros, with which projections begin, make products faster
                 parameter.normal_(std=0.02)
-        if config.compile and can_compile(compute.device):
-            net.compile_blocks()
         idx_BT = torch.randint(config.vocab_size, (config.rows, config.seq_len), device=compute.device)
 
         def backward(net: GPT = net, idx_BT: torch.Tensor = idx_BT) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from nanochat import attention, cli, compute, fp8, fused_mlp, loss, recipe
+from nanochat import attention, cli, fp8, fused_mlp, kernels, loss, recipe
 from nanochat.common import get_base_dir, write_record
 from nanochat.gpt import GPTConfig
 from scripts.infer_bench import read_bandwidth, table, time_calls
@@ -96,19 +96,20 @@ def _normal(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
 def _attention(config: Config, model: GPTConfig, device: torch.device) -> Iterator[Check]:
     B, T, H, D = config.rows, config.seq_len, model.n_head, model.head_dim
     for windowed, window in ((False, T), (True, min(model.windows))):
-        plain = attention._attend_sdpa if window >= T else torch.compile(attention.attend_naive, dynamic=False)
+        plain = attention.attend_sdpa if window >= T else torch.compile(attention.attend_naive, dynamic=False)
         attended = sum(min(t + 1, window) for t in range(T))
-        for name, make in attention.backends("cuda", windowed):
-            make = functools.cache(make)  # load or compile it once, not at each timed call
+        others = {"flex": attention.flex} if windowed else {"cudnn": attention.cudnn}
+        for name, load in {"flash-attention-3": attention.flash3, **others}.items():
+            load = functools.cache(load)  # load or compile it once, not at each timed call
             yield Check(
                 "attention",
                 name,
                 f"{B}x{T}x{H}x{D}, window {window}",
                 3.5 * 4 * B * H * D * attended,
-                lambda name=name, make=make, w=window: attention.works(
-                    name, make, device, torch.bfloat16, D, 128 if w < T else 512
+                lambda name=name, load=load, w=window: bool(
+                    kernels.load_attention(name, load, device, torch.bfloat16, D, [128 if w < T else 512])
                 ),
-                lambda q, k, v, make=make, w=window: make()(q, k, v, w),
+                lambda q, k, v, load=load, w=window: load()(q, k, v, w),
                 lambda q, k, v, plain=plain, w=window: plain(q, k, v, w),
                 lambda: _normal(*3 * [(B, T, H, D)]),
             )
@@ -118,13 +119,13 @@ def _loss(config: Config, model: GPTConfig, device: torch.device) -> Iterator[Ch
     N, C, V = config.rows * config.seq_len, model.n_embd, config.vocab_size
     targets_N = torch.randint(0, V, (N,), generator=torch.Generator().manual_seed(0)).to(device)
 
-    compiled = torch.compile(loss._chunk_gradients, dynamic=False)
+    compiled = torch.compile(loss.make_chunk_gradients, dynamic=False)
     yield Check(
         "loss",
         "liger",
         f"{N}x{C}, vocabulary {V}",
         6 * N * C * V,
-        lambda: loss.choose(device, torch.bfloat16, True)[0] == "liger",
+        lambda: kernels.loss_agrees(device, torch.bfloat16, loss.liger_loss_sum),
         lambda x, w: loss.liger_loss_sum(x, w, targets_N, model.softcap),
         lambda x, w: loss.chunked_loss_sum(x, w, targets_N, model.softcap, chunk_gradients=compiled),
         lambda: _normal((N, C), (V, C)),
@@ -142,7 +143,7 @@ def _mlp(config: Config, model: GPTConfig, device: torch.device) -> Iterator[Che
         "fused",
         f"{N}x{C}",
         6 * N * 8 * C * C,
-        lambda: compute.kernel_agrees(
+        lambda: kernels.agrees(
             "fused MLP", fused_mlp.fused_mlp, fused_mlp.eager_mlp, [x.to(device) for x in inputs(512)]
         ),
         fused_mlp.fused_mlp,

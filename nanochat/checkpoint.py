@@ -221,11 +221,14 @@ def load_model(
     tag: str | None = None,
     step: int | None = None,
     train: bool = False,
+    compiled: bool = False,
+    fp8: bool = False,
 ) -> tuple[GPT, Tokenizer, dict[str, Any]]:
     """Load a trained model, its tokenizer and its meta; tag None = the newest run, step None = its newest whole one.
 
-    train: keep matrices in the training precision; otherwise the model is in eval mode. Raises ValueError, with the
-    remedy, when something is missing, damaged, or belongs to another tokenizer.
+    train: keep matrices in the training precision; otherwise the model is in eval mode. compiled, fp8: how to train
+    it, see `gpt.build_model`. Raises ValueError, with the remedy, when something is missing, damaged, or belongs to
+    another tokenizer.
     """
     if tag is None:
         tag = find_tag(stage)
@@ -234,7 +237,8 @@ def load_model(
     meta = newest(stage, tag) if step is None else read_meta(stage, tag, step)
     tokenizer = load_tokenizer(meta["tokenizer_hash"])
     check_tokenizer(meta, tokenizer)
-    model = build_model(GPTConfig.from_dict(meta["model_config"]), device, train=train)
+    config = GPTConfig.from_dict(meta["model_config"])
+    model = build_model(config, device, train=train, compiled=compiled, fp8=fp8)
     load_weights(stage, tag, meta["step"], model)
     return model.train(train), tokenizer, meta
 

@@ -11,8 +11,7 @@ import os
 import platform
 import re
 import shutil
-import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -20,7 +19,6 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from nanochat.common import read_if_there
 
@@ -296,58 +294,3 @@ def _room_in_control_groups() -> Iterator[int]:
             used = re.search(r"^(?:anon|total_rss) (\d+)", read_if_there(folder / "memory.stat"), re.MULTILINE)
             if limit.isdigit() and used:
                 yield max(0, int(limit) - int(used[1]))
-
-
-# --- probes
-#
-# May an optional kernel be used on this machine? A package that imports may still hold no kernel for this GPU, fail on
-# launch, or return wrong gradients. So a kernel is chosen only after one small forward and backward pass here has
-# agreed with its plain definition. Attention, the head's loss and the fused MLP all choose this way.
-
-
-@torch.inference_mode(False)
-@torch.enable_grad()
-def kernel_agrees(
-    name: str, form: Callable[..., Tensor], oracle: Callable[..., Tensor], inputs: Sequence[Tensor]
-) -> bool:
-    """Return whether `form(*inputs)` runs and gives the value and the gradients of `oracle(*inputs)`.
-
-    Tolerated differences, relative to the largest entry of each result: 1e-4 in fp32, 5e-2 in shorter dtypes.
-    Prints one line with the reason when it refuses; never raises.
-    """
-    tolerance = 1e-4 if inputs[0].dtype == torch.float32 else 5e-2
-    try:
-        expected = _value_and_gradients(oracle, inputs)
-        got = _value_and_gradients(form, inputs)
-    except Exception as error:  # a foreign kernel may raise anything, and all of it means "not this one"
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        print(f"{name} refused: {reason}")
-        return False
-    for a, b in zip(expected, got, strict=True):
-        # Written so that a NaN, which compares false with everything, is refused.
-        if not (a - b).abs().max() <= tolerance * a.abs().max():
-            print(f"{name} refused: wrong results")
-            return False
-    return True
-
-
-def _value_and_gradients(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
-    leaves = [x.detach().clone().requires_grad_() for x in inputs]
-    y = function(*leaves)
-    # The square gives every entry of the output a weight of its own, so that errors do not cancel in the sum.
-    gradients = torch.autograd.grad(y.float().square().sum(), leaves)
-    return [y.detach().float()] + [gradient.float() for gradient in gradients]
-
-
-def milliseconds(run: Callable[[], object]) -> float:
-    """Return the median time of ten calls of `run` on a GPU, after three to warm up."""
-    times = []
-    for _ in range(13):
-        began = torch.cuda.Event(enable_timing=True)
-        ended = torch.cuda.Event(enable_timing=True)
-        began.record()
-        run()
-        ended.record()
-        ended.synchronize()
-        times.append(began.elapsed_time(ended))
-    return statistics.median(times[3:])

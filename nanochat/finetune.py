@@ -104,7 +104,13 @@ def finetune(
 def load_source(stage: str, config: SourceConfig, compute: Compute) -> Source:
     """Load the model of `stage` to go on from. Raises ValueError, with the remedy, when there is none."""
     model, tokenizer, meta = checkpoint.load_model(
-        stage, compute.device, tag=config.source_tag, step=config.source_step, train=True
+        stage,
+        compute.device,
+        tag=config.source_tag,
+        step=config.source_step,
+        train=True,
+        compiled=config.compile,
+        fp8=config.fp8,
     )
     digest = meta["files"]["model.safetensors"][:12]
     return Source(model, tokenizer, meta, name=f"{stage}/{meta['tag']} step {meta['step']} {digest}")

@@ -7,8 +7,9 @@ Steps get 17 % faster at d24. At equal quality it is 5 %, and below d20 it does 
 """
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
+
+from nanochat.language_model import Linear
 
 SMALLEST = 128  # rows or columns; below it the casts cost more than the product saves
 
@@ -18,7 +19,8 @@ def quantise(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.T
 
     Zeros stay zeros. An infinity or NaN becomes NaN, so that the loss shows it: it is never rounded to a number.
     """
-    scale = x.abs().amax().float().clamp(min=1e-30) / torch.finfo(dtype).max
+    largest = x.abs().amax().float().clamp(min=1e-30)
+    scale = largest / torch.finfo(dtype).max
     return (x.float() / scale).to(dtype), scale
 
 
@@ -57,12 +59,26 @@ def linear(x: torch.Tensor, w_DC: torch.Tensor) -> torch.Tensor:
     x_NC = x.reshape(-1, x.size(-1))
     if x_NC.size(0) % 16:
         return F.linear(x, w_DC.to(x.dtype))
-    return _Fp8Product.apply(x_NC, w_DC).view(*x.shape[:-1], -1)
+    y_ND = _Fp8Product.apply(x_NC, w_DC)
+    return y_ND.view(*x.shape[:-1], -1)
 
 
-def eligible(matrix: nn.Linear) -> bool:
+class Fp8Linear(Linear):
+    """A matrix without bias that trains in fp8 if it can gain from it. In eval mode it is a plain `Linear`."""
+
+    def __init__(self, n_in: int, n_out: int) -> None:
+        super().__init__(n_in, n_out)
+        self.gains = gains(n_in, n_out)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training and self.gains:
+            return linear(x, self.weight)
+        return super().forward(x)
+
+
+def gains(n_in: int, n_out: int) -> bool:
     """Return whether fp8 can gain on a matrix: no small side, and both multiples of 16, as the hardware wants."""
-    return min(matrix.weight.shape) >= SMALLEST and all(size % 16 == 0 for size in matrix.weight.shape)
+    return min(n_in, n_out) >= SMALLEST and n_in % 16 == 0 and n_out % 16 == 0
 
 
 def works(device: torch.device) -> bool:
@@ -71,21 +87,15 @@ def works(device: torch.device) -> bool:
         with torch.inference_mode(False), torch.enable_grad():
             w = torch.ones(48, 32, device=device, requires_grad=True)
             y = linear(torch.ones(16, 32, device=device, dtype=torch.bfloat16), w)
-            return bool((torch.autograd.grad(y.sum(), w)[0] == 16).all())
+            (gradient,) = torch.autograd.grad(y.sum(), w)
     except (RuntimeError, AttributeError):
         return False
+    return bool((gradient == 16).all())
 
 
-def convert(model: nn.Module) -> int:
-    """Set the eligible matrices of `model.blocks` to train in fp8, and return how many. Eval mode stays in bf16.
-
-    Raises ValueError where fp8 does not run or no matrix is large enough.
-    """
-    if not works(next(model.parameters()).device):
+def check(device: torch.device, width: int) -> None:
+    """Raise ValueError where fp8 does not run, or where no matrix of a model of this width is large enough."""
+    if device.type != "cuda" or not works(device):
         raise ValueError("--fp8 needs a GPU with fp8 products (Ada, Hopper or later): leave it out")
-    matrices: list = [m for m in model.get_submodule("blocks").modules() if isinstance(m, nn.Linear) and eligible(m)]
-    if not matrices:
+    if not gains(width, width):
         raise ValueError(f"--fp8: no matrix of {SMALLEST} x {SMALLEST} or more: leave it out, or raise --depth")
-    for matrix in matrices:
-        matrix.fp8 = True
-    return len(matrices)

@@ -6,8 +6,8 @@ longer than their arithmetic. Here the square (forward) and its derivative (back
 product while it is still in registers. Counted at d24 that saves 48 GB of memory traffic per micro-step. It also
 halves what is kept for the backward pass: only the squared values are, and relu(z) is their root.
 
-`fused_mlp` is the fast form, `eager_mlp` the definition and oracle, and `fused_mlp_pays` decides once, when a model is
-compiled, by running both. Nothing needs Triton to be installed.
+`fused_mlp` is the fast form, and `eager_mlp` the definition and oracle. kernels.py runs both before it takes the fast
+one. Nothing needs Triton to be installed.
 
 Shapes: N tokens, C channels (width), H = 4·C hidden channels. The kernel itself multiplies (M, K) by (K, N).
 """
@@ -17,8 +17,6 @@ from __future__ import annotations  # annotations name `tl`, which is absent wit
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from nanochat.compute import kernel_agrees, milliseconds
 
 try:
     import triton
@@ -152,24 +150,6 @@ def eager_mlp(x: Tensor, up_HC: Tensor, down_CH: Tensor) -> Tensor:
     return F.linear(F.relu(F.linear(x, up_HC.to(x.dtype))).square(), down_CH.to(x.dtype))
 
 
-@torch.inference_mode(False)
-@torch.enable_grad()
-def fused_mlp_pays(device: torch.device, dtype: torch.dtype, width: int) -> bool:
-    """Return whether `fused_mlp` is right on this device and, at this width, not slower than the compiled definition.
-
-    False without Triton, without a Hopper GPU or later, and for fp32. It takes seconds: ask once per model.
-    """
-    if triton is None or device.type != "cuda" or torch.cuda.get_device_capability(device)[0] < 9:
-        return False
-    if dtype.itemsize != 2:
-        return False
-    generator = torch.Generator().manual_seed(0)
-    shapes = ((8192, width), (4 * width, width), (width, 4 * width))
-    inputs = [torch.randn(shape, generator=generator) / shape[1] ** 0.5 for shape in shapes]
-    inputs = [x.to(device, dtype).requires_grad_() for x in inputs]
-    if not kernel_agrees("fused MLP", fused_mlp, eager_mlp, inputs):
-        return False
-    compiled_mlp = torch.compile(eager_mlp, dynamic=False)
-    fused_ms = milliseconds(lambda: torch.autograd.grad(fused_mlp(*inputs), inputs, inputs[0]))
-    compiled_ms = milliseconds(lambda: torch.autograd.grad(compiled_mlp(*inputs), inputs, inputs[0]))
-    return fused_ms <= compiled_ms
+def has_kernel(device: torch.device) -> bool:
+    """Return whether the kernel can run on this device: Triton is installed, and it is a Hopper GPU or later."""
+    return triton is not None and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9

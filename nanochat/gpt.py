@@ -1,7 +1,12 @@
 """The language model, and only the model: a decoder-only transformer, told from top to bottom.
 
-One forward serves training and generation; `language_model.py` says how. The parts come in the order in which a token
-meets them: norm, rotary positions, attention, MLP, block, model.
+    tokens -> embedding -> norm -> smear -> n x [ rescale + embedding skip -> attention -> MLP ] -> backout -> norm
+           -> head -> softcap -> logits
+
+The parts come in the order in which a token meets them: norm, rotary positions, attention, MLP, block, model. One
+forward serves training and generation; language_model.py says how. Everything beyond a plain pre-norm transformer
+(value embeddings, smear, backout, QK scale, embedding skips, softcap) has a switch in `GPTConfig`, and a comment that
+says why it is there. Most of these were found in the speedruns of modded-nanogpt and karpathy/nanochat.
 
 Shapes: B sequences, T positions, C channels (width), H query heads, K kv heads, D head dim, P = D/2 planes of rotation,
 V vocabulary. Leading dimensions have no letter where they may be (B, T), in training, or (N), tokens of any rows.
@@ -16,10 +21,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from nanochat import attention
 from nanochat.attention import Attend
-from nanochat.compute import pick_dtype
-from nanochat.fused_mlp import fused_mlp, fused_mlp_pays
+from nanochat.common import print0
+from nanochat.compute import can_compile, pick_dtype
+from nanochat.fp8 import Fp8Linear
+from nanochat.fused_mlp import fused_mlp
+from nanochat.kernels import PLAIN, Kernels, choose_kernels
 from nanochat.language_model import Gate, LanguageModel, LayerNeed, Linear, Together, WholeRows
 from nanochat.loss import softcap, softcap_cross_entropy
 
@@ -122,7 +129,9 @@ def rotation(positions: torch.Tensor, radians_P: torch.Tensor, dtype: torch.dtyp
     angles_P = positions[..., None, None].float() * radians_P
     cos_P = angles_P.cos() * scale
     sin_P = angles_P.sin() * scale
-    return torch.cat((cos_P, cos_P), dim=-1).to(dtype), torch.cat((-sin_P, sin_P), dim=-1).to(dtype)
+    cos_1D = torch.cat((cos_P, cos_P), dim=-1).to(dtype)
+    sin_1D = torch.cat((-sin_P, sin_P), dim=-1).to(dtype)
+    return cos_1D, sin_1D
 
 
 def rotate(x_HD: torch.Tensor, cos_1D: torch.Tensor, sin_1D: torch.Tensor) -> torch.Tensor:
@@ -138,53 +147,63 @@ def rotate(x_HD: torch.Tensor, cos_1D: torch.Tensor, sin_1D: torch.Tensor) -> to
 class Attention(nn.Module):
     """Causal grouped-query attention with rotary positions, QK-norm and, on some layers, value embeddings."""
 
-    def __init__(self, config: GPTConfig, layer: int) -> None:
+    def __init__(self, config: GPTConfig, layer: int, linear: type[Linear]) -> None:
         super().__init__()
         self.heads = [config.n_head, config.n_kv_head]
         self.head_dim = config.head_dim
         self.qk_scale = config.qk_scale
         self.window = config.windows[layer]
         kv_channels = config.n_kv_head * config.head_dim
-        self.q = Linear(config.n_embd, config.n_embd)
-        self.k = Linear(config.n_embd, kv_channels)
-        self.v = Linear(config.n_embd, kv_channels)
-        self.out = Linear(config.n_embd, config.n_embd)
+        self.q = linear(config.n_embd, config.n_embd)
+        self.k = linear(config.n_embd, kv_channels)
+        self.v = linear(config.n_embd, kv_channels)
+        self.out = linear(config.n_embd, config.n_embd)
         self.gate = Gate(config.value_gate_channels, config.n_kv_head) if config.has_value_embed(layer) else None
+        # What reads the same input: the engine makes one product of it (packed.py), which gives q and k in one tensor.
         gates = () if self.gate is None else ((self.gate,),)
         self.qkvg: Any = Together((self.q, self.k), (self.v,), *gates)
 
     def forward(self, x_C, ve_KD, cos_1D, sin_1D, attend: Attend) -> torch.Tensor:
+        """ve_KD: value embeddings of the tokens, or None. attend: how queries meet keys and values."""
         if ve_KD is None:
             *qk, v = self.qkvg(x_C)
             v_KD = v.unflatten(-1, (-1, self.head_dim))
         else:
             *qk, v, gate_K = self.qkvg(x_C)
             v_KD = v.unflatten(-1, (-1, self.head_dim))
-            # A value embedding gives each token a value that depends on the token alone, without any mixing before it:
-            # cheap parameters (a lookup costs no FLOPs) that carry the token's identity into deep layers. A gate per
-            # kv head, read from the first few channels, says how much of it is wanted; it begins near 3·σ(0) = 1.5.
-            v_KD = torch.addcmul(v_KD, torch.sigmoid(gate_K).unsqueeze(-1), ve_KD.view_as(v_KD), value=3)
+            # Value embeddings (arXiv 2410.17897) give each token a value that depends on the token alone, without any
+            # mixing before it: cheap parameters (a lookup costs no FLOPs) that carry the token's identity into deep
+            # layers. A gate per kv head, read from the first few channels, says how much of it is wanted; it begins
+            # near 3·σ(0) = 1.5.
+            gate_K1 = torch.sigmoid(gate_K).unsqueeze(-1)
+            v_KD = torch.addcmul(v_KD, gate_K1, ve_KD.view_as(v_KD), value=3)
+
         # QK-norm bounds the attention logits, which otherwise grow until training diverges (arXiv 2302.05442). On unit
         # vectors alone the softmax could not become sharp: each side is scaled by 1.2, as if the logits' scale were
         # 1.44 (a value of karpathy/nanochat's).
-        turned = [norm(rotate(x.unflatten(-1, (-1, self.head_dim)), cos_1D, sin_1D)) * self.qk_scale for x in qk]
+        turned = []
+        for x in qk:
+            x_HD = rotate(x.unflatten(-1, (-1, self.head_dim)), cos_1D, sin_1D)
+            turned.append(norm(x_HD) * self.qk_scale)
         q_HD, k_KD = turned if len(turned) == 2 else turned[0].split(self.heads, dim=-2)
         y_HD = attend(q_HD, k_KD, v_KD, self.window)
         return self.out(y_HD.flatten(-2))
 
 
 class MLP(nn.Module):
-    """Two matrices around a squared ReLU (arXiv 2109.08668), four times as wide inside."""
+    """Two matrices around a squared ReLU (arXiv 2109.08668), four times as wide inside.
 
-    fused = False  # set by `GPT.compile_blocks` where the fused kernel is the faster one
+    Its zeros make hidden units sparse and its square makes the rest sharp, at no more cost than a ReLU's.
+    """
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, linear: type[Linear], fused: bool) -> None:
         super().__init__()
-        self.up = Linear(config.n_embd, 4 * config.n_embd)
-        self.down = Linear(4 * config.n_embd, config.n_embd)
+        self.fused = fused
+        self.up = linear(config.n_embd, 4 * config.n_embd)
+        self.down = linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x_C: torch.Tensor) -> torch.Tensor:
-        if self.fused and not self.up.fp8:
+        if self.fused:
             return fused_mlp(x_C, self.up.weight, self.down.weight)
         return self.down(F.relu(self.up(x_C)).square())
 
@@ -196,17 +215,19 @@ class Block(nn.Module):
     layer. Deep layers then still see which token they stand on, and each layer sets how loud its input is.
     """
 
-    def __init__(self, config: GPTConfig, layer: int) -> None:
+    def __init__(self, config: GPTConfig, layer: int, kernels: Kernels) -> None:
         super().__init__()
-        self.attn = Attention(config, layer)
-        self.mlp = MLP(config)
+        linear = Fp8Linear if kernels.fp8 else Linear
+        self.attn = Attention(config, layer, linear)
+        self.mlp = MLP(config, linear, kernels.fused_mlp)
         self.dropout = config.dropout
 
     def forward(self, x_C, x0_C, ve_KD, scale_1, skip_1, cos_1D, sin_1D, attend: Attend) -> torch.Tensor:
         x_C = torch.addcmul(skip_1 * x0_C, x_C, scale_1)
         y_C = self.attn(norm(x_C), ve_KD, cos_1D, sin_1D, attend)
         x_C = x_C + F.dropout(y_C, self.dropout, self.training)
-        return x_C + F.dropout(self.mlp(norm(x_C)), self.dropout, self.training)
+        y_C = self.mlp(norm(x_C))
+        return x_C + F.dropout(y_C, self.dropout, self.training)
 
 
 class GPT(LanguageModel):
@@ -218,18 +239,24 @@ class GPT(LanguageModel):
     """
 
     def __init__(
-        self, config: GPTConfig, dtype: torch.dtype = torch.float32, embed_dtype: torch.dtype | None = None
+        self,
+        config: GPTConfig,
+        dtype: torch.dtype = torch.float32,
+        embed_dtype: torch.dtype | None = None,
+        kernels: Kernels = PLAIN,
     ) -> None:
         super().__init__()
         self.config = config
         self.dtype = dtype
+        self.kernels = kernels
         embed_dtype = embed_dtype or dtype
         kv_channels = config.n_kv_head * config.head_dim
         self.embed = nn.Embedding(config.padded_vocab_size, config.n_embd, dtype=embed_dtype)
-        layers = [layer for layer in range(config.n_layer) if config.has_value_embed(layer)]
-        tables = {str(n): nn.Embedding(config.padded_vocab_size, kv_channels, dtype=embed_dtype) for n in layers}
-        self.value_embeds = nn.ModuleDict(tables)
-        self.blocks: Any = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.value_embeds = nn.ModuleDict()
+        for layer in range(config.n_layer):
+            if config.has_value_embed(layer):
+                self.value_embeds[str(layer)] = nn.Embedding(config.padded_vocab_size, kv_channels, dtype=embed_dtype)
+        self.blocks: Any = nn.ModuleList(Block(config, layer, kernels) for layer in range(config.n_layer))
         # The head is not tied to the embedding: the two want different learning rates and initial sizes.
         self.head = Linear(config.n_embd, config.padded_vocab_size)
         self.readout = Together((self.head,))
@@ -240,8 +267,12 @@ class GPT(LanguageModel):
             self.smear_scale = nn.Parameter(torch.empty(()))
         if config.backout:
             self.backout = nn.Parameter(torch.empty(()))
-        self.compiled = False
-        self.checkpointing = False  # keep a block's inputs alone for the backward pass (arXiv 1604.06174)
+        if kernels.compiled:
+            # One graph for each kind of block, shared by all layers: windows, gates, shapes and gradient modes each
+            # make one, which is more than the eight that PyTorch allows.
+            torch._dynamo.config.recompile_limit = 64
+            for block in self.blocks:
+                block.compile(dynamic=False)
 
     @property
     def device(self) -> torch.device:
@@ -249,15 +280,16 @@ class GPT(LanguageModel):
         return self.embed.weight.device
 
     @property
-    def head_weight(self) -> torch.Tensor:
-        """The matrix that gives the logits, (V, C)."""
-        return self.head.weight[: self.config.vocab_size]
-
-    @property
     def cache_needs(self) -> list[LayerNeed]:
         """Return what each layer keeps of a token in the KV cache."""
         config = self.config
         return [LayerNeed(config.n_kv_head, config.head_dim, window) for window in config.windows]
+
+    def flops_per_token(self) -> int:
+        """Return training FLOPs per token: 6 per matrix weight, 12·H·D per position attended to (PaLM, appendix B)."""
+        matrices = sum(p.numel() for p in self.blocks.parameters()) + self.head.weight.numel()
+        attended = sum(self.config.windows)
+        return 6 * matrices + 12 * self.config.n_embd * attended
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
@@ -278,6 +310,7 @@ class GPT(LanguageModel):
             nn.init.uniform_(block.mlp.up.weight, -0.4 * bound, 0.4 * bound, generator=generator)
             nn.init.zeros_(block.attn.out.weight)
             nn.init.zeros_(block.mlp.down.weight)
+            # Gates begin almost, but not quite, indifferent: exactly zero would give their inputs no gradient.
             if block.attn.gate is not None:
                 nn.init.uniform_(block.attn.gate.weight, 0, 0.02, generator=generator)
         depth = torch.linspace(0, 1, config.n_layer, device=self.device)  # 0 at the first layer, 1 at the last
@@ -289,21 +322,6 @@ class GPT(LanguageModel):
         if config.backout:
             self.backout.fill_(config.backout)
 
-    def compile_blocks(self) -> None:
-        """Fuse with torch.compile: one graph for each kind of block, shared by all layers, and one for the loss."""
-        torch._dynamo.config.recompile_limit = 64  # windows, gates, shapes and gradient modes each make one
-        fused = fused_mlp_pays(self.device, self.dtype, self.config.n_embd)
-        for block in self.blocks:
-            block.mlp.fused = fused
-            block.compile(dynamic=False)
-        self.compiled = True
-
-    def flops_per_token(self) -> int:
-        """Return training FLOPs per token: 6 per matrix weight, 12·H·D per position attended to (PaLM, appendix B)."""
-        matrices = sum(p.numel() for p in self.blocks.parameters()) + self.head.weight.numel()
-        attended = sum(min(window, self.config.sequence_len) for window in self.config.windows)
-        return 6 * matrices + 12 * self.config.n_embd * attended
-
     def forward(
         self,
         idx: torch.Tensor,
@@ -312,20 +330,22 @@ class GPT(LanguageModel):
         loss_reduction: str = "mean",
         context: Any = None,
         wanted_R: torch.Tensor | None = None,
+        recompute: bool = False,
     ) -> torch.Tensor:
         """Return logits in fp32, or with targets the loss in nats; a target of -1 is ignored.
 
         Without a context, idx is (B, T), whole rows from position 0, and logits are (B, T, V). With one (see
         language_model.py), idx is (N), and logits are (R, V), of the `wanted` tokens or of all.
-        loss_reduction: "mean" | "sum" | "none" (per token). Raises ValueError when rows are longer than the context.
+        loss_reduction: "mean" | "sum" | "none" (per token). recompute: keep a block's inputs alone for the backward
+        pass (arXiv 1604.06174). Raises ValueError when rows are longer than the context.
         """
         config = self.config
         if context is None:
-            windowed = min(config.windows) < idx.size(1)
-            _, attend = attention.choose(self.device, self.dtype, config.head_dim, windowed)
-            context = WholeRows(idx, attend, config.sequence_len)
-        planes = torch.arange(0, config.head_dim, 2, device=idx.device, dtype=torch.float32)
-        cos_1D, sin_1D = rotation(context.positions, config.rope_base ** (-planes / config.head_dim), self.dtype)
+            context = WholeRows(idx, self.kernels.attend, config.sequence_len)
+        planes_P = torch.arange(0, config.head_dim, 2, device=idx.device, dtype=torch.float32)
+        radians_P = config.rope_base ** (-planes_P / config.head_dim)
+        cos_1D, sin_1D = rotation(context.positions, radians_P, self.dtype)
+
         x_C = norm(self.embed(idx).to(self.dtype))
         if config.smear_channels:
             x_C = self._smear(x_C, context)
@@ -334,9 +354,8 @@ class GPT(LanguageModel):
         skips = self.embed_skip.unbind()
         middle_C = x_C
         for layer, block in enumerate(self.blocks):
+            run = functools.partial(checkpoint, block, use_reentrant=False) if recompute else block
             ve_KD = self.value_embeds[str(layer)](idx).to(self.dtype) if config.has_value_embed(layer) else None
-            again = self.checkpointing and torch.is_grad_enabled()
-            run = functools.partial(checkpoint, block, use_reentrant=False) if again else block
             x_C = run(x_C, x0_C, ve_KD, scales[layer], skips[layer], cos_1D, sin_1D, context.layer(layer))
             if layer == config.n_layer // 2:
                 middle_C = x_C
@@ -347,8 +366,9 @@ class GPT(LanguageModel):
         x_C = norm(x_C)
 
         if targets is not None:
+            head_VC = self.head.weight[: config.vocab_size]  # without the rows that pad the vocabulary
             return softcap_cross_entropy(
-                x_C, self.head_weight, targets, config.softcap, loss_reduction, compiled=self.compiled
+                x_C, head_VC, targets, config.softcap, loss_reduction, loss_sum=self.kernels.loss_sum
             )
         if wanted_R is not None:
             x_C = x_C[wanted_R]
@@ -370,20 +390,37 @@ class GPT(LanguageModel):
         return torch.addcmul(x_C, self.smear_scale * gate_1, before_C)
 
 
-def build_model(config: GPTConfig, device: torch.device | str, *, train: bool) -> GPT:
+def build_model(
+    config: GPTConfig, device: torch.device | str, *, train: bool, compiled: bool = False, fp8: bool = False
+) -> GPT:
     """Build a model on `device` whose weights hold no values yet: call `init_weights`, or load a checkpoint into it.
 
-    Activations are in this machine's compute dtype (`compute.pick_dtype`). For training, matrices stay in fp32; for
-    inference they are cast to the compute dtype, which rounds each once instead of at every use. Raises ValueError
-    when training is asked for in float16: without loss scaling its gradients would underflow.
+    Activations are in this machine's compute dtype (`compute.pick_dtype`). For training, matrices stay in fp32, and
+    the fastest kernels are chosen; for inference matrices are cast to the compute dtype, which rounds each once instead
+    of at every use. compiled: fuse with torch.compile, where a compiler is there. Raises ValueError for training in
+    float16 (without loss scaling its gradients would underflow), and where fp8 cannot work.
     """
     device = torch.device(device)
     dtype = pick_dtype(device)
-    if train and dtype == torch.float16:
-        raise ValueError("NANOCHAT_DTYPE=float16 is for inference only: train in bfloat16 or float32")
+    kernels = PLAIN
+    if train:
+        if dtype == torch.float16:
+            raise ValueError("NANOCHAT_DTYPE=float16 is for inference only: train in bfloat16 or float32")
+        if compiled and not can_compile(device):
+            print0("torch.compile is off: no C++ compiler (installing g++ makes training faster)")
+            compiled = False
+        kernels = choose_kernels(
+            device,
+            dtype,
+            width=config.n_embd,
+            head_dim=config.head_dim,
+            windowed=min(config.windows) < config.sequence_len,
+            compiled=compiled,
+            fp8_products=fp8,
+        )
     embed_dtype = torch.float32 if device.type == "cpu" else dtype  # see GPT
     with torch.device("meta"):  # no memory and no time for values that are overwritten at once
-        model = GPT(config, dtype=dtype, embed_dtype=embed_dtype)
+        model = GPT(config, dtype, embed_dtype, kernels)
         if not train:
             for module in model.modules():
                 if isinstance(module, Linear):

@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 import torch
 
-from nanochat import attention
+from nanochat.cached_attention import attend_fused, attend_to_slots, slot_mask
 from nanochat.language_model import LayerNeed
 
 ROUND = 128  # attention reads slots in multiples of this, which fixes the order of its sums
@@ -207,7 +207,7 @@ class CacheBatch:
     """The context of one forward over new tokens of many rows (see language_model.py): part after part, row after row.
 
     rows_N, positions_N: where each token goes, with room made by `KVCache.reserve`; positions count up along a row.
-    previous_N: the token before each, -1 before the first of a row. deterministic: see attention.py.
+    previous_N: the token before each, -1 before the first of a row. deterministic: see cached_attention.py.
     """
 
     def __init__(
@@ -228,7 +228,7 @@ class CacheBatch:
         # Layers with the same ring, window and device share one plan, so it is made once per forward.
         self._plans: dict[tuple[int | None, int, torch.device], LayerPlan] = {}
 
-    def layer(self, layer: int) -> attention.Attend:
+    def layer(self, layer: int) -> functools.partial[torch.Tensor]:
         """Return attend(q, k, v, window) of a layer."""
         return functools.partial(self._attend, self.layers[layer])
 
@@ -254,12 +254,9 @@ class CacheBatch:
             q_BTHD = q_part.unflatten(0, (part.n_rows, part.n_tokens))
             keys_GDS, values_GSD = layer.views(part.first_row, part.n_rows, part.length)
             if q_NHD.device.type == "cuda" and part.n_tokens > 1 and sinks_H is None:
-                y_BTHD = attention.attend_fused(q_BTHD, keys_GDS, values_GSD, mask)
+                y_BTHD = attend_fused(q_BTHD, keys_GDS, values_GSD, mask)
             else:
-                scale = int(q_NHD.size(2)) ** -0.5
-                y_BTHD = attention.attend_to_slots(
-                    q_BTHD, keys_GDS, values_GSD, mask, scale, sinks_H, self.deterministic
-                )
+                y_BTHD = attend_to_slots(q_BTHD, keys_GDS, values_GSD, mask, sinks_H, self.deterministic)
             outputs.append(y_BTHD.flatten(0, 1))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
@@ -289,7 +286,7 @@ class CacheBatch:
             if layer.ring is not None:
                 # The formula gives a negative position for a slot that a shorter row has not written yet.
                 hidden_BTS = hidden_BTS | (held_BTS < 0)
-            masks.append(attention.mask(hidden_BTS, group, like.dtype, self.deterministic))
+            masks.append(slot_mask(hidden_BTS, group, like.dtype, self.deterministic))
         return LayerPlan(rows_N=self.rows_N.to(like.device), slots_N=layer.slots(positions_N), masks=masks)
 
 

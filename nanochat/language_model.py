@@ -24,7 +24,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from nanochat import fp8
 from nanochat.attention import Attend
 
 
@@ -42,14 +41,10 @@ class Linear(nn.Linear):
     There is no autocast anywhere: this cast and the embeddings' dtype say all about precision.
     """
 
-    fp8 = False  # set by `fp8.convert`: multiply in fp8 while training
-
     def __init__(self, n_in: int, n_out: int, bias: bool = False) -> None:
         super().__init__(n_in, n_out, bias=bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.fp8 and self.training:
-            return fp8.linear(x, self.weight)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.linear(x, self.weight.to(x.dtype), bias)
 

@@ -113,7 +113,6 @@ def reinforce(config: RLConfig, train: Sequence[Any], test: Sequence[Any], held_
     run = continue_from(
         source, "rl", config, compute, most_tokens, config.num_iterations, more_facts={"rollouts": rollouts}
     )
-    trainer.prepare_model(model, config, compute)
     share = config.problems * config.samples // compute.world_size
     batch = trainer.choose_device_batch(model, config, compute, share)
     val_rows = conversation_rows("rl_val", held_out, source.tokenizer, T, compute)
@@ -151,7 +150,7 @@ def reinforce(config: RLConfig, train: Sequence[Any], test: Sequence[Any], held_
             mean_loss = 0.0
             # Where no group's rewards differ, on any rank, the step changes nothing.
             if totals["useful"]:
-                mean_loss = accumulate_gradients(run, groups, totals, batch.rows, metrics)
+                mean_loss = accumulate_gradients(run, groups, totals, batch, metrics)
                 grad_norm = trainer.update_weights(run, lr_mult)
                 if grad_norm is not None:
                     metrics["grad_norm"] = grad_norm
@@ -262,16 +261,16 @@ def describe(totals: dict[str, float], config: RLConfig, step: int) -> dict[str,
 
 
 def accumulate_gradients(
-    run: Run, groups: Sequence[Group], totals: dict[str, float], rows: int, metrics: dict[str, Any]
+    run: Run, groups: Sequence[Group], totals: dict[str, float], batch: trainer.DeviceBatch, metrics: dict[str, Any]
 ) -> float:
-    """Run forward and backward over this rank's answers, `rows` at a time; return the loss, and add nll to `metrics`.
+    """Run forward and backward over this rank's answers in micro-batches; return the loss, and add nll to `metrics`.
 
     Raises ValueError when the loss is not finite.
     """
     sums_2 = torch.zeros(2, device=run.compute.device)  # loss, and negative log-likelihood of what is trained
     # A rank that has nothing to learn from skips this loop; the optimizer takes its gradients for zeros.
-    for idx_BT, targets_BT, weights_BT in make_micro_batches(groups, totals["tokens"], rows, run.compute.device):
-        nll_BT = run.model(idx_BT, targets_BT, loss_reduction="none")
+    for idx_BT, targets_BT, weights_BT in make_micro_batches(groups, totals["tokens"], batch.rows, run.compute.device):
+        nll_BT = run.model(idx_BT, targets_BT, loss_reduction="none", recompute=batch.checkpointing)
         # -A · log p summed over tokens. Weights are divided by all ranks' tokens, so gradients only add up.
         loss = (nll_BT * weights_BT).sum()
         loss.backward()

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 
 import torch
 
-from nanochat import attention, fp8, loss, recipe
+from nanochat import recipe
 from nanochat.common import print0
-from nanochat.compute import Compute, can_compile
+from nanochat.compute import Compute
 from nanochat.dataloader import MicroBatch, RowLoader
 from nanochat.gpt import GPT
 from nanochat.loss_eval import evaluate_bpb
@@ -41,7 +41,6 @@ def train(run: Run, train_rows: PackedRows, val_rows: PackedRows, prompts: Seque
     config = run.config
     model = run.model
     compute = run.compute
-    prepare_model(model, config, compute)
 
     # The rows of a step are divided over the ranks, and the share of a rank over micro-batches of `batch.rows` rows.
     T = model.config.sequence_len
@@ -88,7 +87,7 @@ def train(run: Run, train_rows: PackedRows, val_rows: PackedRows, prompts: Seque
 
             began = time.perf_counter()  # waiting for rows is part of a step
             _, micro_batches = next(steps)
-            mean_loss = accumulate_gradients(run, micro_batches)
+            mean_loss = accumulate_gradients(run, micro_batches, batch.checkpointing)
             lr_mult = learning_rate_multiplier(run)  # change the schedule in recipe.py
             grad_norm = update_weights(run, lr_mult)
             compute.synchronize()  # a GPU may still be busy with the update, which belongs to this step's time
@@ -107,18 +106,6 @@ def train(run: Run, train_rows: PackedRows, val_rows: PackedRows, prompts: Seque
             if len(step_seconds) == TIMED_STEPS:
                 announce_measured_time(run, step_seconds)
     run.finish(plan=dataclasses.asdict(batch))
-
-
-def prepare_model(model: GPT, config: TrainConfig, compute: Compute) -> None:
-    """Convert the model to fp8 and compile it, as the flags say. Raises ValueError for --fp8 without a GPU."""
-    if config.fp8:
-        if compute.device.type != "cuda":
-            raise ValueError("--fp8 needs a GPU with fp8 products (Ada, Hopper or later): leave it out")
-        fp8.convert(model)
-    if config.compile and can_compile(compute.device):
-        model.compile_blocks()
-    elif config.compile:
-        print0("torch.compile is off: no C++ compiler (installing g++ makes training faster)")
 
 
 def rows_per_step(total_tokens: int, sequence_len: int, world_size: int) -> int:
@@ -179,11 +166,11 @@ def print_samples(run: Run, prompts: Sequence[str]) -> None:
     run.model.train()
 
 
-def accumulate_gradients(run: Run, micro_batches: list[MicroBatch]) -> float:
+def accumulate_gradients(run: Run, micro_batches: list[MicroBatch], recompute: bool) -> float:
     """Run forward and backward over this rank's micro-batches; return the mean loss over the rows of all ranks.
 
-    Gradients of the micro-batches add up, as if all rows had gone through at once. Raises ValueError when the loss is
-    not finite.
+    Gradients of the micro-batches add up, as if all rows had gone through at once. recompute: activations in the
+    backward pass. Raises ValueError when the loss is not finite.
     """
     compute = run.compute
     model = run.model
@@ -197,7 +184,7 @@ def accumulate_gradients(run: Run, micro_batches: list[MicroBatch]) -> float:
     n_targets = compute.all_reduce_sum(counts.sum().float()).clamp(min=1)
     part_losses = []
     for idx_BT, targets_BT in micro_batches:
-        part_loss = model(idx_BT, targets_BT, loss_reduction="sum") / n_targets
+        part_loss = model(idx_BT, targets_BT, loss_reduction="sum", recompute=recompute) / n_targets
         part_loss.backward()  # adds to the gradients of the micro-batches before
         part_losses.append(part_loss.detach())
 
@@ -253,7 +240,7 @@ class DeviceBatch:
 
 
 def choose_device_batch(model: GPT, config: TrainConfig, compute: Compute, share: int) -> DeviceBatch:
-    """Choose how many of its `share` of a step's rows each device takes at once, and set model.checkpointing.
+    """Choose how many of its `share` of a step's rows each device takes at once.
 
     A given --device-batch-size is taken as it is. On CUDA the choice is tried: rows are halved until a forward and
     backward pass fits, then once more with recomputation. All ranks choose the same. Raises ValueError if nothing fits.
@@ -263,9 +250,8 @@ def choose_device_batch(model: GPT, config: TrainConfig, compute: Compute, share
     candidates = [config.device_batch_size] if config.device_batch_size else halvings(share, most_rows)
     recompute_options = [False, True] if config.activation_checkpointing is None else [config.activation_checkpointing]
     for recompute in recompute_options:
-        model.checkpointing = recompute
         for rows in candidates:
-            peak = try_device_batch(model, compute, rows) if cuda else None
+            peak = try_device_batch(model, compute, rows, recompute) if cuda else None
             # Memory may differ between devices, but the number of rows must not.
             if not compute.any_rank(cuda and peak is None):
                 return DeviceBatch(rows=rows, accumulation=max(1, share // rows), checkpointing=recompute, peak=peak)
@@ -285,7 +271,7 @@ def halvings(share: int, most: int) -> list[int]:
     return result
 
 
-def try_device_batch(model: GPT, compute: Compute, rows: int) -> int | None:
+def try_device_batch(model: GPT, compute: Compute, rows: int, recompute: bool) -> int | None:
     """Run two forward and backward passes on `rows` rows; return the peak in bytes, or None when out of memory."""
     n_parameters = sum(p.numel() for p in model.parameters())
     if compute.device.type == "cuda":
@@ -297,7 +283,7 @@ def try_device_batch(model: GPT, compute: Compute, rows: int) -> int | None:
         idx_BT = torch.zeros(rows, model.config.sequence_len, dtype=torch.int64, device=compute.device)
         # The second pass runs beside the gradients of the first, as it does when micro-batches accumulate.
         for _ in range(2):
-            model(idx_BT, idx_BT, loss_reduction="sum").backward()
+            model(idx_BT, idx_BT, loss_reduction="sum", recompute=recompute).backward()
         compute.synchronize()
         peak = compute.peak_memory()
         del copies, idx_BT
@@ -344,13 +330,7 @@ def announce(run: Run, batch: DeviceBatch) -> None:
         f"{steps} steps of {run.total_batch_size:,} tokens = {tokens:,}"
     )
 
-    shape = model.config
-    windowed = min(shape.windows) < shape.sequence_len
-    attention_kernel, _ = attention.choose(compute.device, model.dtype, shape.head_dim, windowed)
-    loss_kernel, _ = loss.choose(compute.device, model.dtype, model.compiled)
-    how = [f"attention {attention_kernel}", f"loss {loss_kernel}", "compiled" if model.compiled else "eager"]
-    if config.fp8:
-        how.append("fp8")
+    how = list(model.kernels.names)
     if batch.checkpointing:
         how.append("activations recomputed")
     if batch.peak is not None:

@@ -56,7 +56,7 @@ def main() -> None:
         window_pattern=config.window_pattern,
         dropout=config.dropout,
     )
-    model = build_model(model_config, compute.device, train=True)
+    model = build_model(model_config, compute.device, train=True, compiled=config.compile, fp8=config.fp8)
     model.init_weights(torch.Generator(compute.device).manual_seed(config.seed))
 
     # The recipe: how many tokens, and how many of them per step. A flag overrides each.

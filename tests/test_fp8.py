@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanochat import fp8
-from nanochat.gpt import GPT, GPTConfig, Linear
+from nanochat.gpt import GPT, GPTConfig, build_model
+from nanochat.kernels import Kernels
 
 CPU = torch.device("cpu")
 DEVICES = [CPU, *([torch.device("cuda", 0)] if torch.cuda.is_available() else [])]
@@ -111,11 +112,11 @@ def test_leading_dimensions_and_rows_that_do_not_fit():
     "n_in, n_out, gains", [(128, 128, True), (768, 3072, True), (112, 768, False), (12, 6, False), (136, 768, False)]
 )
 def test_which_matrices_gain(n_in, n_out, gains):
-    assert fp8.eligible(Linear(n_in, n_out)) == gains
+    assert fp8.gains(n_in, n_out) == gains
 
 
-def model():
-    model = GPT(GPTConfig(**SMALL), torch.bfloat16, embed_dtype=torch.float32)
+def model(in_fp8=False):
+    model = GPT(GPTConfig(**SMALL), torch.bfloat16, embed_dtype=torch.float32, kernels=Kernels(fp8=in_fp8))
     model.init_weights(torch.Generator().manual_seed(0))
     with torch.no_grad():
         for block in model.blocks:
@@ -129,27 +130,20 @@ def tokens(seed=0):
 
 
 @needs_fp8
-def test_a_converted_model_is_itself_again_in_evaluation():
-    """Same parameters at the same addresses, before, between and after; evaluation is bit for bit the bf16 model's."""
-    plain, converted = model(), model()
-    before = {name: (p, p.data_ptr()) for name, p in converted.named_parameters()}
-    assert fp8.convert(converted) == 2 * 6
-    after = dict(converted.named_parameters())
-    assert all(after[name] is p and p.data_ptr() == address for name, (p, address) in before.items())
-    assert converted.state_dict().keys() == plain.state_dict().keys()
+def test_a_model_in_fp8_differs_in_training_and_is_the_bf16_model_in_evaluation():
+    plain, short = model(), model(in_fp8=True)
+    assert short.state_dict().keys() == plain.state_dict().keys()
     expected = plain(tokens(), tokens(1))
-    trained = converted.train()(tokens(), tokens(1))
+    trained = short.train()(tokens(), tokens(1))
     assert not torch.equal(trained, expected) and abs(trained - expected) < 0.05 * expected
-    assert torch.equal(converted.eval()(tokens(), tokens(1)), expected)
+    assert torch.equal(short.eval()(tokens(), tokens(1)), expected)
 
 
 @needs_fp8
 def test_training_in_fp8_follows_training_in_bf16():
     losses = {}
     for name in ("bf16", "fp8"):
-        trained = model().train()
-        if name == "fp8":
-            fp8.convert(trained)
+        trained = model(in_fp8=name == "fp8").train()
         optimizer = torch.optim.AdamW(trained.parameters(), lr=3e-3)
         for _ in range(25):
             loss = trained(tokens(), tokens(1))
@@ -162,13 +156,15 @@ def test_training_in_fp8_follows_training_in_bf16():
 
 
 def test_where_fp8_cannot_work_it_is_refused_with_the_remedy(monkeypatch):
-    if fp8.works(CPU):
-        narrow = GPT(GPTConfig(**{**SMALL, "n_embd": 64}))
-        with pytest.raises(ValueError, match="--depth"):
-            fp8.convert(narrow)
+    with pytest.raises(ValueError, match="--fp8 needs a GPU"):
+        build_model(GPTConfig(**SMALL), CPU, train=True, fp8=True)
+    gpu = torch.device("cuda")
     monkeypatch.setattr(fp8, "works", lambda device: False)
     with pytest.raises(ValueError, match="--fp8 needs a GPU"):
-        fp8.convert(model())
+        fp8.check(gpu, width=768)
+    monkeypatch.setattr(fp8, "works", lambda device: True)
+    with pytest.raises(ValueError, match="--depth"):
+        fp8.check(gpu, width=64)
 
 
 @needs_fp8

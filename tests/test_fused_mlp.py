@@ -14,8 +14,10 @@ import pytest
 import torch
 
 from nanochat import fused_mlp as module
-from nanochat.fused_mlp import eager_mlp, fused_mlp, fused_mlp_pays
+from nanochat import kernels
+from nanochat.fused_mlp import eager_mlp, fused_mlp
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.kernels import Kernels
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CUDA = torch.cuda.is_available() and not INTERPRETED
@@ -81,11 +83,10 @@ def test_a_model_with_the_fused_mlp_is_the_same_model():
     idx_BT = torch.randint(0, 64, (2, 16), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     results = []
     for fused in (False, True):
-        model = GPT(config, dtype).to(DEVICE)
+        model = GPT(config, dtype, kernels=Kernels(fused_mlp=fused)).to(DEVICE)
         model.init_weights(torch.Generator(DEVICE).manual_seed(0))
         for block in model.blocks:
             torch.nn.init.normal_(block.mlp.down.weight, std=0.1, generator=torch.Generator(DEVICE).manual_seed(1))
-            block.mlp.fused = fused
         value = model(idx_BT, idx_BT)
         value.backward()
         results.append([value.detach(), model.blocks[0].mlp.up.weight.grad, model.embed.weight.grad])
@@ -131,4 +132,4 @@ def test_the_kernels_compile_for_gpus_that_are_not_here(tmp_path):
 
 @pytest.mark.skipif(CUDA, reason="for machines without a GPU")
 def test_without_a_gpu_the_plain_form_is_chosen():
-    assert not fused_mlp_pays(CPU, torch.bfloat16, 128)
+    assert not kernels.fused_mlp_pays(CPU, torch.bfloat16, 128)

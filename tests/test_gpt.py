@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from nanochat.gpt import GPT, GPTConfig, rotate, rotation
+from nanochat.kernels import PLAIN, Kernels
 
 # A short window is at least 128 positions, so only a context above that has windows.
 SMALL = {"sequence_len": 192, "vocab_size": 100, "n_layer": 4, "n_head": 4, "n_kv_head": 2, "n_embd": 32}
@@ -25,9 +26,9 @@ NEUTRAL = {
 }
 
 
-def make(seed=0, randomise=True, **changes):
+def make(seed=0, randomise=True, kernels=PLAIN, **changes):
     """A model, as initialised or with every parameter random (as initialised, layers add nothing to the residual)."""
-    model = GPT(GPTConfig(**{**SMALL, **changes}))
+    model = GPT(GPTConfig(**{**SMALL, **changes}), kernels=kernels)
     generator = torch.Generator().manual_seed(seed)
     model.init_weights(generator)
     if randomise:
@@ -211,8 +212,8 @@ def test_more_tokens_than_the_context_are_refused():
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
 def test_compiled_blocks_equal_eager():
     shape = {"n_layer": 2, "value_embed_every": 1, "window_pattern": "L"}  # layers of one kind, so one graph
-    eager, compiled, idx_BT, targets_BT = make(**shape), make(**shape), tokens(B=1), tokens(B=1, seed=2)
-    compiled.compile_blocks()
+    eager, compiled = make(**shape), make(**shape, kernels=Kernels(compiled=True))
+    idx_BT, targets_BT = tokens(B=1), tokens(B=1, seed=2)
     losses = []
     for model in (eager, compiled):
         losses.append(model(idx_BT, targets_BT))

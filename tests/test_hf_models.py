@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from nanochat import hf
-from nanochat.attention import cached_attention
+from nanochat.attention import attend_naive
 from nanochat.engine import Engine
 from nanochat.hf import gpt_oss as hf_gpt_oss
 
@@ -172,11 +172,11 @@ def test_yarn_of_the_real_model():
 def test_a_sink_is_one_more_logit():
     """The closed form: what attention gives without it, times sigmoid(logsumexp - sink)."""
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(2, n, heads, 8, generator=generator) for n, heads in ((5, 4), (12, 2), (12, 2)))
-    sinks, positions = torch.randn(4, generator=generator) * 3, torch.tensor([[7, 8, 9, 10, 11], [0, 1, 2, 3, 4]])
+    q, k, v = (torch.randn(2, 12, heads, 8, generator=generator) for heads in (4, 2, 2))
+    sinks, positions = torch.randn(4, generator=generator) * 3, torch.arange(12).expand(2, -1)
     scores = torch.einsum("bthd,bshd->bths", q, k.repeat_interleave(2, 2)) * 8**-0.5
     distance = positions[:, :, None] - torch.arange(12)
     scores = scores.masked_fill(((distance < 0) | (distance >= 6))[:, :, None], float("-inf"))
     share = torch.sigmoid(scores.logsumexp(-1) - sinks)[..., None]
-    plain = cached_attention(q, k, v, positions, 6)
-    torch.testing.assert_close(cached_attention(q, k, v, positions, 6, sinks), plain * share)
+    plain = attend_naive(q, k, v, 6)
+    torch.testing.assert_close(attend_naive(q, k, v, 6, sinks), plain * share)

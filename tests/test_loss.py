@@ -1,5 +1,6 @@
 """The head's loss against its dense form: torch's cross_entropy on the whole softcapped logits."""
 
+import functools
 import shutil
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from nanochat import loss
+from nanochat import kernels, loss
 from nanochat.loss import chunked_loss_sum, softcap, softcap_cross_entropy
 
 
@@ -39,10 +40,16 @@ def value_and_gradients(function, x_NC, w_VC):
     return loss.detach(), x_NC.grad, w_VC.grad
 
 
-def assert_equals_dense(x_NC, w_VC, targets_N, cap, reduction, **options):
-    got = value_and_gradients(
-        lambda x, w: softcap_cross_entropy(x, w, targets_N, cap, reduction, **options), x_NC, w_VC
-    )
+def in_chunks(x_NC, w_VC, targets_N, cap, reduction, chunk, chunk_gradients=None):
+    """The loss as the model calls it, but in chunks of a given size."""
+    if reduction == "none":
+        return loss.losses_by_token(x_NC, w_VC, targets_N, cap, chunk)
+    loss_sum = functools.partial(chunked_loss_sum, chunk=chunk, chunk_gradients=chunk_gradients)
+    return softcap_cross_entropy(x_NC, w_VC, targets_N, cap, reduction, loss_sum)
+
+
+def assert_equals_dense(x_NC, w_VC, targets_N, cap, reduction, *options):
+    got = value_and_gradients(lambda x, w: in_chunks(x, w, targets_N, cap, reduction, *options), x_NC, w_VC)
     expected = value_and_gradients(lambda x, w: dense(x, w, targets_N, cap, reduction), x_NC, w_VC)
     for a, b in zip(got, expected, strict=True):
         assert a.dtype == torch.float32
@@ -53,14 +60,14 @@ def assert_equals_dense(x_NC, w_VC, targets_N, cap, reduction, **options):
 @pytest.mark.parametrize("cap", [15.0, 0.0])
 @pytest.mark.parametrize("chunk", [None, 7, 50, 64])
 def test_equals_the_dense_form(reduction, cap, chunk):
-    assert_equals_dense(*make(N=50, C=16, V=70), cap, reduction, chunk=chunk)
+    assert_equals_dense(*make(N=50, C=16, V=70), cap, reduction, chunk)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_without_gradients_the_value_is_the_same(reduction):
     x_NC, w_VC, targets_N = make(N=50, C=16, V=70)
     with torch.no_grad():
-        got = softcap_cross_entropy(x_NC, w_VC, targets_N, 15.0, reduction, chunk=16)
+        got = softcap_cross_entropy(x_NC, w_VC, targets_N, 15.0, reduction)
         torch.testing.assert_close(got, dense(x_NC, w_VC, targets_N, 15.0, reduction), rtol=1e-5, atol=1e-5)
 
 
@@ -76,12 +83,13 @@ def test_without_gradients_the_value_is_the_same(reduction):
 )
 def test_equals_the_dense_form_for_any_shape(N, C, V, chunk, cap, reduction, seed):
     x_NC, w_VC, targets_N = make(N, C, V, seed=seed)
-    assert_equals_dense(x_NC, w_VC, targets_N, cap, reduction, chunk=chunk)
+    assert_equals_dense(x_NC, w_VC, targets_N, cap, reduction, chunk)
 
 
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
 def test_compiled_equals_the_dense_form():
-    assert_equals_dense(*make(N=50, C=16, V=70), 15.0, "mean", chunk=32, compiled=True)
+    compiled = torch.compile(loss.make_chunk_gradients, dynamic=False)
+    assert_equals_dense(*make(N=50, C=16, V=70), 15.0, "mean", 32, compiled)
 
 
 @pytest.mark.parametrize("N, chunk, sizes", [(10, 256, [10]), (12, 8, [6, 6]), (256, 64, [64] * 4), (11, 4, [4, 4])])
@@ -91,7 +99,7 @@ def test_chunks_are_of_one_size_so_that_a_compiled_form_makes_them_all(N, chunk,
 
     def compiled(x_NC, *rest):
         seen.append(len(x_NC))
-        return loss._chunk_gradients(x_NC, *rest)
+        return loss.make_chunk_gradients(x_NC, *rest)
 
     x_NC, w_VC, targets_N = make(N, C=8, V=20)
     got = value_and_gradients(lambda x, w: chunked_loss_sum(x, w, targets_N, 15.0, chunk, compiled), x_NC, w_VC)
@@ -136,24 +144,22 @@ def is_not_installed(x_NC, w_VC, targets_N, cap):
     ],
 )
 def test_a_kernel_is_used_only_where_it_agrees_in_value_and_gradient(form, reason, capsys):
-    assert loss.liger_agrees(torch.device("cpu"), torch.float32, form) == (reason is None)
+    assert kernels.loss_agrees(torch.device("cpu"), torch.float32, form) == (reason is None)
     assert (reason or "") in capsys.readouterr().out
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 def test_without_a_gpu_liger_is_refused_in_one_line_and_the_chunked_form_is_chosen(capsys):
-    assert not loss.liger_agrees(torch.device("cpu"), torch.float32, loss.liger_loss_sum)
+    assert not kernels.loss_agrees(torch.device("cpu"), torch.float32, loss.liger_loss_sum)
     assert capsys.readouterr().out.count("\n") == 1
-    assert loss.choose(torch.device("cpu"), torch.float32, False) == ("eager", chunked_loss_sum)
-    assert loss.choose(torch.device("cpu"), torch.float32, True)[0] == "compiled"
+    assert kernels.choose_loss(torch.device("cpu"), torch.float32, False) == ("eager", chunked_loss_sum)
+    assert kernels.choose_loss(torch.device("cpu"), torch.float32, True)[0] == "compiled"
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_no_target_at_all_gives_zero_and_zero_gradients(reduction):
     x_NC, w_VC, targets_N = make(N=12, C=8, V=20, ignored=1.1)
-    for result in value_and_gradients(
-        lambda x, w: softcap_cross_entropy(x, w, targets_N, 15.0, reduction, chunk=5), x_NC, w_VC
-    ):
+    for result in value_and_gradients(lambda x, w: in_chunks(x, w, targets_N, 15.0, reduction, chunk=5), x_NC, w_VC):
         assert torch.equal(result, torch.zeros_like(result))
 
 
@@ -170,7 +176,7 @@ def test_every_negative_target_is_ignored(gradients):
 def test_bf16_activations_with_fp32_weights_stay_close_to_fp32():
     x_NC, w_VC, targets_N = make(N=64, C=32, V=70)
     x_NC, w_VC = x_NC.bfloat16(), w_VC.bfloat16().float()
-    loss, dx, dw = value_and_gradients(lambda x, w: softcap_cross_entropy(x, w, targets_N, 15.0, chunk=16), x_NC, w_VC)
+    loss, dx, dw = value_and_gradients(lambda x, w: in_chunks(x, w, targets_N, 15.0, "mean", chunk=16), x_NC, w_VC)
     expected, dx32, dw32 = value_and_gradients(lambda x, w: dense(x, w, targets_N, 15.0, "mean"), x_NC.float(), w_VC)
     assert (loss.dtype, dx.dtype, dw.dtype) == (torch.float32, torch.bfloat16, torch.float32)
     torch.testing.assert_close(loss, expected, rtol=2e-2, atol=0)
@@ -180,12 +186,15 @@ def test_bf16_activations_with_fp32_weights_stay_close_to_fp32():
 
 def test_extreme_logits_stay_finite_and_capped():
     x_NC, w_VC, targets_N = make(N=10, C=4, V=20, scale=1e6)
-    for result in value_and_gradients(lambda x, w: softcap_cross_entropy(x, w, targets_N, 15.0, chunk=4), x_NC, w_VC):
+    for result in value_and_gradients(lambda x, w: in_chunks(x, w, targets_N, 15.0, "mean", chunk=4), x_NC, w_VC):
         assert torch.isfinite(result).all()
     z = torch.linspace(-1e4, 1e4, 101)
     assert softcap(z, 15.0).abs().max() <= 15
     torch.testing.assert_close(softcap(z / 1e6, 15.0), z / 1e6, rtol=1e-4, atol=0)  # near zero it is the identity
     assert torch.equal(softcap(z, 0.0), z)
+    with torch.inference_mode():  # another formula
+        torch.testing.assert_close(softcap(z, 15.0), 15 * torch.tanh(z / 15))
+        assert torch.equal(softcap(z, 0.0), z)
 
 
 def test_an_unknown_reduction_is_refused():
@@ -213,7 +222,7 @@ def test_the_full_logits_never_exist(reduction):
     N, C, V, chunk = 256, 8, 500, 32
     x_NC, w_VC, targets_N = make(N, C, V)
     with LargestTensor() as chunked:
-        value_and_gradients(lambda x, w: softcap_cross_entropy(x, w, targets_N, 15.0, reduction, chunk), x_NC, w_VC)
+        value_and_gradients(lambda x, w: in_chunks(x, w, targets_N, 15.0, reduction, chunk), x_NC, w_VC)
     with LargestTensor() as whole:
         value_and_gradients(lambda x, w: dense(x, w, targets_N, 15.0, reduction), x_NC, w_VC)
     assert whole.elements == N * V  # the measure sees what it looks for

@@ -377,7 +377,7 @@ def test_a_given_number_of_rows_is_taken_as_it_is(tiny_world):
     for recompute in (None, True, False):
         model = make_model()
         batch = choose(24, model, device_batch_size=3, activation_checkpointing=recompute)
-        assert (batch.rows, batch.accumulation, model.checkpointing) == (3, 8, bool(recompute))
+        assert (batch.rows, batch.accumulation, batch.checkpointing) == (3, 8, bool(recompute))
 
 
 @pytest.mark.parametrize(
@@ -397,8 +397,8 @@ def test_on_a_gpu_rows_are_halved_until_they_fit_and_then_activations_recomputed
 ):
     model, cuda = make_model(), Compute(torch.device("cuda"), torch.bfloat16)
 
-    def attempt(model, compute, rows):
-        return 1000 if rows <= (fits_recomputing if model.checkpointing else fits) else None
+    def attempt(model, compute, rows, recompute):
+        return 1000 if rows <= (fits_recomputing if recompute else fits) else None
 
     monkeypatch.setattr(trainer, "try_device_batch", attempt)
     if expected is None:
@@ -407,7 +407,6 @@ def test_on_a_gpu_rows_are_halved_until_they_fit_and_then_activations_recomputed
         return
     batch = choose(24, model, cuda)
     assert (batch.rows, batch.checkpointing, batch.peak) == (*expected, 1000)
-    assert model.checkpointing == batch.checkpointing
 
 
 def test_an_attempt_leaves_no_gradients_and_reports_running_out(tiny_world, monkeypatch):
@@ -421,8 +420,8 @@ def test_an_attempt_leaves_no_gradients_and_reports_running_out(tiny_world, monk
 
     monkeypatch.setattr(model, "forward", limited)
     weights = {name: value.clone() for name, value in model.state_dict().items()}
-    assert trainer.try_device_batch(model, CPU, 2) > 0
-    assert trainer.try_device_batch(model, CPU, 4) is None
+    assert trainer.try_device_batch(model, CPU, 2, recompute=False) > 0
+    assert trainer.try_device_batch(model, CPU, 4, recompute=True) is None
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
@@ -437,9 +436,8 @@ def test_recomputation_changes_no_bit(dropout):
         for block in model.blocks:  # zero projections would hide what comes before them
             torch.nn.init.normal_(block.attn.out.weight, std=0.02, generator=torch.Generator().manual_seed(1))
             torch.nn.init.normal_(block.mlp.down.weight, std=0.02, generator=torch.Generator().manual_seed(2))
-        model.checkpointing = recompute
         torch.manual_seed(5)
-        loss = model(idx_BT[:, :-1], idx_BT[:, 1:])
+        loss = model(idx_BT[:, :-1], idx_BT[:, 1:], recompute=recompute)
         loss.backward()
         results.append([loss.detach(), *(p.grad for p in model.parameters())])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

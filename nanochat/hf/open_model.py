@@ -75,12 +75,10 @@ class Settings:
 def attend_whole(
     q_BTHD: torch.Tensor, k_BTKD: torch.Tensor, v_BTKD: torch.Tensor, window: int, sinks_H: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Attend in rows that are read whole: by the fastest kernel, or with windows or sinks by the definition."""
-    if sinks_H is None and window >= q_BTHD.size(1):
-        _, fastest = attention.choose(q_BTHD.device, q_BTHD.dtype, q_BTHD.size(3), False)
-        return fastest(q_BTHD, k_BTKD, v_BTKD, window)
-    positions_1T = torch.arange(q_BTHD.size(1), device=q_BTHD.device)[None]
-    return attention.cached_attention(q_BTHD, k_BTKD, v_BTKD, positions_1T, window, sinks_H)
+    """Attend in rows that are read whole: by the plain kernel of the device, or with sinks by the definition."""
+    if sinks_H is None:
+        return attention.attend(q_BTHD, k_BTKD, v_BTKD, window)
+    return attention.attend_naive(q_BTHD, k_BTKD, v_BTKD, window, sinks_H)
 
 
 def bring(device: torch.device, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -1,0 +1,253 @@
+"""Kernels: which implementation of its hot spots a model runs with, on this machine.
+
+A training step spends its time in four places: attention, the head's loss, the MLP, and what stands between the
+products. Each has a plain form in PyTorch that is right everywhere. Faster ones exist for some machines, but a package
+that imports may still hold no kernel for this GPU, fail on launch, or return wrong gradients. So `choose_kernels` takes
+one only after a small forward and backward pass here has agreed with the plain form (`agrees`).
+
+    attention.py    FlashAttention-3, FlexAttention, cuDNN | our blocks of queries on CPU | PyTorch's SDPA
+    loss.py         liger-kernel | the chunks compiled | the chunks
+    fused_mlp.py    our Triton kernel on Hopper | two products
+    fp8.py          products in 8 bits, where --fp8 asks for them
+"""
+
+import functools
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanochat import fp8
+from nanochat.attention import Attend, attend, attend_blocks, attend_naive, attend_sdpa, cudnn, flash3, flex
+from nanochat.fused_mlp import eager_mlp, fused_mlp, has_kernel
+from nanochat.loss import LossSum, chunked_loss_sum, liger_loss_sum, make_chunk_gradients
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The implementations that a model runs with. None changes the mathematics, and the defaults work on any device."""
+
+    attend: Attend = attend
+    loss_sum: LossSum = chunked_loss_sum
+    fused_mlp: bool = False  # the MLP by one Triton kernel
+    fp8: bool = False  # the blocks' products in 8 bits, in training only
+    compiled: bool = False  # torch.compile fuses what stands between the products of a block
+    names: tuple[str, ...] = ("plain",)  # for the log
+
+
+PLAIN = Kernels()
+
+
+def choose_kernels(
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    width: int,
+    head_dim: int,
+    windowed: bool,
+    compiled: bool = False,
+    fp8_products: bool = False,
+) -> Kernels:
+    """Return the fastest kernels that work on this device. On CUDA that takes seconds: ask once per model.
+
+    width: channels of the model. windowed: some layers have attention windows. compiled: use torch.compile.
+    Raises ValueError where fp8 is asked for and cannot work.
+    """
+    if fp8_products:
+        fp8.check(device, width)
+    attention_name, attend_rows = choose_attention(device, dtype, head_dim, windowed)
+    loss_name, loss_sum = choose_loss(device, dtype, compiled)
+    mlp_is_fused = compiled and not fp8_products and fused_mlp_pays(device, dtype, width)
+    names = [f"attention {attention_name}", f"loss {loss_name}", "compiled" if compiled else "eager"]
+    if mlp_is_fused:
+        names.append("MLP fused")
+    if fp8_products:
+        names.append("fp8")
+    return Kernels(
+        attend=attend_rows,
+        loss_sum=loss_sum,
+        fused_mlp=mlp_is_fused,
+        fp8=fp8_products,
+        compiled=compiled,
+        names=tuple(names),
+    )
+
+
+# --- attention
+
+
+def choose_attention(device: torch.device, dtype: torch.dtype, head_dim: int, windowed: bool) -> tuple[str, Attend]:
+    """Return the fastest form of attention that works on this device, and its name."""
+    if device.type == "cpu":
+        return "blocks", attend_blocks
+    if device.type == "cuda":
+        return choose_cuda_attention(device, dtype, head_dim, windowed)
+    return "sdpa", attend_sdpa
+
+
+def choose_cuda_attention(
+    device: torch.device, dtype: torch.dtype, head_dim: int, windowed: bool
+) -> tuple[str, Attend]:
+    """Try FlashAttention-3, then cuDNN for full attention and FlexAttention for windows; what is left is SDPA's."""
+    short = 128
+    whole = 512  # covers the probe's 300 positions
+    flash_windows = (short, whole) if windowed else (whole,)
+    if attend_flash3 := load_attention("flash-attention-3", flash3, device, dtype, head_dim, flash_windows):
+        return "flash-attention-3", attend_flash3
+
+    full_name = "sdpa"
+    attend_full: Attend = attend_sdpa
+    if attend_cudnn := load_attention("cudnn", cudnn, device, dtype, head_dim, (whole,)):
+        full_name = "cudnn"
+        attend_full = attend_cudnn
+    if not windowed:
+        return full_name, attend_full
+
+    attend_flex = load_attention("flex", flex, device, dtype, head_dim, (short,))
+    if attend_flex is None:
+        return "sdpa", attend_sdpa
+
+    def attend_either(q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, window: int) -> Tensor:
+        if window >= q_BTHD.size(1):
+            return attend_full(q_BTHD, k_BTKD, v_BTKD, window)
+        return attend_flex(q_BTHD, k_BTKD, v_BTKD, window)
+
+    return f"flex and {full_name}", torch.compiler.disable(attend_either, recursive=False)
+
+
+def load_attention(
+    name: str,
+    load: Callable[[], Attend],
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    windows: Sequence[int],
+) -> Attend | None:
+    """Load an attention kernel; return it if it agrees with the definition for all of these windows, else None."""
+    try:
+        kernel = load()
+    except Exception as error:  # not installed, no network, or no build for this GPU, Python or PyTorch
+        refuse(f"attention by {name}", error)
+        return None
+    generator = torch.Generator().manual_seed(0)
+    qkv = [torch.randn(1, 300, heads, head_dim, generator=generator).to(device, dtype) for heads in (4, 2, 2)]
+    for window in windows:
+        if not agrees(f"attention by {name}", kernel, attend_naive, qkv, window):
+            return None
+    # torch.compile cannot see into foreign kernels: tell it to break the graph of a block there.
+    return torch.compiler.disable(kernel, recursive=False)
+
+
+# --- loss
+
+
+def choose_loss(device: torch.device, dtype: torch.dtype, compiled: bool) -> tuple[str, LossSum]:
+    """Return the form of the summed loss to train with, and its name.
+
+    compiled: where liger-kernel is not used, have torch.compile fuse the elementwise work of a chunk.
+    """
+    if device.type == "cuda" and loss_agrees(device, dtype, liger_loss_sum):
+        return "liger", liger_loss_sum
+    if compiled:
+        fused = torch.compile(make_chunk_gradients, dynamic=False)
+        return "compiled", functools.partial(chunked_loss_sum, chunk_gradients=fused)
+    return "eager", chunked_loss_sum
+
+
+def loss_agrees(device: torch.device, dtype: torch.dtype, form: LossSum) -> bool:
+    """Return whether `form` gives the value and gradients of `chunked_loss_sum` here, ignored targets included."""
+    generator = torch.Generator().manual_seed(0)
+    targets_N = torch.randint(0, 70, (32,), generator=generator)
+    targets_N[::3] = -1
+    targets_N = targets_N.to(device)
+    x_NC = torch.randn(32, 16, generator=generator).to(device, dtype)
+    w_VC = torch.randn(70, 16, generator=generator).to(device, dtype)
+    cap = 15.0
+    return agrees("liger-kernel's cross-entropy", form, chunked_loss_sum, [x_NC, w_VC], targets_N, cap)
+
+
+# --- MLP
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
+def fused_mlp_pays(device: torch.device, dtype: torch.dtype, width: int) -> bool:
+    """Return whether `fused_mlp` is right on this device and, at this width, not slower than the compiled definition.
+
+    False without Triton, without a Hopper GPU or later, and for fp32.
+    """
+    if not has_kernel(device) or dtype.itemsize != 2:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    inputs = []
+    for shape in ((8192, width), (4 * width, width), (width, 4 * width)):
+        x = torch.randn(shape, generator=generator) / shape[1] ** 0.5
+        inputs.append(x.to(device, dtype).requires_grad_())
+    if not agrees("fused MLP", fused_mlp, eager_mlp, inputs):
+        return False
+    compiled_mlp = torch.compile(eager_mlp, dynamic=False)
+    fused_ms = milliseconds(lambda: torch.autograd.grad(fused_mlp(*inputs), inputs, inputs[0]))
+    compiled_ms = milliseconds(lambda: torch.autograd.grad(compiled_mlp(*inputs), inputs, inputs[0]))
+    return fused_ms <= compiled_ms
+
+
+# --- the probe
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
+def agrees(
+    name: str, form: Callable[..., Tensor], oracle: Callable[..., Tensor], inputs: Sequence[Tensor], *constants: Any
+) -> bool:
+    """Return whether `form(*inputs, *constants)` runs and gives what `oracle` gives, and the gradients by the inputs.
+
+    Tolerated differences, relative to the largest entry of each result: 1e-4 in fp32, 5e-2 in shorter dtypes.
+    Prints one line with the reason when it refuses; never raises.
+    """
+    tolerance = 1e-4 if inputs[0].dtype == torch.float32 else 5e-2
+    try:
+        expected = value_and_gradients(oracle, inputs, constants)
+        got = value_and_gradients(form, inputs, constants)
+    except Exception as error:  # a foreign kernel may raise anything, and all of it means "not this one"
+        refuse(name, error)
+        return False
+    for a, b in zip(expected, got, strict=True):
+        # Written so that a NaN, which compares false with everything, is refused.
+        if not (a - b).abs().max() <= tolerance * a.abs().max():
+            refuse(name, "wrong results")
+            return False
+    return True
+
+
+def refuse(name: str, reason: Exception | str) -> None:
+    """Print one line that says why a kernel is not used."""
+    text = str(reason) or type(reason).__name__
+    print(f"{name} refused: {text.splitlines()[0]}")
+
+
+def value_and_gradients(
+    function: Callable[..., Tensor], inputs: Sequence[Tensor], constants: Sequence[Any]
+) -> list[Tensor]:
+    """Return the output in fp32, and the gradients of the sum of its squares by the inputs."""
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    y = function(*leaves, *constants)
+    # The square gives every entry of the output a weight of its own, so that errors do not cancel in the sum.
+    gradients = torch.autograd.grad(y.float().square().sum(), leaves)
+    return [y.detach().float()] + [gradient.float() for gradient in gradients]
+
+
+def milliseconds(run: Callable[[], object]) -> float:
+    """Return the median time of ten calls of `run` on a GPU, after three to warm up."""
+    times = []
+    for _ in range(13):
+        began = torch.cuda.Event(enable_timing=True)
+        ended = torch.cuda.Event(enable_timing=True)
+        began.record()
+        run()
+        ended.record()
+        ended.synchronize()
+        times.append(began.elapsed_time(ended))
+    return statistics.median(times[3:])
