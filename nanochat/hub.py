@@ -150,7 +150,7 @@ def fetch_dataset_files(
             max_workers=workers,
         )
 
-    # What is here was checked when it came; hashing hundreds of gigabytes again at each start would take long.
+    # What is here was checked when it came; hashing tens of gigabytes again at each start would take long.
     new = [file for file in files if not (folder / file.path).exists()]
     persistently(fetch, repo)
     for file in new:

@@ -1,6 +1,9 @@
 """Open-weights models: download them, look at them, chat with them, bring checkpoints in and out.
 
-python -m scripts.models download ORG/NAME      then list, info, verify, remove, and: play NAME
+python -m scripts.models download ORG/NAME     hf/download.py, as verify and remove
+python -m scripts.models list                  hf/store.py, as info
+python -m scripts.models play NAME             scripts/chat_cli.py
+python -m scripts.models import DIR ...        hf/convert.py, as export
 """
 
 import argparse

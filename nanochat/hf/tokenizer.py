@@ -67,18 +67,13 @@ class HFTokenizer(Codec):
         settings = _read_object(folder / "tokenizer_config.json")
         generation = _read_object(folder / "generation_config.json")
 
-        # The file for the tokenizer says it best, and config.json is older. GPT-2 has <|endoftext|> and neither entry.
-        bos = None
-        for candidate in (settings.get("bos_token"), config.get("bos_token_id"), "<|endoftext|>"):
-            if bos is None:
-                bos = _token_id(backend, candidate)
+        # The tokenizer's own settings come first. Older folders have the id in config.json alone, or nowhere.
+        bos_ids = _token_ids(backend, settings.get("bos_token"), config.get("bos_token_id"), "<|endoftext|>")
         # A chat model ends its turn with another token than a document. Which of the files knows that one differs.
-        ends = [settings.get("eos_token")]
-        for values in (config, generation):
-            end = values.get("eos_token_id")
-            ends += end if isinstance(end, list) else [end]
-        end_ids = [_token_id(backend, end) for end in ends]
-        tokenizer = cls(backend, bos, [i for i in end_ids if i is not None], settings)
+        end_ids = _token_ids(
+            backend, settings.get("eos_token"), config.get("eos_token_id"), generation.get("eos_token_id")
+        )
+        tokenizer = cls(backend, bos_ids[0] if bos_ids else None, end_ids, settings)
         if tokenizer.get_vocab_size() > LARGEST_ID:
             raise ValueError(f"{path} has ids above {LARGEST_ID}, which no model has")
         return tokenizer
@@ -149,14 +144,23 @@ def _read_object(path: Path) -> dict[str, Any]:
     return values
 
 
-def _token_id(backend: "tokenizers.Tokenizer", token: Any) -> int | None:
-    """Return the id of a token given as id, as text, or as an object with its text; None if it is none of these."""
-    if isinstance(token, dict):
-        token = token.get("content")
-    if isinstance(token, str):
-        return backend.token_to_id(token)
-    is_id = isinstance(token, int) and not isinstance(token, bool) and token >= 0
-    return token if is_id else None
+def _token_ids(backend: "tokenizers.Tokenizer", *tokens: Any) -> list[int]:
+    """Return the ids of tokens given as ids, as texts, as objects with their text, or as lists of these.
+
+    Tokens that are not given (None) or that the vocabulary does not have are left out.
+    """
+    ids = []
+    for token in tokens:
+        if isinstance(token, list):
+            ids += _token_ids(backend, *token)
+            continue
+        if isinstance(token, dict):
+            token = token.get("content")
+        if isinstance(token, str):
+            token = backend.token_to_id(token)
+        if isinstance(token, int) and token >= 0:
+            ids.append(token)
+    return ids
 
 
 def byte_alphabet() -> dict[str, int]:
