@@ -156,17 +156,24 @@ def test_loss_is_that_of_the_logits(tmp_path):
 
 def test_yarn_of_the_real_model():
     """The factor of cos and sin, and fast planes left alone, as the facts of gpt-oss-20b state."""
-    values = {"max_position_embeddings": 131072, "num_hidden_layers": 24, "num_local_experts": 32, "hidden_size": 2880}
+    values = {
+        "model_type": "gpt_oss",
+        "max_position_embeddings": 131072,
+        "num_hidden_layers": 24,
+        "num_local_experts": 32,
+        "hidden_size": 2880,
+    }
     values |= {"num_experts_per_tok": 4, "vocab_size": 201088, "num_attention_heads": 64, "num_key_value_heads": 8}
     scaling = {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}
     values |= {"head_dim": 64, "intermediate_size": 2880, "sliding_window": 128, "rope_theta": 150000}
     values["rope_scaling"] = {**scaling, "original_max_position_embeddings": 4096}
     config = hf_gpt_oss.GptOssConfig.from_json(values)
-    assert config.rotary_scale == pytest.approx(1.3465736, abs=1e-7)
-    assert config.windows == (128, 131072) * 12
+    assert config.rope.scale == pytest.approx(1.3465736, abs=1e-7)
+    assert config.windows == [128, 131072] * 12
     plain = [150000 ** -(i / 32) for i in range(32)]
-    assert config.rotary[:8] == pytest.approx(plain[:8])
-    assert config.rotary[-8:] == pytest.approx([turn / 32 for turn in plain[-8:]])
+    radians = config.rope.radians_P(64).tolist()
+    assert radians[:8] == pytest.approx(plain[:8])
+    assert radians[-8:] == pytest.approx([turn / 32 for turn in plain[-8:]])
 
 
 def test_a_sink_is_one_more_logit():

@@ -15,18 +15,19 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from safetensors.torch import load_file, save_file
 
 from nanochat import checkpoint
 from nanochat.common import atomic_write, atomic_write_json, get_base_dir, read_json, sha256_file
 from nanochat.compute import Compute
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.hf.load import stored_tensors
-from nanochat.hf.open_model import Settings
+from nanochat.hf.load import weight_files
+from nanochat.hf.open_model import Count, Heads, Layers, OpenConfig, Positive
 from nanochat.hf.tokenizer_convert import find_tokenizer, to_tokenizer_json
 from nanochat.tokenizer import FILE_NAME, Tokenizer, kept_name
 
@@ -74,6 +75,36 @@ PLAIN_SWITCHES: dict[str, Any] = {
     "embed_skip_first": 0.0,
     "embed_skip_last": 0.0,
 }
+
+
+class OriginalShape(OpenConfig):
+    """The shape of an original checkpoint, from its meta file."""
+
+    sequence_len: Count
+    vocab_size: Count
+    n_layer: Layers
+    n_head: Heads
+    n_kv_head: Heads
+    n_embd: Count
+    window_pattern: str = "L"
+
+
+class NanoChatConfig(OpenConfig):
+    """config.json of transformers' NanoChat, as far as our model can express it; the rotary settings stand beside."""
+
+    sequence_len: Count = Field(alias="max_position_embeddings")
+    vocab_size: Count
+    n_layer: Layers = Field(alias="num_hidden_layers")
+    n_head: Heads = Field(alias="num_attention_heads")
+    n_kv_head: Heads = Field(alias="num_key_value_heads")
+    n_embd: Count = Field(alias="hidden_size")
+    rope_base: Positive = Field(10_000.0, alias="rope_theta")
+    softcap: float = Field(0.0, alias="final_logit_softcapping", ge=0)  # null: off
+    window_pattern: Literal["L"] = "L"
+    # What is no field of GPTConfig.
+    tied: bool = Field(False, alias="tie_word_embeddings", exclude=True)
+    hidden_act: Literal["relu2"] = Field("relu2", exclude=True)
+    rope_type: Literal["default"] = Field("default", exclude=True)
 
 
 def all_names(table: dict[str, str], n_layer: int) -> dict[str, str]:
@@ -144,21 +175,12 @@ def read_original(folder: Path) -> tuple[GPT, dict[str, Any]]:
     if not meta_path.is_file():
         raise ValueError(f"{meta_path} is missing: it says what {path.name} is")
     state = read_state(path)
-    meta = Settings(read_json(meta_path), str(meta_path)).values
-    shape = Settings(meta.get("model_config", {}), f"{meta_path}: model_config")
+    meta = read_json(meta_path)
+    shape = OriginalShape.from_json(meta.get("model_config") if isinstance(meta, dict) else None, str(meta_path))
     is_new = "smear_gate.weight" in state
     if not is_new and "resid_lambdas" in state:
         raise ValueError(f"{path} is of a time between the two architectures that are known here")
-    config = GPTConfig(
-        sequence_len=shape.integer("sequence_len"),
-        vocab_size=shape.integer("vocab_size"),
-        n_layer=shape.integer("n_layer", high=1000),
-        n_head=shape.integer("n_head"),
-        n_kv_head=shape.integer("n_kv_head"),
-        n_embd=shape.integer("n_embd"),
-        window_pattern=str(shape.values.get("window_pattern", "L")).upper(),
-        **({} if is_new else PLAIN_SWITCHES),
-    )
+    config = GPTConfig(**{**shape.model_dump(), **({} if is_new else PLAIN_SWITCHES)})
     model = build_foreign_model(config, state, ORIGINAL_NAMES, path)
     return model, {"original_step": int(digits), "val_bpb": meta.get("val_bpb")}
 
@@ -181,48 +203,29 @@ def read_folder(folder: Path) -> GPT:
     """Read a folder of safetensors: transformers' NanoChat, or a bundle of ours."""
     path = folder / "config.json"
     values = read_json(path)
-    settings = Settings(values, str(path))
-    state: State = {}
-    for file in sorted({tensor.path for tensor in stored_tensors(folder).values()}):
-        state.update(load_file(file))
-    kind = settings.values.get("model_type")
-    if kind == BUNDLE_TYPE:
-        try:
-            config = GPTConfig.from_dict(settings.values.get("gpt", {}))
-        except TypeError as error:
-            raise ValueError(f"{path}: 'gpt' is no model config ({error})") from error
-        return build_model(config, state, folder)
-    if kind != "nanochat":
+    kind = values.get("model_type") if isinstance(values, dict) else None
+    if kind not in (BUNDLE_TYPE, "nanochat"):
         raise ValueError(f"{folder} is a {kind!r:.40}, no nanochat: python -m scripts.models play {folder} runs it")
-    if settings.flag("tie_word_embeddings"):
+    state: State = {}
+    for file in weight_files(folder):
+        state.update(load_file(file))
+    if kind == BUNDLE_TYPE:
+        return build_model(read_gpt_config(path, values.get("gpt")), state, folder)
+    defaults = {"num_key_value_heads": values.get("num_attention_heads"), "final_logit_softcapping": 15.0}
+    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    shape = NanoChatConfig.from_json({**defaults, **values, **rope}, str(path))
+    config = GPTConfig(**{**PLAIN_SWITCHES, **shape.model_dump()})
+    if shape.tied:
         state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()  # ours has a head of its own
-    return build_foreign_model(transformers_config(values), state, TRANSFORMERS_NAMES, folder)
+    return build_foreign_model(config, state, TRANSFORMERS_NAMES, folder)
 
 
-def transformers_config(values: dict[str, Any]) -> GPTConfig:
-    """Return our config for a NanoChat config.json. Raises ValueError for settings that our model cannot express."""
-    settings = Settings(values)
-    settings.expect("hidden_act", "relu2")
-    settings.expect("attention_bias", False)
-    settings.expect("intermediate_size", 4 * settings.integer("hidden_size"))
-    rope = settings.rope()
-    rope.expect("rope_type", "default")
-    n_head = settings.integer("num_attention_heads")
-    softcap = settings.number("final_logit_softcapping", 15.0)
-    if values.get("final_logit_softcapping", softcap) is None:  # null is not the default here: it turns softcap off
-        softcap = 0.0
-    own = {
-        "sequence_len": settings.integer("max_position_embeddings"),
-        "vocab_size": settings.integer("vocab_size"),
-        "n_layer": settings.integer("num_hidden_layers", high=1000),
-        "n_head": n_head,
-        "n_kv_head": settings.integer("num_key_value_heads", n_head),
-        "n_embd": settings.integer("hidden_size"),
-        "window_pattern": "L",
-        "rope_base": rope.number("rope_theta", settings.number("rope_theta", 10_000.0), low=1.0),
-        "softcap": softcap,
-    }
-    return GPTConfig(**{**PLAIN_SWITCHES, **own})
+def read_gpt_config(path: Path, values: Any) -> GPTConfig:
+    """Return the config that a bundle of ours holds in its config.json, `path`."""
+    try:
+        return GPTConfig.from_dict(values)
+    except TypeError as error:
+        raise ValueError(f"{path}: 'gpt' is no model config ({error})") from error
 
 
 def import_checkpoint(folder: Path, stage: str, tag: str, tokenizer_dir: str | None = None) -> Path:

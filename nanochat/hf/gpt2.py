@@ -1,15 +1,16 @@
 """GPT-2 (Radford et al. 2019): LayerNorm, learned positions, tanh-GELU, biases everywhere, a tied head."""
 
 import re
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from pydantic import Field, model_validator
+from typing_extensions import Self
 
-from nanochat.hf.open_model import OpenModel, Settings, bring
-from nanochat.language_model import LayerNeed, Linear, Together
+from nanochat.hf.open_model import Count, Heads, Layers, OpenConfig, OpenModel, Positive, bring
+from nanochat.language_model import Linear, Together
 
 # The parts of the model that have other names in the files.
 NAMES = {"wte": "embed_tokens", "h": "layers", "ln_f": "norm"}
@@ -19,41 +20,44 @@ MASKS = re.compile(r"h\.\d+\.attn\.(masked_)?bias")
 CONVOLUTIONS = re.compile(r"layers\.\d+\.(attn|mlp)\.(c_attn|c_fc|c_proj)\.weight")
 
 
-@dataclass(frozen=True)
-class GPT2Config:
-    """config.json of a GPT-2, checked."""
+class GPT2Config(OpenConfig):
+    """config.json of a GPT-2."""
 
-    vocab_size: int
-    sequence_len: int
-    n_layer: int
-    n_head: int
-    n_embd: int
-    n_inner: int
-    eps: float
-    tied: bool
+    vocab_size: Count
+    sequence_len: Count = Field(alias="n_positions")
+    n_layer: Layers
+    n_head: Heads
+    n_embd: Count
+    n_inner: Count = 0  # absent: four times the width
+    eps: Positive = Field(1e-5, alias="layer_norm_epsilon")
+    tied: bool = Field(True, alias="tie_word_embeddings")
+    activation_function: Literal["gelu_new", "gelu_pytorch_tanh"] = "gelu_new"
+    scale_attn_weights: Literal[True] = True
+    scale_attn_by_inverse_layer_idx: Literal[False] = False
+    add_cross_attention: Literal[False] = False
 
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> "GPT2Config":
-        """Read config.json. Raises ValueError that names what is missing, wrong or not supported."""
-        settings = Settings(values)
-        settings.expect("activation_function", "gelu_new", "gelu_pytorch_tanh")
-        settings.expect("scale_attn_weights", True)
-        settings.expect("scale_attn_by_inverse_layer_idx", False)
-        settings.expect("add_cross_attention", False)
-        n_embd = settings.integer("n_embd")
-        n_head = settings.integer("n_head")
-        if n_embd % n_head:
-            raise ValueError(f"config.json: 'n_embd' {n_embd} is not divisible by 'n_head' {n_head}")
-        return cls(
-            vocab_size=settings.integer("vocab_size"),
-            sequence_len=settings.integer("n_positions"),
-            n_layer=settings.integer("n_layer", high=1000),
-            n_head=n_head,
-            n_embd=n_embd,
-            n_inner=settings.integer("n_inner", 4 * n_embd),
-            eps=settings.number("layer_norm_epsilon", 1e-5),
-            tied=settings.flag("tie_word_embeddings", True),
-        )
+    @model_validator(mode="after")
+    def complete(self) -> Self:
+        """Fill in what is absent. Raises ValueError for numbers that do not fit together."""
+        self.n_inner = self.n_inner or 4 * self.n_embd
+        if self.n_embd % self.n_head:
+            raise ValueError(f"'n_embd' {self.n_embd} is not divisible by 'n_head' {self.n_head}")
+        return self
+
+    @property
+    def n_kv_head(self) -> int:
+        """Every head has keys of its own."""
+        return self.n_head
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one head, D."""
+        return self.n_embd // self.n_head
+
+    @property
+    def windows(self) -> list[int]:
+        """Positions each layer attends to: all."""
+        return [self.sequence_len] * self.n_layer
 
 
 class Attention(nn.Module):
@@ -128,13 +132,6 @@ class GPT2(OpenModel):
     def is_transposed(name: str) -> bool:
         """Return whether files hold the matrix of this name, the model's, as (inputs, outputs)."""
         return CONVOLUTIONS.fullmatch(name) is not None
-
-    @property
-    def cache_needs(self) -> list[LayerNeed]:
-        """Return what each layer keeps of a token in the KV cache."""
-        config = self.config
-        need = LayerNeed(config.n_head, config.n_embd // config.n_head, config.sequence_len)
-        return [need] * config.n_layer
 
     def hidden(self, idx: torch.Tensor, context: Any) -> torch.Tensor:
         """Return the normed residual that the head reads, (..., C)."""

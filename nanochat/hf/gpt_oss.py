@@ -6,15 +6,16 @@ Shapes: N tokens, K experts per token, R of the tokens, those that one expert is
 """
 
 import re
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from pydantic import Field, model_validator
+from typing_extensions import Self
 
 from nanochat.hf.llama import Llama, LlamaConfig
-from nanochat.hf.open_model import Settings
+from nanochat.hf.open_model import Heads, Positive
 from nanochat.language_model import Linear
 
 BLOCK = 32  # values of MXFP4 that share a scale
@@ -38,36 +39,37 @@ def dequantize(blocks_NGB: torch.Tensor, scales_NG: torch.Tensor, dtype: torch.d
     return torch.ldexp(values, scales_NG.int()[..., None] - 127).flatten(-2).to(dtype)
 
 
-@dataclass(frozen=True)
 class GptOssConfig(LlamaConfig):
-    """config.json of a gpt-oss, checked."""
+    """config.json of a gpt-oss."""
 
-    n_expert: int
-    n_expert_per_token: int
-    packed: bool  # experts in MXFP4
-    alpha: float  # of the gate's sigmoid
-    limit: float  # of gate and up projection
+    default_theta: ClassVar[float] = 150_000.0
+    sinks: ClassVar[bool] = True
 
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> "GptOssConfig":
-        """Read config.json. Raises ValueError that names what is missing, wrong or not supported."""
-        settings = Settings(values)
-        n_layer = settings.integer("num_hidden_layers", high=1000)
-        kinds = ["full_attention" if layer % 2 else "sliding_attention" for layer in range(n_layer)]
-        defaults = {"attention_bias": True, "mlp_bias": True, "rope_theta": 150_000.0, "layer_types": kinds}
-        llama = LlamaConfig.from_json({**defaults, **settings.values})
-        n_expert = settings.integer("num_local_experts", high=1 << 16)
-        packed = "quantization_config" in settings.values
-        if packed and (llama.n_embd % BLOCK or llama.n_inner % BLOCK):
-            raise ValueError(f"config.json: MXFP4 needs sizes that {BLOCK} divides")
-        return cls(
-            **vars(llama),
-            n_expert=n_expert,
-            n_expert_per_token=settings.integer("num_experts_per_tok", high=n_expert),
-            packed=packed,
-            alpha=settings.number("swiglu_alpha", 1.702),
-            limit=settings.number("swiglu_limit", 7.0),
-        )
+    attention_bias: bool = True
+    mlp_bias: bool = True
+    n_expert: Heads = Field(alias="num_local_experts")
+    n_expert_per_token: Heads = Field(alias="num_experts_per_tok")
+    alpha: Positive = Field(1.702, alias="swiglu_alpha")  # of the gate's sigmoid
+    limit: Positive = Field(7.0, alias="swiglu_limit")  # of gate and up projection
+    quantization_config: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def check_experts(self) -> Self:
+        """Raises ValueError for numbers that do not fit together."""
+        if self.n_expert_per_token > self.n_expert:
+            raise ValueError(f"'num_experts_per_tok' {self.n_expert_per_token} is above {self.n_expert} experts")
+        if self.packed and (self.n_embd % BLOCK or self.n_inner % BLOCK):
+            raise ValueError(f"MXFP4 needs sizes that {BLOCK} divides")
+        return self
+
+    @property
+    def packed(self) -> bool:
+        """Return whether the experts are in MXFP4, the only quantization that `read_config` lets through."""
+        return self.quantization_config is not None
+
+    def slides(self, layer: int) -> bool:
+        """Return whether a layer attends to a window: every other one, where `layer_types` does not say it."""
+        return layer % 2 == 0 if self.layer_types is None else super().slides(layer)
 
 
 class ExpertMatrices(nn.Module):

@@ -5,152 +5,157 @@ windows, and how far rotary positions are stretched. gpt_oss.py adds sinks and e
 """
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from pydantic import Field, model_validator
+from typing_extensions import Self
 
 from nanochat.gpt import rotate, rotation
-from nanochat.hf.open_model import OpenModel, Settings, bring
-from nanochat.language_model import LayerNeed, Linear, Together
+from nanochat.hf.open_model import Count, Heads, Layers, OpenConfig, OpenModel, Positive, bring
+from nanochat.language_model import Linear, Together
 
 
-@dataclass(frozen=True)
-class LlamaConfig:
-    """config.json of a Llama-like model, checked."""
-
-    vocab_size: int
-    sequence_len: int
-    n_layer: int
-    n_head: int
-    n_kv_head: int
-    head_dim: int
-    n_embd: int
-    n_inner: int
-    eps: float
-    tied: bool
-    qkv_bias: bool
-    out_bias: bool
-    mlp_bias: bool
-    qk_norm: bool
-    windows: tuple[int, ...]  # positions each layer attends to, its own included
-    rotary: tuple[float, ...]  # radians per position, for each plane
-    rotary_scale: float  # factor on cos and sin
-    sinks: bool  # one more logit per head, which takes its share of the softmax
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> "LlamaConfig":
-        """Read config.json. Raises ValueError that names what is missing, wrong or not supported."""
-        settings = Settings(values)
-        settings.expect("hidden_act", "silu")
-        family = values.get("model_type")
-        n_layer = settings.integer("num_hidden_layers", high=1000)
-        sequence_len = settings.integer("max_position_embeddings")
-        n_embd = settings.integer("hidden_size")
-        n_head = settings.integer("num_attention_heads", high=1 << 16)
-        n_kv_head = settings.integer("num_key_value_heads", n_head)
-        if n_head % n_kv_head:
-            raise ValueError(f"config.json: {n_head} attention heads cannot share {n_kv_head} key-value heads evenly")
-        if "head_dim" not in settings.values and n_embd % n_head:
-            raise ValueError(f"config.json: 'hidden_size' {n_embd} is not divisible by {n_head} attention heads")
-        head_dim = settings.integer("head_dim", max(1, n_embd // n_head), high=1 << 16)
-        has_bias = settings.flag("attention_bias")
-        rotary, rotary_scale = read_rotary(settings, head_dim)
-        return cls(
-            vocab_size=settings.integer("vocab_size"),
-            sequence_len=sequence_len,
-            n_layer=n_layer,
-            n_head=n_head,
-            n_kv_head=n_kv_head,
-            head_dim=head_dim,
-            n_embd=n_embd,
-            n_inner=settings.integer("intermediate_size"),
-            eps=settings.number("rms_norm_eps", 1e-6),
-            tied=settings.flag("tie_word_embeddings"),
-            qkv_bias=has_bias or family == "qwen2",
-            out_bias=has_bias,
-            mlp_bias=settings.flag("mlp_bias"),
-            qk_norm=family == "qwen3",
-            windows=read_windows(settings, n_layer, sequence_len),
-            rotary=rotary,
-            rotary_scale=rotary_scale,
-            sinks=family == "gpt_oss",
-        )
-
-
-def read_windows(settings: Settings, n_layer: int, context: int) -> tuple[int, ...]:
-    """Return how many positions each layer attends to, its own included.
-
-    `layer_types` says it. Older files lack that: there all layers of a Mistral slide, and the later ones of a Qwen."""
-    kinds = settings.values.get("layer_types")
-    if kinds is None:
-        first_sliding = n_layer
-        if settings.values.get("model_type") == "mistral":
-            first_sliding = 0 if "sliding_window" in settings.values else n_layer
-        elif settings.flag("use_sliding_window"):
-            first_sliding = settings.integer("max_window_layers", 28, low=0)
-        kinds = ["sliding_attention" if layer >= first_sliding else "full_attention" for layer in range(n_layer)]
-    if not isinstance(kinds, list) or len(kinds) != n_layer:
-        raise ValueError(f"config.json: 'layer_types' must name the kind of each of the {n_layer} layers")
-    windows = []
-    for kind in kinds:
-        if kind == "full_attention":
-            windows.append(context)
-        elif kind == "sliding_attention":
-            windows.append(min(settings.integer("sliding_window"), context))
-        else:
-            raise ValueError(f"config.json: layer type {kind!r:.40} is not supported")
-    return tuple(windows)
-
-
-def read_rotary(settings: Settings, head_dim: int) -> tuple[tuple[float, ...], float]:
-    """Return radians per position for each of the D/2 planes, and the factor on cos and sin.
+class Rope(OpenConfig):
+    """`rope_parameters` of config.json: how fast each of the P = D/2 planes of rotary positions turns.
 
     A model that was trained on short texts reads longer ones when its planes turn slower, by `factor`. Slowing all of
     them (linear) blurs neighbours. So llama3 and yarn keep the planes that turn often within the original context,
-    which tell near positions apart, slow those that turn seldom, and blend in between."""
-    rope = settings.rope()
-    rope.expect("partial_rotary_factor", 1.0)
-    theta = rope.number("rope_theta", settings.number("rope_theta", 10_000.0), low=1.0)
-    kind = rope.values.get("rope_type") or rope.values.get("type") or "default"
-    if kind not in ("default", "linear", "llama3", "yarn"):
-        raise ValueError(f"config.json: rotary positions of kind {kind!r:.40} are not supported")
-    if head_dim % 2:
-        raise ValueError(f"config.json: heads of {head_dim} channels cannot be rotated in pairs")
-    radians_P = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim)
-    if kind == "default":
-        return tuple(radians_P.tolist()), 1.0
+    which tell near positions apart, slow those that turn seldom, and blend in between.
+    """
 
-    factor = rope.number("factor")
-    kept_P = torch.zeros_like(radians_P)  # 1 = this plane turns as before, 0 = slower by `factor`
-    scale = 1.0
-    original = rope.integer("original_max_position_embeddings", settings.values.get("max_position_embeddings"))
-    if kind == "llama3":  # meta-llama/llama-models
-        low = rope.number("low_freq_factor")
-        high = rope.number("high_freq_factor", low=low)
-        turns_P = original * radians_P / (2 * math.pi)
-        kept_P = ((turns_P - low) / (high - low)).clamp(0, 1)
-    elif kind == "yarn":  # arXiv 2309.00071
-        rope.expect("mscale", None)
-        rope.expect("mscale_all_dim", None)
-        # Planes before `first` make more than beta_fast turns in the original context, those after `last` fewer than
-        # beta_slow: plane p makes original · theta^(-2p/D) / 2π turns, solved for p.
-        plane_per_log = head_dim / (2 * math.log(theta))
-        first = plane_per_log * math.log(original / (2 * math.pi * rope.number("beta_fast", 32.0)))
-        last = plane_per_log * math.log(original / (2 * math.pi * rope.number("beta_slow", 1.0)))
-        if rope.flag("truncate", True):
-            first = math.floor(first)
-            last = math.ceil(last)
-        first = max(first, 0)
-        last = min(last, head_dim - 1)
-        planes_P = torch.arange(head_dim // 2, dtype=torch.float32, device="cpu")
-        kept_P = 1 - ((planes_P - first) / max(last - first, 0.001)).clamp(0, 1)
-        # Attention over more positions is flatter: larger queries and keys sharpen it again (section 3.4 there).
-        scale = rope.number("attention_factor", 0.1 * math.log(factor) + 1 if factor > 1 else 1.0)
-    stretched_P = radians_P * kept_P + radians_P / factor * (1 - kept_P)
-    return tuple(stretched_P.tolist()), scale
+    kind: Literal["default", "linear", "llama3", "yarn"] = Field(alias="rope_type")
+    theta: float = Field(alias="rope_theta", gt=1, lt=1e30)
+    partial_rotary_factor: float = Field(1.0, ge=1, le=1)
+    factor: Positive | None = None
+    original: Count = Field(alias="original_max_position_embeddings")
+    # llama3: turns within the original context below which a plane is slowed, and above which it is kept
+    low_freq_factor: Positive = 1.0
+    high_freq_factor: Positive = 1.0
+    # yarn: turns above which a plane is kept, and below which it is slowed
+    beta_fast: Positive = 32.0
+    beta_slow: Positive = 1.0
+    truncate: bool = True
+    attention_factor: Positive | None = None
+    mscale: None = None  # these two would change `scale`; no family here has them
+    mscale_all_dim: None = None
+
+    @model_validator(mode="after")
+    def check(self) -> Self:
+        """Raises ValueError for numbers that are missing or do not fit together."""
+        if self.kind != "default" and self.factor is None:
+            raise ValueError(f"{self.kind} lacks 'factor'")
+        if self.kind == "llama3" and self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError("'high_freq_factor' must be above 'low_freq_factor'")
+        return self
+
+    def radians_P(self, head_dim: int) -> torch.Tensor:
+        """Return radians per position of each plane, in fp32."""
+        plain_P = 1.0 / self.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim)
+        if self.factor is None or self.kind == "default":
+            return plain_P
+        slowed_P = torch.ones_like(plain_P)  # 1 = this plane is slowed by `factor`, 0 = it is kept
+        if self.kind == "llama3":  # meta-llama/llama-models
+            turns_P = self.original * plain_P / (2 * math.pi)
+            slowed_P = (self.high_freq_factor - turns_P) / (self.high_freq_factor - self.low_freq_factor)
+        elif self.kind == "yarn":  # arXiv 2309.00071: blends by the number of the plane
+            first = self.plane_that_turns(self.beta_fast, head_dim)
+            last = self.plane_that_turns(self.beta_slow, head_dim)
+            if self.truncate:
+                first = math.floor(first)
+                last = math.ceil(last)
+            first = max(first, 0)
+            last = min(last, head_dim - 1)
+            slowed_P = (torch.arange(len(plain_P), device="cpu") - first) / max(last - first, 0.001)
+        slowed_P = slowed_P.clamp(0, 1)
+        return plain_P * (1 - slowed_P) + plain_P / self.factor * slowed_P
+
+    def plane_that_turns(self, turns: float, head_dim: int) -> float:
+        """Return the place in 0..P of the plane that makes so many turns within the original context.
+
+        Plane p makes original · theta^(-2p/D) / 2π turns; this is that, solved for p."""
+        return head_dim * math.log(self.original / (2 * math.pi * turns)) / (2 * math.log(self.theta))
+
+    @property
+    def scale(self) -> float:
+        """Return the factor on cos and sin: attention over more positions is flatter, and yarn sharpens it."""
+        if self.kind != "yarn" or self.factor is None:
+            return 1.0
+        return self.attention_factor or 0.1 * math.log(max(self.factor, 1.0)) + 1
+
+
+class LlamaConfig(OpenConfig):
+    """config.json of a Llama-like model."""
+
+    default_theta: ClassVar[float] = 10_000.0
+    sinks: ClassVar[bool] = False  # one more logit per head, which takes its share of the softmax
+
+    family: str = Field(alias="model_type")
+    vocab_size: Count
+    sequence_len: Count = Field(alias="max_position_embeddings")
+    n_layer: Layers = Field(alias="num_hidden_layers")
+    n_head: Heads = Field(alias="num_attention_heads")
+    n_kv_head: Heads = Field(0, alias="num_key_value_heads")  # absent: one for each head
+    head_dim: Heads = 0  # absent: the width divided among the heads
+    n_embd: Count = Field(alias="hidden_size")
+    n_inner: Count = Field(alias="intermediate_size")
+    eps: Positive = Field(1e-6, alias="rms_norm_eps")
+    tied: bool = Field(False, alias="tie_word_embeddings")
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    hidden_act: Literal["silu"] = "silu"
+    layer_types: list[Literal["full_attention", "sliding_attention"]] | None = None
+    sliding_window: Count | None = None
+    use_sliding_window: bool = False
+    max_window_layers: int = Field(28, ge=0)
+    rope: Rope = Field(alias="rope_parameters")
+
+    @model_validator(mode="before")
+    @classmethod
+    def bring_rope_up_to_date(cls, values: Any) -> Any:
+        """Let `rope_parameters` hold everything about rotary positions, which older files spread over three places."""
+        rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+        if isinstance(rope, dict):
+            defaults = {
+                "rope_type": rope.get("type", "default"),
+                "rope_theta": values.get("rope_theta", cls.default_theta),
+                "original_max_position_embeddings": values.get("max_position_embeddings"),
+            }
+            rope = {**defaults, **rope}
+        return {**values, "rope_parameters": rope}
+
+    @model_validator(mode="after")
+    def complete(self) -> Self:
+        """Fill in what is absent. Raises ValueError for numbers that do not fit together."""
+        self.n_kv_head = self.n_kv_head or self.n_head
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"{self.n_head} attention heads cannot share {self.n_kv_head} key-value heads evenly")
+        if not self.head_dim and self.n_embd % self.n_head:
+            raise ValueError(f"'hidden_size' {self.n_embd} is not divisible by {self.n_head} attention heads")
+        self.head_dim = self.head_dim or self.n_embd // self.n_head
+        if self.head_dim % 2:
+            raise ValueError(f"heads of {self.head_dim} channels cannot be rotated in pairs")
+        if self.layer_types is not None and len(self.layer_types) != self.n_layer:
+            raise ValueError(f"'layer_types' must name the kind of each of the {self.n_layer} layers")
+        if self.sliding_window is None and any(self.slides(layer) for layer in range(self.n_layer)):
+            raise ValueError("layers slide, but it lacks 'sliding_window'")
+        return self
+
+    def slides(self, layer: int) -> bool:
+        """Return whether a layer attends to a window; older files do not list this, and each family has its rule."""
+        if self.layer_types is not None:
+            return self.layer_types[layer] == "sliding_attention"
+        if self.family == "mistral":
+            return self.sliding_window is not None
+        return self.use_sliding_window and layer >= self.max_window_layers
+
+    @property
+    def windows(self) -> list[int]:
+        """Positions each layer attends to, its own included."""
+        short = min(self.sliding_window or self.sequence_len, self.sequence_len)
+        return [short if self.slides(layer) else self.sequence_len for layer in range(self.n_layer)]
 
 
 class Attention(nn.Module):
@@ -163,13 +168,14 @@ class Attention(nn.Module):
         self.window = config.windows[layer]
         q_channels = config.n_head * config.head_dim
         kv_channels = config.n_kv_head * config.head_dim
-        self.q_proj = Linear(config.n_embd, q_channels, bias=config.qkv_bias)
-        self.k_proj = Linear(config.n_embd, kv_channels, bias=config.qkv_bias)
-        self.v_proj = Linear(config.n_embd, kv_channels, bias=config.qkv_bias)
-        self.o_proj = Linear(q_channels, config.n_embd, bias=config.out_bias)
+        qkv_bias = config.attention_bias or config.family == "qwen2"
+        self.q_proj = Linear(config.n_embd, q_channels, bias=qkv_bias)
+        self.k_proj = Linear(config.n_embd, kv_channels, bias=qkv_bias)
+        self.v_proj = Linear(config.n_embd, kv_channels, bias=qkv_bias)
+        self.o_proj = Linear(q_channels, config.n_embd, bias=config.attention_bias)
         self.sinks = nn.Parameter(torch.empty(config.n_head)) if config.sinks else None
-        self.qk_norm = config.qk_norm
-        if config.qk_norm:
+        self.qk_norm = config.family == "qwen3"
+        if self.qk_norm:
             self.q_norm = nn.RMSNorm(config.head_dim, config.eps)
             self.k_norm = nn.RMSNorm(config.head_dim, config.eps)
             self.qkv: Any = Together((self.q_proj,), (self.k_proj,), (self.v_proj,))
@@ -234,7 +240,7 @@ class Llama(OpenModel):
         self.lm_head = Linear(config.n_embd, config.vocab_size)
         self.readout = Together((self.lm_head,))
         self.tie_head()
-        self.register_buffer("radians_P", torch.tensor(config.rotary, device="cpu"), persistent=False)
+        self.register_buffer("radians_P", config.rope.radians_P(config.head_dim), persistent=False)
 
     @staticmethod
     def rename(name: str) -> str | None:
@@ -243,16 +249,10 @@ class Llama(OpenModel):
             return None
         return name.removeprefix("model.")
 
-    @property
-    def cache_needs(self) -> list[LayerNeed]:
-        """Return what each layer keeps of a token in the KV cache."""
-        config = self.config
-        return [LayerNeed(config.n_kv_head, config.head_dim, window) for window in config.windows]
-
     def hidden(self, idx: torch.Tensor, context: Any) -> torch.Tensor:
         """Return the normed residual that the head reads, (..., C)."""
         x_C = self.embed_tokens(idx)
-        cos_1D, sin_1D = rotation(context.positions, self.radians_P, x_C.dtype, self.config.rotary_scale)
+        cos_1D, sin_1D = rotation(context.positions, self.radians_P, x_C.dtype, self.config.rope.scale)
         for layer, block in enumerate(self.layers):
             x_C, cos_1D, sin_1D = bring(block.input_layernorm.weight.device, x_C, cos_1D, sin_1D)
             x_C = block(x_C, cos_1D, sin_1D, context.layer(layer))

@@ -11,9 +11,10 @@ shape fits, and only then reads weights. Nothing in the folder is run, and a wro
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
+from pydantic import Field
 from safetensors import SafetensorError, safe_open
 
 from nanochat.common import read_json
@@ -21,7 +22,7 @@ from nanochat.compute import pick_dtype
 from nanochat.hf.gpt2 import GPT2
 from nanochat.hf.gpt_oss import GptOss
 from nanochat.hf.llama import Llama
-from nanochat.hf.open_model import OpenModel
+from nanochat.hf.open_model import OpenConfig, OpenModel
 from nanochat.hf.tokenizer import HFTokenizer
 
 # model_type in config.json -> the class that runs it.
@@ -38,6 +39,12 @@ FLOAT_TYPES = ("F32", "BF16", "F16")
 
 # One device for the whole model, or one for each layer.
 Place = torch.device | str | Sequence[torch.device]
+
+
+class Index(OpenConfig):
+    """model.safetensors.index.json: which file holds which tensor. No name may lead out of the folder."""
+
+    weight_map: dict[str, Annotated[str, Field(pattern=r"^[^/\\]+\.safetensors$")]] = Field(min_length=1)
 
 
 class StoredTensor(NamedTuple):
@@ -81,14 +88,8 @@ def weight_files(folder: Path | str) -> list[Path]:
     path = folder / INDEX
     if not path.is_file():
         return [folder / "model.safetensors"]
-    index = read_json(path)
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{path} has no weight_map")
-    for file in weight_map.values():
-        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-            raise ValueError(f"{path}: {file!r:.80} is not the name of a .safetensors file beside it")
-    return [folder / file for file in sorted(set(weight_map.values()))]
+    index = Index.from_json(read_json(path), str(path))
+    return [folder / file for file in sorted(set(index.weight_map.values()))]
 
 
 def stored_tensors(folder: Path | str) -> dict[str, StoredTensor]:

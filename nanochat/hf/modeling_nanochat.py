@@ -9,6 +9,8 @@ where only transformers is.
 Shapes: B rows, T positions, C channels, H query heads, K key-value heads, D head dim, V vocabulary.
 """
 
+from types import SimpleNamespace
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -47,17 +49,17 @@ class Attention(nn.Module):
 
     def __init__(self, gpt, gated):
         super().__init__()
-        n_embd = gpt["n_embd"]
-        self.head_dim = n_embd // gpt["n_head"]
-        self.qk_scale = gpt["qk_scale"]
-        kv_channels = gpt["n_kv_head"] * self.head_dim
+        n_embd = gpt.n_embd
+        self.head_dim = n_embd // gpt.n_head
+        self.qk_scale = gpt.qk_scale
+        kv_channels = gpt.n_kv_head * self.head_dim
         self.q = nn.Linear(n_embd, n_embd, bias=False)
         self.k = nn.Linear(n_embd, kv_channels, bias=False)
         self.v = nn.Linear(n_embd, kv_channels, bias=False)
         self.out = nn.Linear(n_embd, n_embd, bias=False)
         self.gate = None
         if gated:
-            self.gate = nn.Linear(gpt["value_gate_channels"], gpt["n_kv_head"], bias=False)
+            self.gate = nn.Linear(gpt.value_gate_channels, gpt.n_kv_head, bias=False)
 
     def forward(self, x_BTC, ve_BTC, cos_BT1D, sin_BT1D, visible_BTT):
         heads = (-1, self.head_dim)
@@ -86,8 +88,8 @@ class MLP(nn.Module):
 
     def __init__(self, gpt):
         super().__init__()
-        self.up = nn.Linear(gpt["n_embd"], 4 * gpt["n_embd"], bias=False)
-        self.down = nn.Linear(4 * gpt["n_embd"], gpt["n_embd"], bias=False)
+        self.up = nn.Linear(gpt.n_embd, 4 * gpt.n_embd, bias=False)
+        self.down = nn.Linear(4 * gpt.n_embd, gpt.n_embd, bias=False)
 
     def forward(self, x_BTC):
         return self.down(F.relu(self.up(x_BTC)).square())
@@ -114,15 +116,16 @@ class NanochatGPT(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config):
         super().__init__(config)
-        gpt = config.gpt
-        n_layer = gpt["n_layer"]
-        n_embd = gpt["n_embd"]
-        kv_channels = gpt["n_kv_head"] * n_embd // gpt["n_head"]
-        padded_vocab_size = round_up(gpt["vocab_size"], 64)
+        gpt = SimpleNamespace(**config.gpt)
+        self.gpt = gpt
+        n_layer = gpt.n_layer
+        n_embd = gpt.n_embd
+        kv_channels = gpt.n_kv_head * n_embd // gpt.n_head
+        padded_vocab_size = round_up(gpt.vocab_size, 64)
         self.embed = nn.Embedding(padded_vocab_size, n_embd)
         self.value_embeds = nn.ModuleDict()
         self.blocks = nn.ModuleList()
-        every = gpt["value_embed_every"]
+        every = gpt.value_embed_every
         for i in range(n_layer):
             gated = every > 0 and (n_layer - 1 - i) % every == 0  # counted back from the last layer
             if gated:
@@ -131,15 +134,15 @@ class NanochatGPT(PreTrainedModel, GenerationMixin):
         self.head = nn.Linear(n_embd, padded_vocab_size, bias=False)
         self.resid_scale = nn.Parameter(torch.ones(n_layer))
         self.embed_skip = nn.Parameter(torch.zeros(n_layer))
-        if gpt["smear_channels"]:
-            self.smear_gate = nn.Linear(gpt["smear_channels"], 1, bias=False)
+        if gpt.smear_channels:
+            self.smear_gate = nn.Linear(gpt.smear_channels, 1, bias=False)
             self.smear_scale = nn.Parameter(torch.zeros(()))
-        if gpt["backout"]:
+        if gpt.backout:
             self.backout = nn.Parameter(torch.zeros(()))
         # The last layer sees all positions; before it S = a quarter of the context, L = all, tiled over the layers.
-        context = gpt["sequence_len"]
+        context = gpt.sequence_len
         short = min(round_up(context // 4 + (context % 4 > 0), 128), context)
-        pattern = gpt["window_pattern"]
+        pattern = gpt.window_pattern
         self.windows = [short if pattern[i % len(pattern)] == "S" else context for i in range(n_layer - 1)]
         self.windows.append(context)
         self.post_init()
@@ -156,9 +159,9 @@ class NanochatGPT(PreTrainedModel, GenerationMixin):
 
     def rotation(self, positions_BT):
         """Return cos and sin of the rotary angles, computed in fp32, which tells far positions apart."""
-        head_dim = self.config.gpt["n_embd"] // self.config.gpt["n_head"]
+        head_dim = self.gpt.n_embd // self.gpt.n_head
         channels = torch.arange(0, head_dim, 2, device=positions_BT.device, dtype=torch.float32)
-        frequencies = self.config.gpt["rope_base"] ** -(channels / head_dim)
+        frequencies = self.gpt.rope_base ** -(channels / head_dim)
         angles_BT1D = positions_BT[:, :, None, None].float() * frequencies
         return angles_BT1D.cos().to(self.dtype), angles_BT1D.sin().to(self.dtype)
 
@@ -166,7 +169,7 @@ class NanochatGPT(PreTrainedModel, GenerationMixin):
         """Return logits (B, T, V) in fp32, and the mean loss of predicting `labels` if given (-100 is ignored).
 
         `attention_mask` is 0 at padding, which generation puts on the left; positions count real tokens only."""
-        gpt = self.config.gpt
+        gpt = self.gpt
         T = input_ids.size(1)
         real_BT = torch.ones_like(input_ids) if attention_mask is None else attention_mask[:, -T:]
         positions_BT = (real_BT.cumsum(-1) - 1).clamp(min=0)
@@ -177,10 +180,10 @@ class NanochatGPT(PreTrainedModel, GenerationMixin):
         cos_BT1D, sin_BT1D = self.rotation(positions_BT)
 
         x_BTC = norm(self.embed(input_ids))
-        if gpt["smear_channels"]:
+        if gpt.smear_channels:
             # Smear: each token gets a gated bit of the embedding of the token before it.
             previous_BTC = F.pad((x_BTC * real_BT[..., None])[:, :-1], (0, 0, 1, 0))
-            gate_BT1 = torch.sigmoid(self.smear_gate(x_BTC[..., : gpt["smear_channels"]]))
+            gate_BT1 = torch.sigmoid(self.smear_gate(x_BTC[..., : gpt.smear_channels]))
             x_BTC = x_BTC + self.smear_scale * gate_BT1 * previous_BTC
         x0_BTC = x_BTC
         middle_BTC = x_BTC
@@ -189,15 +192,15 @@ class NanochatGPT(PreTrainedModel, GenerationMixin):
             in_window_BTT = visible_BTT & (distance_BTT < self.windows[i])
             x_BTC = self.resid_scale[i] * x_BTC + self.embed_skip[i] * x0_BTC
             x_BTC = block(x_BTC, ve_BTC, cos_BT1D, sin_BT1D, in_window_BTT)
-            if i == gpt["n_layer"] // 2:
+            if i == gpt.n_layer // 2:
                 middle_BTC = x_BTC
-        if gpt["backout"]:
+        if gpt.backout:
             # Backout: early features that only later layers needed are subtracted before the head.
             x_BTC = x_BTC - self.backout * middle_BTC
 
-        logits_BTV = self.head(norm(x_BTC))[..., : gpt["vocab_size"]].float()
-        if gpt["softcap"]:
-            logits_BTV = gpt["softcap"] * torch.tanh(logits_BTV / gpt["softcap"])
+        logits_BTV = self.head(norm(x_BTC))[..., : gpt.vocab_size].float()
+        if gpt.softcap:
+            logits_BTV = gpt.softcap * torch.tanh(logits_BTV / gpt.softcap)
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), labels[:, 1:].flatten())

@@ -11,65 +11,55 @@ they have in the files, so that most weights find their place without a table. A
 Shapes as in gpt.py: B sequences, T positions, C channels, H query heads, K kv heads, D head dim, V vocabulary.
 """
 
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn as nn
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from typing_extensions import Self
 
 from nanochat import attention
-from nanochat.language_model import LanguageModel, Linear, WholeRows
+from nanochat.language_model import LanguageModel, LayerNeed, Linear, WholeRows
 from nanochat.loss import softcap_cross_entropy
 
+# The ranges keep a hostile config.json from asking for tensors whose size overflows.
+Count = Annotated[int, Field(ge=1, le=1 << 28)]
+Layers = Annotated[int, Field(ge=1, le=1000)]
+Heads = Annotated[int, Field(ge=1, le=1 << 16)]
+Positive = Annotated[float, Field(gt=0, lt=1e30)]
 
-class Settings:
-    """A config.json whose values are checked as they are read; null counts as absent.
 
-    Raises ValueError that names the value when it is missing, of another kind or out of range.
+class OpenConfig(BaseModel):
+    """A config.json, checked. A subclass is a table of its values, with our names and theirs:
+
+        n_layer: Layers = Field(alias="num_hidden_layers")   # required, from 1 to 1000
+        mlp_bias: bool = False                               # optional
+        hidden_act: Literal["silu"] = "silu"                 # other values mean other maths, and are refused
+
+    What is not in the table is ignored.
     """
 
-    def __init__(self, values: dict[str, Any], where: str = "config.json") -> None:
-        if not isinstance(values, dict):
-            raise ValueError(f"{where} must hold an object, not {type(values).__name__}")
-        self.values = {name: value for name, value in values.items() if value is not None}
-        self.where = where
+    model_config = ConfigDict(strict=True)  # "64" is no number, and 1 is not true
 
-    def _read(self, name: str, kinds: tuple[type, ...], what: str, default: Any) -> Any:
-        value = self.values.get(name, default)
-        if value is None:
-            raise ValueError(f"{self.where} lacks '{name}'")
-        is_number_for_python = isinstance(value, bool) and bool not in kinds  # True == 1 there
-        if not isinstance(value, kinds) or is_number_for_python:
-            raise ValueError(f"{self.where}: '{name}' must be {what}, not {value!r:.40}")
-        return value
+    @classmethod
+    def from_json(cls, values: Any, where: str = "config.json") -> Self:
+        """Make a config of what was read from a file called `where`; null counts as absent.
 
-    def integer(self, name: str, default: int | None = None, low: int = 1, high: int = 1 << 28) -> int:
-        """Return a whole number from `low` to `high`."""
-        value = self._read(name, (int,), "a whole number", default)
-        if not low <= value <= high:
-            raise ValueError(f"{self.where}: '{name}' is {value!r:.40}, which is not from {low} to {high}")
-        return value
+        Raises ValueError that names the first value that is missing, of another kind or out of range."""
+        try:
+            return cls.model_validate(without_nulls(values))
+        except ValidationError as error:
+            problem = error.errors()[0]
+            name = ".".join(str(part) for part in problem["loc"])
+            given = "" if isinstance(problem["input"], dict) else f" (it is {problem['input']!r:.40})"
+            raise ValueError(f"{where}: {name or 'it'}: {problem['msg']}{given}") from error
 
-    def number(self, name: str, default: float | None = None, low: float = 0.0) -> float:
-        """Return a finite number above `low`."""
-        value = self._read(name, (int, float), "a number", default)
-        if not low < value < 1e30:
-            raise ValueError(f"{self.where}: '{name}' is {value!r:.40}, which is not a number above {low:g}")
-        return float(value)
 
-    def flag(self, name: str, default: bool = False) -> bool:
-        """Return true or false."""
-        return self._read(name, (bool,), "true or false", default)
-
-    def expect(self, name: str, *known: Any) -> None:
-        """Refuse any value but `known`, of which the first is the default: others mean other maths."""
-        value = self.values.get(name, known[0])
-        if value not in known:
-            raise ValueError(f"{self.where}: '{name}' {value!r:.40} is not supported, only {known[0]!r}")
-
-    def rope(self) -> "Settings":
-        """Return the settings of rotary positions, which older files call `rope_scaling`; without any, none."""
-        name = "rope_parameters" if self.values.get("rope_parameters") else "rope_scaling"
-        return Settings(self.values.get(name, {}), f"{self.where}: {name}")
+def without_nulls(values: Any) -> Any:
+    """Return JSON values without those of an object that are null."""
+    if not isinstance(values, dict):
+        return values
+    return {name: without_nulls(value) for name, value in values.items() if value is not None}
 
 
 def attend_whole(
@@ -126,6 +116,12 @@ class OpenModel(LanguageModel):
             return int(name.split(".")[1])
         is_output = name.startswith(("norm.", "lm_head."))
         return self.config.n_layer - 1 if is_output and not self.config.tied else 0
+
+    @property
+    def cache_needs(self) -> list[LayerNeed]:
+        """Return what each layer keeps of a token in the KV cache."""
+        config = self.config
+        return [LayerNeed(config.n_kv_head, config.head_dim, window) for window in config.windows]
 
     @property
     def device(self) -> torch.device:
