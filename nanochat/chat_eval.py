@@ -20,7 +20,7 @@ from nanochat.compute import Compute, usable_cores
 from nanochat.conversation import plain_text, render_for_completion
 from nanochat.core_eval import accuracy_record, mean_centered
 from nanochat.engine import Engine, Request
-from nanochat.spans import Span, score_spans
+from nanochat.spans import Span, score_questions
 
 Prompts = Sequence[list[int]]  # token ids of each
 SAMPLES = 3  # conversations of a task that are kept for the report
@@ -33,17 +33,16 @@ def choose_letters(model: Any, tokenizer: Any, prompts: Prompts, letters: Sequen
 
     Tokens other than the letters do not count. Raises ValueError when a letter is not a single token.
     """
-    spans = []
+    questions = []
     for prompt, choices in zip(prompts, letters, strict=True):
-        for token in tokenizer.encode(list(choices)):
-            if len(token) != 1:
-                raise ValueError(f"letters {choices} must be one token each: retrain with scripts.tok_train")
-            spans.append(Span([*prompt, *token], start=len(prompt)))
-    scores = iter(score_spans(model, spans))
+        tokens = tokenizer.encode(list(choices))
+        if any(len(ids) != 1 for ids in tokens):
+            raise ValueError(f"letters {choices} must be one token each: retrain with scripts.tok_train")
+        questions.append([Span([*prompt, *ids], start=len(prompt)) for ids in tokens])
     chosen = []
-    for choices in letters:
-        logprobs = {letter: next(scores).logprob for letter in choices}
-        chosen.append(max(logprobs, key=logprobs.__getitem__))
+    for choices, scores in zip(letters, score_questions(model, questions), strict=True):
+        best = max(range(len(choices)), key=lambda i: scores[i].logprob)
+        chosen.append(choices[best])
     return chosen
 
 

@@ -6,7 +6,11 @@
     scored_spans             those texts -> the tokens that differ, which spans.py scores
     evaluate_core            all of it: accuracy per task, 0 for guessing and 1 for perfect, and their mean
 
-Nothing is generated: the model reads each option, and the likeliest one is its answer.
+Nothing is generated: the model reads each option, and the likeliest one is its answer. The three kinds of tasks:
+
+    multiple_choice      "Sky? Answer: " + ("blue" | "black")         scored: the options' tokens
+    schema               ("The cat" | "The dog") + " barked."         scored: the common end
+    language_modeling    "Two and two are" + " four"                  right if each token of "four" is the arg-max
 """
 
 import csv
@@ -20,73 +24,53 @@ import zipfile
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from nanochat import hub
-from nanochat.common import atomic_write_json, print0, read_json, sha256_file
+from nanochat.common import print0
 from nanochat.compute import Compute
-from nanochat.spans import Score, Span, common_prefix, score_spans
+from nanochat.spans import Score, Span, common_prefix, score_questions
+
+Row = dict[str, Any]
 
 # --- the bundle -------------------------------------------------------------------------------------------------------
 
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
-UNPACKED_LIMIT = 4 << 30  # bytes; the public bundle has about 160 MB
 
 
 def download_bundle(folder: Path, url: str = BUNDLE_URL) -> None:
-    """Download and unpack the zipped bundle at `url` into `folder`, or check the files of an earlier download.
+    """Download and unpack the zipped bundle at `url` into `folder`, unless that is there.
 
-    Nobody publishes the archive's hash. So its content is checked by the zip format's checksums, and later its files by
-    the SHA-256 in manifest.json. Raises ValueError when the archive is not a whole bundle, or when a file has changed
-    since.
+    Raises ValueError when the archive is damaged (the zip format has checksums) or is not a whole bundle.
     """
-    manifest = folder / "manifest.json"
     if folder.exists():
-        if not manifest.is_file():
-            raise ValueError(f"{folder} was not downloaded by this project: delete it, or use it by --bundle {folder}")
-        for name, sha256 in read_json(manifest)["files"].items():
-            if not (folder / name).is_file() or sha256_file(folder / name) != sha256:
-                raise ValueError(f"{folder / name} is not the file that was downloaded: delete {folder} and run again")
         return
-    archive = folder.with_name(folder.name + ".zip")
-    hub.download_url(url, archive)
-    try:
-        # Unpacked beside its place and renamed at the end: the folder is there whole or not at all.
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
-            unpacked = _unpack(archive, Path(temporary, "all"))
-            missing = [task.path.name for task in read_tasks(unpacked) if not task.path.is_file()]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Unpacked beside its place and renamed at the end: the folder is there whole or not at all.
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
+        archive = Path(temporary, "bundle.zip")
+        hub.download_url(url, archive)
+        try:
+            with zipfile.ZipFile(archive) as bundle:
+                bundle.extractall(Path(temporary, "all"))  # which drops ".." and leading "/" of names
+            found = sorted(Path(temporary, "all").rglob("core.yaml"), key=lambda path: len(path.parts))
+            if not found:
+                raise ValueError("it has no core.yaml")
+            missing = [task.path.name for task in read_tasks(found[0].parent) if not task.path.is_file()]
             if missing:
                 raise ValueError(f"it lacks {', '.join(missing)}")
-            files = {p.relative_to(unpacked).as_posix(): sha256_file(p) for p in unpacked.rglob("*") if p.is_file()}
-            facts = {"url": url, "bytes": archive.stat().st_size, "sha256": sha256_file(archive), "files": files}
-            atomic_write_json(unpacked / "manifest.json", facts)
-            os.rename(unpacked, folder)
-    except (ValueError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
-        raise ValueError(f"{url} does not hold a whole evaluation bundle: {error}") from error
-    finally:
-        archive.unlink(missing_ok=True)
-
-
-def _unpack(archive: Path, folder: Path) -> Path:
-    """Unpack a zip into `folder`, and nothing outside it, whatever its names; return where its core.yaml lies."""
-    with zipfile.ZipFile(archive) as bundle:
-        for path in map(PurePosixPath, bundle.namelist()):
-            if path.is_absolute() or ".." in path.parts:
-                raise ValueError(f"it has a file named {path}")
-        if sum(info.file_size for info in bundle.infolist()) > UNPACKED_LIMIT:
-            raise ValueError(f"it unpacks to more than {UNPACKED_LIMIT >> 30} GiB")
-        bundle.extractall(folder)
-    index = min(folder.rglob("core.yaml"), key=lambda path: len(path.parts), default=None)
-    if index is None:
-        raise ValueError("it has no core.yaml")
-    return index.parent
+        except (ValueError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
+            raise ValueError(f"{url} does not hold a whole evaluation bundle: {error}") from error
+        os.rename(found[0].parent, folder)
 
 
 # --- tasks ------------------------------------------------------------------------------------------------------------
+
+KINDS = ("multiple_choice", "schema", "language_modeling")
 
 # The protocol fixes both seeds: all models are asked the same rows with the same examples.
 SHUFFLE_SEED = 1337  # which rows are kept, and in which order
@@ -99,9 +83,9 @@ class CoreTask:
 
     label: str
     path: Path
-    kind: str  # multiple_choice | schema | language_modeling
-    shots: int
-    delimiter: str
+    kind: str  # one of KINDS
+    shots: int  # examples before each row
+    delimiter: str  # between a question and its answer
     baseline: float
 
 
@@ -115,35 +99,30 @@ def read_tasks(bundle_dir: Path | str) -> list[CoreTask]:
     for path in (index, table):
         if not path.is_file():
             raise ValueError(f"{path} is missing: --bundle must name an evaluation bundle's folder")
+    tasks = []
     try:
         with open(table, newline="", encoding="utf-8") as file:
             percents = {row["Eval Task"]: float(row["Random baseline"]) for row in csv.DictReader(file)}
-        tasks = [
-            CoreTask(
+        for entry in yaml.safe_load(index.read_text(encoding="utf-8"))["icl_tasks"]:
+            task = CoreTask(
                 label=entry["label"],
                 path=bundle_dir / "eval_data" / entry["dataset_uri"],
                 kind=entry["icl_task_type"],
-                shots=entry["num_fewshot"][0],
+                shots=int(entry["num_fewshot"][0]),
                 delimiter=entry.get("continuation_delimiter", " "),
                 baseline=percents[entry["label"]] / 100,
             )
-            for entry in yaml.safe_load(index.read_text(encoding="utf-8"))["icl_tasks"]
-        ]
-        for task in tasks:
-            if not isinstance(task.shots, int) or task.shots < 0:
-                raise ValueError(f"num_fewshot of {task.label} must be 0 or more")
-            if not isinstance(task.delimiter, str):
-                raise ValueError(f"continuation_delimiter of {task.label} must be a text")
-            if not 0 <= task.baseline < 1:
-                raise ValueError(f"the baseline of {task.label} must be from 0 to below 100 percent")
-        if not tasks or len({task.label for task in tasks}) < len(tasks):
-            raise ValueError("icl_tasks must list tasks of different labels")
-    except (yaml.YAMLError, csv.Error, ValueError, LookupError, TypeError, RecursionError) as error:
+            if task.shots < 0 or not isinstance(task.delimiter, str) or not 0 <= task.baseline < 1:
+                raise ValueError(f"num_fewshot, continuation_delimiter or baseline of {task.label} is out of range")
+            tasks.append(task)
+    except (yaml.YAMLError, csv.Error, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{index} and {table.name} do not fit: {error!r}") from error
+    if not tasks or len({task.label for task in tasks}) < len(tasks):
+        raise ValueError(f"{index} and {table.name} do not fit: icl_tasks must list tasks of different labels")
     return tasks
 
 
-def _check_row(kind: str, row: Any) -> None:
+def check_row(kind: str, row: Any) -> None:
     """Raise ValueError for a row that lacks what its kind of task needs."""
     if not isinstance(row, dict):
         raise ValueError("not a JSON object")
@@ -162,15 +141,13 @@ def _check_row(kind: str, row: Any) -> None:
         raise ValueError(f"'gold' must be a place in '{name}', 0 to {len(options) - 1}, not {gold!r}"[:200])
 
 
-def read_rows(task: CoreTask) -> tuple[list[dict[str, Any]], list[str]]:
+def read_rows(task: CoreTask) -> tuple[list[Row], list[str]]:
     """Read the good rows of a task in the protocol's order, and "FILE:LINE: what is wrong" of each bad one.
 
     Raises ValueError when nothing of the task can be used.
     """
-    if task.kind not in ("multiple_choice", "schema", "language_modeling"):
-        raise ValueError(
-            f"unknown icl_task_type '{task.kind}': choose from multiple_choice, schema and language_modeling"
-        )
+    if task.kind not in KINDS:
+        raise ValueError(f"unknown icl_task_type '{task.kind}': choose from {', '.join(KINDS)}")
     if not task.path.is_file():
         raise ValueError(f"{task.path} is missing")
     rows = []
@@ -180,18 +157,20 @@ def read_rows(task: CoreTask) -> tuple[list[dict[str, Any]], list[str]]:
             continue
         try:
             row = json.loads(line)
-            _check_row(task.kind, row)
+            check_row(task.kind, row)
         except (ValueError, RecursionError) as error:
             faults.append(f"{task.path}:{number}: {error}")
         else:
             rows.append(row)
+    if not rows and faults:
+        raise ValueError(f"{len(faults)} bad rows and no good one: {faults[0]}")
     if not rows:
-        raise ValueError(f"{len(faults)} bad rows and no good one: {faults[0]}" if faults else f"{task.path} is empty")
+        raise ValueError(f"{task.path} is empty")
     random.Random(SHUFFLE_SEED).shuffle(rows)
     return rows, faults
 
 
-def fingerprint(task: CoreTask, rows: Sequence[dict[str, Any]], kept: int) -> str:
+def fingerprint(task: CoreTask, rows: Sequence[Row], kept: int) -> str:
     """Hash all that makes the questions: records of two models can be compared where it is equal."""
     settings = [task.kind, task.shots, task.delimiter, task.baseline, kept]
     return hashlib.sha256(json.dumps([settings, rows]).encode()).hexdigest()[:16]
@@ -200,14 +179,14 @@ def fingerprint(task: CoreTask, rows: Sequence[dict[str, Any]], kept: int) -> st
 # --- prompts ----------------------------------------------------------------------------------------------------------
 
 
-def draw_examples(rows: Sequence[dict[str, Any]], kept: int, index: int, shots: int) -> list[dict[str, Any]]:
+def draw_examples(rows: Sequence[Row], kept: int, index: int, shots: int) -> list[Row]:
     """Draw the few-shot examples of row `index`: from the other kept rows, or from all where too few were kept."""
     others = (kept if kept > shots else len(rows)) - 1
     drawn = random.Random(FEWSHOT_SEED + index).sample(range(others), min(shots, others))
     return [rows[i + (i >= index)] for i in drawn]  # places among the others: row `index` is skipped
 
 
-def _options(task: CoreTask, row: dict[str, Any]) -> list[str]:
+def options(task: CoreTask, row: Row) -> list[str]:
     """Write the row out in full, once per option; a language_modeling row has one."""
     if task.kind == "multiple_choice":
         return [row["query"] + task.delimiter + choice for choice in row["choices"]]
@@ -216,12 +195,14 @@ def _options(task: CoreTask, row: dict[str, Any]) -> list[str]:
     return [row["context"].strip() + task.delimiter + row["continuation"]]
 
 
-def build_prompts(task: CoreTask, row: dict[str, Any], examples: Sequence[dict[str, Any]]) -> list[str]:
+def build_prompts(task: CoreTask, row: Row, examples: Sequence[Row]) -> list[str]:
     """Return the texts to compare: one per option; for language_modeling the prompt, then with its continuation."""
-    cloze = task.kind == "language_modeling"
-    shots = "".join(_options(task, example)[0 if cloze else example["gold"]] + "\n\n" for example in examples)
-    texts = [shots + option for option in _options(task, row)]
-    if cloze:
+    shots = ""
+    for example in examples:
+        right = 0 if task.kind == "language_modeling" else example["gold"]
+        shots += options(task, example)[right] + "\n\n"
+    texts = [shots + option for option in options(task, row)]
+    if task.kind == "language_modeling":
         # Stripped, since a space at the end is a token of its own, but in the full text belongs to the next word.
         texts.insert(0, (shots + row["context"].strip() + task.delimiter).rstrip())
     return texts
@@ -246,7 +227,7 @@ def scored_spans(kind: str, sequences: list[list[int]], context: int) -> list[Sp
     spans = []
     for ids, start in zip(sequences, starts, strict=False):
         cut = max(0, len(ids) - context)
-        spans.append(Span(ids[cut:], max(start - cut, 1)))
+        spans.append(Span(ids[cut:], start=max(start - cut, 1)))
     return spans
 
 
@@ -262,7 +243,7 @@ def is_right(scores: Sequence[Score], gold: int | None) -> bool:
 
 # --- the metric -------------------------------------------------------------------------------------------------------
 
-WINDOW = 32  # rows that are batched together, and dealt out to the ranks: the same ones on any number of ranks
+WINDOW = 32  # rows that are tokenized together, and dealt out to the ranks: the same ones on any number of ranks
 
 
 def accuracy_record(correct: float, n: int, baseline: float) -> dict[str, Any]:
@@ -286,11 +267,29 @@ def mean_centered(records: Sequence[dict[str, Any]]) -> tuple[float, float]:
     return sum(record["centered"] for record in records) / len(records), math.hypot(*errors) / len(records)
 
 
+def score_rows(
+    model: Any, tokenizer: Any, task: CoreTask, rows: Sequence[Row], kept: int, indices: Sequence[int]
+) -> list[tuple[bool, bool]]:
+    """Return for each of some rows whether the model is right, and whether its prompt was cut to the context."""
+    context = model.config.sequence_len
+    prompts = [build_prompts(task, rows[i], draw_examples(rows, kept, i, task.shots)) for i in indices]
+    # All texts in one call, which the tokenizer spreads over the cores.
+    texts = [text for row in prompts for text in row]
+    ids = iter(tokenizer.encode(texts, prepend=tokenizer.get_bos_token_id()))
+    sequences = [[next(ids) for _ in row] for row in prompts]
+    scores = score_questions(model, [scored_spans(task.kind, row, context) for row in sequences])
+    results = []
+    for index, row, row_scores in zip(indices, sequences, scores, strict=True):
+        gold = None if task.kind == "language_modeling" else rows[index]["gold"]
+        results.append((is_right(row_scores, gold), max(map(len, row)) > context))
+    return results
+
+
 def evaluate_core_task(
     model: Any,
     tokenizer: Any,
     task: CoreTask,
-    rows: Sequence[dict[str, Any]],
+    rows: Sequence[Row],
     max_rows: int | None = None,
     compute: Compute | None = None,
     title: str = "",
@@ -302,43 +301,23 @@ def evaluate_core_task(
     (a digit per row, in order: 1 = right), by which another model's record of the same rows is compared.
     """
     kept = min(max_rows or len(rows), len(rows))
-    context = model.config.sequence_len
     rank = compute.rank if compute else 0
     ranks = compute.world_size if compute else 1
-
-    def prompts(index: int) -> list[str]:
-        return build_prompts(task, rows[index], draw_examples(rows, kept, index, task.shots))
-
-    # Rows of a window are scored together. With examples they sort by length, so that windows differ little in size.
-    # Without, they sort by text: questions about one story then stand together, and its tokens are read once.
-    if task.shots:
-        order = sorted(range(kept), key=lambda index: len(prompts(index)[0]))
-    else:
-        order = sorted(range(kept), key=lambda index: prompts(index)[0])
-    windows = [order[i : i + WINDOW] for i in range(0, kept, WINDOW)]
-    right_N = torch.zeros(kept, dtype=torch.int64)
-    truncated_N = torch.zeros(kept, dtype=torch.int64)
-    for window in tqdm(windows[rank::ranks], desc=title, leave=False, disable=None if rank == 0 else True):
-        texts = [prompts(index) for index in window]
-        encoded = tokenizer.encode([text for row in texts for text in row], prepend=tokenizer.get_bos_token_id())
-        ids = iter(encoded)
-        sequences = [[next(ids) for _ in row] for row in texts]
-        spans = [scored_spans(task.kind, row, context) for row in sequences]
-        scores = iter(score_spans(model, [span for row in spans for span in row]))
-        for index, row_spans, whole in zip(window, spans, sequences, strict=True):
-            gold = None if task.kind == "language_modeling" else rows[index]["gold"]
-            right_N[index] = is_right([next(scores) for _ in row_spans], gold)
-            truncated_N[index] = max(map(len, whole)) > context
+    found_N2 = torch.zeros(kept, 2, dtype=torch.int64)  # right, cut
+    starts = range(rank * WINDOW, kept, ranks * WINDOW)
+    for start in tqdm(starts, desc=title, leave=False, disable=None if rank == 0 else True):
+        indices = range(start, min(start + WINDOW, kept))
+        found_N2[indices] = torch.tensor(score_rows(model, tokenizer, task, rows, kept, indices)).long()
     if compute:
-        right_N = compute.all_reduce_sum(right_N.to(compute.device)).cpu()
-        truncated_N = compute.all_reduce_sum(truncated_N.to(compute.device)).cpu()
+        found_N2 = compute.all_reduce_sum(found_N2.to(compute.device)).cpu()
+    right, cut = found_N2.T.tolist()
     return {
-        **accuracy_record(right_N.sum().item(), kept, task.baseline),
+        **accuracy_record(sum(right), kept, task.baseline),
         "shots": min(task.shots, len(rows) - 1),
         "fewshot_from": "kept" if kept > task.shots else "file",
-        "truncated": truncated_N.sum().item(),
+        "truncated": sum(cut),
         "fingerprint": fingerprint(task, rows, kept),
-        "outcomes": "".join(map(str, right_N.tolist())),
+        "outcomes": "".join(map(str, right)),
     }
 
 

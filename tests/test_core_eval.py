@@ -39,7 +39,7 @@ from nanochat.core_eval import (
     scored_spans,
 )
 from nanochat.loss_eval import evaluate_bpb
-from nanochat.spans import Score, score_spans
+from nanochat.spans import Score, score_questions
 from nanochat.tokenizer import Tokenizer
 
 
@@ -62,15 +62,16 @@ def tokenizer():
 # --- the oracle ------------------------------------------------------------------------------------------------------
 
 
-def all_spans(task, tokenizer, context, max_per_task):
-    """Every span of a task's first rows."""
+def all_questions(task, tokenizer, context, max_per_task):
+    """Yield the spans of each of a task's first rows."""
     rows, _ = read_rows(task)
     for i in range(min(max_per_task, len(rows))):
         prompts = build_prompts(task, rows[i], draw_examples(rows, max_per_task, i, task.shots))
-        yield from scored_spans(task.kind, tokenizer.encode(prompts, prepend=tokenizer.get_bos_token_id()), context)
+        yield scored_spans(task.kind, tokenizer.encode(prompts, prepend=tokenizer.get_bos_token_id()), context)
 
 
-def agrees_with_the_oracle(model, plain_model, tokenizer, max_per_task):
+def check_against_the_oracle(model, plain_model, tokenizer, max_per_task):
+    """Assert equal decisions and log-likelihoods; return our result."""
     expected = oracle_core(plain_model, tokenizer, BUNDLE, max_per_task)
     result = evaluate_core(model, tokenizer, BUNDLE, max_per_task)
     assert len(expected) == 22 and result["skipped"] == {}
@@ -80,8 +81,8 @@ def agrees_with_the_oracle(model, plain_model, tokenizer, max_per_task):
     for label, (outcomes, _) in expected.items():
         assert result["results"][label] == outcomes.count("1") / len(outcomes)
     for task in read_tasks(BUNDLE):
-        spans = list(all_spans(task, tokenizer, model.config.sequence_len, max_per_task))
-        scores = [score.logprob for score in score_spans(model, spans)]
+        questions = list(all_questions(task, tokenizer, model.config.sequence_len, max_per_task))
+        scores = [score.logprob for scores in score_questions(model, questions) for score in scores]
         assert scores == pytest.approx(expected[task.label][1], abs=1e-4), task.label
     outcomes = "".join(outcomes for outcomes, _ in expected.values())
     assert "0" in outcomes and "1" in outcomes
@@ -92,7 +93,7 @@ def agrees_with_the_oracle(model, plain_model, tokenizer, max_per_task):
 @pytest.mark.parametrize(("context", "max_per_task"), [(128, 4), (1024, 2)])
 def test_real_rows_score_as_the_oracle_does(tokenizer, context, max_per_task):
     model = tiny_model(tokenizer.get_vocab_size(), context, 2)
-    result = agrees_with_the_oracle(model, model, tokenizer, max_per_task)
+    result = check_against_the_oracle(model, model, tokenizer, max_per_task)
     marked = {label for label, record in result["details"].items() if record["fewshot_from"] == "file"}
     assert marked == {task.label for task in read_tasks(BUNDLE) if task.shots >= max_per_task}
 
@@ -101,7 +102,9 @@ def test_real_rows_score_as_the_oracle_does(tokenizer, context, max_per_task):
 def test_open_weights_score_as_the_oracle_does_with_transformers(tokenizer, tmp_path):
     theirs = random_gpt2(tokenizer.get_vocab_size(), 256)
     theirs.save_pretrained(tmp_path)
-    agrees_with_the_oracle(hf.load_model(tmp_path, "cpu", torch.float32), Foreign(theirs, 256), tokenizer, 2)
+    ours = hf.load_model(tmp_path, "cpu", torch.float32)
+    result = check_against_the_oracle(ours, Foreign(theirs, 256), tokenizer, max_per_task=2)
+    assert {record["n"] for record in result["details"].values()} == {2}
 
 
 @needs_bundle
@@ -120,10 +123,10 @@ def test_log_likelihoods_are_those_of_lm_eval(tokenizer, tmp_path):
     for task in read_tasks(BUNDLE):
         if task.label not in ("arc_easy", "winograd", "jeopardy", "copa"):
             continue
-        spans = list(all_spans(task, tokenizer, 1024, 12))
-        asked = [(("", ""), ids[:start], ids[start:]) for ids, start in spans]
+        questions = list(all_questions(task, tokenizer, 1024, 12))
+        asked = [(("", ""), ids[:start], ids[start:]) for spans in questions for ids, start in spans]
         theirs = harness._loglikelihood_tokens(asked, disable_tqdm=True)
-        ours = score_spans(same_model, spans)
+        ours = [score for scores in score_questions(same_model, questions) for score in scores]
         assert [score.logprob for score in ours] == pytest.approx([value for value, _ in theirs], abs=1e-4)
         assert [score.greedy for score in ours] == [greedy for _, greedy in theirs]
 
@@ -199,8 +202,9 @@ def test_a_tokenizer_without_bos_will_do(tmp_path, bytes_tokenizer):
     bundle = write_bundle(tmp_path, {"a": ("multiple_choice", 0, 50, [CHOICE]), "b": ("schema", 0, 50, [SCHEMA])})
     model = Fixed(torch.zeros(64, 265))
     assert evaluate_core(model, Bare, bundle)["core_metric"] == 0.0
-    # What is read of each: what the options share and their branches, without the last token.
-    assert [bytes(ids) for ids in model.read] == [b"Sky? bl" + b"ac" + b"u", b"The cat barked" + b"The dog barked"]
+    # What is read of each: what the options share but for its last token, and their branches without the last token.
+    shared_and_branches = [b"Sky? b" + b"lu" + b"lac", b"The " + b"cat barked" + b"dog barked"]
+    assert [bytes(ids) for ids in model.read] == shared_and_branches
 
 
 @needs_bundle

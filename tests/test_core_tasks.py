@@ -230,27 +230,11 @@ def test_a_bundle_is_downloaded_once(server, files, tmp_path):
     folder = fetch(server, tmp_path / "x" / "bundle")
     assert len(read_rows(read_tasks(folder)[0])[0]) == 50
     there = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-    manifest = json.loads(there.pop("manifest.json"))
     assert {f"eval_bundle/{name}": data for name, data in there.items()} | {"__MACOSX/._core.yaml": b"junk"} == files
-    assert manifest["bytes"] == len(server.files["b.zip"]) and set(manifest["files"]) == set(there)
     asked = len(server.requests)
     fetch(server, folder)
     assert len(server.requests) == asked
     assert [p.name for p in folder.parent.iterdir()] == ["bundle"], "neither archive nor temporary folder is left"
-
-
-def test_a_file_that_changed_later_is_found(server, tmp_path):
-    folder = fetch(server, tmp_path / "bundle")
-    with open(folder / "eval_data" / "a.jsonl", "a") as file:
-        file.write("\n")
-    with pytest.raises(ValueError, match=r"a\.jsonl is not the file that was downloaded: delete"):
-        fetch(server, folder)
-    (folder / "eval_data" / "a.jsonl").unlink()
-    with pytest.raises(ValueError, match=r"a\.jsonl is not the file"):
-        fetch(server, folder)
-    (folder / "manifest.json").unlink()
-    with pytest.raises(ValueError, match="not downloaded by this project"):
-        fetch(server, folder)
 
 
 def corrupted(data):
@@ -268,10 +252,6 @@ def corrupted(data):
         (lambda files: zipped({**files, "eval_bundle/core.yaml": b"icl_tasks: ["}), "do not fit"),
         (lambda files: zipped({k: v for k, v in files.items() if "jsonl" not in k}), r"lacks a\.jsonl"),
         (lambda files: zipped({k: v for k, v in files.items() if "csv" not in k}), r"eval_meta_data\.csv is missing"),
-        (lambda files: zipped({**files, "eval_bundle/../../escaped": b"x"}), "escaped"),
-        (lambda files: zipped({**files, "eval_bundle/eval_data/../../../../escaped": b"x"}), "escaped"),
-        (lambda files: zipped({"/core.yaml": b"icl_tasks: ["}), "/core.yaml"),
-        (lambda files: zipped({"../core.yaml": b"icl_tasks: ["}), r"\.\./core\.yaml"),
     ],
 )
 def test_a_bad_archive_leaves_nothing_behind(server, files, tmp_path, change, message):
@@ -286,8 +266,10 @@ def test_a_bad_archive_leaves_nothing_behind(server, files, tmp_path, change, me
     assert read_tasks(fetch(server, folder))
 
 
-def test_an_archive_that_unpacks_to_too_much_is_refused(server, files, tmp_path, monkeypatch):
-    monkeypatch.setattr("nanochat.core_eval.UNPACKED_LIMIT", 1000)
-    with pytest.raises(ValueError, match="unpacks to more"):
-        fetch(server, tmp_path / "bundle")
-    assert not (tmp_path / "bundle").exists()
+@pytest.mark.parametrize("name", ["eval_bundle/../../escaped", "../../../escaped", "/escaped"])
+def test_an_archive_writes_nothing_outside_of_its_folder(server, files, tmp_path, name):
+    server.files["b.zip"] = zipped({**files, name: b"x"})
+    folder = fetch(server, tmp_path / "x" / "bundle")
+    assert read_tasks(folder)
+    assert all(path.is_relative_to(folder) for path in tmp_path.rglob("escaped"))
+    assert not Path("/escaped").exists()

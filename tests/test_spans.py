@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanochat import hf
-from nanochat.spans import Score, Span, score_spans
+from nanochat.spans import Score, Span, score_questions
 
 
 def plain_score(model, span):
@@ -20,11 +20,12 @@ def plain_score(model, span):
     return Score(sum(logp[t - 1, span.ids[t]].item() for t in places), len(hits), bool(hits) and all(hits))
 
 
-def check_scores(model, spans, max_tokens):
-    for span, score in zip(spans, score_spans(model, spans, max_tokens), strict=True):
-        expected = plain_score(model, span)
-        assert score.logprob == pytest.approx(expected.logprob, abs=1e-4)
-        assert score[1:] == expected[1:]
+def check_scores(model, questions, max_tokens):
+    for spans, scores in zip(questions, score_questions(model, questions, max_tokens), strict=True):
+        for span, score in zip(spans, scores, strict=True):
+            expected = plain_score(model, span)
+            assert score.logprob == pytest.approx(expected.logprob, abs=1e-4)
+            assert score[1:] == expected[1:]
 
 
 MODEL = tiny_model(5, 60, 2)
@@ -32,9 +33,9 @@ MODEL = tiny_model(5, 60, 2)
 
 @st.composite
 def ragged(draw):
-    """Spans of few different tokens, many of them with beginnings of others."""
+    """A question's spans of few different tokens, many of them with beginnings of others."""
     spans = []
-    for _ in range(draw(st.integers(0, 9))):
+    for _ in range(draw(st.integers(1, 5))):
         ids = draw(st.lists(st.integers(0, 4), min_size=1, max_size=24))
         if spans and draw(st.booleans()):
             other = draw(st.sampled_from(spans)).ids
@@ -44,9 +45,9 @@ def ragged(draw):
 
 
 @settings(max_examples=100, deadline=None)
-@given(spans=ragged(), max_tokens=st.integers(1, 200))
-def test_spans_of_any_lengths_score_as_if_each_were_alone(spans, max_tokens):
-    check_scores(MODEL, spans, max_tokens)
+@given(questions=st.lists(ragged(), max_size=5), max_tokens=st.integers(1, 200))
+def test_spans_of_any_lengths_score_as_if_each_were_alone(questions, max_tokens):
+    check_scores(MODEL, questions, max_tokens)
 
 
 def test_long_prompts_and_windows_score_as_if_each_were_alone():
@@ -56,9 +57,9 @@ def test_long_prompts_and_windows_score_as_if_each_were_alone():
     spans = [
         Span(head[:cut] + rng.choices(range(50), k=more), cut + 1) for cut, more in ((600, 9), (600, 30), (555, 3))
     ]
-    spans += [Span(rng.choices(range(50), k=k), k - 2) for k in (900, 300, 5)]
-    check_scores(model, spans, 4096)
-    check_scores(model, spans, 100)
+    others = [[Span(rng.choices(range(50), k=k), k - 2)] for k in (900, 300, 5)]
+    check_scores(model, [spans, *others], 4096)
+    check_scores(model, [spans, *others], 100)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "mistral", "qwen3", "gpt_oss"])
@@ -70,7 +71,7 @@ def test_every_family_scores_as_transformers_does(family, tmp_path):
     rng = random.Random(0)
     head = rng.choices(range(50), k=40)
     spans = [Span(head + rng.choices(range(50), k=k), 38) for k in (1, 4, 9)]
-    for span, score in zip(spans, score_spans(model, spans), strict=True):
+    for span, score in zip(spans, score_questions(model, [spans])[0], strict=True):
         expected = plain_score(lambda idx_BT: theirs(idx_BT).logits, span)
         assert score.logprob == pytest.approx(expected.logprob, abs=1e-3) and score.tokens == expected.tokens
 
@@ -80,7 +81,7 @@ def test_every_precision_scores_near_its_own_plain_form(dtype, tolerance):
     model, rng = tiny_model(50, 128).to(dtype), random.Random(1)
     model.dtype = dtype
     spans = [Span(rng.choices(range(50), k=k), k - 4) for k in (12, 40, 41, 100)]
-    for score, span in zip(score_spans(model, spans), spans):
+    for (score,), span in zip(score_questions(model, [[span] for span in spans]), spans, strict=True):
         assert score.logprob / 4 == pytest.approx(plain_score(model, span).logprob / 4, abs=tolerance)
 
 
@@ -93,7 +94,7 @@ class Counted:
         self.read = 0
         self.made = 0
 
-    def __call__(self, idx_N, *, context, wanted_R):
+    def __call__(self, idx_N, context, wanted_R):
         logits_RV = self.model(idx_N, context=context, wanted_R=wanted_R)
         self.read += len(idx_N)
         self.made += len(logits_RV)
@@ -103,17 +104,19 @@ class Counted:
 def test_what_is_shared_is_read_once_and_logits_are_made_for_scored_tokens_alone():
     rng = random.Random(0)
     model = Counted(tiny_model(50, 512))
-    spans = []
-    for _ in range(8):  # questions of four options of 5 tokens
+    questions = []
+    for _ in range(8):  # four options of 5 tokens
         head = rng.choices(range(50), k=400)
-        spans += [Span([*head, option, *rng.choices(range(50), k=4)], 400) for option in range(4)]
-    score_spans(model, spans)
-    assert model.read == 8 * (400 + 4 * 4)  # the last token of an option is scored, not read
+        questions.append([Span([*head, option, *rng.choices(range(50), k=4)], 400) for option in range(4)])
+    score_questions(model, questions)
+    # Of the head all but the last token is shared; the last token of an option is scored, not read.
+    assert model.read == 8 * (399 + 4 * 5)
     assert model.made == 8 * 4 * 5
-    model = Counted(tiny_model(50, 512))
-    score_spans(model, [Span([*head, answer], 400) for answer in range(10)])  # answers of one token
-    assert model.read == 400
 
 
 def test_nothing_to_score():
-    assert score_spans(MODEL, []) == [] and score_spans(MODEL, [Span([1], 1)]) == [Score(0.0, 0, False)]
+    nothing = Span([1], 1)
+    assert score_questions(MODEL, []) == []
+    scores = score_questions(MODEL, [[nothing], [Span([1, 2], 1), nothing]])
+    assert scores[0] == [Score(0.0, 0, False)] and scores[1][1] == Score(0.0, 0, False)
+    assert scores[1][0].tokens == 1
