@@ -10,6 +10,7 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,13 +23,29 @@ from nanochat.core_eval import accuracy_record, mean_centered
 from nanochat.engine import Engine, Request
 from nanochat.spans import Span, score_questions
 
-Prompts = Sequence[list[int]]  # token ids of each
 SAMPLES = 3  # conversations of a task that are kept for the report
 # ChatCORE is defined over these, and compares with published numbers where all six are there.
 CHATCORE = ("arc_easy", "arc_challenge", "mmlu", "gsm8k", "humaneval", "spellingbee")
 
 
-def choose_letters(model: Any, tokenizer: Any, prompts: Prompts, letters: Sequence[Sequence[str]]) -> list[str]:
+@dataclass(frozen=True)
+class Sampling:
+    """Settings for the answers to generative tasks. pass_k: report pass@K, estimated from `num_samples` answers."""
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_k: int | None = None
+    num_samples: int = 1
+    pass_k: int = 1
+    seed: int = 42
+
+
+GREEDY = Sampling()
+
+
+def choose_letters(
+    model: Any, tokenizer: Any, prompts: Sequence[list[int]], letters: Sequence[Sequence[str]]
+) -> list[str]:
     """Return for each prompt which of its letters the model finds likeliest as the next token; the first of equals.
 
     Tokens other than the letters do not count. Raises ValueError when a letter is not a single token.
@@ -47,29 +64,24 @@ def choose_letters(model: Any, tokenizer: Any, prompts: Prompts, letters: Sequen
 
 
 def write_answers(
-    engine: Engine,
-    tokenizer: Any,
-    prompts: Prompts,
-    places: range,
-    num_samples: int,
-    max_tokens: int,
-    temperature: float,
-    top_k: int | None,
-    seed: int,
+    engine: Engine, tokenizer: Any, prompts: Sequence[list[int]], places: Sequence[int], sampling: Sampling
 ) -> list[str]:
-    """Return `num_samples` answers to each prompt; their random numbers follow from the problem's place alone."""
-    requests = [
-        Request(
-            ids,
-            max_tokens=max_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            seed=seed,
-            sample=place * num_samples + i,
-        )
-        for place, ids in zip(places, prompts, strict=True)
-        for i in range(num_samples)  # side by side, so that the engine reads their prompt once
-    ]
+    """Return `num_samples` answers to each prompt, side by side.
+
+    The random numbers of an answer follow from its problem's place in the task, and not from what else is asked.
+    """
+    requests = []
+    for place, ids in zip(places, prompts, strict=True):
+        for i in range(sampling.num_samples):  # side by side, so that the engine reads their prompt once
+            request = Request(
+                ids,
+                max_tokens=sampling.max_new_tokens,
+                temperature=sampling.temperature,
+                top_k=sampling.top_k,
+                seed=sampling.seed,
+                sample=place * sampling.num_samples + i,
+            )
+            requests.append(request)
     engine.run(requests)
     return [tokenizer.decode(request.output) for request in requests]
 
@@ -99,19 +111,14 @@ def evaluate_task(
     engine: Engine | None,
     max_problems: int | None = None,
     batch_size: int = 32,
-    max_new_tokens: int = 256,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    num_samples: int = 1,
-    pass_k: int | None = None,
-    seed: int = 42,
+    sampling: Sampling = GREEDY,
     compute: Compute | None = None,
 ) -> dict[str, Any]:
     """Ask the model the first `max_problems` problems of a task and count the right. Raises ValueError for none.
 
-    task: a `tasks.common.Task`; a categorical one needs no engine, and ignores the settings of sampling. A prompt too
-    long for the context loses its beginning. Ranks share batches that do not depend on their number, and return the
-    same (rank 0 alone has samples).
+    task: a `tasks.common.Task`; a categorical one needs no engine and no sampling. A prompt too long for the context
+    loses its beginning. Ranks share batches that do not depend on their number, and return the same (rank 0 alone has
+    samples).
     Returns an `accuracy_record` with `outcomes`, a 1 or 0 per problem in order (of several samples `num_samples` and
     `pass_at_k` instead), `fingerprint` (a hash of the problems), `skipped` (rows of the source that are no problems),
     `truncated` (prompts cut) and `samples`, the first few {question, answer, correct}.
@@ -122,62 +129,61 @@ def evaluate_task(
     rank = compute.rank if compute else 0
     ranks = compute.world_size if compute else 1
     categorical = task.eval_type == "categorical"
-    if categorical:
-        num_samples = 1
-    context = model.config.sequence_len
+    num_samples = 1 if categorical else sampling.num_samples
     # An answer gets the room that it may need, but at least half of the context is for the prompt.
-    limit = context if categorical else max(context - max_new_tokens, context // 2)
+    context = model.config.sequence_len
+    limit = context if categorical else max(context - sampling.max_new_tokens, context // 2)
     chunk = max(SAMPLES, 4 * batch_size // num_samples)  # the engine refills its own batch as answers end
     right_N = torch.zeros(n, dtype=torch.long)  # right answers to each problem
     cut_N = torch.zeros(n, dtype=torch.long)  # 1 where the prompt was cut
     samples: list[dict[str, Any]] = []
-    starts = tqdm(
-        range(rank * chunk, n, ranks * chunk), desc=task.name, leave=False, disable=None if rank == 0 else True
-    )
+    starts = range(rank * chunk, n, ranks * chunk)
     with ThreadPoolExecutor(max(1, usable_cores() // ranks)) as pool:  # for judges that wait for a program
-        for start in starts:
+        for start in tqdm(starts, desc=task.name, leave=False, disable=None if rank == 0 else True):
             places = range(start, min(start + chunk, n))
-            batch = [task[i] for i in places]
-            whole = [render_for_completion(conversation, tokenizer) for conversation in batch]
+            problems = [task[i] for i in places]
+            whole = [render_for_completion(problem, tokenizer) for problem in problems]
             prompts = [ids if len(ids) <= limit else [ids[0], *ids[len(ids) - limit + 1 :]] for ids in whole]
             if categorical:
-                answers = choose_letters(model, tokenizer, prompts, [each["letters"] for each in batch])
+                answers = choose_letters(model, tokenizer, prompts, [problem["letters"] for problem in problems])
             else:
                 assert engine is not None, "a generative task needs an engine"
-                answers = write_answers(
-                    engine, tokenizer, prompts, places, num_samples, max_new_tokens, temperature, top_k, seed
-                )
-            asked = [conversation for conversation in batch for _ in range(num_samples)]
+                answers = write_answers(engine, tokenizer, prompts, places, sampling)
+            asked = [problem for problem in problems for _ in range(num_samples)]
             right = [bool(verdict) for verdict in pool.map(task.evaluate, asked, answers)]
-            right_N[start : places.stop] = torch.tensor(right).view(-1, num_samples).sum(dim=1)
-            cut_N[start : places.stop] = torch.tensor([len(ids) > limit for ids in whole]).long()
+            right_N[places] = torch.tensor(right).view(-1, num_samples).sum(dim=1)
+            cut_N[places] = torch.tensor([len(ids) > limit for ids in whole]).long()
             if start == 0:
-                judged = list(zip(asked, answers, right, strict=True))[: SAMPLES * num_samples : num_samples]
-                samples = [{"question": _last_question(c), "answer": a, "correct": r} for c, a, r in judged]
+                for i in range(0, len(asked), num_samples)[:SAMPLES]:
+                    question = _last_question(asked[i])
+                    samples.append({"question": question, "answer": answers[i], "correct": right[i]})
     if compute:
-        right_N, cut_N = compute.all_reduce_sum(torch.stack([right_N, cut_N]).to(compute.device)).unbind()
-    truncated = int(cut_N.sum())
-    if truncated:
+        right_N, cut_N = compute.all_reduce_sum(torch.stack([right_N, cut_N]).to(compute.device)).cpu()
+    cut = cut_N.tolist()
+    if any(cut):
         print0(
-            f"{task.name}: {truncated} of {n:,} prompts (the first is problem {cut_N.tolist().index(1)}) exceed the "
-            f"{limit} tokens that the context has for them and lose their beginning"
+            f"{task.name}: {sum(cut)} of {n:,} prompts (the first is problem {cut.index(1)}) exceed the {limit} tokens "
+            "that the context has for them and lose their beginning"
         )
     return {
-        **_record(right_N.tolist(), num_samples, pass_k, task.baseline),
+        **_record(right_N.tolist(), num_samples, sampling.pass_k, task.baseline),
         "fingerprint": _fingerprint(task, n),
         "skipped": task.skipped,
-        "truncated": truncated,
+        "truncated": sum(cut),
         "samples": samples,
     }
 
 
-def _record(counts: Sequence[int], num_samples: int, pass_k: int | None, baseline: float) -> dict[str, Any]:
+def _record(counts: Sequence[int], num_samples: int, pass_k: int, baseline: float) -> dict[str, Any]:
     """Return the record of problems with `counts` right answers out of `num_samples` each; errors are over problems."""
     record = accuracy_record(sum(counts) / num_samples, len(counts), baseline)
     if num_samples == 1:
-        return {**record, "outcomes": "".join(map(str, counts))}
-    rates = pass_rates(counts, num_samples, sorted({1, pass_k or 1}))
-    return {**record, "stderr": rates["1"]["stderr"], "pass_at_k": rates, "num_samples": num_samples}
+        record["outcomes"] = "".join(map(str, counts))
+    else:
+        record["num_samples"] = num_samples
+        record["pass_at_k"] = pass_rates(counts, num_samples, sorted({1, pass_k}))
+        record["stderr"] = record["pass_at_k"]["1"]["stderr"]
+    return record
 
 
 def _last_question(conversation: dict[str, Any]) -> str:

@@ -29,7 +29,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from nanochat import trainer
-from nanochat.chat_eval import evaluate_task, pass_rates
+from nanochat.chat_eval import Sampling, evaluate_task, pass_rates
 from nanochat.cli import option, require_positive
 from nanochat.common import print0
 from nanochat.compute import Compute
@@ -333,7 +333,7 @@ def evaluate(run: Run, config: RLConfig, test: Sequence[Any]) -> dict[str, Any]:
             run.tokenizer,
             Engine(run.model, run.tokenizer, max_batch=config.rollout_batch_size),
             max_problems=n,
-            max_new_tokens=config.max_new_tokens,
+            sampling=Sampling(max_new_tokens=config.max_new_tokens),
             compute=compute,
         )
         record.pop("samples")

@@ -1,17 +1,17 @@
-"""Bits per byte, CORE and samples of a checkpoint, or of open weights: python -m scripts.base_eval"""
+"""Bits per byte, CORE and samples of a checkpoint, or of open weights: python -m scripts.base_eval
+
+Prints a line per measure and writes evals/base_eval_<stage>_<tag>.json, which the report reads.
+"""
 
 import hashlib
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from nanochat import cli
 from nanochat.checkpoint import load_model
-from nanochat.common import get_base_dir, print0, write_record
+from nanochat.common import STAGES, get_base_dir, print0, write_record
 from nanochat.compute import Compute
 from nanochat.core_eval import BUNDLE_URL, download_bundle, evaluate_core
 from nanochat.dataloader import RowLoader
@@ -20,6 +20,8 @@ from nanochat.loss_eval import evaluate_bpb
 from nanochat.token_shards import TextRows
 from nanochat.world import core_bundle
 
+# Openings whose continuations show at a glance what a base model knows. They end without a space: in training text
+# a space is the first character of the next token.
 PROMPTS = (
     "The capital of France is",
     "The chemical symbol of gold is",
@@ -34,7 +36,7 @@ PROMPTS = (
 class Config:
     """Which checkpoint is measured, and on what."""
 
-    stage: str = cli.option("base", "stage of the checkpoint", choices=("base", "mid", "sft", "rl"))
+    stage: str = cli.option("base", "stage of the checkpoint", choices=STAGES)
     model_tag: str | None = cli.option(None, "model; unset: the newest")
     step: int | None = cli.option(None, "step of the checkpoint; unset: the last")
     hf: str | None = cli.option(None, "folder of an open-weights model, measured in place of a checkpoint")
@@ -49,10 +51,21 @@ class Config:
         cli.require_positive(self, "eval_tokens", "device_batch_size", "max_per_task")
 
 
-def text_batches(
-    config: Config, dataset: str, split: str, model: Any, tokenizer: Any, compute: Compute
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Return this rank's share of the first rows of a dataset: `eval_tokens` tokens in all, on any number of ranks."""
+def load(config: Config, compute: Compute) -> tuple[Any, Any, dict[str, Any]]:
+    """Return model, tokenizer, and what the record says of them: stage, tag, step and training dataset."""
+    if config.hf:
+        from nanochat import hf
+
+        model, tokenizer = hf.load(config.hf, compute.device, compute.dtype)
+        identity = {"stage": "hf", "tag": Path(config.hf).resolve().name, "step": None, "dataset": None}
+        return model, tokenizer, identity
+    own_model, own_tokenizer, meta = load_model(config.stage, compute.device, config.model_tag, config.step)
+    identity = {"stage": config.stage, "tag": meta["tag"], "step": meta["step"], "dataset": meta["dataset"]}
+    return own_model, own_tokenizer, identity
+
+
+def bits_per_byte(config: Config, dataset: str, split: str, model: Any, tokenizer: Any, compute: Compute) -> float:
+    """Measure the first rows of a split: `eval_tokens` tokens in all, the same ones on any number of ranks."""
     loader = RowLoader(
         TextRows(dataset, split, tokenizer, model.config.sequence_len),
         config.device_batch_size * compute.world_size,
@@ -65,7 +78,7 @@ def text_batches(
     rows = math.ceil(config.eval_tokens / model.config.sequence_len)
     if split == "val":
         rows = min(rows, loader.rows_in_epoch)
-    return loader.first_rows(rows)
+    return evaluate_bpb(model, loader.first_rows(rows), tokenizer.token_bytes, compute)
 
 
 def find_bundle(name: str, compute: Compute) -> Path:
@@ -87,20 +100,6 @@ def find_bundle(name: str, compute: Compute) -> Path:
     return folder
 
 
-def load(config: Config, compute: Compute) -> tuple[Any, Any, dict[str, Any], str | None]:
-    """Return model, tokenizer, what the record calls them, and the dataset for bits per byte."""
-    model: Any
-    tokenizer: Any
-    if config.hf:
-        from nanochat import hf
-
-        model, tokenizer = hf.load(config.hf, compute.device, compute.dtype)
-        return model, tokenizer, {"stage": "hf", "tag": Path(config.hf).resolve().name, "step": None}, config.dataset
-    model, tokenizer, meta = load_model(config.stage, compute.device, config.model_tag, config.step)
-    identity = {"stage": config.stage, "tag": meta["tag"], "step": meta["step"]}
-    return model, tokenizer, identity, config.dataset or meta["dataset"]
-
-
 def complete(model: Any, tokenizer: Any) -> list[dict[str, str]]:
     """Return how the model continues a few openings."""
     prompts = [tokenizer.encode(prompt, prepend="<|bos|>") for prompt in PROMPTS]
@@ -109,18 +108,17 @@ def complete(model: Any, tokenizer: Any) -> list[dict[str, str]]:
 
 
 def main() -> None:
-    """Measure, print, and write evals/base_eval_<stage>_<tag>.json."""
     config = cli.parse(Config, description=__doc__)
     compute = Compute.create(config.device_type)
-    model, tokenizer, identity, dataset = load(config, compute)
-    print0(f"{identity['stage']} {identity['tag']}" + ("" if config.hf else f" step {identity['step']}"))
+    model, tokenizer, identity = load(config, compute)
+    stage, tag = identity["stage"], identity["tag"]
+    print0(f"{stage} {tag}" + ("" if config.hf else f" step {identity['step']}"))
 
+    dataset = config.dataset or identity["dataset"]
     bits: dict[str, float | None] = {"train": None, "val": None}
-    if dataset:
-        for split in bits:
-            batches = text_batches(config, dataset, split, model, tokenizer, compute)
-            bits[split] = evaluate_bpb(model, batches, tokenizer.token_bytes, compute)
-            print0(f"bits per byte of {dataset}, {split}: {bits[split]:.4f}")
+    for split in bits if dataset else ():
+        bits[split] = bits_per_byte(config, dataset, split, model, tokenizer, compute)
+        print0(f"bits per byte of {dataset}, {split}: {bits[split]:.4f}")
 
     core = evaluate_core(model, tokenizer, find_bundle(config.bundle, compute), config.max_per_task, compute)
     if core["core_metric"] is not None:
@@ -132,15 +130,17 @@ def main() -> None:
         for sample in samples:
             print0(f"{sample['prompt']}»{sample['text']}")
         record = {
-            **identity,
-            "bundle": config.bundle,
+            "stage": stage,
+            "tag": tag,
+            "step": identity["step"],
             "dataset": dataset,
             "train_bpb": bits["train"],
             "val_bpb": bits["val"],
+            "bundle": config.bundle,
             "core": core,
             "samples": samples,
         }
-        path = get_base_dir() / "evals" / f"base_eval_{identity['stage']}_{identity['tag']}.json"
+        path = get_base_dir() / "evals" / f"base_eval_{stage}_{tag}.json"
         write_record(path, record)
         print0(f"written: {path}")
     compute.close()

@@ -1,13 +1,16 @@
-"""Chat tasks and ChatCORE of a checkpoint: python -m scripts.chat_eval --stage sft"""
+"""Chat tasks and ChatCORE of a checkpoint: python -m scripts.chat_eval --stage sft
+
+Prints a line per task and writes evals/chat_eval_<stage>_<tag>.json, which the report reads.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nanochat import cli
-from nanochat.chat_eval import chat_core, evaluate_task
+from nanochat.chat_eval import Sampling, chat_core, evaluate_task
 from nanochat.checkpoint import load_model
-from nanochat.common import get_base_dir, print0, write_record
+from nanochat.common import STAGES, get_base_dir, print0, write_record
 from nanochat.compute import Compute
 from nanochat.engine import Engine
 from tasks import builtin, public
@@ -18,7 +21,7 @@ from tasks.common import Task
 class Config:
     """Which checkpoint is asked what."""
 
-    stage: str = cli.option("sft", "stage of the checkpoint", choices=("base", "mid", "sft", "rl"))
+    stage: str = cli.option("sft", "stage of the checkpoint", choices=STAGES)
     tasks: str | None = cli.option(None, "tasks, separated by commas; unset: the built-in, and what --tasks-dir holds")
     tasks_dir: str | None = cli.option(None, "folder of published tasks; unset: downloads, made where needed")
     max_problems: int | None = cli.option(None, "problems of each task; unset: all")
@@ -43,10 +46,9 @@ class Config:
         if self.pass_k is not None and self.pass_k > self.num_samples:
             raise ValueError(f"--pass-k {self.pass_k}: needs --num-samples {self.pass_k} or more")
         known = [*builtin.SCORED, *public.SCORED]
-        if self.tasks is not None:
-            unknown = [name for name in self.tasks.split(",") if name not in known]
-            if unknown:
-                raise ValueError(f"--tasks: no task {', '.join(unknown)}; choose from {', '.join(known)}")
+        unknown = [] if self.tasks is None else [name for name in self.tasks.split(",") if name not in known]
+        if unknown:
+            raise ValueError(f"--tasks: no task {', '.join(unknown)}; choose from {', '.join(known)}")
 
     @property
     def task_names(self) -> list[str]:
@@ -59,7 +61,7 @@ class Config:
         return [*builtin.SCORED, *there]
 
     def task(self, name: str) -> Task:
-        """The problems of a task. Raises ValueError or OSError when there are none to be had."""
+        """Return a task with its problems. Raises ValueError or OSError when it cannot be read or has none."""
         if name in builtin.SCORED:
             return builtin.SCORED[name]("test")
         options = {"unsafe": self.unsafe} if name == "humaneval" else {}
@@ -69,13 +71,27 @@ class Config:
         return task
 
 
+def print_scores(name: str, record: dict[str, Any]) -> None:
+    accuracy = f"{100 * record['accuracy']:.1f} ± {100 * record['stderr']:.1f} %"
+    print0(f"{name:13} {accuracy:>16} {record['n']:6} {record['baseline']:7.2f} {record['centered']:8.3f}")
+    for k, rate in record.get("pass_at_k", {}).items():
+        print0(f"{f'  pass@{k}':13} {100 * rate['accuracy']:9.1f} ± {100 * rate['stderr']:.1f} %")
+
+
 def main() -> None:
-    """Evaluate the tasks, print a table, write evals/chat_eval_<stage>_<tag>.json."""
     config = cli.parse(Config, description=__doc__)
     names = config.task_names
     compute = Compute.create(config.device_type)
     model, tokenizer, meta = load_model(config.stage, compute.device, config.model_tag, config.step)
     engine = Engine(model, tokenizer, max_batch=config.batch_size)
+    sampling = Sampling(
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        num_samples=config.num_samples,
+        pass_k=config.pass_k or 1,
+        seed=config.seed,
+    )
     print0(f"{config.stage} {meta['tag']} step {meta['step']}")
     print0(f"{'task':13} {'accuracy':>16} {'n':>6} {'chance':>7} {'centred':>8}")
     records: dict[str, dict[str, Any]] = {}
@@ -88,7 +104,7 @@ def main() -> None:
             task = config.task(name)
         except (ValueError, OSError) as error:
             problem = str(error)
-        if compute.any_rank(task is None):
+        if compute.any_rank(task is None):  # all ranks score a task together, or none does
             skipped[name] = problem
             print0(f"{name} skipped: {problem}")
             continue
@@ -99,28 +115,28 @@ def main() -> None:
             engine,
             max_problems=config.max_problems,
             batch_size=config.batch_size,
-            max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature,
-            top_k=config.top_k,
-            num_samples=config.num_samples,
-            pass_k=config.pass_k,
-            seed=config.seed,
+            sampling=sampling,
             compute=compute,
         )
         samples += [{"task": name, **sample} for sample in record.pop("samples")]
         records[name] = record
-        accuracy = f"{100 * record['accuracy']:.1f} ± {100 * record['stderr']:.1f} %"
-        print0(f"{name:13} {accuracy:>16} {record['n']:6} {record['baseline']:7.2f} {record['centered']:8.3f}")
-        for k, score in record.get("pass_at_k", {}).items():
-            print0(f"{f'  pass@{k}':13} {100 * score['accuracy']:9.1f} ± {100 * score['stderr']:.1f} %")
+        print_scores(name, record)
     if not records:
         raise ValueError(f"no task could run: {'; '.join(skipped.values())}")
     core = chat_core(records)
     print0(f"ChatCORE {core['chatcore']:.4f} ± {core['chatcore_stderr']:.4f} ({', '.join(core['chatcore_tasks'])})")
     if compute.rank == 0:
-        identity = {"stage": config.stage, "tag": meta["tag"], "step": meta["step"]}
+        record = {
+            "stage": config.stage,
+            "tag": meta["tag"],
+            "step": meta["step"],
+            **core,
+            "tasks": records,
+            "skipped": skipped,
+            "samples": samples,
+        }
         path = get_base_dir() / "evals" / f"chat_eval_{config.stage}_{meta['tag']}.json"
-        write_record(path, {**identity, **core, "tasks": records, "skipped": skipped, "samples": samples})
+        write_record(path, record)
         print0(f"written: {path}")
     compute.close()
 

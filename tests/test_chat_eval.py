@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_run import run, run_ranks, script
 
-from nanochat.chat_eval import CHATCORE, chat_core, choose_letters, evaluate_task, pass_at_k
+from nanochat.chat_eval import CHATCORE, Sampling, chat_core, choose_letters, evaluate_task, pass_at_k
 from nanochat.conversation import render_for_completion
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
@@ -103,7 +103,7 @@ def test_only_the_letters_offered_are_compared(model, tokenizer):
 def test_generative_answers_are_decoded_and_judged(model, tokenizer):
     task = WorldFacts("test", size=30)
     engine = Recital(task, tokenizer, wrong={0, 7})
-    record = evaluate_task(task, model, tokenizer, engine, batch_size=5, max_new_tokens=50)
+    record = evaluate_task(task, model, tokenizer, engine, batch_size=5, sampling=Sampling(max_new_tokens=50))
     p = 28 / 30
     assert record["accuracy"] == p and record["centered"] == p
     assert record["stderr"] == pytest.approx(math.sqrt(p * (1 - p) / 30))
@@ -116,7 +116,9 @@ def test_generative_answers_are_decoded_and_judged(model, tokenizer):
 
 def test_the_real_engine_and_an_untrained_model_run_to_the_end(model, tokenizer):
     engine = Engine(model, tokenizer, max_batch=4)
-    record = evaluate_task(Arithmetic("test"), model, tokenizer, engine, max_problems=6, batch_size=4, max_new_tokens=8)
+    record = evaluate_task(
+        Arithmetic("test"), model, tokenizer, engine, max_problems=6, batch_size=4, sampling=Sampling(8)
+    )
     assert record["n"] == 6 and record["accuracy"] == 0 and len(record["samples"]) == 3
 
 
@@ -129,7 +131,7 @@ def test_prompts_beyond_the_context_lose_their_beginning_and_still_run(model, to
     engine = Engine(model, tokenizer, max_batch=4)
     long_questions = Letters(10)
     long_questions.eval_type = "generative"
-    assert evaluate_task(long_questions, model, tokenizer, engine, max_new_tokens=1000, batch_size=10)["n"] == 10
+    assert evaluate_task(long_questions, model, tokenizer, engine, batch_size=10, sampling=Sampling(1000))["n"] == 10
 
 
 def test_prompts_that_are_cut_are_named_and_counted(model, tokenizer, capsys):
@@ -195,8 +197,8 @@ class Counting:
 
 def test_several_samples_give_pass_at_k_with_errors_over_problems(model, tokenizer):
     engine = Counting(tokenizer)
-    sampling = {"num_samples": 4, "pass_k": 2, "temperature": 0.7, "top_k": 5, "seed": 9, "batch_size": 2}
-    record = evaluate_task(FewRight(5), model, tokenizer, engine, **sampling)
+    sampling = Sampling(num_samples=4, pass_k=2, temperature=0.7, top_k=5, seed=9)
+    record = evaluate_task(FewRight(5), model, tokenizer, engine, batch_size=2, sampling=sampling)
     rights = [0, 1, 2, 3, 4]
     ones = [c / 4 for c in rights]
     twos = [sum(any(d) for d in itertools.combinations([1] * c + [0] * (4 - c), 2)) / 6 for c in rights]
@@ -225,8 +227,9 @@ class Rank:
 
 @pytest.mark.parametrize("ranks", [2, 3, 8])
 def test_ranks_share_the_problems_and_find_the_same(model, tokenizer, ranks):
-    settings = {"max_new_tokens": 6, "temperature": 1.0, "num_samples": 3, "batch_size": 2}
-    for task, more in ((WorldChoice("test", size=21), {"batch_size": 2}), (Babble(21), settings)):
+    sampling = Sampling(max_new_tokens=6, temperature=1.0, num_samples=3)
+    more = {"batch_size": 2, "sampling": sampling}
+    for task in (WorldChoice("test", size=21), Babble(21)):
         alone = evaluate_task(task, model, tokenizer, Engine(model, tokenizer, max_batch=4), **more)
         sums: list[torch.Tensor] = []
         for rank in reversed(range(ranks)):
