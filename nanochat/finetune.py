@@ -17,7 +17,8 @@ from nanochat.conversation import Rendered, render
 from nanochat.documents import iterate_documents, list_shards
 from nanochat.gpt import GPT
 from nanochat.optim import MuonAdamW
-from nanochat.run import Run, TrainConfig
+from nanochat.recipe import TrainConfig
+from nanochat.run import Run
 from nanochat.token_shards import PackedRows, pack_conversations
 from nanochat.tokenizer import Tokenizer
 from nanochat.trainer import rows_per_step, train

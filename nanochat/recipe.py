@@ -1,4 +1,4 @@
-"""The recipe: what follows from `--depth`, the one dial, and how it changes during a run.
+"""The recipe: the flags of training, what follows from `--depth`, the one dial, and how it changes during a run.
 
     depth -> width and heads (`model_config`)
           -> training tokens (`horizon_tokens`): a fixed ratio to the parameters that do the work
@@ -7,14 +7,17 @@
 
 The constants were tuned at depth 12, and scaling rules carry them to other depths. Where no other source is named, a
 figure is that of karpathy/nanochat (92d63d4), which tuned it on 8 H100s. The schedules of learning rate, momentum and
-decay stand at the end. All are pure functions of numbers, and the flag of the same name overrides each.
+decay stand at the end. All are pure functions, and a flag of `TrainConfig` or of scripts/base_train.py overrides each.
 """
 
 import math
+import re
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from nanochat.cli import option, require_positive
 from nanochat.gpt import GPT, GPTConfig
 
 REFERENCE_DEPTH = 12  # where the constants below were tuned
@@ -23,11 +26,74 @@ LEARNING_RATES = {"matrix": 0.02, "embedding": 0.3, "unembedding": 0.008, "scala
 WEIGHT_DECAY = 0.28  # Muon's, at the reference depth and batch
 HORIZON = 12.0  # training tokens per parameter of the matrices and the head
 
-# The learning-rate schedule. On two cores (d2, 160 steps, three seeds; dev/LOG.md, 2026-11-22) a warmdown over .4 or
-# all of the run gave 1.994 and 2.021 bits per byte against 2.002, and falling to 0 instead of 5 % 2.007.
-WARMUP_STEPS = 40
-WARMDOWN_RATIO = 0.65
-FINAL_LR_FRAC = 0.05
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The flags that every training stage has."""
+
+    run: str | None = option(None, "name of a wandb run (WANDB_MODE=offline works); unset = no wandb")
+    device_type: str | None = option(None, "cuda | mps | cpu; unset = the fastest there is", ("cuda", "mps", "cpu"))
+    seed: int = option(1337, "seed of weights and data order")
+    model_tag: str | None = option(None, "name of the run's checkpoints")
+    # the batch
+    device_batch_size: int | None = option(
+        None, "rows a device takes at once; unset or auto: on CUDA the most of 65,536 tokens that fit, else up to 32"
+    )
+    activation_checkpointing: bool | None = option(
+        None, "recompute activations in the backward pass; unset = only if they do not fit"
+    )
+    total_batch_size: int | None = option(None, "tokens per step over all devices and micro-batches")
+    num_iterations: int | None = option(None, "steps")
+    # the optimizer
+    embedding_lr: float = option(LEARNING_RATES["embedding"], "AdamW learning rate of the embeddings")
+    unembedding_lr: float = option(LEARNING_RATES["unembedding"], "AdamW learning rate of the head")
+    matrix_lr: float = option(LEARNING_RATES["matrix"], "Muon learning rate of the matrices")
+    scalar_lr: float = option(LEARNING_RATES["scalar"], "AdamW learning rate of the scalars")
+    weight_decay: float | None = option(None, "Muon weight decay; unset = from the recipe")
+    # The learning-rate schedule, see learning_rate_multiplier. On two cores (d2, 160 steps, three seeds; dev/LOG.md,
+    # 2026-11-22) a warmdown over .4 or all of the run gave 1.994 and 2.021 bits per byte against 2.002, and falling to
+    # 0 instead of 5 % gave 2.007.
+    schedule: str = option("linear", "how the learning rate falls", ("linear", "cosine"))
+    warmup_steps: int = option(40, "steps of linear warmup, at most a tenth of the run")
+    warmdown_ratio: float = option(0.65, "share of the run over which the linear schedule falls")
+    final_lr_frac: float = option(0.05, "learning rate at the end, as a fraction")
+    grad_clip: float | None = option(None, "largest gradient norm; unset = no clipping")
+    # evaluating and saving
+    eval_every: int = option(250, "steps between evaluations (0 = only at the end)")
+    eval_tokens: int = option(20 * 2**19, "validation tokens, at most one pass over the validation set")
+    sample_every: int = option(2000, "steps between samples (0 = only at the end)")
+    save_every: int | None = option(None, "steps between checkpoints; unset = before every evaluation")
+    keep: int = option(2, "newest checkpoints kept, beside the one with the best validation")
+    resume: str | None = option(
+        None, "continue from a step; alone: from the newest; auto: from the newest if there is one", bare="newest"
+    )
+    # speed
+    compile: bool = option(True, "fuse with torch.compile where a compiler is there")
+    fp8: bool = option(False, "matrix products of the blocks in fp8 (Ada, Hopper or later)")
+    price: float | None = option(None, "dollars per hour of all machines together, to say what the run will cost")
+
+    def __post_init__(self) -> None:
+        require_positive(self, "device_batch_size", "total_batch_size", "num_iterations", "grad_clip", "eval_tokens")
+        require_positive(self, "save_every", "keep")
+        require_positive(self, "eval_every", "sample_every", "warmup_steps", "seed", "weight_decay", "price", zero=True)
+        require_positive(self, "embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr", zero=True)
+        if self.seed >= 2**63:
+            raise ValueError(f"--seed {self.seed}: must be below 2**63")
+        if self.model_tag is not None and not re.fullmatch(r"\w[\w.-]*", self.model_tag):
+            raise ValueError(f"--model-tag {self.model_tag!r}: use letters, digits, '_', '-' and '.' only")
+        if not 0 <= self.warmdown_ratio <= 1 or not 0 <= self.final_lr_frac <= 1:
+            raise ValueError("--warmdown-ratio and --final-lr-frac must be between 0 and 1")
+        if self.resume is not None and self.resume not in ("newest", "auto") and not self.resume.isdigit():
+            raise ValueError(f"--resume {self.resume}: give a step, or nothing for the newest checkpoint, or auto")
+
+    def learning_rates(self, scales: dict[str, float]) -> dict[str, float]:
+        """Return the optimizer's learning rates: those of the flags, each times its factor (see recipe.py)."""
+        return {
+            "matrix": self.matrix_lr * scales["matrix"],
+            "embedding": self.embedding_lr * scales["embedding"],
+            "unembedding": self.unembedding_lr * scales["unembedding"],
+            "scalar": self.scalar_lr * scales["scalar"],
+        }
 
 
 # --- the model
@@ -121,40 +187,37 @@ def weight_decay(batch: int, tokens: int, reference: int) -> float:
 # --- schedules: how they change from step 0 to `steps`
 
 
-def learning_rate_multiplier(
-    step: int, steps: int, *, warmup: int, warmdown: float, final: float, schedule: str
-) -> float:
+def learning_rate_multiplier(step: int, steps: int, config: TrainConfig) -> float:
     """Return the factor on every learning rate at `step` of `steps`, in [0, 1].
 
-    First a linear warmup over `warmup` steps. Then "linear": flat, and falling over the last `warmdown` share of the
-    run to `final`. Or "cosine": half a cosine from 1 to `final`. Raises ValueError for another schedule.
+    First a linear warmup. Then --schedule linear: flat, and falling over the last --warmdown-ratio of the run. Or
+    cosine: half a cosine. Both end at --final-lr-frac.
 
-        linear      ______            cosine   __
-                   /      \\                   /  \\
-                  /        \\__ final         /    \\__ final
+        linear   ________            cosine   __
+                /        \                   /   \
+               /          \__               /     \___
     """
+    final = config.final_lr_frac
     # While Adam's averages are young its steps are noisy: begin small. A short run cannot afford 40 steps of that.
-    warmup = min(warmup, steps // 10)
+    warmup = min(config.warmup_steps, steps // 10)
     if step < warmup:
         return (step + 1) / warmup
-    if schedule == "cosine":
+    if config.schedule == "cosine":
         progress = (step - warmup) / max(1, steps - warmup)
         return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
-    if schedule != "linear":
-        raise ValueError(f"--schedule {schedule}: choose linear or cosine")
     # Noise in the steps sets a floor under the loss that is proportional to the learning rate, so lower it last.
-    left = (steps - step) / max(1.0, steps * warmdown)
+    left = (steps - step) / max(1.0, steps * config.warmdown_ratio)
     return 1.0 if left >= 1 else final + (1 - final) * left
 
 
-def muon_momentum(step: int, steps: int, warmdown: float) -> float:
+def muon_momentum(step: int, steps: int, config: TrainConfig) -> float:
     """Return Muon's momentum: 0.85 to 0.97 over the first 400 steps, then to 0.90 while the learning rate falls.
 
     Early gradients change direction quickly, so a long average would be stale. Large steps later are worth averaging
     over more of them, and at the end small ones need it less.
     """
     momentum = 0.85 + 0.12 * min(1.0, step / 400)
-    left = (steps - step) / max(1.0, steps * warmdown)
+    left = (steps - step) / max(1.0, steps * config.warmdown_ratio)
     return momentum if left >= 1 else 0.90 + (momentum - 0.90) * left
 
 

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from nanochat import trainer
+from nanochat import recipe, trainer
 from nanochat.chat_eval import Sampling, evaluate_task, pass_rates
 from nanochat.cli import option, require_positive
 from nanochat.common import print0
@@ -146,12 +146,18 @@ def reinforce(config: RLConfig, train: Sequence[Any], test: Sequence[Any], held_
             metrics = describe(totals, config, step)
             metrics["sampling_dt"] = time.perf_counter() - began
 
-            lr_mult = trainer.learning_rate_multiplier(run)
+            lr_mult = recipe.learning_rate_multiplier(step, run.num_iterations, config)
             mean_loss = 0.0
             # Where no group's rewards differ, on any rank, the step changes nothing.
             if totals["useful"]:
                 mean_loss = accumulate_gradients(run, groups, totals, batch, metrics)
-                grad_norm = trainer.update_weights(run, lr_mult)
+                grad_norm = run.optimizer.step(
+                    step,
+                    lr_mult=lr_mult,
+                    momentum=recipe.muon_momentum(step, run.num_iterations, config),
+                    wd_mult=recipe.weight_decay_multiplier(step, run.num_iterations),
+                    clip=config.grad_clip,
+                )
                 if grad_norm is not None:
                     metrics["grad_norm"] = grad_norm
             compute.synchronize()
@@ -175,12 +181,12 @@ def problems_of_step(problems: list[Problem], config: RLConfig, step: int) -> di
     """Return a step's problems over all ranks, by name. Each comes once per epoch, each epoch in another order."""
     orders: dict[int, list[Problem]] = {}  # of the one or two epochs that the step takes from
     chosen = {}
-    for number in range(step * config.problems, (step + 1) * config.problems):
-        epoch, place = divmod(number, len(problems))
+    for slot in range(config.problems):
+        epoch, place = divmod(step * config.problems + slot, len(problems))
         if epoch not in orders:
             shuffle = random.Random(f"rl {config.seed} {epoch}")
             orders[epoch] = shuffle.sample(problems, len(problems))
-        chosen[f"train {number}"] = orders[epoch][place]
+        chosen[f"{step} {slot}"] = orders[epoch][place]
     return chosen
 
 

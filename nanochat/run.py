@@ -1,4 +1,4 @@
-"""A training run: its flags, what identifies it, how far it has come, and what it leaves on disk.
+"""A training run: what identifies it, how far it has come, and what it leaves on disk.
 
 trainer.py and rl.py each have a loop of their own over one `Run`:
 
@@ -16,7 +16,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import re
 import shutil
 import signal
 import sys
@@ -25,82 +24,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanochat import checkpoint, recipe
-from nanochat.cli import option, require_positive
+from nanochat import checkpoint
 from nanochat.common import atomic_write, get_base_dir, print0, write_record
 from nanochat.compute import Compute
 from nanochat.gpt import GPT
 from nanochat.optim import MuonAdamW
+from nanochat.recipe import TrainConfig
 from nanochat.tokenizer import Tokenizer
 
 # A checkpoint must share these with the run that goes on from it; the rest, such as learning rates, may change.
 IDENTITY = ("model_config", "tokenizer_hash", "total_batch_size", "num_iterations", "dataset", "source", "rollouts")
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Flags that every training stage has."""
-
-    run: str | None = option(None, "name of a wandb run (WANDB_MODE=offline works); unset = no wandb")
-    device_type: str | None = option(None, "cuda | mps | cpu; unset = the fastest there is", ("cuda", "mps", "cpu"))
-    seed: int = option(1337, "seed of weights and data order")
-    model_tag: str | None = option(None, "name of the run's checkpoints")
-    # the batch
-    device_batch_size: int | None = option(
-        None, "rows a device takes at once; unset or auto: on CUDA the most of 65,536 tokens that fit, else up to 32"
-    )
-    activation_checkpointing: bool | None = option(
-        None, "recompute activations in the backward pass; unset = only if they do not fit"
-    )
-    total_batch_size: int | None = option(None, "tokens per step over all devices and micro-batches")
-    num_iterations: int | None = option(None, "steps")
-    # the optimizer
-    embedding_lr: float = option(recipe.LEARNING_RATES["embedding"], "AdamW learning rate of the embeddings")
-    unembedding_lr: float = option(recipe.LEARNING_RATES["unembedding"], "AdamW learning rate of the head")
-    matrix_lr: float = option(recipe.LEARNING_RATES["matrix"], "Muon learning rate of the matrices")
-    scalar_lr: float = option(recipe.LEARNING_RATES["scalar"], "AdamW learning rate of the scalars")
-    weight_decay: float | None = option(None, "Muon weight decay; unset = from the recipe")
-    schedule: str = option("linear", "how the learning rate falls", ("linear", "cosine"))
-    warmup_steps: int = option(recipe.WARMUP_STEPS, "steps of linear warmup, at most a tenth of the run")
-    warmdown_ratio: float = option(recipe.WARMDOWN_RATIO, "share of the run over which the linear schedule falls")
-    final_lr_frac: float = option(recipe.FINAL_LR_FRAC, "learning rate at the end, as a fraction")
-    grad_clip: float | None = option(None, "largest gradient norm; unset = no clipping")
-    # evaluating and saving
-    eval_every: int = option(250, "steps between evaluations (0 = only at the end)")
-    eval_tokens: int = option(20 * 2**19, "validation tokens, at most one pass over the validation set")
-    sample_every: int = option(2000, "steps between samples (0 = only at the end)")
-    save_every: int | None = option(None, "steps between checkpoints; unset = before every evaluation")
-    keep: int = option(2, "newest checkpoints kept, beside the one with the best validation")
-    resume: str | None = option(
-        None, "continue from a step; alone: from the newest; auto: from the newest if there is one", bare="newest"
-    )
-    # speed
-    compile: bool = option(True, "fuse with torch.compile where a compiler is there")
-    fp8: bool = option(False, "matrix products of the blocks in fp8 (Ada, Hopper or later)")
-    price: float | None = option(None, "dollars per hour of all machines together, to say what the run will cost")
-
-    def __post_init__(self) -> None:
-        require_positive(self, "device_batch_size", "total_batch_size", "num_iterations", "grad_clip", "eval_tokens")
-        require_positive(self, "save_every", "keep")
-        require_positive(self, "eval_every", "sample_every", "warmup_steps", "seed", "weight_decay", "price", zero=True)
-        require_positive(self, "embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr", zero=True)
-        if self.seed >= 2**63:
-            raise ValueError(f"--seed {self.seed}: must be below 2**63")
-        if self.model_tag is not None and not re.fullmatch(r"\w[\w.-]*", self.model_tag):
-            raise ValueError(f"--model-tag {self.model_tag!r}: use letters, digits, '_', '-' and '.' only")
-        if not 0 <= self.warmdown_ratio <= 1 or not 0 <= self.final_lr_frac <= 1:
-            raise ValueError("--warmdown-ratio and --final-lr-frac must be between 0 and 1")
-        if self.resume is not None and self.resume not in ("newest", "auto") and not self.resume.isdigit():
-            raise ValueError(f"--resume {self.resume}: give a step, or nothing for the newest checkpoint, or auto")
-
-    def learning_rates(self, scales: dict[str, float]) -> dict[str, float]:
-        """Return the optimizer's learning rates: those of the flags, each times its factor (see recipe.py)."""
-        return {
-            "matrix": self.matrix_lr * scales["matrix"],
-            "embedding": self.embedding_lr * scales["embedding"],
-            "unembedding": self.unembedding_lr * scales["unembedding"],
-            "scalar": self.scalar_lr * scales["scalar"],
-        }
 
 
 @dataclass

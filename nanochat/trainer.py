@@ -21,7 +21,8 @@ from nanochat.compute import Compute
 from nanochat.dataloader import MicroBatch, RowLoader
 from nanochat.gpt import GPT
 from nanochat.loss_eval import evaluate_bpb
-from nanochat.run import Run, TrainConfig, stop_on_signals
+from nanochat.recipe import TrainConfig
+from nanochat.run import Run, stop_on_signals
 from nanochat.token_shards import PackedRows
 
 # Rows that a device takes at once unless it is told. A GPU is busy with 2^16 tokens, so more rows gain nothing; on a
@@ -88,8 +89,15 @@ def train(run: Run, train_rows: PackedRows, val_rows: PackedRows, prompts: Seque
             began = time.perf_counter()  # waiting for rows is part of a step
             _, micro_batches = next(steps)
             mean_loss = accumulate_gradients(run, micro_batches, batch.checkpointing)
-            lr_mult = learning_rate_multiplier(run)  # change the schedule in recipe.py
-            grad_norm = update_weights(run, lr_mult)
+            # The schedules of learning rate, momentum and weight decay are in recipe.py.
+            lr_mult = recipe.learning_rate_multiplier(step, run.num_iterations, config)
+            grad_norm = run.optimizer.step(
+                step,
+                lr_mult=lr_mult,
+                momentum=recipe.muon_momentum(step, run.num_iterations, config),
+                wd_mult=recipe.weight_decay_multiplier(step, run.num_iterations),
+                clip=config.grad_clip,
+            )
             compute.synchronize()  # a GPU may still be busy with the update, which belongs to this step's time
             seconds = time.perf_counter() - began
 
@@ -197,33 +205,6 @@ def accumulate_gradients(run: Run, micro_batches: list[MicroBatch], recompute: b
         where = f"rows {run.step * rows} to {(run.step + 1) * rows - 1} (micro-batch {bad} of rank {compute.rank})"
         raise run.diverged(f"loss is {mean_loss} at step {run.step}, {where}")
     return mean_loss
-
-
-def learning_rate_multiplier(run: Run) -> float:
-    """Return the factor on all learning rates at this step, by the schedule of the run's flags."""
-    config = run.config
-    return recipe.learning_rate_multiplier(
-        run.step,
-        run.num_iterations,
-        warmup=config.warmup_steps,
-        warmdown=config.warmdown_ratio,
-        final=config.final_lr_frac,
-        schedule=config.schedule,
-    )
-
-
-def update_weights(run: Run, lr_mult: float) -> float | None:
-    """Take one optimizer step and clear the gradients; return their norm if they are clipped.
-
-    Momentum and weight decay have schedules of their own, in recipe.py too.
-    """
-    return run.optimizer.step(
-        run.step,
-        lr_mult=lr_mult,
-        momentum=recipe.muon_momentum(run.step, run.num_iterations, run.config.warmdown_ratio),
-        wd_mult=recipe.weight_decay_multiplier(run.step, run.num_iterations),
-        clip=run.config.grad_clip,
-    )
 
 
 # --- how many rows a device takes at once

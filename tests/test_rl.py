@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from test_engine import ScriptedModel
 from tiny_run import Running, losses, metrics, run, script, start, wait_for
 
-from nanochat import checkpoint, cli, recipe, trainer
+from nanochat import checkpoint, cli, recipe, rl
 from nanochat.chat_eval import pass_at_k
 from nanochat.compute import Compute
 from nanochat.conversation import render, render_for_completion
@@ -157,11 +157,12 @@ def asked(config, step, rank=0, ranks=1):
 def test_the_gradient_is_that_of_the_objective(base, monkeypatch):
     """Written out from full logits, one answer at a time: every sampled token of the step counts in the mean."""
     got = {}
-    update_weights = trainer.update_weights
+    accumulate_gradients = rl.accumulate_gradients
 
-    def spy(run, lr_mult):
+    def spy(run, *arguments):
+        loss = accumulate_gradients(run, *arguments)
         got.update({name: p.grad.clone() for name, p in run.model.named_parameters() if p.grad is not None})
-        return update_weights(run, lr_mult)
+        return loss
 
     run, _, groups = asked(configure(), 0)
     model, loss, nll, trained, n_tokens = run.model, 0.0, 0.0, 0, 0
@@ -182,7 +183,7 @@ def test_the_gradient_is_that_of_the_objective(base, monkeypatch):
     assert 0 < trained < n_tokens, "some groups are useful and some are not"
     (loss / n_tokens).backward()
 
-    monkeypatch.setattr(trainer, "update_weights", spy)
+    monkeypatch.setattr(rl, "accumulate_gradients", spy)
     learn(num_iterations=1, model_tag="t", grad_clip=1e9)
     [line] = steps("t")
     assert line["loss"] == pytest.approx((loss / n_tokens).item(), rel=1e-4, abs=1e-7)

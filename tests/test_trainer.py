@@ -18,7 +18,8 @@ from nanochat.compute import Compute, can_compile
 from nanochat.dataloader import RowLoader
 from nanochat.gpt import build_model
 from nanochat.optim import MuonAdamW
-from nanochat.run import Run, TrainConfig
+from nanochat.recipe import TrainConfig
+from nanochat.run import Run
 from nanochat.token_shards import TextRows
 from nanochat.tokenizer import load_tokenizer
 
