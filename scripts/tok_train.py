@@ -1,6 +1,7 @@
 """Train the tokenizer on a dataset's training shards: python -m scripts.tok_train --vocab-size 32768"""
 
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -24,15 +25,19 @@ class Config:
         cli.require_positive(self, "max_chars", "doc_cap")
 
 
-def training_texts(config: Config, seen: dict[str, int]) -> Iterator[str]:
-    """Up to `max_chars` of the documents' beginnings, then of the rest of the long ones; counted into `seen`."""
+def training_texts(config: Config, seen: Counter[str]) -> Iterator[str]:
+    """Yield up to `max_chars` of text: the documents' beginnings, then the rest of the long ones.
+
+    Beginnings first, so that a few huge documents do not decide the vocabulary. What was read is counted into `seen`.
+    """
     from tqdm import tqdm
 
     with tqdm(desc="reading", unit=" chars", unit_scale=True, disable=None) as bar:
         for part in (slice(config.doc_cap), slice(config.doc_cap, None)):
             for text in iterate_documents(list_shards(config.dataset, "train")):
                 text = text[part][: config.max_chars - seen["chars"]]
-                seen["documents"] += part.start is None
+                if part.start is None:
+                    seen["documents"] += 1
                 seen["chars"] += len(text)
                 bar.update(len(text))
                 yield text
@@ -42,20 +47,29 @@ def training_texts(config: Config, seen: dict[str, int]) -> Iterator[str]:
 
 def main() -> None:
     config = cli.parse(Config, description=__doc__)
-    start, seen = time.perf_counter(), {"documents": 0, "chars": 0}
+    began = time.perf_counter()
+    seen: Counter[str] = Counter()
     tokenizer = Tokenizer.train_from_iterator(training_texts(config, seen), config.vocab_size)
     tokenizer.save(get_base_dir() / "tokenizer")
-    seconds = time.perf_counter() - start
+    seconds = time.perf_counter() - began
 
     sample = list(islice(iterate_documents(list_shards(config.dataset, "val")), 1000))
-    tokens = sum(map(len, tokenizer.encode(sample)))
-    bytes_per_token = sum(len(text.encode()) for text in sample) / max(tokens, 1)
-    made = {"config": vars(config), "vocab_size": tokenizer.get_vocab_size(), "hash": tokenizer.hash}
-    record = {"stage": "tok_train", **made, **seen, "seconds": seconds, "bytes_per_token": bytes_per_token}
+    n_bytes = sum(len(text.encode()) for text in sample)
+    n_tokens = sum(len(ids) for ids in tokenizer.encode(sample))
+    record = {
+        "stage": "tok_train",
+        "config": vars(config),
+        "vocab_size": tokenizer.get_vocab_size(),
+        "hash": tokenizer.hash,
+        "documents": seen["documents"],
+        "chars": seen["chars"],
+        "seconds": seconds,
+        "bytes_per_token": n_bytes / max(n_tokens, 1),
+    }
     write_record(get_base_dir() / "evals" / "tok_train.json", record)
     print0(
-        f"{tokenizer.get_vocab_size()} tokens from {seen['chars']:,} characters of {seen['documents']:,} documents "
-        f"in {seconds:.1f} s; {bytes_per_token:.2f} bytes per token on validation text"
+        f"{record['vocab_size']} tokens from {record['chars']:,} characters of {record['documents']:,} documents "
+        f"in {seconds:.1f} s; {record['bytes_per_token']:.2f} bytes per token on validation text"
     )
 
 

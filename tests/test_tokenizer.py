@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -20,12 +21,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanochat import dataset
+from nanochat.common import read_sections
 from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer, load_tokenizer
 from scripts import tok_train
-from scripts.tok_eval import CACHED_FILES, is_cached, load_samples, measure
+from scripts.tok_eval import CACHED_FILES, is_cached, measure
 
 ROOT = Path(__file__).resolve().parent.parent
-SAMPLES = load_samples()
+SAMPLES = read_sections(ROOT / "scripts" / "tok_eval.txt")
 CORPUS = [*SAMPLES.values(), inspect.getsource(argparse), "aaaa bbbb 日本語 " * 20]
 ANY_TEXT = st.text(st.characters(exclude_categories=()))  # surrogates too
 PLAIN_TEXT = st.text(st.characters(codec="utf-8"))
@@ -340,7 +342,7 @@ def test_long_documents_give_more_where_others_have_no_more(tmp_path, monkeypatc
     dataset.prepare(str(folder))
 
     def given(max_chars):
-        seen = {"documents": 0, "chars": 0}
+        seen = Counter()
         config = tok_train.Config(dataset=str(folder), max_chars=max_chars, doc_cap=100)
         text = "".join(tok_train.training_texts(config, seen))
         assert seen["chars"] == len(text)
