@@ -117,7 +117,7 @@ def product_rate(model: nn.Module, rows: int, compute: Compute) -> float:
 
 
 class EngineSide:
-    """The engine under measurement. Programs that it is compared with have `name` and `batch` too (dev/reference.py)."""
+    """The engine under measurement. Other programs that are measured have `name` and `batch` too (dev/reference.py)."""
 
     name = "ours"
 
