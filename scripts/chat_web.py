@@ -4,6 +4,7 @@
 N engines of each model, one per GPU. The port is open while the models load; until then it answers 503.
 """
 
+import contextlib
 import logging
 import os
 import signal
@@ -106,6 +107,16 @@ def drain(server: Any, models: Models, seconds: float) -> bool:
     return False
 
 
+class Terminated(BaseException):
+    """SIGTERM has come. Not an Exception, so that nothing on the way takes it for an error of its own."""
+
+
+def on_sigterm(signum: int, frame: object) -> None:
+    """Raise Terminated in the main thread, once: a second SIGTERM ends the process as Ctrl-C does."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    raise Terminated
+
+
 def main() -> None:
     """Serve models until Ctrl-C, or until SIGTERM and the end of the answers that were begun."""
     config = cli.parse(Config, description=__doc__)
@@ -119,41 +130,22 @@ def main() -> None:
         print(each.placement, file=sys.stderr)
     models = Models(config, [each.name for each in found], config.replicas)
     server = make_server(create_app_for(models), config.host, config.port)
-    failures: list[Exception] = []
-
-    def load() -> None:
+    serving = threading.Thread(target=server.run, daemon=True)
+    with contextlib.suppress(KeyboardInterrupt):
         try:
+            signal.signal(signal.SIGTERM, on_sigterm)
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background job
+            serving.start()
             load_models(config, found, devices, models)
             print(f"chat at http://{config.host}:{server.effective_port}  (Ctrl-C stops)", flush=True)
-        except Exception as error:
-            failures.append(error)
-            os.kill(os.getpid(), signal.SIGINT)  # ends server.run() in the main thread
-
-    def drain_and_stop() -> None:
-        if not drain(server, models, config.drain_seconds):
-            logging.warning("answers were cut off after %g seconds", config.drain_seconds)
-            models.close()
-            drain(server, models, 1.0)  # let the clients hear of it
-        os.kill(os.getpid(), signal.SIGINT)
-
-    def on_sigterm(signum: int, frame: object) -> None:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a second SIGTERM ends at once
-        threading.Thread(target=drain_and_stop, daemon=True).start()
-
-    loader = threading.Thread(target=load, daemon=True)
-    signal.signal(signal.SIGTERM, on_sigterm)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job begins with SIGINT ignored
-    try:
-        loader.start()
-        server.run()  # catches KeyboardInterrupt itself
-    except KeyboardInterrupt:
-        pass  # before server.run() began
+            while serving.is_alive():
+                serving.join(timeout=1)  # a signal is handled between two of these
+        except Terminated:
+            if not drain(server, models, config.drain_seconds):
+                logging.warning("answers were cut off after %g seconds", config.drain_seconds)
+                models.close()
+                drain(server, models, 1.0)  # let the clients hear of it
     models.close()
-    if loader.is_alive():
-        # The thread may be deep inside torch, and ending it there at interpreter exit aborts the process.
-        os._exit(0)
-    if failures:
-        raise failures[0]
 
 
 if __name__ == "__main__":

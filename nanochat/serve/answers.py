@@ -9,11 +9,13 @@ the two endpoints. "37*48 is 1776." with a use of the calculator comes as
     message of a whole one    {"content": "37*48 is 1776.", "tool_trace": [{"expression": "37*48", "result": "1776"}]}
 """
 
+import contextlib
 import itertools
 import json
+import queue
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import flask
@@ -35,12 +37,14 @@ from nanochat.serve.schema import (
 from nanochat.serve.sessions import SessionTurn
 from nanochat.tokenizer import Tokenizer
 
+POLL_SECONDS = 0.25  # how often a handler that waits for tokens looks whether its client is still there
+
 
 class Answer:
     """The answer to one HTTP request while it is made.
 
     Making one takes it from the response cache, or submits its requests: raises ApiError as Model.submit does.
-    key: its place in the response cache; None: it need not come out the same again. session: the turn it answers.
+    key: its place in the response cache; None: it need not come out the same again. turn: of a session, if it has one.
     """
 
     object: str
@@ -48,25 +52,23 @@ class Answer:
     id_prefix: str
 
     def __init__(
-        self, model: Model, requests: Sequence[Request], key: str | None, session: SessionTurn | None = None
+        self, model: Model, requests: Sequence[Request], key: str | None, turn: SessionTurn | None = None
     ) -> None:
         self.model = model
         self.requests = requests
         self.key = key
-        self.session = session
+        self.turn = turn
         self.session_info: SessionInfo | None = None  # of the session after this answer
+        self.outbox: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
         self.kept = model.responses.get(key) if key is not None else None
-        self.ticket = model.submit(requests) if self.kept is None else None
+        self.loop = model.submit(requests, self.outbox) if self.kept is None else None
         self.said: list[list[Delivery]] = [[] for _ in requests]  # by choice
         self.usage: Usage | None = None
-        # Of a stream, by choice: log-probabilities that wait for the next piece of text, and the length of the text of
-        # the tokens whose log-probabilities have been sent.
-        self.waiting_scores: list[list[TokenScore]] = [[] for _ in requests]
-        self.offsets = [0 for _ in requests]
-        # What the access log says of this answer.
+        self.offsets = [0 for _ in requests]  # by choice: length of the text of the tokens scored so far
+        # For the access log.
         self.facts: dict[str, Any] = {"cached": self.kept is not None}
-        if self.ticket is not None:
-            self.facts["replica"] = self.ticket.loop.replica
+        if self.loop is not None:
+            self.facts["replica"] = self.loop.replica
         self.head = {
             "id": self.id_prefix + uuid.uuid4().hex,
             "created": int(time.time()),
@@ -87,8 +89,8 @@ class Answer:
         """Return the fields of a choice with its whole answer."""
         raise NotImplementedError
 
-    def logprobs(self, scores: Sequence[TokenScore], offset: int) -> ChatLogprobs | TextLogprobs:
-        """Return log-probabilities in OpenAI's shape. offset: length of the text of the tokens before."""
+    def logprobs(self, index: int, scores: Sequence[TokenScore]) -> ChatLogprobs | TextLogprobs:
+        """Return the log-probabilities of the next tokens of a choice in OpenAI's shape."""
         raise NotImplementedError
 
     # ---- From the engine, or the cache
@@ -101,18 +103,27 @@ class Answer:
     def deliveries(self, client_left: Callable[[], bool]) -> Iterator[Delivery]:
         """Iterate over the deliveries of all choices as they come; end early when the client has left.
 
-        Raises ApiError 503 when the engine dies in the middle.
+        Raises ApiError 503 when the engine dies, or the server is closed, in the middle.
         """
         if self.kept is not None:
             # The cache keeps deliveries and not text, so that a kept answer streams in the same pieces as a new one.
             said, self.usage = self.kept
             self.model.metrics.cache_hits.labels(self.model.name).inc()
-            incoming: Iterable[Delivery] = itertools.chain.from_iterable(said)
-        else:
-            assert self.ticket is not None
-            incoming = self.ticket.read(client_left)
-        for delivery in incoming:
-            self.said[delivery.index].append(delivery)
+            for delivery in itertools.chain.from_iterable(said):
+                self.outbox.put(delivery)
+        while not self.finished:
+            # Nothing wakes this thread when the client hangs up, and a long queue may keep it without tokens for
+            # minutes. So it looks up from the queue now and then: otherwise the engine would write for nobody.
+            delivery = None
+            with contextlib.suppress(queue.Empty):
+                delivery = self.outbox.get(timeout=POLL_SECONDS)
+            if client_left():
+                return
+            if delivery is None:
+                continue
+            if delivery.finish_reason in ("error", "abort"):
+                raise ApiError(503, "the engine stopped in the middle of the answer")
+            self.said[delivery.choice].append(delivery)
             # Before the last delivery is passed on: its chunk tells of the session. And a client that has seen the end
             # may send its next turn at once, which must find this one written.
             if self.finished:
@@ -124,39 +135,38 @@ class Answer:
         return [event for delivery in self.said[index] for event in delivery.events]
 
     def _finish(self) -> None:
-        """Count the tokens, fill the cache and write the session."""
+        """Count the tokens, fill the cache, write the session, and tell the access log."""
         usage = self.usage  # a kept answer has brought it along
         if usage is None:
             self.usage = usage = usage_of(self.requests)
             if self.key is not None:
                 self.model.responses.put(self.key, (self.said, usage))
+        if self.turn is not None:
+            # The answer goes in with its calculations: then the next prompt begins with the very tokens of this turn,
+            # and the prefix cache has them.
+            messages = [*self.turn.messages, {"role": "assistant", "content": content_of(self.events(0))}]
+            self.session_info = {
+                "id": self.turn.key[1],
+                "model": self.model.name,
+                "turns": sum(message["role"] == "user" for message in messages),
+                "dropped_turns": self.turn.dropped_turns,
+                "tokens": usage["total_tokens"],
+                "context": self.model.engine.context,
+                "expires_in": self.model.sessions.seconds,
+                "cached_tokens": usage["prompt_tokens_details"]["cached_tokens"],
+            }
+            self.model.sessions.end(self.turn, {**self.session_info, "messages": messages})
         self.facts["prompt_tokens"] = usage["prompt_tokens"]
         self.facts["completion_tokens"] = usage["completion_tokens"]
         self.facts["finish_reason"] = ",".join(str(said[-1].finish_reason) for said in self.said)
-        if self.session is None:
-            return
-        # The answer goes in with its calculations: then the next prompt begins with the very tokens of this turn, and
-        # the prefix cache has them.
-        messages = [*self.session.messages, {"role": "assistant", "content": content_of(self.events(0))}]
-        self.session_info = {
-            "id": self.session.key[1],
-            "model": self.model.name,
-            "turns": sum(message["role"] == "user" for message in messages),
-            "dropped_turns": self.session.dropped_turns,
-            "tokens": usage["total_tokens"],
-            "context": self.model.engine.context,
-            "expires_in": self.model.sessions.seconds,
-            "cached_tokens": usage["prompt_tokens_details"]["cached_tokens"],
-        }
-        self.session.end({**self.session_info, "messages": messages})
 
     def close(self) -> None:
         """Free what an answer that was not read to its end still holds: places in the engine, and its session."""
         # Called for every answer, also after its regular end: both of these then do nothing.
-        if self.ticket is not None:
-            self.ticket.loop.cancel(self.requests)
-        if self.session is not None:
-            self.session.end()
+        if self.loop is not None:
+            self.loop.cancel(self.requests)
+        if self.turn is not None:
+            self.model.sessions.end(self.turn)
 
     # ---- To the client
 
@@ -165,10 +175,10 @@ class Answer:
 
         Raises ApiError 503 when the engine dies before a whole answer is made, 499 when its client has left.
         """
+        flask.g.facts = self.facts
         self.facts["stream"] = bool(body.stream)
         if body.user:
             self.facts["user"] = body.user
-        flask.g.facts = self.facts
         # waitress alone tells when the client has hung up; under another WSGI server answers are made to their end.
         client_left = flask.request.environ.get("waitress.client_disconnected", lambda: False)
         try:
@@ -198,7 +208,7 @@ class Answer:
             logprobs = None
             if self.requests[index].logprobs is not None:
                 scores = [score for delivery in said for score in delivery.scores]
-                logprobs = self.logprobs(scores, offset=0)
+                logprobs = self.logprobs(index, scores)
             choices.append(
                 {
                     "index": index,
@@ -215,7 +225,7 @@ class Answer:
     def stream(self, client_left: Callable[[], bool], include_usage: bool) -> Iterator[str]:
         """Yield server-sent events: roles, pieces of text, finish reasons, [DONE]; or an error event at the end.
 
-        Log-probabilities of tokens whose text is held back come with the next piece of text, or with the end.
+        Log-probabilities come with the step that sampled their tokens, even if the text is still held back.
         """
         more: dict[str, Any] = {"usage": None} if include_usage else {}  # it comes in a chunk of its own, the last
         try:
@@ -223,17 +233,19 @@ class Answer:
             if first is not None:
                 # In one piece: the client learns at once that its answer has begun.
                 yield "".join(self._chunk(index, first, more) for index in range(len(self.said)))
-            for index, events, scores, finish_reason in self.deliveries(client_left):
-                self.waiting_scores[index] += scores
+            for delivery in self.deliveries(client_left):
+                index = delivery.choice
+                scores = delivery.scores
+                events: list[Event] = delivery.events
+                if scores and not events:
+                    events = [""]  # tokens whose text is held back, or which have none: the end of a stop text
                 for event in events:
-                    yield self._chunk(index, self.piece(event), more)
-                if finish_reason is not None:
-                    # Tokens without text of their own (half a character, the end of a stop text) may be left over.
-                    if self.waiting_scores[index]:
-                        yield self._chunk(index, self.piece(""), more)
+                    yield self._chunk(index, self.piece(event), more, scores=scores)
+                    scores = []
+                if delivery.finish_reason is not None:
                     if self.session_info is not None:
                         more["session"] = self.session_info
-                    yield self._chunk(index, self.piece(None), more, finish_reason)
+                    yield self._chunk(index, self.piece(None), more, finish_reason=delivery.finish_reason)
             if include_usage and self.usage is not None:
                 yield _event({**self.head, "object": self.chunk_object, "choices": [], "usage": self.usage})
             yield "data: [DONE]\n\n"
@@ -241,17 +253,21 @@ class Answer:
             # The status line has been sent long ago; clients of OpenAI's protocol look for this event.
             yield _event(error.body)
 
-    def _chunk(self, index: int, piece: dict[str, Any], more: dict[str, Any], finish_reason: str | None = None) -> str:
-        """Return the event with a piece of a choice, and the log-probabilities that have waited for it."""
-        scores = self.waiting_scores[index]
-        self.waiting_scores[index] = []
+    def _chunk(
+        self,
+        index: int,
+        piece: dict[str, Any],
+        more: dict[str, Any],
+        scores: Sequence[TokenScore] = (),
+        finish_reason: str | None = None,
+    ) -> str:
+        """Return the event with a piece of a choice."""
         choice = {
             "index": index,
             **piece,
-            "logprobs": self.logprobs(scores, self.offsets[index]) if scores else None,
+            "logprobs": self.logprobs(index, scores) if scores else None,
             "finish_reason": finish_reason,
         }
-        self.offsets[index] += sum(len(_token_text(self.model.tokenizer, score.token)) for score in scores)
         return _event({**self.head, "object": self.chunk_object, "choices": [choice], **more})
 
 
@@ -277,7 +293,7 @@ class ChatAnswer(Answer):
     def choice(self, events: Sequence[Event]) -> dict[str, Any]:
         return {"message": _collect({"role": "assistant"}, "content", events)}
 
-    def logprobs(self, scores: Sequence[TokenScore], offset: int) -> ChatLogprobs:
+    def logprobs(self, index: int, scores: Sequence[TokenScore]) -> ChatLogprobs:
         tokenizer = self.model.tokenizer
         content: list[ScoredToken] = []
         for score in scores:
@@ -301,7 +317,7 @@ class TextAnswer(Answer):
     def choice(self, events: Sequence[Event]) -> dict[str, Any]:
         return _collect({}, "text", events)
 
-    def logprobs(self, scores: Sequence[TokenScore], offset: int) -> TextLogprobs:
+    def logprobs(self, index: int, scores: Sequence[TokenScore]) -> TextLogprobs:
         tokenizer = self.model.tokenizer
         logprobs: TextLogprobs = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for score in scores:
@@ -310,8 +326,8 @@ class TextAnswer(Answer):
             logprobs["tokens"].append(text)
             logprobs["token_logprobs"].append(score.logprob)
             logprobs["top_logprobs"].append(top)
-            logprobs["text_offset"].append(offset)
-            offset += len(text)
+            logprobs["text_offset"].append(self.offsets[index])
+            self.offsets[index] += len(text)
         return logprobs
 
 

@@ -14,6 +14,7 @@ is. A chat then goes straight down:
 The routes that tell of the server are in information.py.
 """
 
+import contextlib
 import hmac
 import json
 import logging
@@ -21,7 +22,7 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -222,20 +223,19 @@ def chat_completions() -> flask.Response:
     body = read_body(json_body(), ChatRequest)
     model = flask.g.models.get_for_answer(body.model)
     messages = [message.as_turn() for message in body.messages]
-    session = None
-    if body.session_id is not None:
-        # The owner is part of the key: the holder of one API key cannot read on in another's conversation.
-        session = model.sessions.begin((flask.g.owner, body.session_id), messages)
-        messages = session.messages
+    turn = None
     try:
-        requests = chat_requests(model, body, messages)
-        # What the session holds is asked for, too, so the messages are part of the key and not the body's alone.
-        key = cache_key(model, body, requests, ["chat", flask.g.owner, messages])
-        answer = ChatAnswer(model, requests, key, session)
+        with refuse_mistakes("messages"):
+            if body.session_id is not None:
+                # The owner is part of the key: the holder of one API key cannot read on in another's conversation.
+                turn = model.sessions.begin((flask.g.owner, body.session_id), messages)
+                messages = turn.messages
+            requests = chat_requests(model, body, messages)
+        answer = ChatAnswer(model, requests, cache_key(model, body, requests), turn)
     except BaseException:
         # A session answers one turn at a time: left open, it would refuse all further ones with 409.
-        if session is not None:
-            session.end()
+        if turn is not None:
+            model.sessions.end(turn)
         raise
     return answer.respond(body)
 
@@ -245,9 +245,18 @@ def text_completions() -> flask.Response:
     """Continue a text, or several."""
     body = read_body(json_body(), CompletionRequest)
     model = flask.g.models.get_for_answer(body.model)
-    requests = text_requests(model, body)
-    key = cache_key(model, body, requests, ["text", flask.g.owner])
-    return TextAnswer(model, requests, key).respond(body)
+    with refuse_mistakes("prompt"):
+        requests = text_requests(model, body)
+    return TextAnswer(model, requests, cache_key(model, body, requests)).respond(body)
+
+
+@contextlib.contextmanager
+def refuse_mistakes(param: str) -> Iterator[None]:
+    """Turn a ValueError inside the block into ApiError 400, which names the parameter."""
+    try:
+        yield
+    except ValueError as error:
+        raise ApiError(400, str(error), param) from error
 
 
 def json_body() -> bytes:
@@ -258,55 +267,43 @@ def json_body() -> bytes:
     return flask.request.get_data(cache=False)
 
 
-def cache_key(model: Model, body: Parameters, requests: Sequence[Request], context: list[Any]) -> str | None:
-    """Return the key of an answer that is sure to repeat, else None. context: what decides it besides the body."""
-    # Engines repeat themselves to the bit: at temperature 0 always, otherwise when the client names the seed.
-    repeats = body.seed is not None or requests[0].temperature == 0
-    if not repeats or not model.config.cache_mb:
-        return None
-    # These fields change how an answer is sent, not what it says: a streamed answer may be kept for a whole one.
-    # The model is left out because each has a cache of its own.
-    asked = body.model_dump(exclude={"stream", "stream_options", "user", "session_id", "model"})
-    return model.responses.key([asked, *context])
-
-
 def chat_requests(model: Model, body: ChatRequest, messages: list[Message]) -> list[Request]:
-    """Return `n` engine requests for the next answer of a chat. Raises ApiError 400 if it cannot be made."""
-    check_number(model, body.n or 1)
-    logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    try:
-        # The oldest turns are dropped where the whole conversation would leave no room for an answer.
-        prompt = model.chat_format.prompt(messages, model.engine.context, longest_answer(model, body))
-        requests = make_requests(model, body, [prompt], logprobs)
-    except ValueError as error:
-        raise ApiError(400, str(error), "messages") from error
+    """Return `n` engine requests for the next answer of a chat. Raises ValueError if it cannot be made."""
+    # The oldest turns are dropped where the whole conversation would leave no room for an answer.
+    prompt = model.chat_format.prompt(messages, model.engine.context, longest_answer(model, body))
+    requests = make_requests(model, body, [prompt], (body.top_logprobs or 0) if body.logprobs else None)
     for request in requests:
         request.decoder = model.chat_format.decoder(prompt, request.stop)
     return requests
 
 
 def text_requests(model: Model, body: CompletionRequest) -> list[Request]:
-    """Return `n` engine requests for each prompt of the body. Raises ApiError 400 if one cannot be run."""
-    prompts = body.prompts()
-    check_number(model, len(prompts) * (body.n or 1))
-    # Models are trained on documents that begin with <|bos|>; some tokenizers of others have no such token.
-    bos = model.tokenizer.get_bos_token_id()
-    beginning = [] if bos is None else [bos]
-    try:
-        ids = [beginning + model.tokenizer.encode(each) if isinstance(each, str) else each for each in prompts]
-        requests = make_requests(model, body, ids, body.logprobs)
-    except ValueError as error:
-        raise ApiError(400, str(error), "prompt") from error
+    """Return `n` engine requests for each prompt of the body. Raises ValueError if one can never run."""
+    requests = make_requests(model, body, body.prompts(), body.logprobs)
     for request in requests:
         request.decoder = AnswerDecoder(model.tokenizer, request.stop)  # a continued text has no reasoning
     return requests
 
 
-def make_requests(model: Model, body: Parameters, prompts: Sequence[list[int]], logprobs: int | None) -> list[Request]:
-    """Return `n` engine requests for each prompt, prompt by prompt. Raises ValueError if one can never run."""
+def make_requests(
+    model: Model, body: Parameters, prompts: Sequence[str | list[int]], logprobs: int | None
+) -> list[Request]:
+    """Return `n` engine requests for each prompt, prompt by prompt.
+
+    Raises ValueError if one can never run, and ApiError 400 for more of them than can ever be open at once.
+    """
+    n = len(prompts) * (body.n or 1)
+    limit = model.replicas[0].limit
+    if n > limit:
+        raise ApiError(400, f"{n} answers at once: this server makes at most {limit}", "n")
     sampling = body.sampling(model.engine.vocab_size, model.config.temperature)
+    bos = model.tokenizer.get_bos_token_id()
     requests = []
     for prompt in prompts:
+        if isinstance(prompt, str):
+            # Models are trained on documents that begin with <|bos|>; some tokenizers of others have no such token.
+            ids = model.tokenizer.encode(prompt)
+            prompt = ids if bos is None else [bos, *ids]
         for sample in range(body.n or 1):
             request = Request(prompt, longest_answer(model, body), sample=sample, logprobs=logprobs, **sampling)
             # Checked here and not on the engine's thread, where an error could only end the engine. `check` reads
@@ -321,8 +318,14 @@ def longest_answer(model: Model, body: Parameters) -> int | None:
     return min(filter(None, (body.max_tokens, model.config.max_tokens)), default=None)
 
 
-def check_number(model: Model, n: int) -> None:
-    """Raise ApiError 400 for more answers than can ever be open at once, before any prompt is tokenized."""
-    limit = model.replicas[0].limit
-    if n > limit:
-        raise ApiError(400, f"{n} answers at once: this server makes at most {limit}", "n")
+def cache_key(model: Model, body: Parameters, requests: Sequence[Request]) -> str | None:
+    """Return the key in the response cache of an answer that is sure to repeat, else None."""
+    # Engines repeat themselves to the bit: at temperature 0 always, otherwise when the client names the seed.
+    repeats = body.seed is not None or requests[0].temperature == 0
+    if not repeats or not model.config.cache_mb:
+        return None
+    # These fields change how an answer is sent, not what it says: a streamed answer may be kept for a whole one.
+    # The model is left out because each has a cache of its own.
+    asked = body.model_dump(exclude={"stream", "stream_options", "user", "session_id", "model"})
+    # In a session the prompt has more than the body: what was said before.
+    return model.responses.key([asked, flask.g.owner, requests[0].tokens])

@@ -51,9 +51,17 @@ def page() -> flask.Response:
 
 @information.get("/health")
 def health() -> tuple[dict, int]:
-    """Say whether this server should get requests."""
-    trouble = flask.g.models.trouble
-    return {"status": trouble or "ok"}, 503 if trouble else 200
+    """Say whether this server should get requests; 503 takes it out of a load balancer's rotation."""
+    models = flask.g.models
+    # One living replica is enough: a load balancer that heard 503 would take away the others' answers, too.
+    dead = [model.name for model in models.loaded if not model.alive]
+    if dead:
+        return {"status": f"the engine died: {', '.join(dead)}"}, 503
+    if models.draining.is_set():
+        return {"status": "shutting down"}, 503
+    if None in models.by_name.values():
+        return {"status": "loading"}, 503
+    return {"status": "ok"}, 200
 
 
 @information.get("/stats")

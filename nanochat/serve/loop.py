@@ -4,9 +4,9 @@ An engine is not thread-safe: a step reads and writes its queue, its cache and i
 them up. Locking it would make every handler wait for a step to end. So each engine has a thread of its own, the only
 one that touches it, and handlers leave calls for that thread:
 
-    handler thread                                   engine thread (EngineLoop)
-    ticket = model.submit(requests)  -- calls -->    add the requests; step; step; ...
-    for delivery in ticket.read():   <-- queue --    a Delivery for each request and step
+    handler thread                           engine thread (EngineLoop)
+    model.submit(requests, outbox)   calls ->    add the requests; step; step; ...
+    outbox.get()                     <- queue    a Delivery for each request and step
 
 Requests of all handlers meet in the same engine, which is what makes batches: 32 answers in one step cost little more
 than one (continuous batching, Orca, OSDI 2022).
@@ -22,10 +22,9 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
 
 from nanochat.cli import option, require_positive
 from nanochat.conversation import ChatFormat
@@ -38,63 +37,30 @@ from nanochat.serve.sessions import ResponseCache, Sessions
 
 log = logging.getLogger(__name__)
 
-POLL_SECONDS = 0.25  # how often a handler that waits for tokens looks whether its client is still there
-
 
 # ---- One engine and its thread
 
 
-class Delivery(NamedTuple):
+@dataclass(frozen=True)
+class Delivery:
     """The result of one engine step for one of the requests that were submitted together."""
 
-    index: int  # type: ignore[assignment]  # of the request; the name hides tuple.index, which nobody needs here
+    choice: int  # which of these requests
     events: list[Event]  # text, reasoning and tool calls, fit to be shown
     scores: list[TokenScore]  # of the step's tokens, if the request asked for them
-    finish_reason: str | None = None
+    finish_reason: str | None
 
 
 @dataclass
 class Progress:
     """What the loop knows of an open request."""
 
-    index: int
-    queue: "queue.SimpleQueue[Delivery]"
+    choice: int
+    outbox: "queue.SimpleQueue[Delivery]"  # to the handler that submitted it
     arrived: float = field(default_factory=time.monotonic)
     started: bool = False
     last_token: float | None = None  # when it came
     n_scores: int = 0  # delivered so far
-
-
-class Ticket:
-    """Requests that were submitted together to one replica."""
-
-    def __init__(self, loop: "EngineLoop", requests: Sequence[Request]) -> None:
-        self.loop = loop
-        self.requests = requests
-        self.queue: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
-
-    def read(self, client_left: Callable[[], bool]) -> Iterator[Delivery]:
-        """Iterate over the deliveries until every request has finished; end early when the client has left.
-
-        Raises ApiError 503 when the engine dies, or the server is closed, in the middle.
-        """
-        n_open = len(self.requests)
-        while n_open:
-            # Nothing wakes this thread when the client hangs up, and a long queue may keep it without tokens for
-            # minutes. So it looks up from the queue now and then: otherwise the engine would write for nobody.
-            try:
-                delivery = self.queue.get(timeout=POLL_SECONDS)
-            except queue.Empty:
-                delivery = None
-            if client_left():
-                return
-            if delivery is None:
-                continue
-            if delivery.finish_reason in ("error", "abort"):
-                raise ApiError(503, "the engine stopped in the middle of the answer")
-            if delivery.finish_reason is not None:
-                n_open -= 1
-            yield delivery
 
 
 class EngineLoop:
@@ -120,17 +86,18 @@ class EngineLoop:
         """Number of requests that run or wait."""
         return len(self._open)
 
-    def submit(self, requests: Sequence[Request]) -> Ticket:
-        """Queue requests that the engine has checked. Raises ApiError 503 when the engine has stopped."""
-        ticket = Ticket(self, requests)
+    def submit(self, requests: Sequence[Request], outbox: "queue.SimpleQueue[Delivery]") -> None:
+        """Queue requests that the engine has checked; their deliveries go to `outbox`.
+
+        Raises ApiError 503 when the engine has stopped.
+        """
         with self._wake:
             if self._closed:
                 raise unavailable("the engine has stopped: see the log")
-            for index, request in enumerate(requests):
-                self._open[request] = Progress(index, ticket.queue)
+            for choice, request in enumerate(requests):
+                self._open[request] = Progress(choice, outbox)
                 self._calls.append(partial(self.engine.add, request))
             self._wake.notify()
-        return ticket
 
     def cancel(self, requests: Sequence[Request]) -> None:
         """Drop requests that nobody reads any more; those that have finished stay as they are."""
@@ -183,7 +150,7 @@ class EngineLoop:
             with self._wake:
                 self._closed = True
                 for progress in self._open.values():
-                    progress.queue.put(Delivery(progress.index, [], [], "error"))
+                    progress.outbox.put(Delivery(progress.choice, [], [], finish_reason="error"))
                     self.metrics.requests.labels(self.model_name, "error").inc()
                 self._open.clear()
 
@@ -203,7 +170,7 @@ class EngineLoop:
                 # The request is the engine's and goes on changing in the next step: handlers get copies of what is new.
                 scores = update.request.scores[progress.n_scores :]
                 progress.n_scores += len(scores)
-                progress.queue.put(Delivery(progress.index, update.events, scores, update.finish_reason))
+                progress.outbox.put(Delivery(progress.choice, update.events, scores, update.finish_reason))
                 if update.tokens and progress.last_token is None:
                     self.metrics.first_token.labels(name).observe(now - progress.arrived)
                 elif update.tokens and progress.last_token is not None:
@@ -282,8 +249,8 @@ class Model:
         """Number of requests that run or wait, over all replicas."""
         return sum(loop.n_open for loop in self.replicas)
 
-    def submit(self, requests: Sequence[Request]) -> Ticket:
-        """Send requests that belong together to the least busy replica.
+    def submit(self, requests: Sequence[Request], outbox: "queue.SimpleQueue[Delivery]") -> EngineLoop:
+        """Send requests that belong together to the least busy replica, and return it.
 
         Raises ApiError 429 when it has no room for them now, 503 when every engine is dead.
         """
@@ -298,7 +265,8 @@ class Model:
                 seconds = max(1, min(60, math.ceil(loop.seconds_per_request)))
                 message = f"{self.n_open} answers are being made or waited for, of at most {limit}"
                 raise ApiError(429, message, code="queue_full", headers={"Retry-After": str(seconds)})
-            return loop.submit(requests)
+            loop.submit(requests, outbox)
+            return loop
 
 
 class Models:
@@ -311,28 +279,28 @@ class Models:
         # Set at SIGTERM: new answers are refused, those that were begun go on. The port stays open meanwhile: clients
         # hear 503 with Retry-After, which tells them and the load balancer more than a refused connection.
         self.draining = threading.Event()
-        self._models: dict[str, Model | None] = dict.fromkeys(names)
+        self.by_name: dict[str, Model | None] = dict.fromkeys(names)
         # The most requests that can be open. Counted by the flags, because no model is loaded yet.
-        self.most_open = len(self._models) * n_replicas * (config.max_batch + config.max_waiting)
+        self.most_open = len(self.by_name) * n_replicas * (config.max_batch + config.max_waiting)
 
     def add(self, name: str, engines: Sequence[Engine], chat_format: ChatFormat) -> None:
         """Start the threads of a model's replicas and let it answer."""
-        self._models[name] = Model(name, engines, chat_format, self.config, self.metrics)
+        self.by_name[name] = Model(name, engines, chat_format, self.config, self.metrics)
 
     @property
     def loaded(self) -> list[Model]:
         """The models that can be asked."""
         # A copy of the values: the loading thread may add a model while a handler goes through them.
-        return [model for model in list(self._models.values()) if model is not None]
+        return [model for model in list(self.by_name.values()) if model is not None]
 
     def get(self, name: str | None) -> Model:
         """Return a model by name; None means the first. Raises ApiError 404 if there is none, 503 while it loads."""
         if name is None:
-            name = next(iter(self._models))
-        if name not in self._models:
-            message = f"there is no model {name!r}: this server has {', '.join(self._models)}"
+            name = next(iter(self.by_name))
+        if name not in self.by_name:
+            message = f"there is no model {name!r}: this server has {', '.join(self.by_name)}"
             raise ApiError(404, message, "model", "model_not_found")
-        model = self._models[name]
+        model = self.by_name[name]
         if model is None:
             raise unavailable("the model is being loaded")
         return model
@@ -348,19 +316,6 @@ class Models:
         if not model.alive:
             raise unavailable("the engine has stopped: see the log")
         return model
-
-    @property
-    def trouble(self) -> str | None:
-        """Why this server should get no requests now, for /health; None when all is well."""
-        # One living replica is enough: a load balancer that heard 503 would take away the others' answers, too.
-        dead = [model.name for model in self.loaded if not model.alive]
-        if dead:
-            return f"the engine died: {', '.join(dead)}"
-        if self.draining.is_set():
-            return "shutting down"
-        if len(self.loaded) < len(self._models):
-            return "loading"
-        return None
 
     @property
     def n_open(self) -> int:

@@ -1,4 +1,9 @@
-"""What a server remembers between requests: conversations by session name, and answers that would repeat exactly."""
+"""What a server remembers between requests: conversations by session name, and answers that would repeat exactly.
+
+turn = sessions.begin(("ada's key", "s1"), [{"role": "user", "content": "And now?"}])
+turn.messages      the conversation so far, and the new question
+sessions.end(turn, content)     the session holds `content` from now on
+"""
 
 import contextlib
 import hashlib
@@ -8,45 +13,38 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from cachetools import TTLCache
+
 from nanochat.conversation import ChatFormat, Message
 from nanochat.serve.schema import ApiError, SessionContent
 
 Key = tuple[int, str]  # the owner (the number of an API key) and the session's name: keys do not see each other's
 
 
-@dataclass
+@dataclass(eq=False)
 class SessionTurn:
     """A turn that is being answered: the conversation up to its question, and the turns that no longer fit."""
 
-    sessions: "Sessions"
     key: Key
     messages: list[Message]
     dropped_turns: int
-    open: bool = True
-
-    def end(self, content: SessionContent | None = None) -> None:
-        """Let the next turn begin. content: what the session now holds; None leaves it as it was before this turn."""
-        if self.open:
-            self.open = False
-            self.sessions.end(self.key, content)
+    deleted: bool = False  # while it was answered
 
 
 class Sessions:
     """Conversations by owner and name, each cut to `budget` tokens.
 
     They are forgotten `seconds` after their last turn; when there are more than `most`, the least recently used goes
-    first. `begin` and `SessionTurn.end` enclose the making of an answer.
+    first. `begin` and `end` enclose the making of an answer.
     """
 
     def __init__(self, chat_format: ChatFormat, budget: int, most: int, seconds: float) -> None:
-        from cachetools import TTLCache
-
         self.chat_format = chat_format
         self.budget = budget
         self.seconds = seconds
-        self._kept: TTLCache = TTLCache(most, seconds)  # Key -> (SessionContent, when it expires)
-        self._answering: dict[Key, bool] = {}  # False: deleted meanwhile, so the answer must not be kept
-        self._lock = threading.Lock()
+        self._kept: TTLCache[Key, tuple[SessionContent, float]] = TTLCache(most, seconds)  # and when it expires
+        self._answering: dict[Key, SessionTurn] = {}
+        self._lock = threading.Lock()  # guards the two above
 
     def __len__(self) -> int:
         with self._lock:
@@ -55,44 +53,45 @@ class Sessions:
     def begin(self, key: Key, new: list[Message]) -> SessionTurn:
         """Append messages to the conversation and let it be answered; a new system message replaces the old one.
 
-        Raises ApiError 409 while another turn of the session is being answered, and 400 if the messages do not follow
-        on those before.
+        Raises ApiError 409 while another turn of the session is being answered, and ValueError if the messages do not
+        follow on those before.
         """
         with self._lock:
+            # Two turns at once would each be answered without the other, and the later answer would overwrite the
+            # earlier. The lock is not held while the model writes: the turn keeps the name, other sessions go on.
             if key in self._answering:
                 message = f"session {key[1]!r} is answering: wait for its answer"
                 raise ApiError(409, message, "session_id", "session_busy")
-            # Two turns at once would each be answered without the other, and the later answer would overwrite the
-            # earlier. The lock is not held while the model writes: the mark keeps the name, other sessions go on.
             content, _ = self._kept.get(key, (None, 0.0))
-            self._answering[key] = True
-        old = content["messages"] if content else []
-        dropped_turns = content["dropped_turns"] if content else 0
-        # A system message stands first, also when a later turn brings it.
+            turn = SessionTurn(key, [], content["dropped_turns"] if content else 0)
+            self._answering[key] = turn
+        before = content["messages"] if content else []
+        conversation = [*before, *new]
         if new[0]["role"] == "system":
-            if old and old[0]["role"] == "system":
-                old = old[1:]
-            conversation = [new[0], *old, *new[1:]]
-        else:
-            conversation = [*old, *new]
+            # A system message stands first, also when a later turn brings it.
+            turns = [message for message in before if message["role"] != "system"]
+            conversation = [new[0], *turns, *new[1:]]
         try:
-            messages = self.chat_format.fit(conversation, self.budget)
-        except BaseException as error:
-            self.end(key)
-            if isinstance(error, ValueError):
-                raise ApiError(400, str(error), "messages") from error
+            turn.messages = self.chat_format.fit(conversation, self.budget)
+        except BaseException:
+            self.end(turn)
             raise
         # What is dropped goes in pairs: a question and its answer.
-        dropped_turns += (len(conversation) - len(messages)) // 2
-        return SessionTurn(self, key, messages, dropped_turns)
+        turn.dropped_turns += (len(conversation) - len(turn.messages)) // 2
+        return turn
 
-    def end(self, key: Key, content: SessionContent | None = None) -> None:
-        """Let the next turn begin; keep `content` unless the session was deleted while it was answered."""
+    def end(self, turn: SessionTurn, content: SessionContent | None = None) -> None:
+        """Let the next turn begin. content: what the session now holds; None leaves it as it was before this turn.
+
+        A turn that has ended already stays as it is.
+        """
         with self._lock:
+            if self._answering.get(turn.key) is not turn:
+                return
+            del self._answering[turn.key]
             # A client that deletes a session while it answers does not want it to come back with the answer.
-            keep = self._answering.pop(key)
-            if keep and content is not None:
-                self._kept[key] = (content, time.monotonic() + self.seconds)
+            if content is not None and not turn.deleted:
+                self._kept[turn.key] = (content, time.monotonic() + self.seconds)
 
     def get(self, key: Key) -> SessionContent | None:
         """Return what the session holds, with the seconds it has left; None if there is no such session (any more)."""
@@ -101,17 +100,17 @@ class Sessions:
                 return None
             kept, expires = self._kept[key]
         # A copy, because the seconds that are left differ each time.
-        content: SessionContent = kept.copy()
+        content = kept.copy()
         content["expires_in"] = round(max(0.0, expires - time.monotonic()), 1)
         return content
 
     def forget(self, key: Key) -> bool:
         """Delete a session, and the answer it is waiting for. Returns False if there is none."""
         with self._lock:
-            answering = key in self._answering
-            if answering:
-                self._answering[key] = False
-            return self._kept.pop(key, None) is not None or answering
+            turn = self._answering.get(key)
+            if turn is not None:
+                turn.deleted = True
+            return self._kept.pop(key, None) is not None or turn is not None
 
 
 class ResponseCache:
@@ -121,10 +120,8 @@ class ResponseCache:
     """
 
     def __init__(self, most_bytes: int, seconds: float) -> None:
-        from cachetools import TTLCache
-
         # The length of the text form is near enough to the memory that an answer takes.
-        self._kept: TTLCache = TTLCache(most_bytes, seconds, getsizeof=lambda value: len(repr(value)))
+        self._kept: TTLCache[str, Any] = TTLCache(most_bytes, seconds, getsizeof=lambda value: len(repr(value)))
         self._n_cleared = 0
         self._lock = threading.Lock()
 
