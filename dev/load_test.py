@@ -3,9 +3,9 @@
     python -m scripts.chat_web --port 8000 --cache-mb 0 &
     python -m dev.load_test --clients 64 --seconds 120
 
-Each client asks, reads its answer as a stream, and asks again. `--leave 0.5` lets half of the answers be left in the
-middle. The record has percentiles of the time to the first token, between tokens and to the end, errors by kind, and
-the server's memory and gauges before, during and after.
+Each client is a thread that asks, reads its answer as a stream, and asks again. `--leave 0.5` lets half of the answers
+be left in the middle. The record has percentiles of the time to the first token, between tokens and to the end, errors
+by kind, and the server's memory and gauges before, during and after.
 """
 
 import http.client
@@ -14,10 +14,11 @@ import random
 import statistics
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
-from urllib.parse import urlsplit
 
 from nanochat import cli
 from nanochat.cli import option
@@ -41,12 +42,17 @@ class Config:
     leave: float = option(0.0, "share of the answers whose client leaves in the middle")
     output: str | None = option(None, "where the record goes; unset: evals/load_test.json in the base directory")
 
+    def __post_init__(self) -> None:
+        """Raise ValueError for an address of another protocol."""
+        if not self.url.startswith(("http://", "https://")):
+            raise ValueError(f"--url {self.url} must be like http://127.0.0.1:8000")
+
 
 @dataclass
 class Result:
-    """What one client, or all of them, saw."""
+    """What one client, or all of them, saw. Times are in seconds."""
 
-    first: list[float] = field(default_factory=list)  # seconds from asking to the first text
+    first: list[float] = field(default_factory=list)  # from asking to the first text
     between: list[float] = field(default_factory=list)  # between one piece of text and the next
     whole: list[float] = field(default_factory=list)  # from asking to the end
     tokens: int = 0
@@ -55,92 +61,93 @@ class Result:
 
     def add(self, other: "Result") -> None:
         """Take up what another client saw."""
-        for mine, theirs in ((self.first, other.first), (self.between, other.between), (self.whole, other.whole)):
-            mine.extend(theirs)
-        self.tokens, self.left = self.tokens + other.tokens, self.left + other.left
-        self.errors.update(other.errors)
+        self.first += other.first
+        self.between += other.between
+        self.whole += other.whole
+        self.tokens += other.tokens
+        self.left += other.left
+        self.errors += other.errors
 
 
-class Server:
-    """The address of a server and how it is spoken to."""
+def connect(config: Config, path: str, body: Any = None) -> Any:
+    """Return the open response to a GET, or to a POST of `body`. Raises OSError if there is none, or a refusal."""
+    headers = {"Content-Type": "application/json"}
+    if config.api_key:
+        headers["Authorization"] = f"Bearer {config.api_key}"
+    data = json.dumps(body).encode() if body else None
+    request = urllib.request.Request(config.url.rstrip("/") + path, data, headers)
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # whatever $http_proxy says
+    return direct.open(request, timeout=120)
 
-    def __init__(self, config: Config) -> None:
-        parts = urlsplit(config.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"--url {config.url} must be like http://127.0.0.1:8000")
-        self.config, self.address, self.path = config, (parts.hostname, parts.port), parts.path.rstrip("/")
-        self.kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        self.headers = {"Content-Type": "application/json"}
-        if config.api_key:
-            self.headers["Authorization"] = f"Bearer {config.api_key}"
 
-    def open(self, method: str, path: str, body: Any = None) -> tuple[Any, Any]:
-        """(connection, response) of a request."""
-        connection = self.kind(*self.address, timeout=120)
-        connection.request(method, self.path + path, json.dumps(body) if body else None, self.headers)
-        return connection, connection.getresponse()
+def read_figures(config: Config) -> dict[str, float]:
+    """Return the gauges and the memory that /metrics tells, each summed over all models."""
+    from prometheus_client.parser import text_string_to_metric_families
 
-    def figures(self) -> dict[str, float]:
-        """The gauges and the memory that /metrics tells."""
-        connection, response = self.open("GET", "/metrics")
-        lines = [line.rsplit(" ", 1) for line in response.read().decode().splitlines() if not line.startswith("#")]
-        connection.close()
-        figures: Counter[str] = Counter()  # of all the models together
-        for name, value in lines:
-            figures[name.partition("{")[0]] += float(value)
-        return {name: figures[name] for name in (*GAUGES, MEMORY) if name in figures}
+    with connect(config, "/metrics") as response:
+        text = response.read().decode()
+    figures: Counter[str] = Counter()
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            figures[sample.name] += sample.value
+    return {name: figures[name] for name in (*GAUGES, MEMORY) if name in figures}
 
-    def ask(self, rng: random.Random, result: Result) -> None:
-        """Ask once and read the answer, or leave in the middle of it."""
-        config = self.config
-        body = {"messages": [{"role": "user", "content": rng.choice(QUESTIONS)}], "stream": True}
-        body |= {"max_tokens": config.max_tokens, "temperature": config.temperature, "seed": rng.getrandbits(31)}
-        body["stream_options"] = {"include_usage": True}
-        leave_after = rng.randint(0, 8) if rng.random() < config.leave else None
-        asked = last = time.monotonic()
-        connection, response = self.open("POST", "/v1/chat/completions", body)
-        try:
-            if response.status != 200:
-                result.errors[f"status {response.status}"] += 1
-                time.sleep(float(response.getheader("Retry-After") or 0.1))
+
+def ask(config: Config, rng: random.Random, result: Result) -> None:
+    """Ask once and read the answer, or leave in the middle of it. Raises OSError or HTTPException if it breaks off."""
+    body = {
+        "messages": [{"role": "user", "content": rng.choice(QUESTIONS)}],
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "max_tokens": config.max_tokens,
+        "temperature": config.temperature,
+        "seed": rng.getrandbits(31),
+    }
+    leave_after = rng.randint(0, 8) if rng.random() < config.leave else None
+    n_pieces = 0
+    asked = time.monotonic()
+    last = asked
+    with connect(config, "/v1/chat/completions", body) as response:
+        for line in response:
+            if n_pieces == leave_after:
+                result.left += 1
                 return
-            n_pieces, done = 0, False
-            for line in response:
-                if leave_after is not None and n_pieces >= leave_after:
-                    result.left += 1
-                    return
-                if not line.startswith(b"data: "):
-                    continue
-                if done := line.strip() == b"data: [DONE]":
-                    break
-                event, now = json.loads(line[6:]), time.monotonic()
-                if "error" in event:
-                    result.errors[event["error"]["message"]] += 1
-                    return
-                result.tokens += (event.get("usage") or {}).get("completion_tokens", 0)
-                if event["choices"] and event["choices"][0]["delta"].get("content"):
-                    (result.between if n_pieces else result.first).append(now - (last if n_pieces else asked))
-                    last, n_pieces = now, n_pieces + 1
-            if done:
-                result.whole.append(time.monotonic() - asked)
-            else:
-                result.errors["the stream ended without [DONE]"] += 1
-        finally:
-            connection.close()
+            if not line.startswith(b"data: "):
+                continue
+            now = time.monotonic()
+            if line.strip() == b"data: [DONE]":
+                result.whole.append(now - asked)
+                return
+            event = json.loads(line[len(b"data: ") :])
+            if "error" in event:
+                result.errors[event["error"]["message"]] += 1
+                return
+            if event["usage"]:
+                result.tokens += event["usage"]["completion_tokens"]
+            elif event["choices"][0]["delta"].get("content"):
+                times = result.between if n_pieces else result.first
+                times.append(now - last)
+                last = now
+                n_pieces += 1
+    result.errors["the stream ended without [DONE]"] += 1
 
-    def go_on_asking(self, seed: int, until: float, result: Result) -> None:
-        """A client: ask until the time is over."""
-        rng = random.Random(seed)
-        while time.monotonic() < until:
-            try:
-                self.ask(rng, result)
-            except (OSError, http.client.HTTPException) as error:
-                result.errors[type(error).__name__] += 1
-                time.sleep(0.1)
+
+def client(config: Config, seed: int, until: float, result: Result) -> None:
+    """Ask again and again until the time is over."""
+    rng = random.Random(seed)
+    while time.monotonic() < until:
+        try:
+            ask(config, rng, result)
+        except urllib.error.HTTPError as refusal:
+            result.errors[f"status {refusal.code}"] += 1
+            time.sleep(float(refusal.headers.get("Retry-After") or 0.1))
+        except (OSError, http.client.HTTPException) as error:
+            result.errors[type(error).__name__] += 1
+            time.sleep(0.1)
 
 
 def percentiles(values: list[float]) -> dict[str, float] | None:
-    """Milliseconds at 50, 90, 99 % and the longest; None where there was nothing to measure."""
+    """Return milliseconds at 50, 90, 99 % and the longest; None where there was nothing to measure."""
     if len(values) < 2:
         return None
     cuts = statistics.quantiles(values, n=100, method="inclusive")
@@ -152,44 +159,48 @@ def load(config: Config) -> dict[str, Any]:
     """Put the load on and return the record."""
     from tqdm import tqdm
 
-    server = Server(config)
-    before = server.figures()
+    before = read_figures(config)
     results = [Result() for _ in range(config.clients)]
     started = time.monotonic()
     until = started + config.seconds
-    jobs = [(i, until, result) for i, result in enumerate(results)]
-    threads = [threading.Thread(target=server.go_on_asking, args=job, daemon=True) for job in jobs]
-    for thread in threads:
+    threads = []
+    for seed, result in enumerate(results):
+        thread = threading.Thread(target=client, args=(config, seed, until, result), daemon=True)
         thread.start()
-    during = []
+        threads.append(thread)
+    memory = []
     with tqdm(total=round(config.seconds), unit="s", desc="load") as bar:
-        while (left := until - time.monotonic()) > 0:
-            time.sleep(min(5, left))
+        while time.monotonic() < until:
+            time.sleep(min(5, max(0, until - time.monotonic())))
             bar.update(round(time.monotonic() - started) - bar.n)
-            during.append(server.figures())
+            memory.append(round(read_figures(config)[MEMORY] / 2**20, 1))
     for thread in threads:
         thread.join(120)
-    stuck = sum(thread.is_alive() for thread in threads)
     seconds = time.monotonic() - started
+    # The server looks four times a second whether a client has left, so its gauges may need a moment.
+    after = read_figures(config)
     deadline = time.monotonic() + 10
-    while any((after := server.figures())[name] for name in GAUGES) and time.monotonic() < deadline:
+    while any(after[name] for name in GAUGES) and time.monotonic() < deadline:
         time.sleep(0.1)
+        after = read_figures(config)
     total = Result()
     for result in results:
         total.add(result)
+    settings = asdict(config)
+    del settings["api_key"]
     return {
-        "config": {name: value for name, value in asdict(config).items() if name != "api_key"},
+        "config": settings,
         "seconds": round(seconds, 1),
         "answers": len(total.whole),
         "left_by_client": total.left,
         "errors": dict(total.errors),
-        "stuck_clients": stuck,
+        "stuck_clients": sum(thread.is_alive() for thread in threads),
         "tokens_per_second": round(total.tokens / seconds, 1),
         "time_to_first_token_ms": percentiles(total.first),
         "between_pieces_ms": percentiles(total.between),
         "whole_answer_ms": percentiles(total.whole),
         "server_before": before,
-        "server_memory_mib": [round(figures[MEMORY] / 2**20, 1) for figures in during],
+        "server_memory_mib": memory,
         "server_after": after,
     }
 
@@ -199,10 +210,9 @@ def main() -> None:
     config = cli.parse(Config, description=__doc__)
     try:
         record = load(config)
-    except ConnectionError as error:
-        raise ValueError(
-            f"no server at --url {config.url} ({error}): start one with python -m scripts.chat_web"
-        ) from error
+    except OSError as error:
+        hint = "start one with python -m scripts.chat_web, or give --api-key"
+        raise ValueError(f"no answer from the server at --url {config.url} ({error}): {hint}") from error
     print(json.dumps(record, indent=1))
     write_record(config.output or get_base_dir() / "evals" / "load_test.json", record)
     if record["errors"] or record["stuck_clients"] or any(record["server_after"][name] for name in GAUGES):
