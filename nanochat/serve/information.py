@@ -59,7 +59,7 @@ def health() -> tuple[dict, int]:
         return {"status": f"the engine died: {', '.join(dead)}"}, 503
     if models.draining.is_set():
         return {"status": "shutting down"}, 503
-    if None in models.by_name.values():
+    if len(models.loaded) < len(models.names):
         return {"status": "loading"}, 503
     return {"status": "ok"}, 200
 
@@ -68,8 +68,9 @@ def health() -> tuple[dict, int]:
 def stats() -> dict:
     """Return gauges and counters of each model, summed over its replicas."""
     models = flask.g.models
-    figures = {
-        model.name: {
+    figures = {}
+    for model in models.loaded:
+        figures[model.name] = {
             "context": model.engine.context,
             "max_batch": model.engine.max_batch,
             "open_requests": model.n_open,
@@ -77,8 +78,6 @@ def stats() -> dict:
             "cached_responses": len(model.responses),
             **models.metrics.engine_figures(model.name),
         }
-        for model in models.loaded
-    }
     return {"uptime_seconds": round(time.time() - models.started, 1), "models": figures}
 
 

@@ -22,7 +22,7 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -272,38 +272,33 @@ class Model:
 class Models:
     """The models of a server by name. A name is known before its model is loaded; until `add` it answers 503."""
 
-    def __init__(self, config: ServerConfig, names: Iterable[str], n_replicas: int = 1) -> None:
+    def __init__(self, config: ServerConfig, names: Sequence[str], n_replicas: int = 1) -> None:
         self.config = config
+        self.names = list(dict.fromkeys(names))
+        self.loaded: list[Model] = []  # grows while handlers already read it: append is atomic
         self.metrics = Metrics()
         self.started = time.time()
         # Set at SIGTERM: new answers are refused, those that were begun go on. The port stays open meanwhile: clients
         # hear 503 with Retry-After, which tells them and the load balancer more than a refused connection.
         self.draining = threading.Event()
-        self.by_name: dict[str, Model | None] = dict.fromkeys(names)
         # The most requests that can be open. Counted by the flags, because no model is loaded yet.
-        self.most_open = len(self.by_name) * n_replicas * (config.max_batch + config.max_waiting)
+        self.most_open = len(self.names) * n_replicas * (config.max_batch + config.max_waiting)
 
     def add(self, name: str, engines: Sequence[Engine], chat_format: ChatFormat) -> None:
         """Start the threads of a model's replicas and let it answer."""
-        self.by_name[name] = Model(name, engines, chat_format, self.config, self.metrics)
-
-    @property
-    def loaded(self) -> list[Model]:
-        """The models that can be asked."""
-        # A copy of the values: the loading thread may add a model while a handler goes through them.
-        return [model for model in list(self.by_name.values()) if model is not None]
+        self.loaded.append(Model(name, engines, chat_format, self.config, self.metrics))
 
     def get(self, name: str | None) -> Model:
         """Return a model by name; None means the first. Raises ApiError 404 if there is none, 503 while it loads."""
         if name is None:
-            name = next(iter(self.by_name))
-        if name not in self.by_name:
-            message = f"there is no model {name!r}: this server has {', '.join(self.by_name)}"
-            raise ApiError(404, message, "model", "model_not_found")
-        model = self.by_name[name]
-        if model is None:
+            name = self.names[0]
+        for model in self.loaded:
+            if model.name == name:
+                return model
+        if name in self.names:
             raise unavailable("the model is being loaded")
-        return model
+        message = f"there is no model {name!r}: this server has {', '.join(self.names)}"
+        raise ApiError(404, message, "model", "model_not_found")
 
     def get_for_answer(self, name: str | None) -> Model:
         """As `get`, and raise ApiError 503 if the model makes no answers: after SIGTERM, or when its engines are dead.

@@ -95,9 +95,8 @@ class Message(Strict):
     def as_turn(self) -> dict[str, Any]:
         """Return the message in the form of conversation.py."""
         role = "system" if self.role == "developer" else self.role
-        if isinstance(self.content, list):
-            return {"role": role, "content": [part.model_dump() for part in self.content]}
-        return {"role": role, "content": self.content or ""}
+        content = self.model_dump(include={"content"})["content"]
+        return {"role": role, "content": content or ""}
 
 
 class ResponseFormat(Strict):
