@@ -191,33 +191,40 @@ def problems_of_step(problems: list[Problem], config: RLConfig, step: int) -> di
 
 
 def sample_groups(run: Run, config: RLConfig, problems: dict[str, Problem], n: int) -> list[Group]:
-    """Sample `n` answers to each of this rank's share of the problems; none to one that is malformed or too long.
+    """Sample `n` answers to each of this rank's share of the problems, and judge them.
 
     An answer follows from the model, the problem, its name and the answer's number, and so not from the batch or the
     rank that it is sampled in.
     """
-    # A new engine, for the weights have changed: nothing that was cached of the old ones may be used.
-    engine = Engine(run.model, run.tokenizer, max_batch=config.rollout_batch_size)
     mine = list(problems.items())[run.compute.rank :: run.compute.world_size]
     asked = []
     for name, (task, index) in mine:
         conversation = task[index]
-        seed = random.Random(f"rl {config.seed} {name}").getrandbits(62)
-        requests = []
-        try:
-            prompt = render_for_completion(conversation, run.tokenizer)
-        except ValueError:
-            prompt = None
-        if prompt is not None and len(prompt) + config.max_new_tokens <= run.model.config.sequence_len:
-            requests = [Request(prompt, max_tokens=config.max_new_tokens, seed=seed, sample=i) for i in range(n)]
-        asked.append((task, conversation, requests))
+        asked.append((task, conversation, make_requests(run, config, conversation, name, n)))
+
+    # A new engine, for the weights have changed: nothing that was cached of the old ones may be used.
+    engine = Engine(run.model, run.tokenizer, max_batch=config.rollout_batch_size)
     # Eager: sampling reads batches of ever new lengths.
     with torch.compiler.set_stance("force_eager"):
         engine.run([request for _, _, requests in asked for request in requests])
-    return [
-        Group(requests, [judge(task, conversation, request, run.tokenizer) for request in requests])
-        for task, conversation, requests in asked
-    ]
+
+    groups = []
+    for task, conversation, requests in asked:
+        rewards = [judge(task, conversation, request, run.tokenizer) for request in requests]
+        groups.append(Group(requests, rewards))
+    return groups
+
+
+def make_requests(run: Run, config: RLConfig, conversation: dict[str, Any], name: str, n: int) -> list[Request]:
+    """Return `n` requests for answers to a conversation's question; none if it is malformed or leaves no room."""
+    try:
+        prompt = render_for_completion(conversation, run.tokenizer)
+    except ValueError:
+        return []
+    if len(prompt) + config.max_new_tokens > run.model.config.sequence_len:
+        return []
+    seed = random.Random(f"rl {config.seed} {name}").getrandbits(62)
+    return [Request(prompt, max_tokens=config.max_new_tokens, seed=seed, sample=i) for i in range(n)]
 
 
 def judge(task: Any, conversation: dict[str, Any], request: Request, tokenizer: Tokenizer) -> float:
@@ -232,19 +239,20 @@ def judge(task: Any, conversation: dict[str, Any], request: Request, tokenizer: 
 
 
 def count(groups: Sequence[Group], compute: Compute) -> dict[str, float]:
-    """Count the groups that cannot be asked and the useful ones, their answers, rewards and tokens, over all ranks."""
-    answers = [request for group in groups for request in group.requests]
-    useful = [group for group in groups if any(group.advantages)]
-    own = {
-        "unusable": sum(not group.requests for group in groups),
-        "useful": len(useful),
-        "reward": sum(sum(group.rewards) for group in groups),
-        "answers": len(answers),
-        "tokens": sum(sum(sampled_row(answer)[1]) for answer in answers),
-        "trained_tokens": sum(sum(sampled_row(answer)[1]) for group in useful for answer in group.requests),
-        "cut_off": sum(answer.finish_reason == "length" for answer in answers),
-    }
-    totals = compute.all_reduce_sum(torch.tensor(list(own.values()), dtype=torch.float32, device=compute.device))
+    """Count the answers of a step, their rewards and their tokens, over all ranks."""
+    own = dict.fromkeys(("unusable", "useful", "answers", "reward", "tokens", "trained_tokens", "cut_off"), 0.0)
+    for group in groups:
+        useful = any(group.advantages)  # their rewards differ, so there is something to learn
+        own["useful"] += useful
+        own["unusable"] += not group.requests
+        own["answers"] += len(group.requests)
+        own["reward"] += sum(group.rewards)
+        for request in group.requests:
+            _, mask = sampled_row(request)
+            own["tokens"] += sum(mask)
+            own["trained_tokens"] += sum(mask) if useful else 0
+            own["cut_off"] += request.finish_reason == "length"
+    totals = compute.all_reduce_sum(torch.tensor(list(own.values()), device=compute.device))
     return dict(zip(own, totals.tolist(), strict=True))
 
 
@@ -256,7 +264,7 @@ def describe(totals: dict[str, float], config: RLConfig, step: int) -> dict[str,
         )
     return {
         "reward": totals["reward"] / totals["answers"],
-        "useful": totals["useful"] / config.problems,  # share of groups whose rewards differ
+        "useful": totals["useful"] / config.problems,
         "answer_tokens": totals["tokens"] / totals["answers"],
         "cut_off": totals["cut_off"] / totals["answers"],
         "unusable": int(totals["unusable"]),
@@ -276,7 +284,7 @@ def accumulate_gradients(
     sums_2 = torch.zeros(2, device=run.compute.device)  # loss, and negative log-likelihood of what is trained
     # A rank that has nothing to learn from skips this loop; the optimizer takes its gradients for zeros.
     for idx_BT, targets_BT, weights_BT in make_micro_batches(groups, totals["tokens"], batch.rows, run.compute.device):
-        nll_BT = run.model(idx_BT, targets_BT, loss_reduction="none", recompute=batch.checkpointing)
+        nll_BT = run.model(idx_BT, targets_BT, loss_reduction="none", recompute=batch.recompute)
         # -A · log p summed over tokens. Weights are divided by all ranks' tokens, so gradients only add up.
         loss = (nll_BT * weights_BT).sum()
         loss.backward()
@@ -342,14 +350,23 @@ def evaluate(run: Run, config: RLConfig, test: Sequence[Any]) -> dict[str, Any]:
             sampling=Sampling(max_new_tokens=config.max_new_tokens),
             compute=compute,
         )
-        record.pop("samples")
-        groups = sample_groups(run, config, {f"test {task.name} {i}": (task, i) for i in range(n)}, PASS_AT[-1])
+        del record["samples"]
+
+        # The same problems with sampled answers, judged as in training. Each rank knows those of its own problems.
+        problems = {f"test {task.name} {i}": (task, i) for i in range(n)}
+        groups = sample_groups(run, config, problems, PASS_AT[-1])
         right_N = torch.zeros(n, device=compute.device)
         right_N[compute.rank :: compute.world_size] = torch.tensor([sum(group.rewards) for group in groups])
-        rights = [int(right) for right in compute.all_reduce_sum(right_N).tolist()]
+        rights = compute.all_reduce_sum(right_N).int().tolist()
         record["pass_at_k"] = pass_rates(rights, PASS_AT[-1], PASS_AT)
-        scores = {"accuracy": record, **{f"pass@{k}": rate for k, rate in record["pass_at_k"].items()}}
-        shown = [f"{name} {100 * s['accuracy']:.1f} ± {100 * s['stderr']:.1f} %" for name, s in scores.items()]
+
+        shown = [f"accuracy {percent(record)}"]
+        shown += [f"pass@{k} {percent(rate)}" for k, rate in record["pass_at_k"].items()]
         print0(f"step {run.step}: {task.name}, {n} problems: {', '.join(shown)}")
         records[task.name] = record
     return records
+
+
+def percent(score: dict[str, Any]) -> str:
+    """Return an accuracy with its standard error, such as "93.0 ± 1.8 %"."""
+    return f"{100 * score['accuracy']:.1f} ± {100 * score['stderr']:.1f} %"

@@ -88,7 +88,7 @@ def train(run: Run, train_rows: PackedRows, val_rows: PackedRows, prompts: Seque
 
             began = time.perf_counter()  # waiting for rows is part of a step
             _, micro_batches = next(steps)
-            mean_loss = accumulate_gradients(run, micro_batches, batch.checkpointing)
+            mean_loss = accumulate_gradients(run, micro_batches, batch.recompute)
             # The schedules of learning rate, momentum and weight decay are in recipe.py.
             lr_mult = recipe.learning_rate_multiplier(step, run.num_iterations, config)
             grad_norm = run.optimizer.step(
@@ -216,7 +216,7 @@ class DeviceBatch:
 
     rows: int
     accumulation: int
-    checkpointing: bool  # recompute activations in the backward pass (arXiv 1604.06174)
+    recompute: bool  # activations, in the backward pass (arXiv 1604.06174)
     peak: int | None  # bytes, measured on CUDA; None elsewhere
 
 
@@ -235,7 +235,7 @@ def choose_device_batch(model: GPT, config: TrainConfig, compute: Compute, share
             peak = try_device_batch(model, compute, rows, recompute) if cuda else None
             # Memory may differ between devices, but the number of rows must not.
             if not compute.any_rank(cuda and peak is None):
-                return DeviceBatch(rows=rows, accumulation=max(1, share // rows), checkpointing=recompute, peak=peak)
+                return DeviceBatch(rows=rows, accumulation=max(1, share // rows), recompute=recompute, peak=peak)
     raise out_of_memory(candidates[-1])
 
 
@@ -259,7 +259,7 @@ def try_device_batch(model: GPT, compute: Compute, rows: int, recompute: bool) -
         torch.cuda.reset_peak_memory_stats(compute.device)
     model.train()
     try:
-        # It stands in for the two more fp32 copies of this rank's parameters that the optimizer's step makes.
+        # It stands in for the copies of this rank's parameters, in fp32, that the optimizer's step makes for a moment.
         copies = torch.empty(8 * n_parameters // compute.world_size, dtype=torch.uint8, device=compute.device)
         idx_BT = torch.zeros(rows, model.config.sequence_len, dtype=torch.int64, device=compute.device)
         # The second pass runs beside the gradients of the first, as it does when micro-batches accumulate.
@@ -312,7 +312,7 @@ def announce(run: Run, batch: DeviceBatch) -> None:
     )
 
     how = list(model.kernels.names)
-    if batch.checkpointing:
+    if batch.recompute:
         how.append("activations recomputed")
     if batch.peak is not None:
         how.append(f"{batch.peak / 1e9:.2f} GB of GPU memory at the peak")

@@ -371,14 +371,14 @@ def choose(share, model=None, compute=CPU, **flags):
 @pytest.mark.parametrize(("share", "rows"), [(8, 8), (24, 24), (64, 32), (96, 32), (37, 1), (93, 31)])
 def test_a_cpu_takes_the_largest_divisor_up_to_32(tiny_world, share, rows):
     batch = choose(share)
-    assert (batch.rows, batch.accumulation, batch.checkpointing) == (rows, share // rows, False)
+    assert (batch.rows, batch.accumulation, batch.recompute) == (rows, share // rows, False)
 
 
 def test_a_given_number_of_rows_is_taken_as_it_is(tiny_world):
     for recompute in (None, True, False):
         model = make_model()
         batch = choose(24, model, device_batch_size=3, activation_checkpointing=recompute)
-        assert (batch.rows, batch.accumulation, batch.checkpointing) == (3, 8, bool(recompute))
+        assert (batch.rows, batch.accumulation, batch.recompute) == (3, 8, bool(recompute))
 
 
 @pytest.mark.parametrize(
@@ -407,7 +407,7 @@ def test_on_a_gpu_rows_are_halved_until_they_fit_and_then_activations_recomputed
             choose(24, model, cuda)
         return
     batch = choose(24, model, cuda)
-    assert (batch.rows, batch.checkpointing, batch.peak) == (*expected, 1000)
+    assert (batch.rows, batch.recompute, batch.peak) == (*expected, 1000)
 
 
 def test_an_attempt_leaves_no_gradients_and_reports_running_out(tiny_world, monkeypatch):
