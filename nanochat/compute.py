@@ -2,8 +2,7 @@
 
 Every script begins with `Compute.create`, which picks the device, joins the other ranks that torchrun has started, and
 returns a `Compute` that is handed on. On one process its reductions return what they are given, so the rest of the
-project is written once, for any number of ranks. Below it stand questions about the hardware, and the probe that
-decides whether an optional kernel may be used.
+project is written once, for any number of ranks. Below it stand questions about the hardware.
 """
 
 import ctypes

@@ -4,13 +4,15 @@
 which parameter gets which of them, at which learning rate. `MuonAdamW.step` applies them on any number of ranks as
 ZeRO-2 (arXiv 1910.02054), in three phases:
 
-1. reduce: start one asynchronous reduce-scatter per group, so that each rank receives its share of the summed gradient;
+1. reduce-scatter: start one transfer per group, by which each rank receives its share of the summed gradient;
 2. update: as each group's gradient arrives, update this rank's share of the parameters with its share of the state;
-3. gather: start an asynchronous all-gather of each updated share, and copy the results into the parameters.
+3. all-gather: start sending each updated share to all ranks, and at the end copy the results into the parameters.
 
 Every group is sharded along dim 0 of one tensor: all matrices of one shape stacked (Muon), or the rows of a single
 parameter (AdamW). Muon needs whole matrices, so a rank owns whole matrices: matrix i belongs to rank i mod world size.
-Parameters too small to be worth sharding are all-reduced, and every rank updates them.
+Parameters too small to be worth sharding are all-reduced, and every rank updates them. On one rank, nothing is sent.
+
+Shapes: K matrices of M outputs and N inputs.
 """
 
 from collections.abc import Sequence
@@ -33,9 +35,13 @@ POLAR_EXPRESS = (
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
 SMALL = 4096  # elements; a smaller parameter is updated on every rank, because a message would cost more than it saves
+
 # torch 2.13 renamed these two collectives and warns about the old names.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+# --- Muon
 
 
 def orthogonalize(g_KMN: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -45,16 +51,20 @@ def orthogonalize(g_KMN: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     decomposes, and bf16 is enough: the singular values only have to come near 1.
     """
     x = g_KMN.to(dtype)
+
     # Work with the short side first, so that the Gram matrix x·xᵀ is the smaller of the two.
     tall = x.size(-2) > x.size(-1)
     if tall:
         x = x.mT
+
     # The polynomials converge for singular values in [0, 1], and the Frobenius norm bounds the largest one.
     # 1 % is the margin for bf16 rounding.
     x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.01 + 1e-6)
     for a, b, c in POLAR_EXPRESS:
+        # a·x + b·x³ + c·x⁵, where for a matrix x³ = (x·xᵀ)·x: the polynomial acts on the singular values alone.
         gram = x @ x.mT
         x = a * x + (b * gram + c * (gram @ gram)) @ x
+
     # Singular values below 1/1000 of the largest do not reach 1 in five steps. Restore the norm that the result would
     # have if they did, √(rank), so that the step size does not depend on how many of them there are.
     exact_norm = x.size(-2) ** 0.5
@@ -75,41 +85,45 @@ def muon_update(
 ) -> None:
     """Take one Muon step on K stacked matrices, in place (Jordan et al. 2024; theory.md says why orthogonal steps).
 
+    The steps: momentum, row equilibration, orthogonalization, variance normalisation, renormalisation, weight decay.
     `momentum_KMN` and `variance` are the state. `variance` has one entry per neuron, where a neuron is a slice across
     the short side: (K, M, 1) when M >= N, else (K, 1, N). `dtype` is that of the orthogonalization.
     """
-    # Nesterov momentum: average the gradients over steps, then look one step ahead along the average.
+    # 1. Nesterov momentum: average the gradients over steps, then look one step ahead along the average.
     momentum_KMN.lerp_(g_KMN, 1 - momentum)
     g = torch.lerp(g_KMN, momentum_KMN, momentum)
 
-    # Row equilibration (MuonEq, arXiv 2603.28254): bring rows to equal norm. The input of Polar Express is then
+    # 2. Row equilibration (MuonEq, arXiv 2603.28254): bring rows to equal norm. The input of Polar Express is then
     # better conditioned, so more singular values reach 1 in the same five steps.
     g = g / g.norm(dim=-1, keepdim=True).clamp(min=1e-10)
 
-    # Polar Express: replace the update by the nearest orthogonal one, so that all directions move equally far.
+    # 3. Polar Express: replace the update by the nearest orthogonal one, so that all directions move equally far.
     g = orthogonalize(g, dtype).float()
 
-    # Variance normalisation (NorMuon, arXiv 2510.05491): an orthogonal update still moves some neurons more than
+    # 4. Variance normalisation (NorMuon, arXiv 2510.05491): an orthogonal update still moves some neurons more than
     # others. Divide each by its own running root mean square, as Adam would, but with one number per neuron.
     neuron_dim = -1 if g.size(-2) >= g.size(-1) else -2
     square = g.square().mean(dim=neuron_dim, keepdim=True)
     variance.lerp_(square, 1 - beta2)
     scale = variance.clamp(min=1e-10).rsqrt()
 
-    # Frobenius renormalisation (also NorMuon): put the whole matrix back to the norm it had before the division, so
+    # 5. Frobenius renormalisation (also NorMuon): put the whole matrix back to the norm it had before the division, so
     # that normalising neurons redistributes the step and does not change its size. Both norms follow from `square`.
     norm_before = square.sum(dim=(-2, -1), keepdim=True)
     norm_after = (square * scale.square()).sum(dim=(-2, -1), keepdim=True)
     g = g * (scale * (norm_before / norm_after.clamp(min=1e-20)).sqrt())
 
-    # Tall matrices (more outputs than inputs) step further: an orthogonal step changes each of their outputs less.
+    # 6. Tall matrices (more outputs than inputs) step further: an orthogonal step changes each of their outputs less.
     lr = lr * max(1.0, g.size(-2) / g.size(-1)) ** 0.5
 
-    # Cautious weight decay (arXiv 2510.12402): decay only the entries that this step moves towards zero anyway.
+    # 7. Cautious weight decay (arXiv 2510.12402): decay only the entries that this step moves towards zero anyway.
     # Elsewhere decay would undo what the gradient asks for.
     if weight_decay:
         w_KMN.sub_(lr * weight_decay * w_KMN * (g * w_KMN > 0))
     w_KMN.sub_(g, alpha=lr)
+
+
+# --- AdamW
 
 
 def adamw_update(
@@ -130,6 +144,7 @@ def adamw_update(
     """
     beta1, beta2 = betas
     g = g.float()
+    # Running averages of the gradient and of its square: the step is their ratio, about one per entry at most.
     mean.lerp_(g, 1 - beta1)
     square.lerp_(g.square(), 1 - beta2)
     # Both averages start at zero; dividing by 1 - βᵗ removes that bias.
@@ -140,6 +155,9 @@ def adamw_update(
     w.sub_((mean / denominator * (lr / mean_correction)).to(w.dtype))
 
 
+# --- which parameter is updated how
+
+
 @dataclass(frozen=True)
 class Group:
     """Parameters that are updated together, with everything about their update that does not change over a run."""
@@ -148,13 +166,97 @@ class Group:
     parameters: tuple[Tensor, ...]  # equal shapes for Muon; exactly one for AdamW
     lr: float
     weight_decay: float
-    sharded: bool  # False: the gradient is all-reduced, and every rank holds the state and makes the same update
+    n_shares: int  # the number of ranks that share it; 1: each rank holds the state and makes the same update
     betas: tuple[float, float] | None = None  # None means Muon
     eps: float = 1e-10
 
     def whole(self, tensors: Sequence[Tensor]) -> Tensor:
         """The tensor that is sharded along dim 0: stacked matrices (Muon) or the rows of one parameter (AdamW)."""
         return torch.stack(tuple(tensors)) if self.betas is None else tensors[0]
+
+    def to_shares(self, whole: Tensor) -> Tensor:
+        """Reorder `whole` so that its equal parts are the shares, with zeros where it ends early.
+
+        Matrices are dealt out in turn (3 matrices on 2 ranks: 0, 2 | 1, zeros); the rows of a parameter stay in order.
+        """
+        if self.n_shares == 1:
+            return whole
+        missing = -whole.size(0) % self.n_shares
+        if missing:
+            whole = torch.cat((whole, whole.new_zeros((missing, *whole.shape[1:]))))
+        if self.betas is None:
+            whole = whole.unflatten(0, (-1, self.n_shares)).transpose(0, 1).flatten(0, 1)
+        return whole
+
+    def from_shares(self, shares: Tensor, n_shares: int) -> Tensor:
+        """Undo `to_shares` of so many ranks: restore the order and drop the padding."""
+        if n_shares == 1:
+            return shares
+        if self.betas is not None:
+            return shares[: self.parameters[0].size(0)]
+        matrices = shares.unflatten(0, (n_shares, -1)).transpose(0, 1).flatten(0, 1)
+        return matrices[: len(self.parameters)]
+
+    def share(self, whole: Tensor, rank: int) -> Tensor:
+        """Return the share of a rank. It may be a view of `whole`."""
+        if self.n_shares == 1:
+            return whole
+        return self.to_shares(whole).chunk(self.n_shares)[rank].contiguous()
+
+
+def parameter_groups(model: GPT, lrs: dict[str, float], weight_decay: float, world_size: int) -> list[Group]:
+    """List the groups of a model. `lrs` has the keys of `recipe.LEARNING_RATES`; `weight_decay` is Muon's."""
+    groups = []
+
+    # Muon: matrices of equal shape are stacked, so that one batched product orthogonalizes all of them.
+    by_shape: dict[tuple[int, ...], list[Tensor]] = {}
+    for parameter in model.blocks.parameters():
+        by_shape.setdefault(tuple(parameter.shape), []).append(parameter)
+    for shape, matrices in by_shape.items():
+        # Whole matrices are dealt to the ranks. With many more ranks than matrices, shares would be mostly padding:
+        # then every rank updates all of them.
+        n_shares = world_size if world_size <= 2 * len(matrices) else 1
+        name = "muon_" + "x".join(str(size) for size in shape)
+        groups.append(Group(name, tuple(matrices), lrs["matrix"], weight_decay, n_shares))
+
+    # AdamW. Its learning rates were tuned at width 768, and the best one falls with the root of the width.
+    width_scale = (model.config.n_embd / 768) ** -0.5
+    head_lr = lrs["unembedding"] * width_scale
+    embedding_lr = lrs["embedding"] * width_scale
+    scalar_lr = lrs["scalar"]
+    table = [  # group, parameter, learning rate, betas, weight decay
+        ("head", "head.weight", head_lr, (0.8, 0.96), 0.01),
+        ("embed", "embed.weight", embedding_lr, (0.8, 0.995), 0.001),
+    ]
+    for layer in model.value_embeds:
+        name = f"value_embed_{layer}"
+        table.append((name, f"value_embeds.{layer}.weight", embedding_lr * 0.5, (0.8, 0.995), 0.01))
+    table += [
+        # Residual scales multiply the whole stream in every layer: 1 % of the scalars' learning rate is enough.
+        ("resid_scale", "resid_scale", scalar_lr * 0.01, (0.8, 0.95), 0.05),
+        ("embed_skip", "embed_skip", scalar_lr, (0.96, 0.95), 0.0),
+        ("smear_gate.weight", "smear_gate.weight", scalar_lr * 0.4, (0.8, 0.95), 0.0),
+        ("smear_scale", "smear_scale", scalar_lr * 0.4, (0.8, 0.95), 0.0),
+        ("backout", "backout", scalar_lr * 0.4, (0.8, 0.95), 0.0),
+    ]
+    named = dict(model.named_parameters())
+    for name, parameter_name, lr, betas, decay in table:
+        if parameter_name not in named:  # smear and backout can be switched off in the model's config
+            continue
+        parameter = named[parameter_name]
+        small = parameter.numel() < SMALL
+        n_shares = 1 if small else world_size
+        # The first gradients of the scalars are rounding noise (1e-10 to 1e-8): projections into the residual start at
+        # zero, and the final norm undoes any scale. Adam must not turn noise into full-size steps.
+        eps = 1e-6 if small else 1e-10
+        groups.append(Group(name, (parameter,), lr, decay, n_shares, betas, eps))
+
+    covered = sum(len(group.parameters) for group in groups)
+    assert covered == len(named), "a parameter has no optimizer"
+    return groups
+
+
+# --- the optimizer
 
 
 @dataclass(frozen=True)
@@ -171,66 +273,6 @@ class Transfer:
         return self.tensor
 
 
-def parameter_groups(model: GPT, lrs: dict[str, float], weight_decay: float, world_size: int) -> list[Group]:
-    """List the groups of a model. `lrs` has the keys of `recipe.LEARNING_RATES`; `weight_decay` is Muon's."""
-    groups = []
-
-    # Muon: matrices of equal shape are stacked, so that one batched product orthogonalizes all of them.
-    shapes: dict[tuple[int, ...], list[Tensor]] = {}
-    for parameter in model.blocks.parameters():
-        shapes.setdefault(tuple(parameter.shape), []).append(parameter)
-    for shape, matrices in shapes.items():
-        groups.append(
-            Group(
-                name="muon_" + "x".join(str(size) for size in shape),
-                parameters=tuple(matrices),
-                lr=lrs["matrix"],
-                weight_decay=weight_decay,
-                # Whole matrices are dealt to the ranks. With many more ranks than matrices, shares would be mostly
-                # padding: then every rank updates all of them.
-                sharded=1 < world_size <= 2 * len(matrices),
-            )
-        )
-
-    def add_adamw(name: str, parameter: Tensor, lr: float, betas: tuple[float, float], decay: float) -> None:
-        small = parameter.numel() < SMALL
-        groups.append(
-            Group(
-                name=name,
-                parameters=(parameter,),
-                lr=lr,
-                weight_decay=decay,
-                sharded=world_size > 1 and not small,
-                betas=betas,
-                # The first gradients of the scalars are rounding noise (1e-10 to 1e-8): projections into the residual
-                # start at zero, and the final norm undoes any scale. Adam must not turn noise into full-size steps.
-                eps=1e-6 if small else 1e-10,
-            )
-        )
-
-    # AdamW's learning rates were tuned at width 768, and the best one falls with the root of the width.
-    width = (model.config.n_embd / 768) ** -0.5
-    embedding_lr = lrs["embedding"] * width
-    scalar_lr = lrs["scalar"]
-    add_adamw("head", model.head.weight, lrs["unembedding"] * width, betas=(0.8, 0.96), decay=0.01)
-    add_adamw("embed", model.embed.weight, embedding_lr, betas=(0.8, 0.995), decay=0.001)
-    for layer, table in model.value_embeds.items():
-        add_adamw(
-            f"value_embed_{layer}", table.get_parameter("weight"), embedding_lr * 0.5, betas=(0.8, 0.995), decay=0.01
-        )
-    # Residual scales multiply the whole stream in every layer: 1 % of the scalars' learning rate is enough.
-    add_adamw("resid_scale", model.resid_scale, scalar_lr * 0.01, betas=(0.8, 0.95), decay=0.05)
-    add_adamw("embed_skip", model.embed_skip, scalar_lr, betas=(0.96, 0.95), decay=0.0)
-    named = dict(model.named_parameters())
-    for name in ("smear_gate.weight", "smear_scale", "backout"):
-        if name in named:  # each can be switched off in the model's config
-            add_adamw(name, named[name], scalar_lr * 0.4, betas=(0.8, 0.95), decay=0.0)
-
-    covered = sum(len(group.parameters) for group in groups)
-    assert covered == len(named), "a parameter has no optimizer"
-    return groups
-
-
 class MuonAdamW:
     """The optimizer of a `GPT`. Gradients are summed over ranks, so each rank's loss is its part of the global mean."""
 
@@ -242,27 +284,43 @@ class MuonAdamW:
         self.muon_dtype = torch.float32 if compute.dtype == torch.float32 else torch.bfloat16
         self.state = {group.name: self._empty_state(group) for group in self.groups}
 
+    def _empty_state(self, group: Group) -> dict[str, Tensor]:
+        share = self._own_share(group)
+        square = share
+        if group.betas is None:  # one second moment per neuron: see muon_update
+            square = share[..., :1] if share.size(-2) >= share.size(-1) else share[..., :1, :]
+        return {
+            "mean": torch.zeros_like(share, dtype=torch.float32),
+            "square": torch.zeros_like(square, dtype=torch.float32),
+        }
+
+    def _own_share(self, group: Group) -> Tensor:
+        """Return this rank's share of a group's parameters. It may be a view of them."""
+        whole = group.whole([parameter.detach() for parameter in group.parameters])
+        return group.share(whole, self.compute.rank)
+
     @torch.no_grad()
     def step(
         self, step: int, lr_mult: float = 1.0, momentum: float = 0.95, wd_mult: float = 1.0, clip: float | None = None
     ) -> float | None:
         """Reduce gradients, update parameters, and clear the gradients. `step` counts from 0.
 
-        clip: the largest L2 norm of the whole gradient, applied after reduction so that all ranks agree. Returns the
-        norm before clipping when `clip` is given, else None.
+        momentum and wd_mult (a factor on weight decay) are Muon's. clip: the largest L2 norm of the whole gradient,
+        applied after reduction so that all ranks agree. Returns the norm before clipping when `clip` is given.
         """
-        # Phase 1: start all reductions. They run while the first groups are already updated below.
+        # Phase 1, reduce-scatter. All transfers start at once, and run while the first groups are updated below.
         gradients = [self._start_reduce(group) for group in self.groups]
         norm = None
         if clip is not None:
+            # The norm needs all gradients, so clipping has to wait for all of them.
             arrived = [gradient.wait() for gradient in gradients]
             norm = self._clip(arrived, clip)
-            gradients = [Transfer(gradient) for gradient in arrived]  # nothing to wait for any more
+            gradients = [Transfer(gradient) for gradient in arrived]
 
-        # Phase 2: update each group's share when its gradient is there, and start sending the new values at once.
+        # Phase 2, update: each group when its gradient is there. Its new values are sent off at once.
         gathers = []
         for group, gradient in zip(self.groups, gradients, strict=True):
-            share = self._own_share(group, group.whole([parameter.detach() for parameter in group.parameters]))
+            share = self._own_share(group)
             g = gradient.wait()
             mean = self.state[group.name]["mean"]
             square = self.state[group.name]["square"]
@@ -274,9 +332,9 @@ class MuonAdamW:
                 adamw_update(share, g, mean, square, step, lr, group.betas, group.weight_decay, group.eps)
             gathers.append(self._start_gather(group, share))
 
-        # Phase 3: copy the values of all ranks back into the parameters.
+        # Phase 3, all-gather: copy the new values of all ranks into the parameters, as they arrive.
         for group, gathered in zip(self.groups, gathers, strict=True):
-            whole = from_shares(gathered.wait(), group, self._share_count(group))
+            whole = group.from_shares(gathered.wait(), group.n_shares)
             values = list(whole) if group.betas is None else [whole]
             for parameter, value in zip(group.parameters, values, strict=True):
                 parameter.copy_(value)
@@ -288,56 +346,40 @@ class MuonAdamW:
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in group.parameters]
         for parameter in group.parameters:
             parameter.grad = None
-        whole = to_shares(group.whole(gradients), group, self._share_count(group))
-        if group.sharded:
-            share = torch.empty_like(whole[: whole.size(0) // self.compute.world_size])
-            return Transfer(share, _reduce_scatter(share, whole.contiguous(), async_op=True))
-        if self.compute.world_size > 1:
-            return Transfer(whole, dist.all_reduce(whole, async_op=True))
-        return Transfer(whole)
-
-    def _start_gather(self, group: Group, share: Tensor) -> Transfer:
-        """Start giving every rank the updated shares of all ranks."""
-        if not group.sharded:
-            return Transfer(share)
-        whole = share.new_empty((share.size(0) * self.compute.world_size, *share.shape[1:]))
-        return Transfer(whole, _all_gather(whole, share, async_op=True))
+        shares = group.to_shares(group.whole(gradients))
+        if self.compute.world_size == 1:
+            return Transfer(shares)
+        if group.n_shares == 1:
+            return Transfer(shares, dist.all_reduce(shares, async_op=True))
+        own = torch.empty_like(shares[: shares.size(0) // group.n_shares])
+        return Transfer(own, _reduce_scatter(own, shares.contiguous(), async_op=True))
 
     def _clip(self, gradients: list[Tensor], clip: float) -> float:
         """Scale the reduced gradients to an overall norm of at most `clip`; return the norm before."""
         total = torch.zeros((), device=self.compute.device)
         for group, gradient in zip(self.groups, gradients, strict=True):
-            if group.sharded or self.compute.rank == 0:  # count once what every rank holds
+            if group.n_shares > 1 or self.compute.rank == 0:  # count once what every rank holds
                 total += gradient.float().square().sum()
         norm = self.compute.all_reduce_sum(total).sqrt().item()
         for gradient in gradients:
             gradient.mul_(min(1.0, clip / (norm + 1e-6)))
         return norm
 
-    def _share_count(self, group: Group) -> int:
-        return self.compute.world_size if group.sharded else 1
-
-    def _own_share(self, group: Group, whole: Tensor) -> Tensor:
-        """Return this rank's share. It may be a view of `whole`."""
-        if not group.sharded:
-            return whole
-        shares = to_shares(whole, group, self.compute.world_size)
-        return shares.chunk(self.compute.world_size)[self.compute.rank].contiguous()
-
-    def _empty_state(self, group: Group) -> dict[str, Tensor]:
-        share = self._own_share(group, group.whole([parameter.detach() for parameter in group.parameters]))
-        square = share
-        if group.betas is None:  # one second moment per neuron: see muon_update
-            square = share[..., :1] if share.size(-2) >= share.size(-1) else share[..., :1, :]
-        return {
-            "mean": torch.zeros_like(share, dtype=torch.float32),
-            "square": torch.zeros_like(square, dtype=torch.float32),
-        }
+    def _start_gather(self, group: Group, share: Tensor) -> Transfer:
+        """Start giving every rank the updated shares of all ranks, end to end."""
+        if group.n_shares == 1:
+            return Transfer(share)
+        shares = share.new_empty((share.size(0) * group.n_shares, *share.shape[1:]))
+        return Transfer(shares, _all_gather(shares, share, async_op=True))
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return this rank's share of the state, by `group/part`. Rank 0 alone brings what every rank holds."""
-        mine = [group for group in self.groups if group.sharded or self.compute.rank == 0]
-        return {f"{group.name}/{part}": value for group in mine for part, value in self.state[group.name].items()}
+        result = {}
+        for group in self.groups:
+            if group.n_shares > 1 or self.compute.rank == 0:
+                for part, value in self.state[group.name].items():
+                    result[f"{group.name}/{part}"] = value
+        return result
 
     @torch.no_grad()
     def load_state_dicts(self, shares: list[dict[str, Tensor]]) -> None:
@@ -351,37 +393,9 @@ class MuonAdamW:
                 pieces = [share[key] for share in shares if key in share]
                 if not pieces:
                     raise ValueError(f"the optimizer state lacks {key}: resume the run with the flags it began with")
-                saved = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
-                loaded = self._own_share(group, from_shares(saved, group, len(pieces)))
+                saved = torch.cat(pieces) if len(pieces) > 1 else pieces[0]  # scalars cannot be concatenated
+                whole = group.from_shares(saved, n_shares=len(pieces))
+                loaded = group.share(whole, self.compute.rank)
                 if loaded.shape != mine.shape:
                     raise ValueError(f"the optimizer state {key} is of another model: resume with the same flags")
                 mine.copy_(loaded)
-
-
-# How shares are laid out, in memory, in messages and in checkpoints: the shares of all ranks end to end along dim 0.
-
-
-def to_shares(whole: Tensor, group: Group, count: int) -> Tensor:
-    """Reorder a group's tensor so that its `count` equal parts are the shares, with rows of zeros where it ends early.
-
-    Matrices are dealt out in turn (3 matrices on 2 ranks: 0, 2 | 1, zeros); the rows of a parameter stay in order.
-    Saved state has this layout too, so `from_shares` with the number of ranks that saved it makes it whole again.
-    """
-    if count == 1:
-        return whole
-    missing = -whole.size(0) % count
-    if missing:
-        whole = torch.cat((whole, whole.new_zeros((missing, *whole.shape[1:]))))
-    if group.betas is None:
-        whole = whole.unflatten(0, (-1, count)).transpose(0, 1).flatten(0, 1)
-    return whole
-
-
-def from_shares(shares: Tensor, group: Group, count: int) -> Tensor:
-    """Undo `to_shares`: restore the order and drop the padding."""
-    if count == 1:
-        return shares
-    if group.betas is None:
-        shares = shares.unflatten(0, (count, -1)).transpose(0, 1).flatten(0, 1)
-    rows = len(group.parameters) if group.betas is None else group.parameters[0].size(0)
-    return shares[:rows]
