@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("transformers", reason="the oracle, transformers, is not installed")
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from nanochat import checkpoint
 from nanochat.conversation import render_for_completion
@@ -157,61 +157,116 @@ class Bomb:
         return os.system, (f"touch {os.environ['BOMB']}",)
 
 
-def test_hostile_and_damaged_originals(base, tmp_path, monkeypatch, tokenizer):
+@pytest.fixture
+def theirs(base, tmp_path, monkeypatch, tokenizer):
+    """An original checkpoint to do harm to: its model file, meta file, tokenizer, and state dict."""
     monkeypatch.setenv("BOMB", str(tmp_path / "exploded"))
-    where, state, config = write_original(tmp_path / "theirs", tokenizer, True)
-    model, meta = where / "model_000700.pt", where / "meta_000700.json"
+    where, state, _ = write_original(tmp_path / "theirs", tokenizer, True)
     pickled = tmp_path / "theirs" / "tokenizer" / "tokenizer.pkl"
+    return where / "model_000700.pt", where / "meta_000700.json", pickled, state
 
-    def refused(*words):
-        with pytest.raises(ValueError) as caught:
-            convert.import_checkpoint(where, "base", "x")
-        assert all(word in str(caught.value) for word in words), caught.value
-        assert not (tmp_path / "exploded").exists()
 
-    right = model.read_bytes(), meta.read_text(), pickled.read_bytes()
-    for content in (Bomb(), {"a": Bomb()}, {"a": 3}, [1]):
-        torch.save(content, model)
-        refused("model_000700.pt")
-    model.write_bytes(pickle.dumps(Bomb()))
-    refused("model_000700.pt")
-    model.write_bytes(right[0][:-500])
-    refused("model_000700.pt")
-    torch.save({**state, "evil": torch.zeros(2)}, model)
-    refused("does not fit", "evil")
-    torch.save({k: v for k, v in state.items() if "c_fc" not in k}, model)
-    refused("does not fit", "mlp.up")
-    torch.save({**state, "lm_head.weight": state["lm_head.weight"][:, :-1]}, model)
-    refused("head.weight")
-    torch.save({k: v for k, v in state.items() if not k.startswith("smear")}, model)
-    refused("between")
-    model.write_bytes(right[0])
-    for change in (
-        {"n_layer": 10**9},
-        {"n_layer": "4"},
-        {"n_head": 3},
-        {"vocab_size": 10**12},
-        {"window_pattern": "X"},
-    ):
-        meta.write_text(json.dumps({"model_config": {**config, **change}}))
-        refused()
-    for text in ("[]", "{}", "{", "null"):
-        meta.write_text(text)
-        refused("meta_000700.json")
-    meta.unlink()
-    refused("meta_000700.json")
-    meta.write_text(right[1])
-    for content in (Bomb(), [Bomb()], {"pat_str": "a"}, 3, dataclasses.replace):
-        pickled.write_bytes(pickle.dumps(content))
-        refused("tokenizer.pkl")
-    state = tokenizer.encoding.__getstate__()
-    ranks = dict(list(state["mergeable_ranks"].items())[:-3])
-    for change in ({"mergeable_ranks": ranks}, {"special_tokens": {}}, {"pat_str": 3}, {"pat_str": "("}):
-        pickled.write_bytes(forge({**state, **change}))
-        refused("tokenizer.pkl")
-    pickled.unlink()
-    refused("--tokenizer")
+def refusal(folder):
+    """The line with which an import is refused; nothing of the folder has been run or imported then."""
+    with pytest.raises(ValueError) as caught:
+        convert.import_checkpoint(folder, "base", "x")
+    line = str(caught.value)
+    assert "\n" not in line
+    assert not os.path.exists(os.environ["BOMB"])
     assert checkpoint.list_steps("base", "x") == []
+    return line
+
+
+@pytest.mark.parametrize("content", [Bomb(), {"a": Bomb()}, {"a": 3}, [1]])
+def test_a_model_file_that_is_no_dict_of_tensors(theirs, content):
+    model, _, _, _ = theirs
+    torch.save(content, model)
+    assert "model_000700.pt" in refusal(model.parent)
+
+
+def test_a_model_file_that_torch_did_not_write(theirs):
+    model, _, _, _ = theirs
+    whole = model.read_bytes()
+    for content in (pickle.dumps(Bomb()), whole[:-500], b""):
+        model.write_bytes(content)
+        assert "model_000700.pt" in refusal(model.parent)
+
+
+def test_tensors_that_do_not_fit(theirs):
+    model, _, _, state = theirs
+    torch.save({**state, "evil": torch.zeros(2)}, model)
+    assert "evil" in refusal(model.parent)
+    torch.save({name: value for name, value in state.items() if "c_fc" not in name}, model)
+    assert "mlp.up" in refusal(model.parent)
+    torch.save({**state, "lm_head.weight": state["lm_head.weight"][:, :-1]}, model)
+    assert "head.weight" in refusal(model.parent)
+    torch.save({name: value for name, value in state.items() if not name.startswith("smear")}, model)
+    assert "between the two architectures" in refusal(model.parent)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("n_layer", 10**9), ("n_layer", "4"), ("n_head", 3), ("vocab_size", 10**12), ("window_pattern", "X")],
+)
+def test_a_meta_file_with_wrong_numbers(theirs, name, value):
+    model, meta, _, _ = theirs
+    values = json.loads(meta.read_text())
+    values["model_config"][name] = value
+    meta.write_text(json.dumps(values))
+    assert name.replace("window_", "window-") in refusal(model.parent)
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", "{", "null"])
+def test_a_meta_file_without_a_config(theirs, text):
+    model, meta, _, _ = theirs
+    meta.write_text(text)
+    assert "meta_000700.json" in refusal(model.parent)
+    meta.unlink()
+    assert "meta_000700.json" in refusal(model.parent)
+
+
+@pytest.mark.parametrize("content", [Bomb(), [Bomb()], {"pat_str": "a"}, 3, dataclasses.replace])
+def test_a_pickle_that_is_no_tokenizer(theirs, content):
+    model, _, pickled, _ = theirs
+    pickled.write_bytes(pickle.dumps(content))
+    assert "tokenizer.pkl" in refusal(model.parent)
+    pickled.unlink()
+    assert "--tokenizer" in refusal(model.parent)
+
+
+@pytest.mark.parametrize("name", ["mergeable_ranks", "special_tokens", "pat_str"])
+def test_a_pickled_tokenizer_with_wrong_parts(theirs, tokenizer, name):
+    model, _, pickled, _ = theirs
+    parts = tokenizer.encoding.__getstate__()
+    ranks = dict(list(parts["mergeable_ranks"].items())[:-3])
+    wrong = {"mergeable_ranks": [ranks], "special_tokens": [{}], "pat_str": [3, "("]}
+    for value in wrong[name]:
+        pickled.write_bytes(forge({**parts, name: value}))
+        assert "tokenizer.pkl" in refusal(model.parent)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"model_type": "llama"},
+        {"model_type": "nanochat_gpt"},
+        {"model_type": "nanochat_gpt", "gpt": 3},
+        {"model_type": "nanochat_gpt", "gpt": {"n_layer": "4"}},
+        {"model_type": "nanochat"},
+        {"model_type": "nanochat", "hidden_act": "gelu"},
+        {"model_type": "nanochat", "rope_parameters": {"rope_type": "yarn"}},
+        {"model_type": "nanochat", "rope_parameters": [1]},
+    ],
+)
+def test_a_folder_that_cannot_be_imported(base, tmp_path, monkeypatch, values):
+    monkeypatch.setenv("BOMB", str(tmp_path / "exploded"))
+    shape = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 99}
+    config = {**shape, "max_position_embeddings": 128, **values} if values["model_type"] == "nanochat" else values
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file({"x": torch.zeros(2)}, tmp_path / "model.safetensors")
+    assert str(tmp_path) in refusal(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"damaged")
+    assert str(tmp_path) in refusal(tmp_path)
 
 
 def forge(state):

@@ -47,11 +47,13 @@ def edit(path, **changes):
     path.write_text(json.dumps({name: value for name, value in values.items() if value != "absent"}))
 
 
-def refused(folder, *words):
+def refusal(folder):
+    """The line with which a folder is refused."""
     with pytest.raises(ValueError) as caught:
         hf.load(folder, "cpu", torch.float32)
-    for word in words:
-        assert word in str(caught.value)
+    line = str(caught.value)
+    assert "\n" not in line
+    return line
 
 
 def test_shards_and_one_file_are_the_same_model(saved):
@@ -95,20 +97,18 @@ def test_what_does_not_fit_is_named(folder):
     path = max(folder.glob("*.safetensors"))
     state = load_file(path)
     name = max(state)
-    several = path.name != "model.safetensors"
     save_file({**state, name: state[name][:-1].contiguous()}, path)
-    refused(folder, name, "of another shape")
+    assert f"{name} is of another shape" in refusal(folder)
     save_file({**state, name: state[name].int()}, path)
-    refused(folder, name, "I32", "of another type")
+    assert f"{name} is of another type, I32" in refusal(folder)
     save_file({key: value for key, value in state.items() if key != name}, path)
-    refused(folder, name.removeprefix("model."), "missing")
+    assert f"{name.removeprefix('model.')} is missing" in refusal(folder)
     save_file({**state, "model.layers.9.extra": torch.zeros(2)}, path)
-    refused(folder, "model.layers.9.extra", "not the model's")
+    assert "model.layers.9.extra is not the model's" in refusal(folder)
     path.unlink()
-    refused(folder, path.name)
-    if several:
-        os.mkfifo(path)
-        refused(folder, path.name)
+    assert path.name in refusal(folder)
+    os.mkfifo(path)  # opening it would wait forever
+    assert path.name in refusal(folder)
 
 
 @pytest.mark.parametrize(
@@ -146,14 +146,15 @@ def test_what_does_not_fit_is_named(folder):
 def test_config_is_checked(saved, tmp_path, changes, words):
     folder = shutil.copytree(saved[0], tmp_path / "model")
     edit(folder / "config.json", **changes)
-    refused(folder, *words)
+    line = refusal(folder)
+    assert all(word in line for word in words)
 
 
 @pytest.mark.parametrize("text", ["[]", "{", "", "null", '{"model_type": 3}', "[" * 10**5, '{"a":' * 10**5])
 def test_config_that_is_none(saved, tmp_path, text):
     folder = shutil.copytree(saved[0], tmp_path / "model")
     (folder / "config.json").write_text(text)
-    refused(folder, "config.json")
+    assert "config.json" in refusal(folder)
 
 
 @pytest.mark.parametrize("file", ["../secret.safetensors", "/etc/passwd", "a/b.safetensors", "x.bin", "", None, ["a"]])
@@ -163,7 +164,16 @@ def test_index_that_leads_out_of_the_folder(saved, tmp_path, file):
     index = json.loads((folder / INDEX).read_text())
     index["weight_map"] = dict.fromkeys(index["weight_map"], file)
     (folder / INDEX).write_text(json.dumps(index))
-    refused(folder, INDEX)
+    assert INDEX in refusal(folder)
+
+
+def test_a_tensor_in_two_shards(saved, tmp_path):
+    folder = shutil.copytree(saved[1], tmp_path / "model")
+    first, second, *_ = sorted(folder.glob("*.safetensors"))
+    name = next(iter(load_file(first)))
+    save_file({**load_file(second), name: load_file(first)[name]}, second)
+    line = refusal(folder)
+    assert name in line and second.name in line
 
 
 class Bomb:
@@ -180,6 +190,7 @@ HUGE = {"model.norm.weight": {"dtype": "F32", "shape": [1 << 62, 1 << 62], "data
 HOSTILE = {
     "pickle": pickle.dumps,
     "length of a billion": lambda bomb: struct.pack("<Q", 10**9) + b"{" + b" " * 100,
+    "length below the library's limit": lambda bomb: struct.pack("<Q", 99_000_000) + b"{" + b" " * 100,
     "length of everything": lambda bomb: struct.pack("<Q", 2**64 - 1) + b"{}",
     "absurd shape": lambda bomb: header(HUGE),
     "beyond the end": lambda bomb: header({"a": {"dtype": "F32", "shape": [8], "data_offsets": [0, 32]}}, 16),
@@ -198,17 +209,17 @@ def test_hostile_weights_are_refused_before_anything_is_run_or_allocated(saved, 
     (folder / "modeling_evil.py").write_text(f"open({os.environ['BOMB']!r}, 'w')")
     edit(folder / "config.json", auto_map={"AutoModelForCausalLM": "modeling_evil.Evil"})
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    refused(folder, "model.safetensors")
+    assert "model.safetensors" in refusal(folder)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # kB
     (folder / "model.safetensors").unlink()
-    refused(folder, "other formats are not read")
+    assert "other formats are not read" in refusal(folder)
     assert not (tmp_path / "exploded").exists()
 
 
 def test_truncated_weights(folder):
     path = max(folder.glob("*.safetensors"))
     path.write_bytes(path.read_bytes()[:-100])
-    refused(folder, path.name)
+    assert path.name in refusal(folder)
 
 
 def llama2_like():
@@ -301,9 +312,9 @@ HUGE_ID = '{"model": {"type": "BPE", "vocab": {"a": 0, "b": 4294967295}, "merges
 def test_damaged_tokenizer(saved, tmp_path, text):
     folder = shutil.copytree(saved[0], tmp_path / "model")
     (folder / "tokenizer.json").write_text(text)
-    refused(folder, "tokenizer.json")
+    assert "tokenizer.json" in refusal(folder)
     (folder / "tokenizer.json").unlink()
-    refused(folder, "no tokenizer.json")
+    assert "no tokenizer.json" in refusal(folder)
 
 
 @torch.no_grad()

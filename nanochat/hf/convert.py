@@ -15,18 +15,18 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, StringConstraints
 from safetensors.torch import load_file, save_file
 
 from nanochat import checkpoint
 from nanochat.common import atomic_write, atomic_write_json, get_base_dir, read_json, sha256_file
 from nanochat.compute import Compute
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.hf.load import weight_files
+from nanochat.hf.load import stored_tensors
 from nanochat.hf.open_model import Count, Heads, Layers, OpenConfig, Positive
 from nanochat.hf.tokenizer_convert import find_tokenizer, to_tokenizer_json
 from nanochat.tokenizer import FILE_NAME, Tokenizer, kept_name
@@ -78,7 +78,7 @@ PLAIN_SWITCHES: dict[str, Any] = {
 
 
 class OriginalShape(OpenConfig):
-    """The shape of an original checkpoint, from its meta file."""
+    """The shape of an original checkpoint."""
 
     sequence_len: Count
     vocab_size: Count
@@ -86,11 +86,18 @@ class OriginalShape(OpenConfig):
     n_head: Heads
     n_kv_head: Heads
     n_embd: Count
-    window_pattern: str = "L"
+    window_pattern: Annotated[str, StringConstraints(to_upper=True)] = "L"
+
+
+class OriginalMeta(OpenConfig):
+    """meta_<step>.json of an original checkpoint."""
+
+    shape: OriginalShape = Field(alias="model_config")
+    val_bpb: float | None = None
 
 
 class NanoChatConfig(OpenConfig):
-    """config.json of transformers' NanoChat, as far as our model can express it; the rotary settings stand beside."""
+    """config.json of transformers' NanoChat, as far as our model can express it, but for the rotary settings."""
 
     sequence_len: Count = Field(alias="max_position_embeddings")
     vocab_size: Count
@@ -98,13 +105,18 @@ class NanoChatConfig(OpenConfig):
     n_head: Heads = Field(alias="num_attention_heads")
     n_kv_head: Heads = Field(alias="num_key_value_heads")
     n_embd: Count = Field(alias="hidden_size")
-    rope_base: Positive = Field(10_000.0, alias="rope_theta")
     softcap: float = Field(0.0, alias="final_logit_softcapping", ge=0)  # null: off
     window_pattern: Literal["L"] = "L"
     # What is no field of GPTConfig.
     tied: bool = Field(False, alias="tie_word_embeddings", exclude=True)
     hidden_act: Literal["relu2"] = Field("relu2", exclude=True)
-    rope_type: Literal["default"] = Field("default", exclude=True)
+
+
+class NanoChatRope(OpenConfig):
+    """The rotary settings of transformers' NanoChat."""
+
+    rope_type: Literal["default"] = "default"
+    rope_theta: Positive = 10_000.0
 
 
 def all_names(table: dict[str, str], n_layer: int) -> dict[str, str]:
@@ -134,7 +146,8 @@ def build_model(config: GPTConfig, state: State, origin: Path) -> GPT:
     """Return the model, in fp32, of a state dict under our names.
 
     Raises ValueError, which names `origin`, for tensors that are missing, extra or of another shape."""
-    if config.n_layer > len(state):  # before a hostile number of layers is built
+    # A hostile number of layers would take long to build. Each has several tensors, so this is surely too many.
+    if config.n_layer > len(state):
         raise ValueError(f"{origin} has {len(state)} tensors, too few for {config.n_layer} layers")
     state = dict(state)
     # Models of 2025 lack these two, which change nothing at these values.
@@ -143,7 +156,9 @@ def build_model(config: GPTConfig, state: State, origin: Path) -> GPT:
     padding = config.padded_vocab_size - config.vocab_size
     for name, value in state.items():
         is_table = name.startswith(("embed.", "head.", "value_embeds."))
-        if is_table and len(value) == config.vocab_size:  # ours are padded to a multiple of 64 tokens
+        if (
+            is_table and value.dim() == 2 and len(value) == config.vocab_size
+        ):  # ours are padded to a multiple of 64 tokens
             state[name] = F.pad(value, (0, 0, 0, padding))
         elif name in ("smear_scale", "backout") and value.numel() == 1:  # vectors of one number in the original
             state[name] = value.reshape(())
@@ -175,14 +190,14 @@ def read_original(folder: Path) -> tuple[GPT, dict[str, Any]]:
     if not meta_path.is_file():
         raise ValueError(f"{meta_path} is missing: it says what {path.name} is")
     state = read_state(path)
-    meta = read_json(meta_path)
-    shape = OriginalShape.from_json(meta.get("model_config") if isinstance(meta, dict) else None, str(meta_path))
+    meta = OriginalMeta.from_json(read_json(meta_path), str(meta_path))
+    # The meta file of 2025 and that of 2026 have the same fields: only the tensors tell the architectures apart.
     is_new = "smear_gate.weight" in state
     if not is_new and "resid_lambdas" in state:
         raise ValueError(f"{path} is of a time between the two architectures that are known here")
-    config = GPTConfig(**{**shape.model_dump(), **({} if is_new else PLAIN_SWITCHES)})
+    config = GPTConfig(**meta.shape.model_dump(), **({} if is_new else PLAIN_SWITCHES))
     model = build_foreign_model(config, state, ORIGINAL_NAMES, path)
-    return model, {"original_step": int(digits), "val_bpb": meta.get("val_bpb")}
+    return model, {"original_step": int(digits), "val_bpb": meta.val_bpb}
 
 
 def read_state(path: Path) -> State:
@@ -207,25 +222,21 @@ def read_folder(folder: Path) -> GPT:
     if kind not in (BUNDLE_TYPE, "nanochat"):
         raise ValueError(f"{folder} is a {kind!r:.40}, no nanochat: python -m scripts.models play {folder} runs it")
     state: State = {}
-    for file in weight_files(folder):
+    for file in {tensor.path for tensor in stored_tensors(folder).values()}:  # whose headers are sound
         state.update(load_file(file))
     if kind == BUNDLE_TYPE:
-        return build_model(read_gpt_config(path, values.get("gpt")), state, folder)
+        try:
+            config = GPTConfig.from_dict(values["gpt"])
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path}: 'gpt' is no model config ({error})") from error
+        return build_model(config, state, folder)
     defaults = {"num_key_value_heads": values.get("num_attention_heads"), "final_logit_softcapping": 15.0}
-    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    shape = NanoChatConfig.from_json({**defaults, **values, **rope}, str(path))
-    config = GPTConfig(**{**PLAIN_SWITCHES, **shape.model_dump()})
+    shape = NanoChatConfig.from_json({**defaults, **values}, str(path))
+    rope = NanoChatRope.from_json(values.get("rope_parameters") or values, str(path))  # older files: not nested
+    config = GPTConfig(**{**PLAIN_SWITCHES, **shape.model_dump(), "rope_base": rope.rope_theta})
     if shape.tied:
         state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()  # ours has a head of its own
     return build_foreign_model(config, state, TRANSFORMERS_NAMES, folder)
-
-
-def read_gpt_config(path: Path, values: Any) -> GPTConfig:
-    """Return the config that a bundle of ours holds in its config.json, `path`."""
-    try:
-        return GPTConfig.from_dict(values)
-    except TypeError as error:
-        raise ValueError(f"{path}: 'gpt' is no model config ({error})") from error
 
 
 def import_checkpoint(folder: Path, stage: str, tag: str, tokenizer_dir: str | None = None) -> Path:
@@ -251,6 +262,7 @@ def import_checkpoint(folder: Path, stage: str, tag: str, tokenizer_dir: str | N
     home = get_base_dir() / "tokenizer"
     tokenizer.save(home, kept_name(tokenizer.hash) if (home / FILE_NAME).is_file() else FILE_NAME)
 
+    # What later stages read of a base model's meta.json. How it was trained is not known.
     meta = {
         "model_config": dataclasses.asdict(config),
         "tokenizer_hash": tokenizer.hash,
@@ -285,6 +297,7 @@ def export_checkpoint(folder: Path, stage: str, tag: str | None, step: int | Non
         raise ValueError("llama.cpp's converter has no nanochat architecture, so there is no GGUF: use --format auto")
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty: export to a new folder")
+    # For training, as then the weights keep all of their bits.
     model, tokenizer, meta = checkpoint.load_model(stage, "cpu", tag, step, train=True)
     with_code = format == "code" or not is_expressible(model)
     if format == "nanochat" and with_code:
@@ -304,6 +317,7 @@ def export_checkpoint(folder: Path, stage: str, tag: str | None, step: int | Non
     trust = ", trust_remote_code=True" if with_code else ""
     facts = {name: meta.get(name) for name in ("stage", "tag", "step", "val_bpb", "dataset", "source")}
     write_card(folder, model, facts, trust)
+    # The hashes come last: they are those of all other files.
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     hashes = {path.relative_to(folder).as_posix(): sha256_file(path) for path in files}
     atomic_write_json(folder / "hashes.json", {"sha256": hashes, "tokenizer_hash": tokenizer.hash, **facts})
@@ -345,6 +359,7 @@ def write_config(folder: Path, config: GPTConfig, tokenizer: Tokenizer, with_cod
             "rms_norm_eps": torch.finfo(torch.float32).eps,
             "final_logit_softcapping": config.softcap,
         }
+    # Generation ends with the assistant's turn, or where another document would begin.
     bos = tokenizer.get_bos_token_id()
     end = tokenizer.encode_special("<|assistant_end|>")
     special_ids = {"bos_token_id": bos, "eos_token_id": [end, bos]}

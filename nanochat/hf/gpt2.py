@@ -31,6 +31,7 @@ class GPT2Config(OpenConfig):
     n_inner: Count = 0  # absent: four times the width
     eps: Positive = Field(1e-5, alias="layer_norm_epsilon")
     tied: bool = Field(True, alias="tie_word_embeddings")
+    # Other values of these mean other maths. GPT-2's GELU is the tanh form, under two names.
     activation_function: Literal["gelu_new", "gelu_pytorch_tanh"] = "gelu_new"
     scale_attn_weights: Literal[True] = True
     scale_attn_by_inverse_layer_idx: Literal[False] = False
@@ -71,6 +72,7 @@ class Attention(nn.Module):
         self.c_proj = Linear(config.n_embd, config.n_embd, bias=True)
 
     def forward(self, x_C: torch.Tensor, attend: Any) -> torch.Tensor:
+        # The matrix's outputs are all queries, then all keys, then all values.
         q_HD, k_HD, v_HD = self.c_attn(x_C).unflatten(-1, (3, self.n_head, -1)).unbind(-3)
         y_HD = attend(q_HD, k_HD, v_HD, self.window)
         return self.c_proj(y_HD.flatten(-2))
@@ -135,8 +137,10 @@ class GPT2(OpenModel):
 
     def hidden(self, idx: torch.Tensor, context: Any) -> torch.Tensor:
         """Return the normed residual that the head reads, (..., C)."""
+        # A learned vector for each position is added once, at the bottom. Later models rotate queries and keys instead.
         x_C = self.embed_tokens(idx) + self.wpe(context.positions)
         for layer, block in enumerate(self.layers):
+            # A layer may lie on another device than the one before (hf/parallel.py).
             (x_C,) = bring(block.ln_1.weight.device, x_C)
             x_C = block(x_C, context.layer(layer))
         (x_C,) = bring(self.norm.weight.device, x_C)

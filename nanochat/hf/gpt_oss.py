@@ -35,6 +35,7 @@ def dequantize(blocks_NGB: torch.Tensor, scales_NG: torch.Tensor, dtype: torch.d
     """Unpack MXFP4 (OCP Microscaling Formats 1.0): blocks of 32 four-bit floats that share a power of two.
 
     (..., N, G, 16) u8 blocks and (..., N, G) u8 scales, biased by 127 -> (..., N, 32 G) in `dtype`."""
+    # One lookup per byte gives two values. The scale is an exponent, so ldexp applies it without rounding.
     values = F.embedding(blocks_NGB.int(), byte_values(blocks_NGB.device)).flatten(-2)
     return torch.ldexp(values, scales_NG.int()[..., None] - 127).flatten(-2).to(dtype)
 
@@ -43,6 +44,7 @@ class GptOssConfig(LlamaConfig):
     """config.json of a gpt-oss."""
 
     default_theta: ClassVar[float] = 150_000.0
+    # A head that finds nothing to attend to can give its attention to the sink (arXiv 2309.17453).
     sinks: ClassVar[bool] = True
 
     attention_bias: bool = True
@@ -55,7 +57,7 @@ class GptOssConfig(LlamaConfig):
 
     @model_validator(mode="after")
     def check_experts(self) -> Self:
-        """Raises ValueError for numbers that do not fit together."""
+        """Raise ValueError for numbers that do not fit together."""
         if self.n_expert_per_token > self.n_expert:
             raise ValueError(f"'num_experts_per_tok' {self.n_expert_per_token} is above {self.n_expert} experts")
         if self.packed and (self.n_embd % BLOCK or self.n_inner % BLOCK):
@@ -81,6 +83,7 @@ class ExpertMatrices(nn.Module):
         self.bias = nn.Parameter(torch.empty(config.n_expert, n_out))
         if self.packed:
             groups = (config.n_expert, n_out, n_in // BLOCK)
+            # Parameters, so that they are loaded, placed and counted as all others; integers have no gradient.
             blocks = torch.empty(*groups, BLOCK // 2, dtype=torch.uint8)
             scales = torch.empty(*groups, dtype=torch.uint8)
             self.blocks = nn.Parameter(blocks, requires_grad=False)
@@ -110,6 +113,7 @@ class Experts(nn.Module):
     def forward(self, x_NC: torch.Tensor, expert_NK: torch.Tensor, weight_NK: torch.Tensor) -> torch.Tensor:
         """Return the weighted sum of each token's K experts, (N, C)."""
         y_NC = torch.zeros_like(x_NC)
+        # Expert by expert: each matrix is unpacked once for all tokens that need it, and no other ever is.
         for expert in expert_NK.unique().tolist():
             token_R, place_R = (expert_NK == expert).nonzero(as_tuple=True)
             both = self.gate_up_proj(x_NC[token_R], expert)
@@ -133,6 +137,7 @@ class MoE(nn.Module):
 
     def forward(self, x_C: torch.Tensor) -> torch.Tensor:
         x_NC = x_C.flatten(0, -2)
+        # Softmax after the choice: the K weights sum to one, whatever the others' logits.
         logits_NK, expert_NK = self.router(x_NC).topk(self.n_expert_per_token, dim=-1)
         weight_NK = logits_NK.float().softmax(-1).to(x_NC.dtype)
         return self.experts(x_NC, expert_NK, weight_NK).view_as(x_C)

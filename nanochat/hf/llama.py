@@ -27,24 +27,27 @@ class Rope(OpenConfig):
     """
 
     kind: Literal["default", "linear", "llama3", "yarn"] = Field(alias="rope_type")
+    # Plane p turns by theta^(-2p/D) radians per position: the first by a whole radian, the last hardly at all.
     theta: float = Field(alias="rope_theta", gt=1, lt=1e30)
-    partial_rotary_factor: float = Field(1.0, ge=1, le=1)
+    partial_rotary_factor: float = Field(1.0, ge=1, le=1)  # below 1, some channels would not be rotated
     factor: Positive | None = None
+    # The context of the model's training, before it was stretched.
     original: Count = Field(alias="original_max_position_embeddings")
-    # llama3: turns within the original context below which a plane is slowed, and above which it is kept
+    # llama3: a plane that makes fewer turns than `low` within the original context is slowed, one that makes more than
+    # `high` is kept.
     low_freq_factor: Positive = 1.0
     high_freq_factor: Positive = 1.0
-    # yarn: turns above which a plane is kept, and below which it is slowed
+    # yarn: the same by other names, and in the other order.
     beta_fast: Positive = 32.0
     beta_slow: Positive = 1.0
-    truncate: bool = True
+    truncate: bool = True  # round the planes between which it blends
     attention_factor: Positive | None = None
     mscale: None = None  # these two would change `scale`; no family here has them
     mscale_all_dim: None = None
 
     @model_validator(mode="after")
     def check(self) -> Self:
-        """Raises ValueError for numbers that are missing or do not fit together."""
+        """Raise ValueError for numbers that are missing or do not fit together."""
         if self.kind != "default" and self.factor is None:
             raise ValueError(f"{self.kind} lacks 'factor'")
         if self.kind == "llama3" and self.high_freq_factor <= self.low_freq_factor:
@@ -89,8 +92,9 @@ class Rope(OpenConfig):
 class LlamaConfig(OpenConfig):
     """config.json of a Llama-like model."""
 
+    # What differs in gpt_oss.py. A sink is one more logit per head, which takes its share of the softmax.
     default_theta: ClassVar[float] = 10_000.0
-    sinks: ClassVar[bool] = False  # one more logit per head, which takes its share of the softmax
+    sinks: ClassVar[bool] = False
 
     family: str = Field(alias="model_type")
     vocab_size: Count
@@ -103,9 +107,10 @@ class LlamaConfig(OpenConfig):
     n_inner: Count = Field(alias="intermediate_size")
     eps: Positive = Field(1e-6, alias="rms_norm_eps")
     tied: bool = Field(False, alias="tie_word_embeddings")
-    attention_bias: bool = False
+    attention_bias: bool = False  # qwen2 has biases for queries, keys and values whatever this says
     mlp_bias: bool = False
     hidden_act: Literal["silu"] = "silu"
+    # Which layers attend to the last `sliding_window` positions alone: see `slides`.
     layer_types: list[Literal["full_attention", "sliding_attention"]] | None = None
     sliding_window: Count | None = None
     use_sliding_window: bool = False
@@ -178,16 +183,17 @@ class Attention(nn.Module):
         if self.qk_norm:
             self.q_norm = nn.RMSNorm(config.head_dim, config.eps)
             self.k_norm = nn.RMSNorm(config.head_dim, config.eps)
+            # Each has a norm of its own, so they are never one tensor.
             self.qkv: Any = Together((self.q_proj,), (self.k_proj,), (self.v_proj,))
         else:
             self.qkv = Together((self.q_proj, self.k_proj), (self.v_proj,))
 
     def forward(self, x_C: torch.Tensor, cos_1D: torch.Tensor, sin_1D: torch.Tensor, attend: Any) -> torch.Tensor:
-        # Queries and keys are one tensor where the model is prepacked and they have no norms, which saves operations.
+        # `qkv` returns queries and keys apart, or side by side once the model is prepacked (packed.py). Then one
+        # rotation does for both, which pays: decoding on CPU is bound by the number of operations.
         *qk, v_KD = [y.unflatten(-1, (-1, self.head_dim)) for y in self.qkv(x_C)]
         if self.qk_norm:
-            q_HD, k_KD = qk
-            qk = [self.q_norm(q_HD), self.k_norm(k_KD)]
+            qk = [self.q_norm(qk[0]), self.k_norm(qk[1])]
         qk = [rotate(y_HD, cos_1D, sin_1D) for y_HD in qk]
         q_HD, k_KD = qk if len(qk) == 2 else qk[0].split(self.heads, dim=-2)
         y_HD = attend(q_HD, k_KD, v_KD, self.window, self.sinks)
@@ -240,6 +246,7 @@ class Llama(OpenModel):
         self.lm_head = Linear(config.n_embd, config.vocab_size)
         self.readout = Together((self.lm_head,))
         self.tie_head()
+        # Not persistent: the files do not hold it. On the CPU even where the rest has no values yet (`load.skeleton`).
         self.register_buffer("radians_P", config.rope.radians_P(config.head_dim), persistent=False)
 
     @staticmethod
@@ -252,8 +259,10 @@ class Llama(OpenModel):
     def hidden(self, idx: torch.Tensor, context: Any) -> torch.Tensor:
         """Return the normed residual that the head reads, (..., C)."""
         x_C = self.embed_tokens(idx)
+        # All layers rotate by the same angles, so these are computed once.
         cos_1D, sin_1D = rotation(context.positions, self.radians_P, x_C.dtype, self.config.rope.scale)
         for layer, block in enumerate(self.layers):
+            # A layer may lie on another device than the one before (hf/parallel.py).
             x_C, cos_1D, sin_1D = bring(block.input_layernorm.weight.device, x_C, cos_1D, sin_1D)
             x_C = block(x_C, cos_1D, sin_1D, context.layer(layer))
         (x_C,) = bring(self.norm.weight.device, x_C)

@@ -67,11 +67,12 @@ def read_config(folder: Path | str) -> dict[str, Any]:
     if not isinstance(values, dict) or not isinstance(values.get("model_type"), str):
         raise ValueError(f"{path} names no model_type")
     kind = values["model_type"]
-    if kind in ("nanochat", "nanochat_gpt"):
+    if kind in ("nanochat", "nanochat_gpt"):  # not an open-weights family but our own, which has a way of its own
         raise ValueError(f"{folder} is a nanochat's: python -m scripts.models import makes it one of your checkpoints")
     if kind not in FAMILIES:
         named = f"{kind!r:.60} {values.get('architectures') or ''!s:.80}".strip()
         raise ValueError(f"{path}: the architecture {named} is not supported; known are {', '.join(FAMILIES)}")
+    # Quantized weights come in many formats, each with kernels of its own. gpt-oss's is simple enough to unpack.
     quantization = values.get("quantization_config")
     method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
     if method is not None and (kind, method) != ("gpt_oss", "mxfp4"):
@@ -102,6 +103,8 @@ def stored_tensors(folder: Path | str) -> dict[str, StoredTensor]:
             raise ValueError(
                 f"{path} is missing: download the whole model, in safetensors, as other formats are not read"
             )
+        # safetensors is a format without code: a header in JSON, whose length and offsets the library checks against
+        # the file's size, then plain bytes. A pickle (pytorch_model.bin) could run anything.
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 (it is no dict)
@@ -127,6 +130,7 @@ def match_parameters(model: OpenModel, folder: Path | str) -> dict[str, StoredTe
     """Return for each parameter of the model the stored tensor that holds its values.
 
     Raises ValueError for tensors that are missing, unknown, or of another shape or type than the model's."""
+    # By the model's name; some tensors of a file are not needed.
     found = {}
     for stored in stored_tensors(folder).values():
         target = model.rename(stored.name)

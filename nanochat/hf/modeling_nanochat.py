@@ -132,6 +132,7 @@ class NanochatGPT(PreTrainedModel, GenerationMixin):
                 self.value_embeds[str(i)] = nn.Embedding(padded_vocab_size, kv_channels)
             self.blocks.append(Block(gpt, gated))
         self.head = nn.Linear(n_embd, padded_vocab_size, bias=False)
+        # Each layer scales its input and adds a share of the embedding to it.
         self.resid_scale = nn.Parameter(torch.ones(n_layer))
         self.embed_skip = nn.Parameter(torch.zeros(n_layer))
         if gpt.smear_channels:
@@ -199,9 +200,9 @@ class NanochatGPT(PreTrainedModel, GenerationMixin):
             x_BTC = x_BTC - self.backout * middle_BTC
 
         logits_BTV = self.head(norm(x_BTC))[..., : gpt.vocab_size].float()
-        if gpt.softcap:
+        if gpt.softcap:  # logits stay between -softcap and softcap
             logits_BTV = gpt.softcap * torch.tanh(logits_BTV / gpt.softcap)
         loss = None
-        if labels is not None:
+        if labels is not None:  # the logits at each position are those of the next token
             loss = F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
         return CausalLMOutput(loss=loss, logits=logits_BTV)

@@ -86,7 +86,7 @@ class OpenModel(LanguageModel):
     layers: Any
     norm: Any
     lm_head: Linear
-    readout: Any  # Together((lm_head,)), made by the family, since prepacking replaces it
+    readout: Any  # Together((lm_head,)): the head as a product that prepacking may replace (packed.py)
 
     @staticmethod
     def rename(name: str) -> str | None:
@@ -155,8 +155,10 @@ class OpenModel(LanguageModel):
         """Return logits in fp32, or with targets the loss in nats; the arguments are those of `gpt.GPT.forward`."""
         x_C = self.hidden(idx, context or WholeRows(idx, attend_whole, self.config.sequence_len))
         if targets is not None:
+            # The loss never makes all logits at once, and has no softcap here (0).
             return softcap_cross_entropy(x_C, self.lm_head.weight, targets, 0.0, loss_reduction)
         if wanted_R is not None:
+            # Of a prompt, only the last token's logits are wanted: the head is the largest matrix.
             x_C = x_C[wanted_R.to(x_C.device)]
         (logits_V,) = self.readout(x_C)
         return logits_V.float()

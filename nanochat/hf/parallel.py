@@ -30,6 +30,7 @@ def layer_bytes(model: OpenModel, dtype: torch.dtype) -> list[int]:
     """Return the bytes of each layer and of what lies beside it, with floating-point values in `dtype`.
 
     No values are needed: `model` may be on PyTorch's device "meta"."""
+    # `named_parameters` has a tied head once, as the embedding; integers, such as MXFP4's, keep their size.
     sizes = [0] * model.config.n_layer
     for name, value in model.named_parameters():
         itemsize = dtype.itemsize if value.is_floating_point() else value.itemsize
@@ -82,6 +83,8 @@ def tensor_parallel(model: OpenModel, mesh: "dist.DeviceMesh") -> OpenModel:
     if config.n_head % ranks or config.n_kv_head % ranks or config.n_inner % ranks:
         heads = f"{config.n_head} heads, {config.n_kv_head} key-value heads and {config.n_inner} inner channels"
         raise ValueError(f"{ranks} ranks cannot share {heads} evenly: choose a number that divides them")
+    # Colwise: a rank has some of the outputs and needs all inputs. Rowwise: it has some of the inputs, and the outputs
+    # are summed over ranks. So a pair of one and the other needs one all-reduce, at its end.
     plan: dict[str, ParallelStyle] = {
         "self_attn.q_proj": ColwiseParallel(),
         "self_attn.k_proj": ColwiseParallel(),
