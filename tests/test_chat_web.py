@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_chat_cli import base_dir, command  # noqa: F401  (a fixture: the tiny model as a checkpoint)
+from tiny_chat import wait_for
 
 from scripts import chat_web
 
@@ -97,6 +98,43 @@ def test_the_server_ends_while_it_loads(base_dir):  # noqa: F811
     finally:
         process.kill()
         process.communicate()
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_server(base_dir):  # noqa: F811
+    """With status 2 and the reason in one line, though the port is open by then."""
+    broken = "def load(*_): raise ValueError('model.safetensors: not a file of weights')"
+    code = f"from nanochat.hf import store\n{broken}\nstore.NamedModel.load = load\n"
+    argv, environment = command(base_dir, "chat_web", "--port", "0")
+    argv[1:3] = ["-c", f"{code}from nanochat import cli\nfrom scripts.chat_web import main\ncli.run(main)"]
+    result = subprocess.run(argv, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 2 and "chat at" not in result.stdout
+    assert "not a file of weights" in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr
+
+
+def test_a_second_sigterm_does_not_wait_for_answers(base_dir):  # noqa: F811
+    argv, environment = command(base_dir, "chat_web", "--port", "0", "--drain-seconds", "300")
+    process = subprocess.Popen(
+        argv, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        address = process.stdout.readline().split()[2].removeprefix("http://")
+        body = {"messages": [{"role": "user", "content": "Tell me a story"}], "stream": True}
+        responses = [post(address, {**body, "logit_bias": {"33": 100}, "max_tokens": 700, "seed": i}) for i in range(9)]
+        assert all(response.read(1) for response in responses)
+        process.send_signal(signal.SIGTERM)
+        assert wait_for(lambda: health(address) == 503)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0 and "Traceback" not in process.stderr.read()
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def health(address):
+    """The status of /health."""
+    connection = http.client.HTTPConnection(address, timeout=60)
+    connection.request("GET", "/health")
+    return connection.getresponse().status
 
 
 def post(address, body, timeout=60):
