@@ -35,6 +35,7 @@ from nanochat.dataloader import RowLoader
 from nanochat.gpt import GPT, GPTConfig, build_model
 from nanochat.token_shards import PackedRows, write_rows
 from nanochat.tokenizer import Tokenizer
+from nanochat.world_core import core_bundle
 from scripts import base_train, infer_bench
 from scripts.infer_bench import table, time_calls
 
@@ -388,7 +389,7 @@ def core(config: CoreBench, more: list[str]) -> None:
     net, vocabulary, _ = checkpoint.load_model(config.stage, compute.device, config.model_tag)
     with tempfile.TemporaryDirectory(prefix="nanochat-bench-") as temporary:
         if config.bundle is None:
-            world.core_bundle(temporary)
+            core_bundle(temporary)
         began = time.perf_counter()
         found = evaluate_core(net, vocabulary, config.bundle or temporary, config.max_per_task)
         seconds = time.perf_counter() - began

@@ -60,7 +60,6 @@ VERSION = 1
 class Codec(ABC):
     """Text to ids and back: what our own tokenizer and those of open-weights models have in common."""
 
-    title: str  # how error messages name it
     special_tokens: dict[str, int]
 
     @abstractmethod
@@ -74,7 +73,7 @@ class Codec(ABC):
     def encode_special(self, name: str) -> int:
         """Return the id of a special token. Raises ValueError if this tokenizer has none of that name."""
         if name not in self.special_tokens:
-            raise ValueError(f"{self.title} has no special token {name}")
+            raise ValueError(f"this tokenizer has no special token {name}")
         return self.special_tokens[name]
 
     def encode(
@@ -107,7 +106,6 @@ class Tokenizer(Codec):
 
     def __init__(self, encoding: tiktoken.Encoding) -> None:
         self.encoding = encoding
-        self.title = f"tokenizer '{encoding.name}'"
         self.pattern: str = encoding._pat_str
         self.ranks: dict[bytes, int] = encoding._mergeable_ranks  # ids of the tokens; lower ranks are merged first
         self.special_tokens = dict(encoding._special_tokens)

@@ -2,7 +2,6 @@
 
     prose_documents()            docstrings of the standard library and the pages of `help`: real English
     documents(seed, n_bytes)     text written from the facts of world_facts.py, as much as is wanted
-    core_bundle(folder)          the same facts as a benchmark of base models
 
 The documents teach, besides the facts, what a small model needs before it can be fine-tuned: to answer questions, to
 bind a letter to a choice, to copy, to spell and to do sums. There are nine kinds of them. Each kind is a generator that
@@ -14,7 +13,6 @@ All randomness comes from one `random.Random` that is passed down, so equal argu
 
 import ast
 import inspect
-import json
 import random
 import re
 import string
@@ -24,7 +22,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from nanochat.common import atomic_write, read_lists
+from nanochat.common import read_lists
 from nanochat.world_facts import LETTERS, Fact, World, capitalized
 
 DRILLS = Path(__file__).with_name("world_drills.txt")
@@ -348,71 +346,3 @@ def _pages(paragraphs: Iterable[str]) -> Iterator[str]:
         page = f"{page}\n\n{paragraph}".strip()
     if len(page) >= 100:
         yield page
-
-
-# --- a benchmark of base models
-
-# label: (type of CORE task, examples shown, relations)
-CORE_TASKS = {
-    "world_capitals": ("multiple_choice", 0, ["capital"]),
-    "world_nature": ("multiple_choice", 0, ["class", "color", "young"]),
-    "world_elements": ("language_modeling", 0, ["symbol", "number", "number_of"]),
-    "world_words": ("language_modeling", 3, ["plural", "past", "word", "month_after"]),
-    "world_opposites": ("schema", 0, ["opposite"]),
-}
-CORE_BASELINES = {"multiple_choice": 25, "language_modeling": 0, "schema": 50}  # percent right by guessing
-
-
-def core_bundle(folder: Path | str, max_items: int = 200) -> None:
-    """Write small tasks of the world into `folder` as a CORE bundle (DCLM, arXiv:2406.11794).
-
-    The files are core.yaml, eval_meta_data.csv and eval_data/*.jsonl, with the same bytes each time.
-    """
-    folder = Path(folder)
-    rng = random.Random("world core")
-    world = World()
-    config = "icl_tasks:\n"
-    table = "Eval Task,Task Category,Task Type,#shots,#datapoints,Random baseline,Centered Metric?,Description\n"
-    for label, (kind, shots, relations) in CORE_TASKS.items():
-        # The answer has to end the sentence: what stands before it is the question.
-        usable = [
-            fact
-            for fact in world.facts
-            if fact.relation.name in relations and fact.sentence.endswith(f" {fact.answer}.")
-        ]
-        chosen = rng.sample(usable, min(max_items, len(usable)))
-        rows = [_core_row(kind, fact, world, rng) for fact in chosen]
-        atomic_write(folder / "eval_data" / f"{label}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-        config += (
-            f"  - label: {label}\n"
-            f"    dataset_uri: {label}.jsonl\n"
-            f"    num_fewshot: [{shots}]\n"
-            f"    icl_task_type: {kind}\n"
-        )
-        task_type = kind.replace("_", " ")
-        about = f"Facts of the built-in world: {label.removeprefix('world_')}."
-        table += f"{label},built-in world,{task_type},{shots},{len(rows)},{CORE_BASELINES[kind]},,{about}\n"
-    atomic_write(folder / "core.yaml", config)
-    atomic_write(folder / "eval_meta_data.csv", table)
-
-
-def _core_row(kind: str, fact: Fact, world: World, rng: random.Random) -> dict[str, Any]:
-    """Return a row of a CORE task: the sentence of a chat's answer, cut before the answer's name.
-
-    multiple_choice    "The capital of Peru is", and four names, of which `gold` is the right one
-    language_modeling  "The chemical symbol of iron is", and "Fe" to be continued with
-    schema             "The opposite of hot is" and "The opposite of up is"; `gold` is the one that "cold" continues
-    """
-    opening = fact.sentence.removesuffix(f" {fact.answer}.")
-    if kind == "multiple_choice":
-        choices, gold = world.choices(fact, rng)
-        return {"query": opening, "choices": choices, "gold": gold}
-    if kind == "language_modeling":
-        return {"context": opening, "continuation": fact.answer}
-    others = [each for each in world.facts if each.relation == fact.relation and each.answer != fact.answer]
-    other = rng.choice(others)
-    options = [opening, other.sentence.removesuffix(f" {other.answer}.")]
-    gold = rng.randrange(2)
-    if gold == 1:
-        options.reverse()
-    return {"context_options": options, "continuation": fact.answer, "gold": gold}

@@ -18,7 +18,7 @@ from nanochat.dataloader import RowLoader
 from nanochat.engine import Engine
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.token_shards import TextRows
-from nanochat.world import core_bundle
+from nanochat.world_core import core_bundle
 
 # Openings whose continuations show at a glance what a base model knows. They end without a space: in training text
 # a space is the first character of the next token.

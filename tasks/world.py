@@ -15,7 +15,15 @@ from tasks.common import Conversation, MadeTask, single_turn
 SIDES = {"train": "chat", "test": "held_out"}
 
 
-class WorldFacts(MadeTask):
+class FactTask(MadeTask):
+    """Conversations about facts of the world: of the side that the split may show."""
+
+    def __init__(self, split: str, size: int | None = None, seed: int = 0) -> None:
+        self.world = World()
+        super().__init__(split, size, seed)
+
+
+class WorldFacts(FactTask):
     """ "What is the capital of France?" in many wordings, answered in the words of a pretraining sentence.
 
     "train" asks in new wordings for as long as `size` goes. "test" asks every held-out fact once. Item i asks fact i of
@@ -25,10 +33,6 @@ class WorldFacts(MadeTask):
     name = "world_facts"
     train_size = 8  # times each fact
     test_size = 1
-
-    def __init__(self, split: str, size: int | None = None, seed: int = 0) -> None:
-        self.world = World()
-        super().__init__(split, size, seed)
 
     def items(self) -> list[Fact]:
         return self.world.on_side(SIDES[self.split])
@@ -71,7 +75,7 @@ def _bare(name: str, category: str) -> str:
     return name if category == "symbol" else name.lower()
 
 
-class WorldChoice(MadeTask):
+class WorldChoice(FactTask):
     """A fact asked with four choices, the right letter uniform over A to D; the answer is the letter alone.
 
     "train" goes on to ask about the other choices, in further turns: many letters to learn from for few tokens.
@@ -82,10 +86,6 @@ class WorldChoice(MadeTask):
     baseline = 0.25
     train_size = 12
     test_size = 1
-
-    def __init__(self, split: str, size: int | None = None, seed: int = 0) -> None:
-        self.world = World()
-        super().__init__(split, size, seed)
 
     def items(self) -> list[Fact]:
         return self.world.choice_facts(SIDES[self.split])

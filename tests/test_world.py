@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from nanochat import world
+from nanochat.world_core import core_bundle
 from nanochat.world_facts import World, hash_fraction, read_relations, with_article
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -248,8 +249,8 @@ def test_prose_is_long_clean_and_without_repeats():
 
 
 def test_core_bundle_has_the_public_layout(tmp_path):
-    world.core_bundle(tmp_path / "a")
-    world.core_bundle(tmp_path / "b")
+    core_bundle(tmp_path / "a")
+    core_bundle(tmp_path / "b")
     config = yaml.safe_load((tmp_path / "a" / "core.yaml").read_text())["icl_tasks"]
     keys = {"multiple_choice": {"query", "choices", "gold"}, "schema": {"context_options", "continuation", "gold"}}
     keys["language_modeling"] = {"context", "continuation"}
@@ -269,7 +270,7 @@ def test_core_bundle_has_the_public_layout(tmp_path):
 
 
 def test_core_rows_complete_to_true_sentences(tmp_path):
-    world.core_bundle(tmp_path)
+    core_bundle(tmp_path)
     true = {fact.sentence for fact in WORLD.facts}
     for task in yaml.safe_load((tmp_path / "core.yaml").read_text())["icl_tasks"]:
         for line in (tmp_path / "eval_data" / task["dataset_uri"]).read_text().splitlines():

@@ -30,8 +30,6 @@ class HFTokenizer(Codec):
     `settings` is the folder's tokenizer_config.json; `stop_tokens` are the ids that end an answer.
     """
 
-    title = "this model's tokenizer"
-
     def __init__(
         self, backend: "tokenizers.Tokenizer", bos: int | None, stop_tokens: Sequence[int], settings: dict[str, Any]
     ) -> None:
