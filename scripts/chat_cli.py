@@ -15,9 +15,11 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from nanochat import cli
 from nanochat.cli import option
@@ -27,7 +29,6 @@ from nanochat.conversation import ChatFormat, Message, plain_text, validate
 from nanochat.detokenizer import Event, Reasoning, ToolCall, content_of
 from nanochat.engine import Engine, Request
 from nanochat.hf import store
-from nanochat.hf.parallel import on_all_ranks
 
 HELP = (
     "Type a message; Ctrl-C stops an answer. /reset forgets the conversation, /system TEXT instructs the model, "
@@ -220,12 +221,21 @@ def noted_interrupts() -> Iterator[list[int]]:
         signal.signal(signal.SIGINT, handler)
 
 
-def typed_lines(prompt: str = "") -> Iterator[str]:
-    """Yield the lines of stdin, on all ranks those that rank 0 reads. Ctrl-C raises KeyboardInterrupt."""
-    read = on_all_ranks(lambda: input(prompt))
-    with contextlib.suppress(EOFError):
-        while True:
-            yield read()
+def typed_lines(compute: Compute, prompt: str = "") -> Iterator[str]:
+    """Yield the lines of stdin until it ends, on all ranks those that rank 0 reads. Ctrl-C raises KeyboardInterrupt."""
+    has_ranks = compute.world_size > 1
+    # A group of its own, because in the usual one a rank that waits for ten minutes takes the others for dead.
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=365)) if has_ranks else None
+    while True:
+        line: list[str | None] = [None]
+        if compute.rank == 0:
+            with contextlib.suppress(EOFError):
+                line = [input(prompt)]
+        if has_ranks:
+            dist.broadcast_object_list(line, group=group)
+        if line[0] is None:
+            return
+        yield line[0]
 
 
 @contextlib.contextmanager
@@ -271,11 +281,11 @@ def main() -> None:
         print(HELP)
         try:
             with line_editing():
-                chat.talk(typed_lines("> "))
+                chat.talk(typed_lines(compute, "> "))
         finally:
             print()
     else:
-        chat.talk(typed_lines())
+        chat.talk(typed_lines(compute))
     compute.close()
 
 

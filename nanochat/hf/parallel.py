@@ -15,9 +15,7 @@ layer. Every rank holds embedding, norms and head whole and runs the same reques
 Both are tested on CPU; neither has run on GPUs yet.
 """
 
-import contextlib
-from collections.abc import Callable, Sequence
-from datetime import timedelta
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -97,24 +95,3 @@ def tensor_parallel(model: OpenModel, mesh: "dist.DeviceMesh") -> OpenModel:
     for block in model.layers:
         parallelize_module(block, mesh, plan)
     return model.to(mesh.device_type).requires_grad_(False)
-
-
-def on_all_ranks(read: Callable[[], str]) -> Callable[[], str]:
-    """Return `read` as rank 0 does it: every rank is given the same lines and the same end of input.
-
-    All ranks call this, and then the function that it returns. Without several ranks that is `read` itself."""
-    if not dist.is_initialized():
-        return read
-    group = dist.new_group(backend="gloo", timeout=timedelta(days=365))  # a user may think for long
-
-    def read_and_broadcast() -> str:
-        line: list[str | None] = [None]  # None = the end of input
-        if dist.get_rank() == 0:
-            with contextlib.suppress(EOFError):
-                line = [read()]
-        dist.broadcast_object_list(line, group=group)
-        if line[0] is None:
-            raise EOFError
-        return line[0]
-
-    return read_and_broadcast

@@ -84,9 +84,11 @@ def list_models() -> dict[str, Path]:
     cache = cache_dir()
     for ref in sorted(cache.glob("models--*/refs/**/*")):
         if ref.is_file():
-            folder_name, _, *revision = ref.relative_to(cache).parts
+            # models--ORG--NAME/refs/REVISION, and a revision may hold slashes
+            folder_name, _, *parts = ref.relative_to(cache).parts
             repo = folder_name.removeprefix("models--").replace("--", "/")
-            found[_full_name(repo, "/".join(revision))] = snapshot(repo, "/".join(revision))
+            revision = "/".join(parts)
+            found[_full_name(repo, revision)] = snapshot(repo, revision)
     models = {}
     for name, folder in found.items():
         try:
