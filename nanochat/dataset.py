@@ -21,7 +21,7 @@ from typing import Any
 from nanochat import cli, world
 from nanochat.common import atomic_write, atomic_write_json, read_json, sha256_file
 from nanochat.documents import REMOTES, Manifest, dataset_dir, iterate_documents, parquet_errors, read_manifest
-from nanochat.hub import fetch_dataset_files, hub_address, list_dataset
+from nanochat.hub import HubFile, fetch_dataset_files, hub_address, list_dataset
 
 DEFAULT_SHARDS = 8
 SHARD_BYTES = 64 << 20  # text of a shard that is made from a folder
@@ -135,24 +135,24 @@ def _prepare_remote(name: str, n: int, mirror: str | None, workers: int) -> Mani
             raise ValueError(f"the hub's {file_name} of {name} has changed: delete {folder} to take the new data")
         files.append(file)
 
-    def save(complete: bool) -> Manifest:
-        entries = []
-        for file in files:
-            entry = _entry(folder / file.path, "val" if file is files[-1] else "train", file.sha256, file.bytes)
-            entries.append(entry)
-        return _save(
-            folder,
-            source=f"{hub_address(mirror)}/datasets/{remote.repo}",
-            licence=remote.licence,
-            shuffled=True,
-            complete=complete,
-            shards=entries,
-        )
-
+    facts = {
+        "source": f"{hub_address(mirror)}/datasets/{remote.repo}",
+        "licence": remote.licence,
+        "shuffled": True,
+    }
     fetch_dataset_files(remote.repo, commit, files[-1:], folder, mirror, workers)
-    save(complete=False)  # from here on, training may start
+    _save(folder, complete=False, shards=_remote_entries(folder, files), **facts)  # from here on, training may start
     fetch_dataset_files(remote.repo, commit, files[:-1], folder, mirror, workers)
-    return save(complete=True)
+    return _save(folder, complete=True, shards=_remote_entries(folder, files), **facts)
+
+
+def _remote_entries(folder: Path, files: list[HubFile]) -> list[dict[str, Any]]:
+    """Return the manifest's entries of a download's files, whether or not they have arrived."""
+    entries = []
+    for file in files:
+        split = "val" if file is files[-1] else "train"
+        entries.append(_entry(folder / file.path, split, file.sha256, file.bytes))
+    return entries
 
 
 # --- a folder of your own files

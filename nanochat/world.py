@@ -4,11 +4,12 @@
     documents(seed, n_bytes)     text written from the facts of world_facts.py, as much as is wanted
 
 The documents teach, besides the facts, what a small model needs before it can be fine-tuned: to answer questions, to
-bind a letter to a choice, to copy, to spell and to do sums. There are nine kinds of them. Each kind is a generator that
-never ends, its docstring begins with an example of what it yields, and `documents` draws the next kind by the weights
-in its table. Kinds and weights were found by measurement (dev/LOG.md).
+bind a letter to a choice, to copy, to spell and to do sums. There are nine kinds of them, each a generator that never
+ends, and `documents` draws which kind comes next by the weights in its table. Kinds and weights were found by
+measurement (dev/LOG.md).
 
-All randomness comes from one `random.Random` that is passed down, so equal arguments give equal text on any machine.
+All generators draw from one `random.Random`, and only when they are asked for the next item. So equal arguments give
+equal text on any machine.
 """
 
 import ast
@@ -27,17 +28,20 @@ from nanochat.world_facts import LETTERS, Fact, World, capitalized
 
 DRILLS = Path(__file__).with_name("world_drills.txt")
 
+# Of a question and its answer.
 QUIZ_LAYOUTS = ("Question: {} Answer: {}", "Question: {}\nAnswer: {}", "{} {}", "{}\n{}", "Q: {}\nA: {}")
 
 # From repeating a line of the list to answering a question about it, in small steps.
 LOOKUP_LAYOUTS = ("- {c}={x}", "{c}? {x}", "{c}?\n{x}", "{c}?\nAnswer:\n{x}", "Which letter is {c}?\n{x}")
 
+# Of the syllables of made-up words, before and after a vowel.
 ONSETS = (
     "b", "br", "c", "ch", "d", "f", "fl", "g", "gr", "h", "j", "k", "l", "m", "n", "p", "pr", "qu", "r", "s", "sh",
     "st", "str", "t", "tr", "v", "w", "z",
 )  # fmt: skip
 CODAS = ("", "", "", "n", "r", "l", "s", "t", "m", "ck", "nd", "rry", "ss", "ll", "tt", "x", "mp", "ng")
 
+# Folders of the standard library whose docstrings are few or odd, and those of other packages.
 NOT_PROSE = {"test", "tests", "idlelib", "idle_test", "lib2to3", "site-packages", "dist-packages", "turtledemo"}
 
 
@@ -75,7 +79,7 @@ def render_choices(question: str, letters: Sequence[str], choices: Sequence[str]
     """Return a multiple-choice question in the layout that pretraining text, chats and benchmarks share.
 
     A letter follows its choice, so that the model can look up what comes after a choice. The question comes last, when
-    everything that it asks about has been read. Small models learn this layout and not the usual ones (dev/LOG.md).
+    everything that it asks about has been read.
     """
     lines = "\n".join(f"- {choice}={letter}" for letter, choice in zip(letters, choices, strict=True))
     return f"Answer with a letter.\n{lines}\n{question}"
@@ -117,15 +121,15 @@ def _joined(rng: random.Random, parts: Iterator[str], least: int, most: int, sep
 
 
 def _statements(rng: random.Random, facts: Iterator[Fact]) -> Iterator[str]:
-    """The yen is the currency of Japan."""
+    """Yield sentences: "The yen is the currency of Japan"."""
     for fact in facts:
         yield fact.statement(rng)
 
 
 def _themes(rng: random.Random, facts: Iterator[Fact], stated: list[Fact]) -> Iterator[str]:
-    """The opposite of hot is cold. The reverse of up is down. Early and late are opposites. ...
+    """Yield paragraphs of one relation: "The opposite of hot is cold. The reverse of up is down. ...".
 
-    A paragraph of one relation, that of the next of `facts`.
+    Which relation comes next is that of the next of `facts`.
     """
     by_relation: dict[str, list[Fact]] = {}
     for fact in stated:
@@ -137,9 +141,9 @@ def _themes(rng: random.Random, facts: Iterator[Fact], stated: list[Fact]) -> It
 
 
 def _profiles(rng: random.Random, stated: list[Fact]) -> Iterator[str]:
-    """Peru lies in South America. Lima is the capital of Peru. People in Peru speak Spanish. ...
+    """Yield what is known about one thing: "Peru lies in South America. Lima is the capital of Peru. ...".
 
-    Two to four lines, each with all that is known about one country, element, animal or the like.
+    A document has two to four lines, each about one country, element, animal or the like.
     """
     by_family: dict[str, list[Fact]] = {}
     for fact in stated:
@@ -154,9 +158,9 @@ def _profiles(rng: random.Random, stated: list[Fact]) -> Iterator[str]:
 
 
 def _quizzes(rng: random.Random, facts: Iterator[Fact]) -> Iterator[str]:
-    """Q: which city is the capital of Peru? A: The capital of Peru is Lima.
+    """Yield questions with answers: "Q: which city is the capital of Peru? A: The capital of Peru is Lima. ...".
 
-    Four to ten questions in one layout, answered by a sentence or by the answer alone.
+    A document has four to ten questions in one layout, answered by a sentence or by the answer alone.
     """
     while True:
         layout = rng.choice(QUIZ_LAYOUTS)
@@ -170,7 +174,10 @@ def _quizzes(rng: random.Random, facts: Iterator[Fact]) -> Iterator[str]:
 
 
 def _exercises(rng: random.Random, facts: Iterator[Fact], world: World) -> Iterator[str]:
-    """Answer with a letter. - Rome=A - Lima=B - Oslo=C - Cairo=D Question: The capital of Peru? Answer: B"""
+    """Yield multiple choice: "- Rome=A - Lima=B - Oslo=C - Cairo=D Question: the capital of Peru Answer: B ...".
+
+    Up to four questions are asked about the same choices, and some answers are followed by the fact as a sentence.
+    """
     for fact in facts:
         choices, drawn = world.choice_questions(fact, rng)
         explained = rng.random() < 0.3
@@ -182,10 +189,10 @@ def _exercises(rng: random.Random, facts: Iterator[Fact], world: World) -> Itera
 
 
 def _letter_lists(rng: random.Random, vocabulary: Iterator[str]) -> Iterator[str]:
-    """- apple=A - brontack=B - because=C - flick=D brontack? B
+    """Yield choices that ask for no knowledge: "- apple=A - brontack=B - because=C - flick=D brontack? B ...".
 
     Lookups lead from repeating a line to answering a question about it. Without these steps in between, small models do
-    not learn which letter belongs to which choice (dev/LOG.md).
+    not learn which letter belongs to which choice (dev/LOG.md, "multiple choice by letter").
     """
     while True:
         choices = list(islice(vocabulary, 4))
@@ -202,7 +209,7 @@ def _letter_lists(rng: random.Random, vocabulary: Iterator[str]) -> Iterator[str
 
 
 def _copying(rng: random.Random, vocabulary: Iterator[str], templates: list[str]) -> Iterator[str]:
-    """Say apple brontack because. Yes: apple brontack because."""
+    """Yield lines that repeat unusual words: "Say apple brontack because. Yes: apple brontack because"."""
     for one in vocabulary:
         words = {"one": one, "One": capitalized(one), "two": next(vocabulary), "three": next(vocabulary)}
         number = rng.randint(10, 9999)
@@ -211,7 +218,7 @@ def _copying(rng: random.Random, vocabulary: Iterator[str], templates: list[str]
 
 
 def _spelling(rng: random.Random, vocabulary: Iterator[str], templates: list[str]) -> Iterator[str]:
-    """The word apple has 5 letters: a-p-p-l-e."""
+    """Yield lines about letters: "The word apple has 5 letters: a-p-p-l-e"."""
     for word in vocabulary:
         letter = rng.choice(word) if rng.random() < 0.8 else rng.choice(string.ascii_lowercase)
         count = word.count(letter)
@@ -227,7 +234,7 @@ def _spelling(rng: random.Random, vocabulary: Iterator[str], templates: list[str
 
 
 def _sums(rng: random.Random, templates: list[str]) -> Iterator[str]:
-    """What is 12 plus 7? 12+7 = 19. So 12 plus 7 is 19.
+    """Yield lines of arithmetic: "What is 12 plus 7? 12+7 = 19. So 12 plus 7 is 19".
 
     Small results are to be remembered, large ones to be copied, and words to be put into signs: a chat model writes the
     expression, and its calculator finds the result.
@@ -264,7 +271,7 @@ def documents(seed: int, target_bytes: int) -> Iterator[str]:
     world = World()
     drills = read_lists(DRILLS)
     vocabulary = _words_and_pseudo_words(rng)
-    # A relation such as "capital_of" has one statement, the first of its reverse: it is asked, but not stated again.
+    # A relation such as "capital_of" has a single statement, which "capital" has too: it is asked, not stated again.
     stated = [fact for fact in world.facts if len(fact.relation.statements) > 1]
     to_state = _deck(rng, stated)
     to_ask = _deck(rng, world.facts)
