@@ -29,7 +29,7 @@ def get_base_dir() -> Path:
 def print0(*args: Any, **kwargs: Any) -> None:
     """Print on the first process of a distributed run only."""
     if int(os.environ.get("RANK", 0)) == 0:
-        print(*args, **{"flush": True, **kwargs})
+        print(*args, flush=True, **kwargs)
 
 
 def fsync_dir(path: Path) -> None:
@@ -53,7 +53,7 @@ def atomic_write(path: Path | str, data: bytes | str) -> None:
         with open(temporary, "wb") as f:
             f.write(data.encode() if isinstance(data, str) else data)
             f.flush()
-            os.fsync(f.fileno())
+            os.fsync(f.fileno())  # before the rename: else the name could outlive a power cut and its content not
         os.replace(temporary, path)
         fsync_dir(path.parent)
     finally:
@@ -86,8 +86,11 @@ def read_lists(path: Path) -> dict[str, list[str]]:
 
 def sha256_file(path: Path | str) -> str:
     """Return the SHA-256 of a file's bytes in hex."""
+    digest = hashlib.sha256()
     with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def git_commit() -> str:
