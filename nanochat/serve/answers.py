@@ -75,7 +75,7 @@ class Answer:
             "model": model.name,
         }
 
-    # ---- How an endpoint words it
+    # ---- The wording of an endpoint: its subclass fills these in
 
     def first_piece(self) -> dict[str, Any] | None:
         """Return the fields of a choice in the chunk before its first text; None: there is no such chunk."""
@@ -97,7 +97,7 @@ class Answer:
 
     @property
     def finished(self) -> bool:
-        """True once every choice has come to its end."""
+        """Return True once every choice has come to its end."""
         return all(said and said[-1].finish_reason for said in self.said)
 
     def deliveries(self, client_left: Callable[[], bool]) -> Iterator[Delivery]:

@@ -1,4 +1,4 @@
-"""The engine's thread; a model as the replicas that answer for it; and the models of a server by name.
+"""The engine's thread, the replicas of a model, and the models of a server by name.
 
 An engine is not thread-safe: a step reads and writes its queue, its cache and its requests, and two at once would mix
 them up. Locking it would make every handler wait for a step to end. So each engine has a thread of its own, the only
@@ -53,12 +53,12 @@ class Delivery:
 
 @dataclass
 class Progress:
-    """What the loop knows of an open request."""
+    """The loop's record of an open request, for routing and for the metrics."""
 
     choice: int
     outbox: "queue.SimpleQueue[Delivery]"  # to the handler that submitted it
     arrived: float = field(default_factory=time.monotonic)
-    started: bool = False
+    started: bool = False  # has it left the engine's queue?
     last_token: float | None = None  # when it came
     n_scores: int = 0  # delivered so far
 
@@ -72,10 +72,10 @@ class EngineLoop:
         self.model_name = model_name
         self.replica = replica
         self.limit = limit
-        self.seconds_per_request = 1.0  # running mean; Retry-After is made of it
+        self.seconds_per_request = 1.0  # a running mean, from which Retry-After is estimated
         self.alive = True  # False once the engine has raised
         self._closed = False
-        self._calls: list[Callable[[], None]] = []  # what handlers want done to the engine between two steps
+        self._calls: list[Callable[[], None]] = []  # handlers put them in, the thread runs them between two steps
         self._open: dict[Request, Progress] = {}
         self._wake = threading.Condition()  # guards the three above
         self._thread = threading.Thread(target=self._run, name=f"engine {model_name} {replica}", daemon=True)
@@ -83,7 +83,7 @@ class EngineLoop:
 
     @property
     def n_open(self) -> int:
-        """Number of requests that run or wait."""
+        """Return how many requests run or wait."""
         return len(self._open)
 
     def submit(self, requests: Sequence[Request], outbox: "queue.SimpleQueue[Delivery]") -> None:
@@ -171,13 +171,13 @@ class EngineLoop:
                 scores = update.request.scores[progress.n_scores :]
                 progress.n_scores += len(scores)
                 progress.outbox.put(Delivery(progress.choice, update.events, scores, update.finish_reason))
-                if update.tokens and progress.last_token is None:
-                    self.metrics.first_token.labels(name).observe(now - progress.arrived)
-                elif update.tokens and progress.last_token is not None:
-                    # A tool's result comes as several tokens at once; the reader waited once for all of them.
-                    seconds_per_token = (now - progress.last_token) / len(update.tokens)
-                    self.metrics.between_tokens.labels(name).observe(seconds_per_token)
                 if update.tokens:
+                    if progress.last_token is None:
+                        self.metrics.first_token.labels(name).observe(now - progress.arrived)
+                    else:
+                        # A tool's result comes as several tokens at once; the reader waited once for all of them.
+                        seconds_per_token = (now - progress.last_token) / len(update.tokens)
+                        self.metrics.between_tokens.labels(name).observe(seconds_per_token)
                     progress.last_token = now
                 if update.finish_reason is not None:
                     del self._open[update.request]
@@ -237,16 +237,16 @@ class Model:
         metrics.add_model(name, engines)
         limit = self.engine.max_batch + config.max_waiting
         self.replicas = [EngineLoop(engine, metrics, name, i, limit) for i, engine in enumerate(engines)]
-        self._choice = threading.Lock()
+        self._dispatch = threading.Lock()
 
     @property
     def alive(self) -> list[EngineLoop]:
-        """The replicas whose engine still works."""
+        """Return the replicas whose engine still works."""
         return [loop for loop in self.replicas if loop.alive]
 
     @property
     def n_open(self) -> int:
-        """Number of requests that run or wait, over all replicas."""
+        """Return how many requests run or wait, over all replicas."""
         return sum(loop.n_open for loop in self.replicas)
 
     def submit(self, requests: Sequence[Request], outbox: "queue.SimpleQueue[Delivery]") -> EngineLoop:
@@ -254,7 +254,7 @@ class Model:
 
         Raises ApiError 429 when it has no room for them now, 503 when every engine is dead.
         """
-        with self._choice:  # two handlers must not both find the same replica idle
+        with self._dispatch:  # two handlers must not both find the same replica idle
             # All of them go to one replica: samples of one prompt read it once and share its keys and values.
             loop = min(self.alive or self.replicas, key=lambda loop: loop.n_open)
             # A refusal at the door costs the client one round trip. A place at the end of a long queue would cost it
@@ -275,14 +275,13 @@ class Models:
     def __init__(self, config: ServerConfig, names: Sequence[str], n_replicas: int = 1) -> None:
         self.config = config
         self.names = list(dict.fromkeys(names))
+        self.n_replicas = n_replicas
         self.loaded: list[Model] = []  # grows while handlers already read it: append is atomic
         self.metrics = Metrics()
         self.started = time.time()
         # Set at SIGTERM: new answers are refused, those that were begun go on. The port stays open meanwhile: clients
         # hear 503 with Retry-After, which tells them and the load balancer more than a refused connection.
         self.draining = threading.Event()
-        # The most requests that can be open. Counted by the flags, because no model is loaded yet.
-        self.most_open = len(self.names) * n_replicas * (config.max_batch + config.max_waiting)
 
     def add(self, name: str, engines: Sequence[Engine], chat_format: ChatFormat) -> None:
         """Start the threads of a model's replicas and let it answer."""
@@ -314,8 +313,16 @@ class Models:
 
     @property
     def n_open(self) -> int:
-        """Number of requests that run or wait, over all models."""
+        """Return how many requests run or wait, over all models."""
         return sum(model.n_open for model in self.loaded)
+
+    @property
+    def most_open(self) -> int:
+        """Return how many requests can be open at most, once all models are loaded."""
+        limits = [loop.limit for model in self.loaded for loop in model.replicas]
+        # The server's threads are counted before any model is loaded, so those still to come are counted by the flags.
+        n_to_come = self.n_replicas * (len(self.names) - len(self.loaded))
+        return sum(limits) + n_to_come * (self.config.max_batch + self.config.max_waiting)
 
     def close(self) -> None:
         """End the threads of all engines."""

@@ -1,8 +1,11 @@
 """What a server remembers between requests: conversations by session name, and answers that would repeat exactly.
 
-turn = sessions.begin(("ada's key", "s1"), [{"role": "user", "content": "And now?"}])
-turn.messages      the conversation so far, and the new question
-sessions.end(turn, content)     the session holds `content` from now on
+`begin` and `end` enclose the making of an answer in a session, which has one turn at a time:
+
+    turn = sessions.begin((0, "ada"), [{"role": "user", "content": "And now?"}])
+    turn.messages                   the conversation so far, with the new question
+    sessions.end(turn, content)     the session holds `content` from now on
+    sessions.end(turn)              it goes on from where it was: there was no answer
 """
 
 import contextlib
@@ -35,7 +38,7 @@ class Sessions:
     """Conversations by owner and name, each cut to `budget` tokens.
 
     They are forgotten `seconds` after their last turn; when there are more than `most`, the least recently used goes
-    first. `begin` and `end` enclose the making of an answer.
+    first.
     """
 
     def __init__(self, chat_format: ChatFormat, budget: int, most: int, seconds: float) -> None:
