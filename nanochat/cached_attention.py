@@ -15,19 +15,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def _keeps_order(device: torch.device, dtype: torch.dtype, deterministic: bool) -> bool:
-    """Return whether products must have certain shapes, so that their sums are always taken in the same order."""
-    return deterministic and device.type == "cpu" and dtype == torch.float32
+def _order_varies(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether products sum in an order that depends on their shape, which can be prevented (see below)."""
+    return device.type == "cpu" and dtype == torch.float32
 
 
-def slot_mask(hidden_BTS: Tensor, group: int, dtype: torch.dtype, deterministic: bool) -> Tensor:
+def slot_mask(hidden_BTS: Tensor, group: int, dtype: torch.dtype) -> Tensor:
     """Return what is added to the scores, (B, 1, M, S): -inf where `hidden`, else 0. group: query heads per kv head.
 
     In fp32 on CPU it has as many rows more as make a multiple of eight (see `attend_to_slots`).
     """
     mask_BTS = torch.zeros_like(hidden_BTS, dtype=dtype).masked_fill_(hidden_BTS, float("-inf"))
     mask_BMS = mask_BTS[:, :, None].expand(-1, -1, group, -1).flatten(1, 2)
-    if _keeps_order(hidden_BTS.device, dtype, deterministic):
+    if _order_varies(hidden_BTS.device, dtype):
         mask_BMS = F.pad(mask_BMS, (0, 0, 0, -mask_BMS.size(1) % 8))
     return mask_BMS[:, None]
 
@@ -48,14 +48,13 @@ def attend_to_slots(
     values_GSD: Tensor,
     mask_B1MS: Tensor,
     sinks_H: Tensor | None = None,
-    deterministic: bool = True,
 ) -> Tensor:
     """Return softmax(q·keys / √D + mask)·values, (B, T, H, D).
 
     sinks_H: one more logit per head that takes its share of the softmax and gives nothing (gpt-oss).
-    deterministic: a query's result has the same bits whatever other queries, rows and hidden slots there are (on CPU,
-    for slots in multiples of 128). In bf16 it always has. In fp32 a product sums in an order that depends on its
-    shape, unless its rows are a multiple of eight; and sums over slots are taken in parts of 128.
+    On CPU a query's result has the same bits whatever other queries, rows and hidden slots there are, for slots in
+    multiples of 128. In bf16 that is so by nature. In fp32 a product sums in an order that depends on its shape,
+    unless its rows are a multiple of eight; and sums over slots are taken in parts of 128.
     """
     # int: sizes are constants in a trace (cpu_trace.py). It fits any number of rows, so below B is written as -1.
     B = int(q_BTHD.size(0))
@@ -86,7 +85,7 @@ def attend_to_slots(
         weights_GMS = torch.cat((sinks_BKM1, scores_BKMS), dim=-1).softmax(-1).flatten(0, 1)[..., 1:]
     weights_GMS = weights_GMS.to(values_GSD.dtype)
 
-    if _keeps_order(q_BTHD.device, q_BTHD.dtype, deterministic):
+    if _order_varies(q_BTHD.device, q_BTHD.dtype):
         y_GMD = _product_in_parts(weights_GMS, values_GSD)
     else:
         y_GMD = torch.bmm(weights_GMS, values_GSD)

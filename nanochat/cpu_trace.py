@@ -57,10 +57,9 @@ class TracedLayer(LayerCache):
 class Trace:
     """Continues the first rows of a cache by one token each."""
 
-    def __init__(self, model: LanguageModel, cache: KVCache, deterministic: bool) -> None:
+    def __init__(self, model: LanguageModel, cache: KVCache) -> None:
         self.model = model
         self.cache = cache
-        self.deterministic = deterministic
         self._weights = [module.weight for module in model.modules() if isinstance(module, OnednnProduct)]
         self._recorded: Any = None
 
@@ -97,5 +96,5 @@ class Trace:
         layers = [TracedLayer(layer, tensors[4 * i : 4 * i + 4]) for i, layer in enumerate(self.cache.layers)]
         # All rows and slots: a part of -1 rows has as many as there are tokens.
         part = Part(first_row=0, n_rows=-1, n_tokens=1, length=self.cache.context + 1)
-        context = CacheBatch(layers, [part], rows_N, positions_N, previous_N, self.deterministic)
+        context = CacheBatch(layers, [part], rows_N, positions_N, previous_N)
         return self.model(idx_N, context=context)

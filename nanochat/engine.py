@@ -7,8 +7,8 @@ The scheduler (scheduler.py) says which requests run and how much of each is rea
 draws the tokens; detokenizer.py makes text of them.
 
 The same request with the same seed gives the same tokens alone and in any company, in any row, after a prefix hit, in
-chunks of any size, and after a preemption. On CPU that holds bit by bit (`deterministic`). On a GPU, or without the
-mode, it holds except for rounding, because products there sum in an order that depends on their shape.
+chunks of any size, and after a preemption. On CPU that holds bit by bit. On a GPU it holds except for rounding, because
+products there sum in an order that depends on their shape.
 """
 
 import contextlib
@@ -49,7 +49,7 @@ class Engine:
     The model's weights are used as they are now: after further training, make another engine.
     step_tokens: tokens that a step reads at most, decoding included. cache_tokens: room for running requests (None =
     for `max_batch` full contexts). prefix_tokens: room for prefixes. A token takes `bytes_per_token`.
-    deterministic: see above. int8: 8-bit weights; raises ValueError unless the model is in bf16 on CPU.
+    int8: 8-bit weights; raises ValueError unless the model is in bf16 on CPU.
     """
 
     def __init__(
@@ -61,16 +61,14 @@ class Engine:
         step_tokens: int = 256,
         cache_tokens: int | None = None,
         prefix_tokens: int = 8192,
-        deterministic: bool = True,
         int8: bool = False,
     ) -> None:
         if max_batch < 1:
             raise ValueError(f"--max-batch {max_batch} must be at least 1")
-        self.model = prepack(model, int8=int8, deterministic=deterministic)
+        self.model = prepack(model, int8=int8)
         self.threads = decode_threads(model)  # for the script: torch.set_num_threads(engine.threads)
         self.tokenizer = tokenizer
         self.max_batch = max_batch
-        self.deterministic = deterministic
         self.context = model.config.sequence_len
         self.vocab_size = model.config.vocab_size
         step_tokens = max(step_tokens, 2 * max_batch)  # prefill gets half of a full batch's step at least
@@ -88,7 +86,7 @@ class Engine:
         on_gpu = model.device.type == "cuda"
         self._on_device = torch.cuda.device(model.device) if on_gpu else contextlib.nullcontext()
         self.graphs = CudaGraphs(self.model, self.cache) if on_gpu and model.graphs else None
-        self.trace = Trace(self.model, self.cache, deterministic) if traceable(self.model) else None
+        self.trace = Trace(self.model, self.cache) if traceable(self.model) else None
         self.scheduler = Scheduler(self.cache, max_batch, step_tokens)
         self.waiting = self.scheduler.waiting
         self.running = self.scheduler.running
@@ -223,7 +221,7 @@ class Engine:
         device = self.model.device
         inputs_4N = torch.tensor([tokens, previous, positions, rows]).to(device, non_blocking=True)
         idx_N, previous_N, positions_N, rows_N = inputs_4N.unbind()
-        context = CacheBatch(self.cache.layers, parts, rows_N, positions_N, previous_N, self.deterministic)
+        context = CacheBatch(self.cache.layers, parts, rows_N, positions_N, previous_N)
         wanted_R = None if len(ends) == len(tokens) else torch.tensor(ends, device=device)
         return self.model(idx_N, context=context, wanted_R=wanted_R)
 

@@ -207,7 +207,7 @@ class CacheBatch:
     """The context of one forward over new tokens of many rows (see language_model.py): part after part, row after row.
 
     rows_N, positions_N: where each token goes, with room made by `KVCache.reserve`; positions count up along a row.
-    previous_N: the token before each, -1 before the first of a row. deterministic: see cached_attention.py.
+    previous_N: the token before each, -1 before the first of a row.
     """
 
     def __init__(
@@ -217,14 +217,12 @@ class CacheBatch:
         rows_N: torch.Tensor,
         positions_N: torch.Tensor,
         previous_N: torch.Tensor,
-        deterministic: bool = True,
     ) -> None:
         self.layers = layers
         self.parts = parts
         self.rows_N = rows_N
         self.positions = positions_N
         self.previous_N = previous_N
-        self.deterministic = deterministic
         # Layers with the same ring, window and device share one plan, so it is made once per forward.
         self._plans: dict[tuple[int | None, int, torch.device], LayerPlan] = {}
 
@@ -256,7 +254,7 @@ class CacheBatch:
             if q_NHD.device.type == "cuda" and part.n_tokens > 1 and sinks_H is None:
                 y_BTHD = attend_fused(q_BTHD, keys_GDS, values_GSD, mask)
             else:
-                y_BTHD = attend_to_slots(q_BTHD, keys_GDS, values_GSD, mask, sinks_H, self.deterministic)
+                y_BTHD = attend_to_slots(q_BTHD, keys_GDS, values_GSD, mask, sinks_H)
             outputs.append(y_BTHD.flatten(0, 1))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
@@ -286,7 +284,7 @@ class CacheBatch:
             if layer.ring is not None:
                 # The formula gives a negative position for a slot that a shorter row has not written yet.
                 hidden_BTS = hidden_BTS | (held_BTS < 0)
-            masks.append(slot_mask(hidden_BTS, group, like.dtype, self.deterministic))
+            masks.append(slot_mask(hidden_BTS, group, like.dtype))
         return LayerPlan(rows_N=self.rows_N.to(like.device), slots_N=layer.slots(positions_N), masks=masks)
 
 

@@ -9,8 +9,8 @@ operations. Three things help. All of them are about how weights are stored; the
 
 Measured on two cores (dev/LOG.md): the packed model decodes two to three times as fast as the plain one.
 
-Each Linear is replaced by one of three products: PlainProduct, OnednnProduct or Int8Product. Where `deterministic` is
-asked for, a row's result has the same bits whatever rows stand beside it (engine.py says why).
+Each Linear is replaced by one of three products: PlainProduct, OnednnProduct or Int8Product. On CPU a row's result has
+the same bits whatever rows stand beside it, so that answers do not depend on their company (engine.py).
 
 Shapes: N tokens of any rows, C inputs, O outputs.
 """
@@ -35,11 +35,11 @@ class PlainProduct(nn.Module):
     On CPU its sums depend on the number of rows, unless that is a multiple of eight.
     """
 
-    def __init__(self, weight_OC: torch.Tensor, bias_O: torch.Tensor | None, deterministic: bool) -> None:
+    def __init__(self, weight_OC: torch.Tensor, bias_O: torch.Tensor | None) -> None:
         super().__init__()
         self.weight = weight_OC
         self.bias_O = bias_O
-        self.pads = deterministic and weight_OC.device.type == "cpu"
+        self.pads = weight_OC.device.type == "cpu"
 
     def forward(self, x_NC: torch.Tensor) -> torch.Tensor:
         if not self.pads:
@@ -54,11 +54,11 @@ class OnednnProduct(nn.Module):
     A row's sums do not depend on the others, except that in fp32 a single row is summed in another order than several.
     """
 
-    def __init__(self, weight_OC: torch.Tensor, bias_O: torch.Tensor | None, deterministic: bool) -> None:
+    def __init__(self, weight_OC: torch.Tensor, bias_O: torch.Tensor | None) -> None:
         super().__init__()
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight_OC.contiguous(), 16)
         self.bias_O = bias_O
-        self.two_rows = deterministic and weight_OC.dtype == torch.float32
+        self.two_rows = weight_OC.dtype == torch.float32
 
     def forward(self, x_NC: torch.Tensor) -> torch.Tensor:
         return _onednn(x_NC, self.weight, self.bias_O, self.two_rows)
@@ -107,9 +107,9 @@ class PackedTogether(nn.Module):
 class PackedGate(nn.Module):
     """Takes the place of a `Gate` that is a product of its own: one with an output more, which is cut off.
 
-    The sigmoid that follows would not be deterministic otherwise. PyTorch computes it for whole vectors by another
-    formula than for the numbers that are left over, so a column of numbers would get other bits the longer it is. A
-    column with gaps in memory is never read as vectors.
+    Otherwise the sigmoid that follows would depend on the number of rows. PyTorch computes it for whole vectors by
+    another formula than for the numbers that are left over, so a column of numbers would get other bits the longer it
+    is. A column with gaps in memory is never read as vectors.
     """
 
     def __init__(self, product: nn.Module, gate: Gate) -> None:
@@ -129,7 +129,7 @@ def onednn_works(dtype: torch.dtype) -> bool:
     weight_OC = torch.randn(96, 64, generator=torch.Generator().manual_seed(1)).to(dtype)
     x_NC = torch.randn(3, 64, generator=torch.Generator().manual_seed(2)).to(dtype)
     try:
-        y_NO = OnednnProduct(weight_OC, None, deterministic=True)(x_NC)
+        y_NO = OnednnProduct(weight_OC, None)(x_NC)
     except (RuntimeError, AttributeError):  # a build of PyTorch without oneDNN, or a CPU without the instructions
         return False
     return torch.allclose(y_NO.float(), F.linear(x_NC.float(), weight_OC.float()), atol=0.1, rtol=0.02)
@@ -146,7 +146,7 @@ def decode_threads(model: LanguageModel) -> int:
 
 
 @torch.inference_mode()
-def prepack(model: LanguageModel, *, int8: bool = False, deterministic: bool = True) -> Any:
+def prepack(model: LanguageModel, *, int8: bool = False) -> Any:
     """Return `model` for inference, its weights as they are now; `model` itself stays as it is, and may train on.
 
     Embeddings, norms and scalars are shared with `model`, not copied. Where nothing is gained (large models on a GPU,
@@ -167,8 +167,8 @@ def prepack(model: LanguageModel, *, int8: bool = False, deterministic: bool = T
         if int8 and weight_OC.size(1) % 16 == 0:
             return Int8Product(weight_OC, bias_O)
         if onednn:
-            return OnednnProduct(weight_OC, bias_O, deterministic)
-        return PlainProduct(weight_OC, bias_O, deterministic)
+            return OnednnProduct(weight_OC, bias_O)
+        return PlainProduct(weight_OC, bias_O)
 
     packed = _copy_modules(model).eval()
     taken: set[nn.Module] = set()  # matrices that became part of another product

@@ -20,8 +20,6 @@ from typing import Any, Literal
 
 from nanochat.kv_cache import BLOCK, Block, KVCache
 
-HEAD_START = 64  # one level of priority overtakes at most this many requests that came before
-
 
 @dataclass(frozen=True)
 class TokenScore:
@@ -59,7 +57,6 @@ class Request:
     # How to report and to stop.
     logprobs: int | None = None  # report log-probabilities: of each token, and of this many likeliest ones
     stop: Sequence[str] = ()  # texts that end the answer; they are not part of it
-    priority: int = 0  # higher goes first
     decoder: Any = None  # turns its tokens into text and tool calls (detokenizer.py); made by the engine for `stop`
 
     # The result.
@@ -71,7 +68,7 @@ class Request:
 
     # Its progress, kept by the scheduler and the engine.
     state: Literal["waiting", "prefill", "decode", "done"] = "waiting"
-    order: tuple[int, int] = (0, 0)  # its place in the queue, given on arrival
+    arrival: int = 0  # its place in the queue
     row: int = 0  # its row in the cache, while it runs
     n_read: int = 0  # tokens of prompt and output whose keys and values are in the cache
     n_reused: int = 0  # how many of these were in the cache before it ran
@@ -95,7 +92,6 @@ class Request:
         for token, bias in self.logit_bias.items():
             _check_range(f"logit_bias of token {token}", bias, -100, 100)
         _check_range("logprobs", self.logprobs, 0)
-        _check_range("priority", self.priority, -1000, 1000)
         self.rng = random.Random(f"{self.seed}:{self.sample}")  # a text, because integer seeds lose their sign
 
     @property
@@ -131,12 +127,11 @@ def _check_range(name: str, value: float | None, low: float, high: float = math.
 
 
 class Scheduler:
-    """Continuous batching: first come, first served, except for priorities.
+    """Continuous batching: first come, first served.
 
-    Every step continues all requests that decode. The rest of its token budget goes to prefill, in the order of the
-    queue, so a long prompt is read in chunks beside the answers of others (chunked prefill, arXiv 2308.16369).
-    Nothing starves: a later request overtakes an earlier one by HEAD_START places at most, and the first of all is
-    never preempted.
+    Every step continues all requests that decode. The rest of its token budget goes to prefill, in the order of
+    arrival, so a long prompt is read in chunks beside the answers of others (chunked prefill, arXiv 2308.16369).
+    The first of all is never preempted, so nothing starves.
     """
 
     def __init__(self, cache: KVCache, max_running: int, step_tokens: int) -> None:
@@ -144,7 +139,7 @@ class Scheduler:
         self.cache = cache
         self.max_running = max_running
         self.step_tokens = step_tokens
-        self.waiting: list[Request] = []  # in the order of service
+        self.waiting: list[Request] = []  # in the order of arrival
         self.running: list[Request] = []  # in the order of rows
         self.n_preempted = 0
         self.n_queried = 0  # tokens of requests that began to run
@@ -153,8 +148,7 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queue a request."""
-        arrival = next(self._arrivals)
-        request.order = (arrival - HEAD_START * request.priority, arrival)
+        request.arrival = next(self._arrivals)
         self._wait(request)
 
     def remove(self, request: Request) -> None:
@@ -172,7 +166,7 @@ class Scheduler:
         """
         preempted = False
         while not self._fits(self.running):
-            self._preempt(max(self.running, key=lambda request: request.order))
+            self._preempt(max(self.running, key=lambda request: request.arrival))
             preempted = True
 
         work = [(request, 1) for request in self.running if request.n_pending == 1]
@@ -180,7 +174,7 @@ class Scheduler:
         budget = self.step_tokens - len(work) if work else 2 * self.step_tokens
 
         # Prompts that have begun, then new ones. The first of the queue gets all that it can use.
-        for request in sorted(self.running, key=lambda request: request.order):
+        for request in sorted(self.running, key=lambda request: request.arrival):
             n = min(request.n_pending, self.step_tokens, budget)
             if request.n_pending > 1 and n > 0:
                 work.append((request, n))
@@ -212,7 +206,7 @@ class Scheduler:
 
     def _wait(self, request: Request) -> None:
         request.state = "waiting"
-        bisect.insort(self.waiting, request, key=lambda request: request.order)
+        bisect.insort(self.waiting, request, key=lambda request: request.arrival)
 
     def _admit(self, request: Request, twin: Request | None) -> None:
         """Give a waiting request the next row, and fill it with the longest prefix that the cache holds."""

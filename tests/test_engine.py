@@ -312,7 +312,7 @@ def test_stop_texts_end_an_answer_and_never_show(tokenizer):
 def test_updates_are_the_output_in_order(tokenizer):
     """With all kinds of company; tokens and text as in the end, and one last update with the reason for each."""
     engine = Engine(random_model(tokenizer.get_vocab_size()), tokenizer, max_batch=3)
-    requests = [Request(tokenizer.encode("How" * (i + 1)), 5 + 4 * i, seed=i, priority=i % 2) for i in range(7)]
+    requests = [Request(tokenizer.encode("How" * (i + 1)), 5 + 4 * i, seed=i) for i in range(7)]
     for request in requests:
         request.decoder = AnswerDecoder(tokenizer)
     updates = steps(engine, *requests)

@@ -15,7 +15,7 @@ from hypothesis.stateful import (
 )
 
 from nanochat.kv_cache import BLOCK
-from nanochat.scheduler import HEAD_START, Request, Scheduler
+from nanochat.scheduler import Request, Scheduler
 
 
 class Cache:
@@ -77,13 +77,12 @@ class Trace(RuleBasedStateMachine):
     @rule(
         n=st.integers(1, 60),
         new=st.integers(1, 20),
-        priority=st.sampled_from([0, 0, 0, 1, -1]),
         twins=st.integers(1, 3),
     )
-    def add(self, n, new, priority, twins):
+    def add(self, n, new, twins):
         tokens = [self.random.randrange(3) for _ in range(n)]
         for sample in range(twins):
-            request = Request(tokens, priority=priority, sample=sample)
+            request = Request(tokens, sample=sample)
             if self.cache.fits([n + new]):
                 self.scheduler.add(request)
                 self.alive.append(request)
@@ -126,17 +125,17 @@ class Trace(RuleBasedStateMachine):
         unread = [request for request in scheduler.running if request not in chosen]
         if unread:
             assert len(decode) + sum(n for _, n in prefill) == budget
-            assert max(r.order for r, _ in prefill) < min(r.order for r in unread)
+            assert max(r.arrival for r, _ in prefill) < min(r.arrival for r in unread)
         if scheduler.running:
-            assert min(scheduler.running, key=lambda request: request.order) in chosen
+            assert min(scheduler.running, key=lambda request: request.arrival) in chosen
         # whoever was given up came after all that stayed, and whoever came in did so before those that still wait
         given_up = [request for request in before if request in scheduler.waiting]
         assert scheduler.n_preempted - preempted >= len(given_up)
         stayed = [request for request in before if request in scheduler.running]
-        assert all(a.order < b.order for a in stayed for b in given_up)
+        assert all(a.arrival < b.arrival for a in stayed for b in given_up)
         reading = [r.tokens for r in scheduler.running if r.n_read < len(r.tokens) - 1 or r not in before]
         new = [request for request in scheduler.running if request not in before]
-        passed = [w for w in scheduler.waiting for r in new if w.order < r.order and w.tokens not in reading]
+        passed = [w for w in scheduler.waiting for r in new if w.arrival < r.arrival and w.tokens not in reading]
         assert not passed
         for request in decode:
             self.read(request, 1)
@@ -165,7 +164,7 @@ class Trace(RuleBasedStateMachine):
         assert sorted(map(id, self.alive)) == sorted(map(id, scheduler.waiting + scheduler.running))
         assert len(scheduler.running) <= scheduler.max_running
         assert all(request.state == "waiting" and request.n_read == 0 for request in scheduler.waiting)
-        orders = [request.order for request in scheduler.waiting]
+        orders = [request.arrival for request in scheduler.waiting]
         assert orders == sorted(orders)
 
     def teardown(self):
@@ -204,17 +203,12 @@ def scheduler(max_running=1, step_tokens=64, capacity=10**6):
     return Scheduler(cache, max_running, step_tokens)
 
 
-def test_priorities_overtake_by_a_head_start_and_no_more():
+def test_the_first_to_come_is_served_first():
     queue = scheduler()
-    plain = [Request([i]) for i in range(HEAD_START)]
-    urgent = [Request([1000 + i], priority=1) for i in range(3)]
-    late = Request([5], priority=1)
-    for request in [*plain, *urgent, *(Request([2000 + i]) for i in range(HEAD_START)), late]:
+    requests = [Request([i]) for i in range(9)]
+    for request in requests:
         queue.add(request)
-    ended = drain(queue, {})
-    assert ended.index(urgent[0]) == 1  # it came HEAD_START places later: it ties with the first, and comes after it
-    assert ended.index(plain[3]) > ended.index(urgent[2]) > ended.index(plain[1])
-    assert ended.index(late) > ended.index(plain[-1])
+    assert drain(queue, {}) == requests
 
 
 def test_a_prompt_is_read_in_chunks_while_others_go_on():
@@ -266,7 +260,7 @@ def test_samples_of_a_prompt_wait_for_its_reading_and_others_do_not():
                 request.output.append(1)
         if samples[0].n_read < 49:
             assert [r for r in queue.running if r in samples] == [samples[0]]
-        waited = samples[1].order if other in queue.running and not samples[1].output else waited
+        waited = samples[1].arrival if other in queue.running and not samples[1].output else waited
     assert waited is not None  # it went past the samples
     assert total == 50 + 3  # the prompt once, and its last token for each further sample
 
