@@ -156,7 +156,7 @@ class ChatFormat:
     """How a model is spoken to: messages -> prompt ids, and a decoder for the answer. This one is the project's own."""
 
     def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
+        self.tokenizer = tokenizer  # a Tokenizer; in the formats of open-weights models an HFTokenizer
 
     def render(self, messages: list[Message]) -> list[int]:
         """Return the ids of the conversation, ending where the assistant's next turn begins.

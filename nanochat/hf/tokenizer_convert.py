@@ -29,24 +29,21 @@ SAMPLES = (
 )
 
 
-class _EncodingState:
-    """Takes the place of `tiktoken.Encoding` while its pickle is read: keeps the fields, runs nothing."""
-
-    state: dict[str, Any]
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.state = state
+class _StandIn:
+    """Takes the place of `tiktoken.Encoding` while its pickle is read: gets its fields, runs nothing."""
 
 
 class _Unpickler(pickle.Unpickler):
-    """Reads pickles that hold plain values and one encoding. A pickle may name any function to be called, so every
-    other name is refused."""
+    """Reads pickles that hold plain values and one encoding.
+
+    A pickle may name any function to be called, so every other name is refused.
+    """
 
     def find_class(self, module: str, name: str) -> type:
         """Return the stand-in for the encoding; raises UnpicklingError for any other name."""
         if (module, name) != ("tiktoken.core", "Encoding"):
             raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-        return _EncodingState
+        return _StandIn
 
 
 def read_pickled(path: Path) -> Tokenizer:
@@ -58,7 +55,7 @@ def read_pickled(path: Path) -> Tokenizer:
 
     try:
         with open(path, "rb") as file:
-            state = _Unpickler(file).load().state
+            state = vars(_Unpickler(file).load())
         pattern = state["pat_str"]
         ranks = TypeAdapter(dict[bytes, int]).validate_python(state["mergeable_ranks"], strict=True)
         special = TypeAdapter(dict[str, int]).validate_python(state["special_tokens"], strict=True)
