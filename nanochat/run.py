@@ -85,12 +85,12 @@ class Run:
         Raises ValueError when there is no such checkpoint, or when it belongs to a run with other flags or tokenizer.
         """
         meta = self._meta_to_resume()
+        self.compute.barrier()  # every rank has looked at the checkpoints before rank 0 moves them
         if meta is not None:
             self._load(meta)
         elif self.compute.rank == 0:
             checkpoint.set_aside(self.stage, self.tag)
             self.folder.mkdir(parents=True, exist_ok=True)
-        self.compute.barrier()
         if self.compute.rank == 0:
             self.log = RunLog(self)
 

@@ -9,6 +9,7 @@ below it stand in the order in which it calls them. How the learning rate rises 
 import contextlib
 import dataclasses
 import math
+import statistics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -48,7 +49,13 @@ def train(run: Run, train_rows: PackedRows, val_rows: PackedRows, prompts: Seque
     rows = rows_per_step(run.total_batch_size, T, compute.world_size)
     batch = choose_device_batch(model, config, compute, share=rows // compute.world_size)
     train_loader = RowLoader(
-        train_rows, rows, batch.rows, config.seed, compute.rank, compute.world_size, compute.device
+        train_rows,
+        rows_per_step=rows,
+        device_rows=batch.rows,
+        seed=config.seed,
+        rank=compute.rank,
+        world_size=compute.world_size,
+        device=compute.device,
     )
     val_loader = validation_loader(val_rows, batch.rows, compute)
 
@@ -134,8 +141,15 @@ def is_due(step: int, every: int) -> bool:
 
 def validation_loader(val_rows: PackedRows, device_rows: int, compute: Compute) -> RowLoader:
     """Return a loader of the validation rows, `device_rows` at a time on each rank, in the same order for every run."""
-    rows = device_rows * compute.world_size
-    return RowLoader(val_rows, rows, device_rows, 0, compute.rank, compute.world_size, compute.device)
+    return RowLoader(
+        val_rows,
+        rows_per_step=device_rows * compute.world_size,
+        device_rows=device_rows,
+        seed=0,
+        rank=compute.rank,
+        world_size=compute.world_size,
+        device=compute.device,
+    )
 
 
 def validation_bpb(run: Run, val_loader: RowLoader) -> float:
@@ -177,7 +191,8 @@ def print_samples(run: Run, prompts: Sequence[str]) -> None:
 def accumulate_gradients(run: Run, micro_batches: list[MicroBatch], recompute: bool) -> float:
     """Run forward and backward over this rank's micro-batches; return the mean loss over the rows of all ranks.
 
-    Gradients of the micro-batches add up, as if all rows had gone through at once. recompute: activations in the
+    A device rarely holds the activations of a whole step. The gradients of its micro-batches add up, which gives the
+    same sum as if all rows had gone through at once, and the weights are updated once. recompute: activations in the
     backward pass. Raises ValueError when the loss is not finite.
     """
     compute = run.compute
@@ -196,8 +211,8 @@ def accumulate_gradients(run: Run, micro_batches: list[MicroBatch], recompute: b
         part_loss.backward()  # adds to the gradients of the micro-batches before
         part_losses.append(part_loss.detach())
 
-    # The loss is read once, after all micro-batches: `item` waits for the device, which would be idle meanwhile. It is
-    # read before the update, because a loss that is not finite would spoil the weights.
+    # The loss is read once, after all micro-batches. `item` waits for the device, so reading each of them would leave a
+    # GPU without work in between. It is read before the update, as a loss that is not finite would spoil the weights.
     mean_loss = compute.all_reduce_sum(torch.stack(part_losses).sum()).item()
     if not math.isfinite(mean_loss):
         bad = [i for i, part in enumerate(part_losses) if not torch.isfinite(part)]
@@ -325,11 +340,12 @@ def announce(run: Run, batch: DeviceBatch) -> None:
 
 def announce_measured_time(run: Run, step_seconds: list[float]) -> None:
     """Print what the rest of the run will take at the measured speed, leaving out the steps that warmed up."""
+    if run.log is None:
+        return
     timed = step_seconds[len(step_seconds) // 2 :]
-    seconds = (run.num_iterations - run.step) * sum(timed) / len(timed)
-    if run.log is not None:
-        time_text = time_and_cost(seconds, run.config.price)
-        run.log.say(f"  {time_text} left at the speed of the first {len(step_seconds)} steps")
+    seconds = (run.num_iterations - run.step) * statistics.fmean(timed)
+    time_text = time_and_cost(seconds, run.config.price)
+    run.log.say(f"  {time_text} left at the speed of the first {len(step_seconds)} steps")
 
 
 def time_and_cost(seconds: float, price: float | None) -> str:
