@@ -69,8 +69,9 @@ def relative(ours, theirs):
 
 def check(model, oracle, tolerance, new=80):
     """Logits of a long row; then what the engine makes of a batch of mixed lengths is what the oracle would choose."""
-    (row,) = prompts(100)
-    ours, theirs = model(torch.tensor([row])), oracle(torch.tensor([row])).logits
+    row = torch.tensor(prompts(100))
+    ours = model(row)
+    theirs = oracle(row).logits
     assert ours.dtype == torch.float32
     assert relative(ours, theirs) < tolerance
     engine = Engine(model, NO_TOKENIZER, max_batch=3)
@@ -109,12 +110,14 @@ def pack(oracle, folder, seed=3):
     """Give the oracle experts that MXFP4 can express, as transformers unpacks them, and save them packed."""
     generator = torch.Generator().manual_seed(seed)
     tiny_hf.save(oracle, folder)
-    state, config = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
+    state = load_file(folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
     for name in [name for name in state if name.endswith(("gate_up_proj", "down_proj"))]:
         E, n_in, n_out = state.pop(name).shape
         blocks = torch.randint(256, (E, n_out, n_in // 32, 16), generator=generator, dtype=torch.uint8)
         scales = torch.randint(120, 125, (E, n_out, n_in // 32), generator=generator, dtype=torch.uint8)
-        state |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        state[f"{name}_blocks"] = blocks
+        state[f"{name}_scales"] = scales
         oracle.get_parameter(name).copy_(convert_moe_packed_tensors(blocks, scales, dtype=torch.float32))
     save_file(state, folder / "model.safetensors")
     config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
@@ -136,7 +139,8 @@ def test_bf16_stays_near_fp32(tmp_path):
     tiny_hf.save(tiny_hf.make("qwen3", head_dim=16).to(torch.bfloat16), tmp_path)
     oracle = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     row = torch.tensor(prompts(50))
-    low, full = (hf.load_model(tmp_path, "cpu", dtype)(row) for dtype in (torch.bfloat16, torch.float32))
+    low = hf.load_model(tmp_path, "cpu", torch.bfloat16)(row)
+    full = hf.load_model(tmp_path, "cpu", torch.float32)(row)
     assert low.dtype == torch.float32
     assert relative(full, oracle(row).logits) < 1e-4, "the same bf16 weights, computed in fp32"
     assert relative(low, full) < 0.1

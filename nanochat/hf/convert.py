@@ -122,7 +122,8 @@ class NanoChatRope(OpenConfig):
 def all_names(table: dict[str, str], n_layer: int) -> dict[str, str]:
     """Return a table of names with every layer written out.
 
-    {"h.{i}.c_q": "blocks.{i}.q"} of two layers becomes {"h.0.c_q": "blocks.0.q", "h.1.c_q": "blocks.1.q"}."""
+    {"h.{i}.c_q": "blocks.{i}.q"} of two layers becomes {"h.0.c_q": "blocks.0.q", "h.1.c_q": "blocks.1.q"}.
+    """
     names = {}
     for theirs, ours in table.items():
         for i in range(n_layer):
@@ -145,7 +146,8 @@ def mirror_rotation(model: GPT) -> None:
 def build_model(config: GPTConfig, state: State, origin: Path) -> GPT:
     """Return the model, in fp32, of a state dict under our names.
 
-    Raises ValueError, which names `origin`, for tensors that are missing, extra or of another shape."""
+    Raises ValueError, which names `origin`, for tensors that are missing, extra or of another shape.
+    """
     # A hostile number of layers would take long to build. Each has several tensors, so this is surely too many.
     if config.n_layer > len(state):
         raise ValueError(f"{origin} has {len(state)} tensors, too few for {config.n_layer} layers")
@@ -183,7 +185,8 @@ def build_foreign_model(config: GPTConfig, state: State, table: dict[str, str], 
 def read_original(folder: Path) -> tuple[GPT, dict[str, Any]]:
     """Read the newest model_<step>.pt of the original nanochat; return the model and facts for meta.json.
 
-    Its shape is in the meta file beside it. Its year shows in its tensors: smear came in 2026."""
+    Its shape is in the meta file beside it. Its year shows in its tensors: smear came in 2026.
+    """
     path = max(folder.glob("model_[0-9]*.pt"))  # steps have leading zeros: the newest comes last
     digits = path.stem.removeprefix("model_")
     meta_path = folder / f"meta_{digits}.json"
@@ -243,7 +246,8 @@ def import_checkpoint(folder: Path, stage: str, tag: str, tokenizer_dir: str | N
     """Bring the checkpoint in `folder` into checkpoints/<stage>/<tag> as step 0, and return that folder.
 
     Pickles are read without running anything in them. Raises ValueError if the folder holds none of the formats above,
-    if it is damaged, if its tokenizer is missing or has another vocabulary, or if the tag is taken."""
+    if it is damaged, if its tokenizer is missing or has another vocabulary, or if the tag is taken.
+    """
     if checkpoint.list_steps(stage, tag):
         raise ValueError(f"there is a {stage}/{tag} already: choose another --tag")
     facts: dict[str, Any] = {}
@@ -292,7 +296,8 @@ def export_checkpoint(folder: Path, stage: str, tag: str | None, step: int | Non
 
     `format` is "nanochat" for transformers' own class, "code" for a bundle with its own code, or "auto" for the first
     that works. Returns the line of Python that loads it. Raises ValueError if the folder is not empty or the model
-    cannot be expressed in the format."""
+    cannot be expressed in the format.
+    """
     if format == "gguf":
         raise ValueError("llama.cpp's converter has no nanochat architecture, so there is no GGUF: use --format auto")
     if folder.exists() and any(folder.iterdir()):

@@ -34,7 +34,8 @@ def byte_values(device: torch.device) -> torch.Tensor:
 def dequantize(blocks_NGB: torch.Tensor, scales_NG: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Unpack MXFP4 (OCP Microscaling Formats 1.0): blocks of 32 four-bit floats that share a power of two.
 
-    (..., N, G, 16) u8 blocks and (..., N, G) u8 scales, biased by 127 -> (..., N, 32 G) in `dtype`."""
+    (..., N, G, 16) u8 blocks and (..., N, G) u8 scales, biased by 127 -> (..., N, 32 G) in `dtype`.
+    """
     # One lookup per byte gives two values. The scale is an exponent, so ldexp applies it without rounding.
     values = F.embedding(blocks_NGB.int(), byte_values(blocks_NGB.device)).flatten(-2)
     return torch.ldexp(values, scales_NG.int()[..., None] - 127).flatten(-2).to(dtype)

@@ -78,7 +78,8 @@ class Rope(OpenConfig):
     def plane_that_turns(self, turns: float, head_dim: int) -> float:
         """Return the place in 0..P of the plane that makes so many turns within the original context.
 
-        Plane p makes original · theta^(-2p/D) / 2π turns; this is that, solved for p."""
+        Plane p makes original · theta^(-2p/D) / 2π turns; this is that, solved for p.
+        """
         return head_dim * math.log(self.original / (2 * math.pi * turns)) / (2 * math.log(self.theta))
 
     @property

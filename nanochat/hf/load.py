@@ -59,7 +59,8 @@ class StoredTensor(NamedTuple):
 def read_config(folder: Path | str) -> dict[str, Any]:
     """Return config.json of a model's folder.
 
-    Raises ValueError if there is none, or if its architecture or the quantization of its weights is not known here."""
+    Raises ValueError if there is none, or if its architecture or the quantization of its weights is not known here.
+    """
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} holds no config.json: is it a model's folder?")
@@ -84,7 +85,8 @@ def weight_files(folder: Path | str) -> list[Path]:
     """Return the files that hold a model's weights: model.safetensors, or the shards that the index names.
 
     They need not be there. Raises ValueError if the index is damaged, or if it names a file with a folder in it, which
-    could lead anywhere."""
+    could lead anywhere.
+    """
     folder = Path(folder)
     path = folder / INDEX
     if not path.is_file():
@@ -96,13 +98,12 @@ def weight_files(folder: Path | str) -> list[Path]:
 def stored_tensors(folder: Path | str) -> dict[str, StoredTensor]:
     """Return every tensor of a folder by its name, from the headers of its files alone; no values are read.
 
-    Raises ValueError, which names the file, if one is missing or damaged, or has a tensor that another one has, too."""
+    Raises ValueError, which names the file, if one is missing or damaged, or has a tensor that another one has, too.
+    """
     found: dict[str, StoredTensor] = {}
     for path in weight_files(folder):
         if not path.is_file():  # also a named pipe, which opening would wait for
-            raise ValueError(
-                f"{path} is missing: download the whole model, in safetensors, as other formats are not read"
-            )
+            raise ValueError(f"{path} is missing: download the whole model; other formats are not read")
         # safetensors is a format without code: a header in JSON, whose length and offsets the library checks against
         # the file's size, then plain bytes. A pickle (pytorch_model.bin) could run anything.
         try:
@@ -129,7 +130,8 @@ def skeleton(folder: Path | str) -> OpenModel:
 def match_parameters(model: OpenModel, folder: Path | str) -> dict[str, StoredTensor]:
     """Return for each parameter of the model the stored tensor that holds its values.
 
-    Raises ValueError for tensors that are missing, unknown, or of another shape or type than the model's."""
+    Raises ValueError for tensors that are missing, unknown, or of another shape or type than the model's.
+    """
     # By the model's name; some tensors of a file are not needed.
     found = {}
     for stored in stored_tensors(folder).values():
@@ -137,6 +139,7 @@ def match_parameters(model: OpenModel, folder: Path | str) -> dict[str, StoredTe
         # With tied embeddings some files hold the head as well; it is a copy of the embedding.
         if target is not None and not (target == "lm_head.weight" and model.config.tied):
             found[target] = stored
+
     wanted = dict(model.named_parameters())  # a tied head is not among them
     problems = [f"{name} is missing" for name in wanted.keys() - found.keys()]
     for name, stored in found.items():
@@ -162,7 +165,8 @@ def load_model(folder: Path | str, device: Place, dtype: torch.dtype | None = No
 
     `device` is one for the whole model or one per layer. Files are memory-mapped: on the CPU, weights that keep their
     dtype stay views of the file, so that a second process shares their pages. Raises ValueError, which names what is
-    wrong, if the folder is not that of a supported model."""
+    wrong, if the folder is not that of a supported model.
+    """
     # 1. config.json says which family this is; its model has shapes and no values yet.
     model = skeleton(folder)
 
@@ -170,7 +174,10 @@ def load_model(folder: Path | str, device: Place, dtype: torch.dtype | None = No
     stored = match_parameters(model, folder)
 
     # 3. Each layer has a device, and what is outside the layers goes with the first or the last of them.
-    places = [torch.device(device)] * model.config.n_layer if isinstance(device, torch.device | str) else list(device)
+    if isinstance(device, torch.device | str):
+        places = [torch.device(device)] * model.config.n_layer
+    else:
+        places = list(device)
     dtype = dtype or pick_dtype(places[0])
 
     # 4. Weights are read one by one, each straight to its device, so that no second copy of the model is in memory.
@@ -181,7 +188,9 @@ def load_model(folder: Path | str, device: Place, dtype: torch.dtype | None = No
         if model.is_transposed(name):
             value = value.t()  # a view
         state[name] = value.to(dtype) if value.is_floating_point() else value
-    model.load_state_dict(state, strict=False, assign=True)  # not strict: a tied head is not in `state`
+    # `assign` takes the tensors themselves instead of copying them. It is not strict because a tied head is not in
+    # `state`; as its embedding is another tensor now, the two are tied again.
+    model.load_state_dict(state, strict=False, assign=True)
     model.tie_head()
     for name, table in model.named_buffers():  # rotary frequencies: in no file, needed where tokens come in
         setattr(model, name, table.to(places[0]))
@@ -192,6 +201,7 @@ def load(folder: Path | str, device: Place, dtype: torch.dtype | None = None) ->
     """Load a model and its tokenizer: `model(idx_BT)` returns logits (B, T, V) in fp32; see `load_model`.
 
     The tokenizer has the interface of `nanochat.tokenizer.Tokenizer`. Raises ValueError as `load_model` does, or for a
-    folder without a usable tokenizer.json."""
+    folder without a usable tokenizer.json.
+    """
     tokenizer = HFTokenizer.from_directory(folder)  # first: a wrong one is found before gigabytes are read
     return load_model(folder, device, dtype), tokenizer

@@ -142,10 +142,12 @@ class NanochatGPT(PreTrainedModel, GenerationMixin):
             self.backout = nn.Parameter(torch.zeros(()))
         # The last layer sees all positions; before it S = a quarter of the context, L = all, tiled over the layers.
         context = gpt.sequence_len
-        short = min(round_up(context // 4 + (context % 4 > 0), 128), context)
+        short = min(round_up(round_up(context, 4) // 4, 128), context)
         pattern = gpt.window_pattern
-        self.windows = [short if pattern[i % len(pattern)] == "S" else context for i in range(n_layer - 1)]
-        self.windows.append(context)
+        self.windows = []
+        for i in range(n_layer):
+            is_short = pattern[i % len(pattern)] == "S" and i < n_layer - 1
+            self.windows.append(short if is_short else context)
         self.post_init()
 
     def get_input_embeddings(self):
@@ -169,15 +171,17 @@ class NanochatGPT(PreTrainedModel, GenerationMixin):
     def forward(self, input_ids, attention_mask=None, labels=None, **kwargs):
         """Return logits (B, T, V) in fp32, and the mean loss of predicting `labels` if given (-100 is ignored).
 
-        `attention_mask` is 0 at padding, which generation puts on the left; positions count real tokens only."""
+        `attention_mask` is 0 at padding, which generation puts on the left; positions count real tokens only.
+        """
         gpt = self.gpt
         T = input_ids.size(1)
         real_BT = torch.ones_like(input_ids) if attention_mask is None else attention_mask[:, -T:]
         positions_BT = (real_BT.cumsum(-1) - 1).clamp(min=0)
         distance_BTT = positions_BT[:, :, None] - positions_BT[:, None, :]
         # A token sees real tokens up to itself. Padding sees itself alone: a softmax over nothing would be NaN.
-        causal_TT = torch.ones(T, T, dtype=torch.bool, device=input_ids.device).tril()
-        visible_BTT = (causal_TT & real_BT.bool()[:, None, :]) | torch.eye(T, dtype=torch.bool, device=input_ids.device)
+        ones_TT = torch.ones(T, T, dtype=torch.bool, device=input_ids.device)
+        itself_TT = ones_TT.tril() & ones_TT.triu()
+        visible_BTT = (ones_TT.tril() & real_BT.bool()[:, None, :]) | itself_TT
         cos_BT1D, sin_BT1D = self.rotation(positions_BT)
 
         x_BTC = norm(self.embed(input_ids))

@@ -45,18 +45,22 @@ class OpenConfig(BaseModel):
     def from_json(cls, values: Any, where: str = "config.json") -> Self:
         """Make a config of what was read from a file called `where`; null counts as absent.
 
-        Raises ValueError that names the first value that is missing, of another kind or out of range."""
+        Raises ValueError that names the first value that is missing, of another kind or out of range.
+        """
         try:
             return cls.model_validate(without_nulls(values))
         except ValidationError as error:
             problem = error.errors()[0]
-            name = ".".join(str(part) for part in problem["loc"])
-            given = "" if isinstance(problem["input"], dict) else f" (it is {problem['input']!r:.40})"
-            raise ValueError(f"{where}: {name or 'it'}: {problem['msg']}{given}") from error
+            path = [where, *(str(part) for part in problem["loc"])]  # such as config.json, rope_parameters, factor
+            reason = problem["msg"].removeprefix("Value error, ")  # pydantic puts this before our own words
+            given = problem["input"]
+            if not isinstance(given, dict):
+                reason += f" (it is {given!r:.40})"
+            raise ValueError(f"{': '.join(path)}: {reason}") from error
 
 
 def without_nulls(values: Any) -> Any:
-    """Return JSON values without those of an object that are null."""
+    """Return a JSON value without the names whose value is null, in it or in objects within it."""
     if not isinstance(values, dict):
         return values
     return {name: without_nulls(value) for name, value in values.items() if value is not None}
@@ -111,7 +115,8 @@ class OpenModel(LanguageModel):
         """Return the layer beside which a parameter belongs when layers are spread over devices.
 
         Tokens come in at the first layer and leave after the last. A tied head pulls the norm back to the first, where
-        the embedding is."""
+        the embedding is.
+        """
         if name.startswith("layers."):
             return int(name.split(".")[1])
         is_output = name.startswith(("norm.", "lm_head."))

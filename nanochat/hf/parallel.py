@@ -27,7 +27,8 @@ from nanochat.hf.open_model import OpenModel
 def layer_bytes(model: OpenModel, dtype: torch.dtype) -> list[int]:
     """Return the bytes of each layer and of what lies beside it, with floating-point values in `dtype`.
 
-    No values are needed: `model` may be on PyTorch's device "meta"."""
+    No values are needed: `model` may be on PyTorch's device "meta".
+    """
     # `named_parameters` has a tied head once, as the embedding; integers, such as MXFP4's, keep their size.
     sizes = [0] * model.config.n_layer
     for name, value in model.named_parameters():
@@ -40,7 +41,8 @@ def split_layers(sizes: Sequence[int], room: Sequence[int]) -> list[int]:
     """Return the device of each layer, from the bytes of the layers and the bytes that are free on the devices.
 
     Each device is filled before the next, and all to the same share of their room, so that caches find theirs: four
-    layers of 4 on devices of 80 and 80 go to [0, 0, 1, 1]. Raises ValueError when they do not fit."""
+    layers of 4 on devices of 80 and 80 go to [0, 0, 1, 1]. Raises ValueError when they do not fit.
+    """
     # The smallest share that could do is tried first. As layers are not cut, some more may be needed.
     least = min(1.0, sum(sizes) / max(1, sum(room)))
     for step in range(101):
@@ -71,7 +73,8 @@ def tensor_parallel(model: OpenModel, mesh: "dist.DeviceMesh") -> OpenModel:
     """Cut the matrices of every layer over the ranks of a mesh, and move the model there.
 
     All ranks call this with the same model. Raises ValueError when heads cannot be shared evenly, or when the model is
-    not Llama-like or has experts or sinks, which are not cut here."""
+    not Llama-like or has experts or sinks, which are not cut here.
+    """
     from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
     config = model.config
