@@ -47,27 +47,17 @@ GROUP_SHARDS = 16
 
 # --- best fit
 
-
-@dataclass(frozen=True)
-class Plan:
-    """Which piece of which document goes where.
-
-    Row r consists of the pieces rows_R2[r, 0] up to but not including rows_R2[r, 1]. Piece p is the tokens
-    offset[p] : offset[p] + length[p] of document[p].
-    """
-
-    rows_R2: np.ndarray
-    document: np.ndarray
-    offset: np.ndarray
-    length: np.ndarray
+Piece = tuple[int, int, int]  # document, offset and length: tokens offset..offset+length-1 of the document
 
 
-def plan_rows(lengths: Sequence[int] | np.ndarray, row_tokens: int, split: bool, seed: int = 0) -> Plan:
-    """Pack documents of `lengths` tokens into rows of `row_tokens` tokens by best fit.
+def plan_rows(lengths: Sequence[int] | np.ndarray, row_tokens: int, split: bool, seed: int = 0) -> list[list[Piece]]:
+    """Pack documents of `lengths` tokens into rows of `row_tokens` tokens by best fit; return the pieces of each row.
 
     With `split`, each piece costs one token more, for the BOS before it, and a document may be cut. Without `split`,
     documents are conversations: they bring their own BOS and stay whole, so a row may have a gap. Raises ValueError
     if a conversation is longer than a row.
+
+    plan_rows([5, 3, 2], row_tokens=6, split=True) -> [[(0, 0, 5)], [(1, 0, 3), (2, 0, 1)], [(2, 1, 1)]]
     """
     bos = 1 if split else 0
     room = row_tokens - bos
@@ -84,17 +74,19 @@ def plan_rows(lengths: Sequence[int] | np.ndarray, row_tokens: int, split: bool,
             pool[min(room, sizes_N[document] - offset)].append((document, offset))
     present = [size for size, pieces in enumerate(pool) if pieces]  # the lengths at hand, ascending
 
-    row_ends = [0]
-    placed: list[tuple[int, int, int]] = []  # document, offset, length
+    rows: list[list[Piece]] = []
     while present:
+        row: list[Piece] = []
         gap = row_tokens
         while gap > bos and present:  # a gap of one token is filled by a BOS, which ends the document before it
             index = bisect.bisect_right(present, gap - bos) - 1
-            if index >= 0:  # the longest piece that fits
-                size = present[index]
+            if index >= 0:
+                size = present[index]  # the longest piece that fits
                 length = size
-            elif split:  # Nothing fits. Cutting the longest piece keeps cuts rare: the shortest would leave ever
-                index = len(present) - 1  # longer ones in the pool, and cuts would rise from 1 % to 17 % of the rows.
+            elif split:
+                # Nothing fits. Cutting the longest piece keeps cuts rare: cutting the shortest would leave ever longer
+                # ones in the pool, and cuts would rise from 1 % to 17 % of the rows.
+                index = len(present) - 1
                 size = present[index]
                 length = gap - bos
             else:
@@ -102,21 +94,15 @@ def plan_rows(lengths: Sequence[int] | np.ndarray, row_tokens: int, split: bool,
             document, offset = pool[size].pop()
             if not pool[size]:
                 del present[index]
-            placed.append((document, offset, length))
+            row.append((document, offset, length))
             rest = size - length
             if rest:
                 if not pool[rest]:
                     bisect.insort(present, rest)
                 pool[rest].append((document, offset + length))
             gap -= bos + length
-        row_ends.append(len(placed))
-    columns_3P = np.array(placed, np.int64).reshape(-1, 3).T
-    return Plan(
-        rows_R2=np.array([row_ends[:-1], row_ends[1:]], np.int64).T,
-        document=columns_3P[0],
-        offset=columns_3P[1],
-        length=columns_3P[2],
-    )
+        rows.append(row)
+    return rows
 
 
 # --- rows on disk, read
@@ -130,21 +116,30 @@ class RowFile:
     mask_RT1: np.ndarray | None  # 1 where a token is a target; None: every token is one, but for the padding
     padding: int  # tokens at the end of the last row that are no text and no targets
 
+    def read(self, rows_K: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the ids of some rows (K, T+1), and their targets (K, T), int64: -1 where a token does not count."""
+        ids_KT1 = self.rows_RT1[rows_K]
+        targets_KT = ids_KT1[:, 1:].astype(np.int64)
+        if self.mask_RT1 is not None:
+            targets_KT[self.mask_RT1[rows_K, 1:] == 0] = -1
+        elif self.padding:
+            is_last_K = rows_K == len(self.rows_RT1) - 1
+            targets_KT[is_last_K, -self.padding :] = -1
+        return ids_KT1, targets_KT
+
 
 class PackedRows:
     """The packed rows of several shards: all that a loader reads from.
 
     An epoch takes the shards in their order, `group_shards` at a time, and shuffles the rows of a group. Subclasses
-    make the rows that are not there yet.
+    make the rows that are not there yet. Threads may share it: at worst, two of them look up the same number.
     """
 
     def __init__(self, folders: Sequence[Path], sequence_len: int, group_shards: int) -> None:
         self.folders = list(folders)
         self.sequence_len = sequence_len
-        self.groups = [
-            range(first, min(first + group_shards, len(self.folders)))
-            for first in range(0, len(self.folders), group_shards)
-        ]
+        shards = range(len(self.folders))
+        self.groups = [shards[first : first + group_shards] for first in shards[::group_shards]]
         self._counts: dict[int, int] = {}  # shard -> its number of rows
         self._files: dict[int, RowFile] = {}
 
@@ -158,6 +153,10 @@ class PackedRows:
             self._counts[shard] = read_json(self.folders[shard] / "meta.json")["rows"]
         return self._counts[shard]
 
+    def count_group(self, group: int) -> int:
+        """Return the number of rows of a group of shards."""
+        return sum(self.count(shard) for shard in self.groups[group])
+
     def total(self) -> int:
         """Return the number of rows of all shards, which are all packed for that."""
         return sum(self.count(shard) for shard in range(len(self.folders)))
@@ -168,23 +167,19 @@ class PackedRows:
             self.make(shard)
             folder = self.folders[shard]
             meta = read_json(folder / "meta.json")
+            for name, sha256 in meta["sha256"].items():
+                path = folder / name
+                if not path.exists() or sha256_file(path) != sha256:
+                    raise ValueError(f"{path} is missing or damaged: delete {folder}, it will be made again")
             shape = (meta["rows"], self.sequence_len + 1)
-            self._files[shard] = RowFile(
-                rows_RT1=_map(folder / "rows.bin", meta, meta["dtype"], shape),
-                mask_RT1=_map(folder / "mask.bin", meta, "uint8", shape) if meta["conversations"] else None,
-                padding=meta["padding"],
-            )
+            rows_RT1 = np.memmap(folder / "rows.bin", meta["dtype"], "r", shape=shape)
+            mask_RT1 = np.memmap(folder / "mask.bin", "uint8", "r", shape=shape) if meta["conversations"] else None
+            self._files[shard] = RowFile(rows_RT1, mask_RT1, meta["padding"])
         return self._files[shard]
 
 
-def _map(path: Path, meta: dict[str, Any], dtype: str, shape: tuple[int, int]) -> np.ndarray:
-    if not path.exists() or sha256_file(path) != meta["sha256"][path.name]:
-        raise ValueError(f"{path} is missing or damaged: delete {path.parent}, it will be made again")
-    return np.memmap(path, dtype, "r", shape=shape)
-
-
 class TextRows(PackedRows):
-    """The rows of a dataset's split, "train" or "val"; see `pack_text` for when they are made."""
+    """The rows of a dataset's split, "train" or "val", made when they are first asked for."""
 
     def __init__(self, dataset: str, split: str, tokenizer: Tokenizer, sequence_len: int) -> None:
         """Raises ValueError if the dataset is not prepared, or lacks a shard that is not being downloaded."""
@@ -197,7 +192,7 @@ class TextRows(PackedRows):
         self.paths = [path for path, _ in records]
         self.hashes = [entry["sha256"] for _, entry in records]
         super().__init__(
-            folders=[root / f"{path.stem}_{sha256[:12]}" for path, sha256 in zip(self.paths, self.hashes)],
+            folders=[root / f"{path.stem}_{entry['sha256'][:12]}" for path, entry in records],
             sequence_len=sequence_len,
             # A dataset of the hub is shuffled already. One shard at a time lets a run start when the first has come.
             group_shards=1 if manifest.get("shuffled") else GROUP_SHARDS,
@@ -223,6 +218,7 @@ def _rows_folder(dataset: str, tokenizer: Tokenizer, sequence_len: int) -> Path:
 
 
 def _wait_for(path: Path) -> None:
+    """Wait until a file is there. Downloads get their name when they are complete."""
     if path.exists():
         return
     print(f"waiting for {path} to be downloaded", flush=True)
@@ -273,8 +269,8 @@ def pack_conversations(
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".new-", dir=root) as temporary:
         meta = write_rows(
-            folder=Path(temporary),
-            documents=conversations,
+            Path(temporary),
+            conversations,
             row_tokens=sequence_len + 1,
             dtype=_dtype(tokenizer),
             bos=tokenizer.get_bos_token_id(),
@@ -300,7 +296,8 @@ def write_rows(
 ) -> dict[str, Any]:
     """Write `documents`, (ids, mask), as rows to `folder`/rows, and return what its meta.json says.
 
-    The ids are first written end to end, to a file beside it: best fit needs all lengths before it can fill a row.
+    The mask is written for conversations only; of a text every token is a target. Documents are first written end to
+    end, to files beside the rows: best fit needs all lengths before it can fill a row.
     """
     lengths = []
     with open(folder / "ids.bin", "wb") as ids_file, open(folder / "mask.bin", "wb") as mask_file:
@@ -313,37 +310,21 @@ def write_rows(
                 mask_file.write(bytes(mask))
     if not any(lengths):
         raise ValueError("no text with anything to learn: give the dataset more text or longer rows")
-    lengths_N = np.array(lengths, np.int64)
-    plan = plan_rows(lengths_N, row_tokens, split=not conversations)
 
-    ids_flat = np.memmap(folder / "ids.bin", dtype, "r")
-    mask_flat = np.memmap(folder / "mask.bin", np.uint8, "r") if conversations else None
-    starts_P = (np.cumsum(lengths_N) - lengths_N)[plan.document] + plan.offset
-    starts = starts_P.tolist()
-    ends = (starts_P + plan.length).tolist()
+    rows = plan_rows(lengths, row_tokens, split=not conversations)
+    begins = np.cumsum([0, *lengths]).tolist()  # where each document begins in the files
     rows_folder = folder / "rows"
     rows_folder.mkdir()
-    with contextlib.ExitStack() as files:
-        rows_file = files.enter_context(open(rows_folder / "rows.bin", "wb"))
-        if mask_flat is not None:
-            mask_file = files.enter_context(open(rows_folder / "mask.bin", "wb"))
-        for first_piece, end_piece in plan.rows_R2.tolist():
-            row = np.full(row_tokens, bos, dtype)  # what no piece fills remains BOS
-            row_mask = np.zeros(row_tokens, np.uint8)
-            at = 0
-            for start, end in zip(starts[first_piece:end_piece], ends[first_piece:end_piece]):
-                if not conversations:
-                    at += 1  # leaves the BOS in front of the piece
-                row[at : at + end - start] = ids_flat[start:end]
-                if mask_flat is not None:
-                    row_mask[at : at + end - start] = mask_flat[start:end]
-                at += end - start
-            rows_file.write(row.tobytes())
-            if mask_flat is not None:
-                mask_file.write(row_mask.tobytes())
+    # A piece of text is put behind a BOS, which the row holds already; a conversation brings its own.
+    bos_tokens = 0 if conversations else 1
+    padding = copy_pieces(
+        folder / "ids.bin", rows_folder / "rows.bin", rows, begins, row_tokens, dtype, bos, bos_tokens
+    )
+    if conversations:
+        copy_pieces(folder / "mask.bin", rows_folder / "mask.bin", rows, begins, row_tokens, np.dtype("uint8"), 0, 0)
     meta = {
-        "rows": len(plan.rows_R2),
-        "padding": row_tokens - at,  # of the last row; the loop above ended with it
+        "rows": len(rows),
+        "padding": padding,
         "documents": len(lengths),
         "tokens": sum(lengths),
         "conversations": conversations,
@@ -352,6 +333,35 @@ def write_rows(
     }
     atomic_write_json(rows_folder / "meta.json", meta)
     return meta
+
+
+def copy_pieces(
+    source: Path,
+    target: Path,
+    rows: Sequence[Sequence[Piece]],
+    begins: Sequence[int],
+    row_tokens: int,
+    dtype: np.dtype,
+    fill: int,
+    margin: int,
+) -> int:
+    """Copy the pieces of documents, which begin in `source` at `begins`, to their places in the rows of `target`.
+
+    fill: the value where no piece is, `margin` places before each piece and after the last one. Returns the number of
+    places after the last piece of the last row.
+    """
+    values = np.memmap(source, dtype, "r")
+    with open(target, "wb") as file:
+        for pieces in rows:
+            row = np.full(row_tokens, fill, dtype)
+            end = 0
+            for document, offset, length in pieces:
+                first = begins[document] + offset
+                start = end + margin
+                end = start + length
+                row[start:end] = values[first : first + length]
+            file.write(row.tobytes())
+    return row_tokens - end
 
 
 def _rename(temporary: Path, folder: Path) -> None:
