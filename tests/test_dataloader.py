@@ -175,10 +175,13 @@ def test_batches_yielded_earlier_are_not_overwritten(corpus, tokenizer):
         assert torch.equal(rows_of(batches)[0], rows_of(loader.step(step))[0])
 
 
-def test_close_ends_the_thread(corpus, tokenizer):
+def test_close_ends_the_thread(corpus, tokenizer, monkeypatch):
+    rows = train_rows(corpus, tokenizer)
+    open_shard = rows.open
+    monkeypatch.setattr(rows, "open", lambda shard: (time.sleep(0.1), open_shard(shard))[1])
     before = threading.active_count()
-    iterator = RowLoader(train_rows(corpus, tokenizer), 4, 4, 0).iterate(7)
-    next(iterator)
+    iterator = RowLoader(rows, 4, 4, 0).iterate(7)
+    next(iterator)  # the step after it is being read now
     assert threading.active_count() > before
     iterator.close()
     assert threading.active_count() == before
