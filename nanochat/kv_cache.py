@@ -66,7 +66,7 @@ class LayerCache:
         self.memory: tuple[torch.Tensor, ...] = ()  # keys and values, (R, S, K, D) each
         self._views: dict[tuple[int, int, int], tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def reserve(self, n_rows: int, n_slots: int) -> None:
+    def resize(self, n_rows: int, n_slots: int) -> None:
         """Change the size of the memory; what fits stays."""
         self.n_rows = n_rows
         self.n_slots = n_slots if self.ring is None else min(n_slots, self.ring)
@@ -163,13 +163,11 @@ class KVCache:
         rows = self.n_rows if n_rows <= self.n_rows else max(n_rows, 2 * self.n_rows)
         slots = max(self.n_slots, needed)
         if self.max_tokens is not None and rows * slots > self.max_tokens:
-            # Doubling would exceed the limit: give up slots that no running request needs, then add as many rows as
-            # there is room for.
-            if n_rows * slots > self.max_tokens:
-                slots = needed
-            rows = max(n_rows, self.max_tokens // slots)
+            # No room to spare: exactly what is needed.
+            rows = n_rows
+            slots = needed
         for layer in self.layers:
-            layer.reserve(rows, slots)
+            layer.resize(rows, slots)
         self.n_rows = rows
         self.n_slots = slots
         self.version += 1

@@ -154,9 +154,11 @@ def prepack(model: LanguageModel, *, int8: bool = False) -> Any:
     ValueError unless the model is in bf16 on CPU.
     """
     on_cpu = model.device.type == "cpu"
-    if int8 and not (on_cpu and model.whole and model.dtype == torch.bfloat16 and model.config.n_embd % 16 == 0):
+    int8_works = on_cpu and model.whole and model.dtype == torch.bfloat16 and model.config.n_embd % 16 == 0
+    if int8 and not int8_works:
         raise ValueError("int8 weights need a CPU, NANOCHAT_DTYPE=bfloat16, and a width that 16 divides")
-    if not model.whole or not (on_cpu or sum(weight.nbytes for weight in model.parameters()) < SMALL):
+    large = sum(weight.nbytes for weight in model.parameters()) >= SMALL
+    if not model.whole or (large and not on_cpu):
         return model
     onednn = on_cpu and onednn_works(model.dtype)
 
@@ -171,14 +173,19 @@ def prepack(model: LanguageModel, *, int8: bool = False) -> Any:
         return PlainProduct(weight_OC, bias_O)
 
     packed = _copy_modules(model).eval()
-    taken: set[nn.Module] = set()  # matrices that became part of another product
+    # First the matrices that read the same input, then all others.
+    taken: set[nn.Module] = set()
     for module in list(packed.modules()):
-        for name, together in list(vars(module).items()):
-            if isinstance(together, Together):
-                matrices = [matrix for group in together.groups for matrix in group]
-                taken.update(matrices)
-                sizes = [sum(len(matrix.weight) for matrix in group) for group in together.groups]
-                setattr(module, name, PackedTogether(pack(matrices), sizes))
+        for name, value in list(vars(module).items()):
+            if not isinstance(value, Together):
+                continue
+            matrices: list[Any] = []
+            sizes: list[int] = []
+            for group in value.groups:
+                matrices += group
+                sizes.append(sum(len(matrix.weight) for matrix in group))
+            setattr(module, name, PackedTogether(pack(matrices), sizes))
+            taken.update(matrices)
     for module in list(packed.modules()):
         for name, child in list(module.named_children()):
             if child in taken:

@@ -2,6 +2,13 @@
 
     penalties and biases -> temperature -> top-k -> top-p -> min-p -> draw
 
+An example, with temperature 1 and three tokens:
+
+    logits          2.0    1.0    0.0
+    top_k = 2       2.0    1.0   -inf
+    probabilities   0.73   0.27   0
+    cumulative      0.73   1.00   1.00     the random number 0.8 draws the second token
+
 A row's token follows from its own logits, settings and random number alone: not from its neighbours in the batch, nor
 from the device. A setting that no row uses costs nothing. To add one, write a function like `_top_k` and call it from
 `sample`.

@@ -34,9 +34,9 @@ class TokenScore:
 class Request:
     """One sequence to be continued: its prompt, its settings and its progress.
 
-    A new sampling option needs three lines of code: a field here, its range in `__post_init__`, and its effect in
-    sampling.py. A field in serve/schema.py of the same name lets clients of the API set it. Raises ValueError when a
-    setting is out of range.
+    To add a sampling option: a field here and its range in `__post_init__`, its effect in sampling.py, and, to let
+    clients of the API set it, a field of `Parameters` in serve/schema.py. Raises ValueError when a setting is out of
+    range.
     """
 
     tokens: Sequence[int]
