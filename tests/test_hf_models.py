@@ -162,15 +162,27 @@ def test_yarn_of_the_real_model():
     """The factor of cos and sin, and fast planes left alone, as the facts of gpt-oss-20b state."""
     values = {
         "model_type": "gpt_oss",
+        "vocab_size": 201088,
         "max_position_embeddings": 131072,
         "num_hidden_layers": 24,
-        "num_local_experts": 32,
         "hidden_size": 2880,
+        "intermediate_size": 2880,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "num_local_experts": 32,
+        "num_experts_per_tok": 4,
+        "sliding_window": 128,
+        "rope_theta": 150000,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 32.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 4096,
+        },
     }
-    values |= {"num_experts_per_tok": 4, "vocab_size": 201088, "num_attention_heads": 64, "num_key_value_heads": 8}
-    scaling = {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}
-    values |= {"head_dim": 64, "intermediate_size": 2880, "sliding_window": 128, "rope_theta": 150000}
-    values["rope_scaling"] = {**scaling, "original_max_position_embeddings": 4096}
     config = hf_gpt_oss.GptOssConfig.from_json(values)
     assert config.rope.scale == pytest.approx(1.3465736, abs=1e-7)
     assert config.windows == [128, 131072] * 12
@@ -183,11 +195,14 @@ def test_yarn_of_the_real_model():
 def test_a_sink_is_one_more_logit():
     """The closed form: what attention gives without it, times sigmoid(logsumexp - sink)."""
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(2, 12, heads, 8, generator=generator) for heads in (4, 2, 2))
-    sinks, positions = torch.randn(4, generator=generator) * 3, torch.arange(12).expand(2, -1)
+    q = torch.randn(2, 12, 4, 8, generator=generator)
+    k = torch.randn(2, 12, 2, 8, generator=generator)
+    v = torch.randn(2, 12, 2, 8, generator=generator)
+    sinks = torch.randn(4, generator=generator) * 3
     scores = torch.einsum("bthd,bshd->bths", q, k.repeat_interleave(2, 2)) * 8**-0.5
-    distance = positions[:, :, None] - torch.arange(12)
-    scores = scores.masked_fill(((distance < 0) | (distance >= 6))[:, :, None], float("-inf"))
+    distance = torch.arange(12)[:, None] - torch.arange(12)
+    is_hidden = (distance < 0) | (distance >= 6)
+    scores = scores.masked_fill(is_hidden[:, None], float("-inf"))
     share = torch.sigmoid(scores.logsumexp(-1) - sinks)[..., None]
     plain = attend_naive(q, k, v, 6)
     torch.testing.assert_close(attend_naive(q, k, v, 6, sinks), plain * share)
