@@ -26,17 +26,17 @@ from typing import Any
 
 import torch
 
-from dev.bench import ROOT, product_rate
 from dev.compare_runs import Compare, Outcome, Side, train
+from dev.measure import ROOT, product_rate
 from nanochat import cli, recipe
 from nanochat.common import write_record
 from nanochat.compute import Compute
 from nanochat.dataloader import RowLoader
 from nanochat.documents import list_shards
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.report import to_table
 from nanochat.token_shards import TextRows
 from nanochat.tokenizer import load_tokenizer
-from scripts.infer_bench import table
 
 PARITY_STEPS = 20
 PARITY_WITHIN = 1e-3
@@ -254,7 +254,7 @@ def main() -> None:
         rate = product_rate(model, config.device_batch_size * config.seq_len, compute)
         record["equal_tokens"] = equal_tokens(config, runs, flops, rate)
         record["runs"] = [asdict(run) for run in runs]
-        print(f"\n{table(record['equal_tokens'])}")
+        print(f"\n{to_table(record['equal_tokens'])}")
         if config.minutes:
             timed = []
             for side in sides:
@@ -264,7 +264,7 @@ def main() -> None:
                 log = work / f"time-{side.name.replace(' ', '-')}.log"
                 timed.append(train(side, config, steps, eval_tokens, max(1, steps // 20), log))
             record["equal_time"] = equal_time(timed[0], timed[1:])
-            print(f"\n{table(record['equal_time'])}")
+            print(f"\n{to_table(record['equal_time'])}")
     path = Path(config.out) if config.out else work / "compare.json"
     write_record(path, record)
     print(f"{path} written")

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from nanochat import cli
 from nanochat.common import read_json, write_record
-from scripts.infer_bench import table
+from nanochat.report import to_table
 
 LEVEL = 0.05  # two-sided
 
@@ -132,7 +132,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the comparison as a record")
     args = parser.parse_args()
     result = compare(args.a, args.b)
-    print(f"A = {args.a}\nB = {args.b}\n\n{table(result['tasks'])}")
+    print(f"A = {args.a}\nB = {args.b}\n\n{to_table(result['tasks'])}")
     for side, labels in result["only_in"].items():
         if labels:
             print(f"only in {side}, not compared: {', '.join(labels)}")

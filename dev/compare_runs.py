@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dev.bench import ROOT
+from dev.measure import ROOT
 from nanochat import cli
 
 

@@ -28,8 +28,8 @@ from safetensors.torch import load_file
 
 from nanochat import checkpoint, cli, dataset, world
 from nanochat.common import get_base_dir, print0, write_record
+from nanochat.report import to_table
 from nanochat.tokenizer import Tokenizer
-from scripts.infer_bench import table
 
 SCRIPTS = {"base": "scripts.base_train", "mid": "scripts.mid_train", "sft": "scripts.chat_sft"}
 SHAPE = ["--depth=2", "--aspect-ratio=16", "--head-dim=16", "--max-seq-len=64"]
@@ -205,7 +205,7 @@ def main() -> None:
                 rows.append(stage.run(share))
         seconds = time.monotonic() - began
     total = {"stage": "all", **{key: sum(row[key] for row in rows) for key in COLUMNS}, "run seconds": seconds}
-    print(f"\nNo checkpoint lost or damaged, every finished run exact; seed {seed}\n\n{table([*rows, total])}")
+    print(f"\nNo checkpoint lost or damaged, every finished run exact; seed {seed}\n\n{to_table([*rows, total])}")
     write_record(path, {"config": dataclasses.asdict(config), "seed": seed, "stages": rows, "all": total})
     print(f"{path} written")
 

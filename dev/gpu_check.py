@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from nanochat import attention, cli, fp8, fused_mlp, kernels, loss, recipe
 from nanochat.common import get_base_dir, write_record
 from nanochat.gpt import GPTConfig
-from scripts.infer_bench import read_bandwidth, table, time_calls
+from nanochat.report import to_table
+from scripts.infer_bench import read_bandwidth, time_calls
 
 PARTS = ("attention", "loss", "mlp", "fp8", "train")
 Row = dict[str, Any]
@@ -201,7 +202,7 @@ def main() -> None:
         for model in config.models() if part in parts else ():
             for check in parts[part](config, model, device or torch.device("cpu")):
                 rows.append(check.row(device))
-                print(table(rows[-1:]).splitlines()[-1], flush=True)
+                print(to_table(rows[-1:]).splitlines()[-1], flush=True)
     ceilings = {"GEMM TFLOP/s": None, "memory TB/s": None}
     if device is not None:
         a, b = (torch.randn(8192, 8192, device=device).bfloat16() for _ in range(2))
@@ -214,7 +215,7 @@ def main() -> None:
             code = subprocess.run(train(config, precision), check=False).returncode
             trained[f"training, {precision}"] = f"bench/gpu_train_{precision}" if code == 0 else f"failed ({code})"
     name = torch.cuda.get_device_name(device) if device else "no GPU here: nothing was measured"
-    print(f"{name}\n\n{table(rows) if rows else ''}\n{table([{**ceilings, **trained}])}")
+    print(f"{name}\n\n{to_table(rows) if rows else ''}\n{to_table([{**ceilings, **trained}])}")
     path = Path(config.out) if config.out else get_base_dir() / "bench" / "gpu_check.json"
     write_record(path, {"device": name, "checks": rows, **ceilings, **trained})
 

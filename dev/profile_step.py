@@ -31,7 +31,8 @@ def profiled(warmup: int, steps: int) -> Iterator[dict[str, Any]]:
     """Profile optimizer steps warmup+1 to warmup+steps of whatever trains within; the dict gets seconds and events."""
     result: dict[str, Any] = {}
     cuda = torch.cuda.is_available()
-    profiler = profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])])
+    activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA] if cuda else [ProfilerActivity.CPU]
+    profiler = profile(activities=activities)
     original_step = MuonAdamW.step
     done = 0
 
@@ -55,21 +56,28 @@ def profiled(warmup: int, steps: int) -> Iterator[dict[str, Any]]:
         yield result
 
 
+def group_of(event: Any) -> str:
+    """Return the part of a step that an operator belongs to, by its name and by those of the operators around it."""
+    names = [event.name]
+    parent = event.cpu_parent
+    while parent is not None:
+        names.append(parent.name)
+        parent = parent.cpu_parent
+    for group, pattern in GROUPS.items():
+        if any(re.search(pattern, name) for name in names):
+            return group
+    return "matrix products" if re.search(PRODUCT, event.name) else "norms, activations, embeddings, copies"
+
+
 def profile_table(result: dict[str, Any], steps: int) -> list[dict[str, Any]]:
     """Sum the operators' own time (of the kernels on CUDA, else of the calling thread) by group, largest first."""
     cuda = torch.cuda.is_available()
     groups: Counter[str] = Counter()
     for event in result["events"]:
-        names = [event.name]
-        parent = event.cpu_parent
-        while parent is not None:
-            names.append(parent.name)
-            parent = parent.cpu_parent
-        found = (group for group, pattern in GROUPS.items() if any(re.search(pattern, name) for name in names))
-        other = "matrix products" if re.search(PRODUCT, event.name) else "norms, activations, embeddings, copies"
-        groups[next(found, other)] += event.self_device_time_total if cuda else event.self_cpu_time_total
+        groups[group_of(event)] += event.self_device_time_total if cuda else event.self_cpu_time_total
     groups["outside operators (Python, waiting)"] = max(0.0, result["seconds"] * 1e6 - groups.total())
-    return [
-        {"part of a step": group, "ms": spent / 1e3 / steps, "share": spent / groups.total()}
-        for group, spent in groups.most_common()
-    ]
+    rows = []
+    for group, microseconds in groups.most_common():
+        share = microseconds / groups.total()
+        rows.append({"part of a step": group, "ms": microseconds / 1e3 / steps, "share": share})
+    return rows

@@ -34,12 +34,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from dev.bench import ROOT, split_argv
+from dev.measure import ROOT, split_argv
 from nanochat import cli, recipe
 from nanochat.common import atomic_write, get_base_dir, read_json, sha256_file, write_record
 from nanochat.compute import usable_cores
 from nanochat.gpt import GPTConfig
-from scripts.infer_bench import table
+from nanochat.report import to_table
 
 STAGES = {"scripts.base_train": "base", "scripts.mid_train": "mid", "scripts.chat_sft": "sft", "scripts.chat_rl": "rl"}
 OWN_FLAGS = ("seed", "model-tag", "resume")  # the sweep sets these for each run
@@ -274,7 +274,7 @@ def write_results(folder: Path, records: list[Record], config: Config) -> None:
     command = shlex.join(["python", "-m", "dev.sweep", *sys.argv[1:]])
     record = {"command": command, "metric": config.metric, "summary": rows, "runs": records}
     write_record(folder / "results.json", record)
-    atomic_write(folder / "summary.md", f"`{command}`\n\n{table(rows)}")
+    atomic_write(folder / "summary.md", f"`{command}`\n\n{to_table(rows)}")
     lines = []
     for each in records:
         plain = {name: value for name, value in each.items() if isinstance(value, int | float | str)}
@@ -377,7 +377,7 @@ def main() -> None:
         fit = fit_isoflops(records)
         write_record(folder / "isoflop.json", fit)
         draw_isoflops(fit, folder / "isoflop.png")
-        print(f"{table(fit['points'])}\nlaws (factor, exponent of C): {fit['laws']}\n{folder / 'isoflop.png'} drawn")
+        print(f"{to_table(fit['points'])}\nlaws (factor, exponent of C): {fit['laws']}\n{folder / 'isoflop.png'} drawn")
     failed = sum("error" in record for record in records)
     if failed:
         raise ValueError(f"{failed} of {len(records)} runs failed; the same command tries them again")

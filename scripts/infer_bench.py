@@ -25,6 +25,7 @@ from nanochat.compute import Compute
 from nanochat.engine import Engine, Request
 from nanochat.gpt import build_model
 from nanochat.hf.load import load_model
+from nanochat.report import to_table
 
 NO_TOKENIZER = types.SimpleNamespace(special_tokens={}, stop_tokens=frozenset())  # only its length ends an answer
 
@@ -239,31 +240,14 @@ def measure_machine(
     }
 
 
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-    return str(value)
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """Format rows with the keys of the first as a Markdown table; numbers to four digits."""
-    keys = list(rows[0])
-    lines = [keys, ["---"] * len(keys)]
-    for row in rows:
-        lines.append([_cell(row[key]) for key in keys])
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
 def run(config: Config, more_sides: list[Any], model: nn.Module, compute: Compute) -> None:
     """Measure, print the tables and write the record."""
     side = EngineSide(model, config)
     batches = measure_batches([side, *more_sides], config)
     alone = measure_requests(side, config)
     alone.update(measure_machine(side, batches[0], alone["prefill tokens/s"], compute))
-    print(f"{compute.name}, {compute.dtype}, {torch.get_num_threads()} threads\n\n{table(batches)}")
-    print(table([{"measured": key, "value": value} for key, value in alone.items()]))
+    print(f"{compute.name}, {compute.dtype}, {torch.get_num_threads()} threads\n\n{to_table(batches)}\n")
+    print(to_table([{"measured": key, "value": value} for key, value in alone.items()]))
     shape = dataclasses.asdict(model.config)
     record = {
         "config": dataclasses.asdict(config),
