@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from dev.compare_runs import Compare, Outcome, Side, train
+from dev.compare_runs import Compare, Curve, Outcome, Side, train
 from dev.measure import ROOT, product_rate
 from nanochat import cli, recipe
 from nanochat.common import write_record
@@ -188,20 +188,20 @@ def equal_tokens(config: Compare, runs: list[Outcome], flops: int, rate: float) 
             "tokens/s": speed[side],
             "ours x": speed["ours"] / speed[side],
             "MFU": speed[side] * flops / rate,
-            "first step s": own[0].first_step,
-            "training loss": statistics.median(statistics.fmean(run.losses[-10:]) for run in own),
-            "bits per byte": statistics.median(run.evals[max(run.evals)] for run in own),
+            "first step s": own[0].curve.first_step,
+            "training loss": statistics.median(statistics.fmean(run.curve.losses[-10:]) for run in own),
+            "bits per byte": statistics.median(run.curve.evals[max(run.curve.evals)] for run in own),
         }
         rows.append(row)
     return rows
 
 
-def equal_time(ours: Outcome, runs: list[Outcome]) -> list[dict[str, Any]]:
+def equal_time(ours: Curve, runs: list[Outcome]) -> list[dict[str, Any]]:
     """Return, for each run of the reference, what we had by its end, and when we had its bits per byte."""
     rows = []
     for run in runs:
-        end = run.clock(len(run.seconds))
-        target = run.evals[max(run.evals)]
+        end = run.curve.clock(len(run.curve.seconds))
+        target = run.curve.evals[max(run.curve.evals)]
         within = [value for step, value in ours.evals.items() if ours.clock(step) <= end]
         reached = [ours.clock(step) for step, value in sorted(ours.evals.items()) if value <= target]
         row = {
@@ -214,6 +214,47 @@ def equal_time(ours: Outcome, runs: list[Outcome]) -> list[dict[str, Any]]:
         }
         rows.append(row)
     return rows
+
+
+def compare_parity(config: Compare, work: Path, model: GPTConfig, eval_tokens: int) -> dict[str, Any]:
+    """Train both sides from equal rows and weights for a few steps; return how far their losses are apart."""
+    runs = []
+    for side in parity_sides(config, work, model):
+        runs.append(train(side, config, PARITY_STEPS, eval_tokens, eval_every=5, log=work / f"{side.name}.log"))
+    ours, theirs = runs
+    losses = list(zip(ours.curve.losses, theirs.curve.losses, strict=True))
+    apart = max(abs(a - b) for a, b in losses)
+    print(f"losses of {PARITY_STEPS} steps are {apart:.2g} apart, {PARITY_WITHIN:g} is allowed")
+    return {"losses": losses, "apart": apart}
+
+
+def compare_speed(config: Compare, work: Path, model: GPTConfig, eval_tokens: int, compute: Compute) -> dict[str, Any]:
+    """Train all sides in turns for equal tokens, then with --minutes for equal time; return and print the tables."""
+    sides = measured_sides(config, work)
+    eval_every = -(-config.steps // config.evals)
+    runs = []
+    for repeat, side in itertools.product(range(config.repeats), sides):
+        log = work / f"tokens-{repeat}-{side.name.replace(' ', '-')}.log"
+        runs.append(train(side, config, config.steps, eval_tokens, eval_every, log))
+    with torch.device("meta"):
+        flops = GPT(model).flops_per_token()
+    rate = product_rate(model, config.device_batch_size * config.seq_len, compute)
+    result: dict[str, Any] = {
+        "equal_tokens": equal_tokens(config, runs, flops, rate),
+        "runs": [asdict(run) for run in runs],
+    }
+    print(f"\n{to_table(result['equal_tokens'])}")
+    if config.minutes:
+        timed = []
+        for side in sides:
+            last = [run for run in runs if run.side == side.name][-1]
+            seconds = 60 * config.minutes - last.curve.first_step
+            steps = max(1, round(seconds * last.tokens_per_second / config.batch_tokens))
+            log = work / f"time-{side.name.replace(' ', '-')}.log"
+            timed.append(train(side, config, steps, eval_tokens, max(1, steps // 20), log))
+        result["equal_time"] = equal_time(timed[0].curve, timed[1:])
+        print(f"\n{to_table(result['equal_time'])}")
+    return result
 
 
 def main() -> None:
@@ -233,38 +274,11 @@ def main() -> None:
         head_dim=config.head_dim,
         window_pattern=config.window_pattern,
     )
-    record: dict[str, Any] = {"config": asdict(config), "reference_commit": commit, "eval_tokens": eval_tokens}
     if config.parity:
-        sides = parity_sides(config, work, model)
-        runs = [train(side, config, PARITY_STEPS, eval_tokens, 5, work / f"{side.name}.log") for side in sides]
-        losses = list(zip(runs[0].losses, runs[1].losses, strict=True))
-        apart = max(abs(a - b) for a, b in losses)
-        record["losses"] = losses
-        record["apart"] = apart
-        print(f"losses of {PARITY_STEPS} steps are {apart:.2g} apart, {PARITY_WITHIN:g} is allowed")
+        result = compare_parity(config, work, model, eval_tokens)
     else:
-        sides = measured_sides(config, work)
-        every = -(-config.steps // config.evals)
-        runs = []
-        for repeat, side in itertools.product(range(config.repeats), sides):
-            log = work / f"tokens-{repeat}-{side.name.replace(' ', '-')}.log"
-            runs.append(train(side, config, config.steps, eval_tokens, every, log))
-        with torch.device("meta"):
-            flops = GPT(model).flops_per_token()
-        rate = product_rate(model, config.device_batch_size * config.seq_len, compute)
-        record["equal_tokens"] = equal_tokens(config, runs, flops, rate)
-        record["runs"] = [asdict(run) for run in runs]
-        print(f"\n{to_table(record['equal_tokens'])}")
-        if config.minutes:
-            timed = []
-            for side in sides:
-                last = [run for run in runs if run.side == side.name][-1]
-                seconds = 60 * config.minutes - last.first_step
-                steps = max(1, round(seconds * last.tokens_per_second / config.batch_tokens))
-                log = work / f"time-{side.name.replace(' ', '-')}.log"
-                timed.append(train(side, config, steps, eval_tokens, max(1, steps // 20), log))
-            record["equal_time"] = equal_time(timed[0], timed[1:])
-            print(f"\n{to_table(record['equal_time'])}")
+        result = compare_speed(config, work, model, eval_tokens, compute)
+    record = {"config": asdict(config), "reference_commit": commit, "eval_tokens": eval_tokens, **result}
     path = Path(config.out) if config.out else work / "compare.json"
     write_record(path, record)
     print(f"{path} written")

@@ -65,19 +65,30 @@ class Side:
     dtype: str | None = None
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What one training run showed. Its clock counts from the start of the process, without evaluations."""
+@dataclass
+class Curve:
+    """Losses, times and scores of one training run. Its clock counts from the process's start, without evaluations."""
 
-    side: str
     losses: list[float]  # of each step, in nats a token
     seconds: list[float]  # of each step, as the side itself reports them
     evals: dict[int, float]  # bits per byte after so many steps
     first_step: float  # seconds from the start of the process to the end of the first step
-    tokens_per_second: float
 
     def clock(self, step: int) -> float:
+        """Return the seconds from the start to the end of this step."""
         return self.first_step + sum(self.seconds[1:step])
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One training run of one side."""
+
+    side: str
+    curve: Curve
+    tokens_per_second: float
+
+
+Line = tuple[float, str]  # of a process's output: seconds since its start, text
 
 
 def train(side: Side, config: Compare, steps: int, eval_tokens: int, eval_every: int, log: Path) -> Outcome:
@@ -102,7 +113,7 @@ def train(side: Side, config: Compare, steps: int, eval_tokens: int, eval_every:
         environment["NANOCHAT_DTYPE"] = side.dtype
     print(f"{side.name}: {steps} steps, log in {log}", flush=True)
     began = time.monotonic()
-    lines: list[tuple[float, str]] = []
+    lines: list[Line] = []
     pipe = subprocess.PIPE
     with subprocess.Popen(
         command, env=environment, cwd=ROOT, stdout=pipe, stderr=subprocess.STDOUT, text=True
@@ -114,40 +125,47 @@ def train(side: Side, config: Compare, steps: int, eval_tokens: int, eval_every:
     log.write_text("".join(line for _, line in lines))
     if process.returncode:
         raise ValueError(f"{side.name} ended with status {process.returncode}: see {log}")
-    read = read_ours if side.root == ROOT else read_reference
-    losses, seconds, evals, first_step = read(side, lines)
+    curve = read_ours(side, lines) if side.root == ROOT else read_reference(lines)
     # the first steps compile and warm up
-    rate = config.batch_tokens / statistics.median(seconds[min(10, len(seconds) // 4) :])
-    print(f"  {rate:,.0f} tokens/s, {evals[max(evals)]:.4f} bits per byte at the end", flush=True)
-    return Outcome(side.name, losses, seconds, evals, first_step, rate)
+    rate = config.batch_tokens / statistics.median(curve.seconds[min(10, len(curve.seconds) // 4) :])
+    print(f"  {rate:,.0f} tokens/s, {curve.evals[max(curve.evals)]:.4f} bits per byte at the end", flush=True)
+    return Outcome(side.name, curve, rate)
 
 
-Parts = tuple[list[float], list[float], dict[int, float], float]
-
-
-def read_ours(side: Side, lines: list[tuple[float, str]]) -> Parts:
-    """Read losses, seconds and evaluations of our run from its metrics."""
+def read_ours(side: Side, lines: list[Line]) -> Curve:
+    """Read our run from its metrics; only the clock of the first step comes from what it printed."""
     path = side.base / "runs" / "base" / "compare" / "metrics.jsonl"
     metrics = [json.loads(line) for line in path.read_text().splitlines()]
     steps = [line for line in metrics if "loss" in line]
-    evals = {line["step"]: line["val_bpb"] for line in metrics if "val_bpb" in line}
-    first_step = next(when for when, line in lines if re.match(r"step +1/", line))
-    return [line["loss"] for line in steps], [line["dt"] for line in steps], evals, first_step
+    return Curve(
+        losses=[line["loss"] for line in steps],
+        seconds=[line["dt"] for line in steps],
+        evals={line["step"]: line["val_bpb"] for line in metrics if "val_bpb" in line},
+        first_step=next(when for when, text in lines if re.match(r"step +1/", text)),
+    )
 
 
-def read_reference(side: Side, lines: list[tuple[float, str]]) -> Parts:
-    """Read what the reference printed. Its loss is a debiased moving average (0.9); the losses follow within 1e-5."""
-    losses, seconds, evals = [], [], {}
-    average = first_step = evaluating = before = 0.0
-    for when, line in lines:
-        if match := re.match(r"step (\d+)/\d+ .*\| loss: (\S+) .*\| dt: ([\d.]+)ms", line):
+def read_reference(lines: list[Line]) -> Curve:
+    """Read what the reference printed.
+
+    Its loss is a moving average, m = 0.9·m + 0.1·loss, divided by 1 - 0.9^step; undone here, losses are right to 1e-5.
+    """
+    curve = Curve(losses=[], seconds=[], evals={}, first_step=0.0)
+    average = 0.0
+    evaluating = 0.0  # seconds that evaluations took before the first step
+    before = 0.0
+    for when, text in lines:
+        if match := re.match(r"step (\d+)/\d+ .*\| loss: (\S+) .*\| dt: ([\d.]+)ms", text):
             step = int(match[1]) + 1
-            previous, average = average, float(match[2]) * (1 - 0.9**step)
-            losses.append((average - 0.9 * previous) / 0.1)
-            seconds.append(float(match[3]) / 1000)
-            first_step = first_step or when - evaluating
-        elif match := re.match(r"Step (\d+) \| Validation bpb: (\S+)", line):
-            evals[int(match[1])] = float(match[2])
-            evaluating += when - before if not losses else 0.0
+            previous = average
+            average = float(match[2]) * (1 - 0.9**step)
+            if not curve.losses:
+                curve.first_step = when - evaluating
+            curve.losses.append((average - 0.9 * previous) / 0.1)
+            curve.seconds.append(float(match[3]) / 1000)
+        elif match := re.match(r"Step (\d+) \| Validation bpb: (\S+)", text):
+            curve.evals[int(match[1])] = float(match[2])
+            if not curve.losses:
+                evaluating += when - before
         before = when
-    return losses, seconds, evals, first_step
+    return curve

@@ -1,14 +1,18 @@
-"""Every GPU-only path against its plain form, on the day there is a GPU: python -m dev.gpu_check
-Attention backends, the Triton head loss, the fused MLP and fp8 products are run forward and backward at the shapes of
+"""Every GPU-only path against its plain form, on the day there is a GPU.
+
+    python -m dev.gpu_check --depths 12,20
+    python -m dev.gpu_check --device-type cpu --only loss,fp8 --rows 1 --seq-len 128      a rehearsal of this script
+
+Attention kernels, the Triton head loss, the fused MLP and fp8 products are run forward and backward at the shapes of
 the given depths: is the result right, how long does it take, and how long the plain form, compiled where training
-compiles it. Then each depth trains through dev.bench train, in bf16 and with --fp8. Without a GPU the table says so.
+compiles it. Then each depth trains through dev.bench train, in bf16 and with --fp8.
 """
 
 import functools
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +22,15 @@ import torch.nn.functional as F
 
 from nanochat import attention, cli, fp8, fused_mlp, kernels, loss, recipe
 from nanochat.common import get_base_dir, write_record
+from nanochat.compute import Compute
 from nanochat.gpt import GPTConfig
 from nanochat.report import to_table
 from scripts.infer_bench import read_bandwidth, time_calls
 
 PARTS = ("attention", "loss", "mlp", "fp8", "train")
+
 Row = dict[str, Any]
+Form = Callable[..., torch.Tensor]  # of tensors that want gradients
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,7 @@ class Config:
     batch_tokens: int = cli.option(2**19, "tokens a step of the training runs")
     steps: int = cli.option(30, "steps of each training run")
     data: str = cli.option("builtin", "training text, as of dev.bench train")
+    device_type: str = cli.option("cuda", "cpu rehearses the script", choices=("cuda", "cpu"))
     out: str | None = cli.option(None, "JSON record to write; unset: bench/gpu_check.json in the base directory")
 
     def __post_init__(self) -> None:
@@ -47,177 +55,188 @@ class Config:
             raise ValueError(f"--depths {self.depths}: give numbers, as 12,20")
 
     def models(self) -> list[GPTConfig]:
-        """The model of each depth."""
-        return [recipe.model_config(int(d), self.vocab_size, self.seq_len) for d in self.depths.split(",")]
+        """Return the model of each depth."""
+        return [recipe.model_config(int(depth), self.vocab_size, self.seq_len) for depth in self.depths.split(",")]
 
 
-@dataclass(frozen=True)
-class Check:
-    """One path beside its plain form: a row of the table. Both take `inputs`; `right` says whether they agree."""
+def compare(
+    part: str, path: str, shape: str, *, flops: float, form: Form | None, plain: Form, inputs: Sequence[torch.Tensor]
+) -> Row:
+    """Time a path beside its plain form on the same inputs: a row of the table.
 
-    part: str
-    path: str
-    shape: str
-    flops: float  # of a forward and a backward pass
-    right: Callable[[], bool]
-    form: Callable[..., torch.Tensor]
-    plain: Callable[..., torch.Tensor]
-    inputs: Callable[[], list[torch.Tensor]]
-
-    def row(self, device: torch.device | None) -> Row:
-        """The row, with times as None (not measured) where there is no GPU or the path is refused."""
-        empty = {"right": None, "ms": None, "plain ms": None, "speedup": None, "TFLOP/s": None}
-        row = {"part": self.part, "path": self.path, "shape": self.shape, **empty}
-        if device is None:
-            return row
-        row["right"] = "yes" if self.right() else "refused"
-        times = {"plain ms": self.time(self.plain, device)}
-        if row["right"] == "yes":
-            times["ms"] = self.time(self.form, device)
-            times |= {"speedup": times["plain ms"] / times["ms"], "TFLOP/s": self.flops / times["ms"] / 1e9}
-        return {**row, **times}
-
-    def time(self, form: Callable[..., torch.Tensor], device: torch.device) -> float | None:
-        """Median milliseconds of a forward and a backward pass; None where it does not run, as for want of memory."""
-        try:
-            leaves = [x.to(device).requires_grad_() for x in self.inputs()]
-            grad = torch.randn_like(form(*leaves))
-            times = time_calls(lambda: torch.autograd.grad(form(*leaves), leaves, grad), device)
-        except RuntimeError as error:
-            print(f"{self.path}: {str(error).splitlines()[0]}", file=sys.stderr)
-            return None
-        return 1e3 * statistics.median(times)
+    flops: of a forward and a backward pass. form: None where the path was refused, as wrong or not installed.
+    """
+    plain_ms = milliseconds(plain, inputs)
+    ms = None if form is None else milliseconds(form, inputs)
+    return {
+        "part": part,
+        "path": path,
+        "shape": shape,
+        "right": "refused" if form is None else "yes",
+        "ms": ms,
+        "plain ms": plain_ms,
+        "speedup": plain_ms / ms if ms and plain_ms else None,
+        "TFLOP/s": flops / ms / 1e9 if ms else None,
+    }
 
 
-def _normal(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
+def milliseconds(form: Form, inputs: Sequence[torch.Tensor]) -> float | None:
+    """Return the median of a forward and a backward pass; None where it does not run, as for want of memory."""
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    try:
+        dy = torch.randn_like(form(*leaves))
+        seconds = time_calls(lambda: torch.autograd.grad(form(*leaves), leaves, dy), leaves[0].device)
+    except RuntimeError as error:
+        print(str(error).splitlines()[0], file=sys.stderr)
+        return None
+    return 1e3 * statistics.median(seconds)
+
+
+def random_tensors(device: torch.device, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(shape, generator=generator).bfloat16() for shape in shapes]
+    return [torch.randn(shape, generator=generator).bfloat16().to(device) for shape in shapes]
 
 
-def _attention(config: Config, model: GPTConfig, device: torch.device) -> Iterator[Check]:
+def check_attention(config: Config, model: GPTConfig, device: torch.device) -> Iterator[Row]:
     B, T, H, D = config.rows, config.seq_len, model.n_head, model.head_dim
-    for windowed, window in ((False, T), (True, min(model.windows))):
-        plain = attention.attend_sdpa if window >= T else torch.compile(attention.attend_naive, dynamic=False)
-        attended = sum(min(t + 1, window) for t in range(T))
-        others = {"flex": attention.flex} if windowed else {"cudnn": attention.cudnn}
-        for name, load in {"flash-attention-3": attention.flash3, **others}.items():
-            load = functools.cache(load)  # load or compile it once, not at each timed call
-            yield Check(
+    inputs = random_tensors(device, (B, T, H, D), (B, T, H, D), (B, T, H, D))
+    for window in sorted({T, min(model.windows)}, reverse=True):
+        if window < T:
+            candidates = {"flash-attention-3": attention.flash3, "flex": attention.flex}
+            plain = torch.compile(attention.attend_naive, dynamic=False)
+            probed = 128  # a window of the probe, which has 300 positions
+        else:
+            candidates = {"flash-attention-3": attention.flash3, "cudnn": attention.cudnn}
+            plain = attention.attend_sdpa
+            probed = 512
+        pairs = sum(min(t + 1, window) for t in range(T))  # of a query and a key that it sees
+        for name, load in candidates.items():
+            kernel = kernels.load_attention(name, load, device, torch.bfloat16, D, [probed])
+            yield compare(
                 "attention",
                 name,
                 f"{B}x{T}x{H}x{D}, window {window}",
-                3.5 * 4 * B * H * D * attended,
-                lambda name=name, load=load, w=window: bool(
-                    kernels.load_attention(name, load, device, torch.bfloat16, D, [128 if w < T else 512])
-                ),
-                lambda q, k, v, load=load, w=window: load()(q, k, v, w),
-                lambda q, k, v, plain=plain, w=window: plain(q, k, v, w),
-                lambda: _normal(*3 * [(B, T, H, D)]),
+                flops=3.5 * 4 * B * H * D * pairs,  # two products forward, five backward
+                form=None if kernel is None else functools.partial(kernel, window=window),
+                plain=functools.partial(plain, window=window),
+                inputs=inputs,
             )
 
 
-def _loss(config: Config, model: GPTConfig, device: torch.device) -> Iterator[Check]:
+def check_loss(config: Config, model: GPTConfig, device: torch.device) -> Iterator[Row]:
     N, C, V = config.rows * config.seq_len, model.n_embd, config.vocab_size
     targets_N = torch.randint(0, V, (N,), generator=torch.Generator().manual_seed(0)).to(device)
-
     compiled = torch.compile(loss.make_chunk_gradients, dynamic=False)
-    yield Check(
+    right = kernels.loss_agrees(device, torch.bfloat16, loss.liger_loss_sum)
+    yield compare(
         "loss",
         "liger",
         f"{N}x{C}, vocabulary {V}",
-        6 * N * C * V,
-        lambda: kernels.loss_agrees(device, torch.bfloat16, loss.liger_loss_sum),
-        lambda x, w: loss.liger_loss_sum(x, w, targets_N, model.softcap),
-        lambda x, w: loss.chunked_loss_sum(x, w, targets_N, model.softcap, chunk_gradients=compiled),
-        lambda: _normal((N, C), (V, C)),
+        flops=6 * N * C * V,
+        form=(lambda x, w: loss.liger_loss_sum(x, w, targets_N, model.softcap)) if right else None,
+        plain=lambda x, w: loss.chunked_loss_sum(x, w, targets_N, model.softcap, chunk_gradients=compiled),
+        inputs=random_tensors(device, (N, C), (V, C)),
     )
 
 
-def _mlp(config: Config, model: GPTConfig, device: torch.device) -> Iterator[Check]:
+def check_mlp(config: Config, model: GPTConfig, device: torch.device) -> Iterator[Row]:
     N, C = config.rows * config.seq_len, model.n_embd
-
-    def inputs(N: int = N) -> list[torch.Tensor]:
-        return [x / x.size(1) ** 0.5 for x in _normal((N, C), (4 * C, C), (C, 4 * C))]
-
-    yield Check(
+    inputs = [x / x.size(1) ** 0.5 for x in random_tensors(device, (N, C), (4 * C, C), (C, 4 * C))]
+    few_rows = [inputs[0][:512], *inputs[1:]]
+    right = kernels.agrees("fused MLP", fused_mlp.fused_mlp, fused_mlp.eager_mlp, few_rows)
+    yield compare(
         "mlp",
         "fused",
         f"{N}x{C}",
-        6 * N * 8 * C * C,
-        lambda: kernels.agrees(
-            "fused MLP", fused_mlp.fused_mlp, fused_mlp.eager_mlp, [x.to(device) for x in inputs(512)]
-        ),
-        fused_mlp.fused_mlp,
-        torch.compile(fused_mlp.eager_mlp, dynamic=False),
-        inputs,
+        flops=6 * N * 8 * C * C,
+        form=fused_mlp.fused_mlp if right else None,
+        plain=torch.compile(fused_mlp.eager_mlp, dynamic=False),
+        inputs=inputs,
     )
 
 
-def _fp8(config: Config, model: GPTConfig, device: torch.device) -> Iterator[Check]:
-    def right(C: int, D: int) -> bool:
-        if not fp8.works(device):
-            return False
-        x, w = (t.to(device).requires_grad_() for t in _normal((512, C), (D, C)))
-        results = []
-        for form in (fp8.linear, F.linear):
-            y = form(x, w)
-            results.append((y, *torch.autograd.grad(y.float().square().sum(), (x, w))))
-        return all((a - b).float().norm() < 0.1 * b.float().norm() for a, b in zip(*results, strict=True))
-
-    N = config.rows * config.seq_len
-    for C, D in ((model.n_embd, model.n_embd), (model.n_embd, 4 * model.n_embd), (4 * model.n_embd, model.n_embd)):
-        forms = [torch.compile(f, dynamic=False) for f in (fp8.linear, F.linear)]
-        yield Check(
+def check_fp8(config: Config, model: GPTConfig, device: torch.device) -> Iterator[Row]:
+    N, C = config.rows * config.seq_len, model.n_embd
+    form = torch.compile(fp8.linear, dynamic=False)
+    plain = torch.compile(F.linear, dynamic=False)
+    for n_in, n_out in ((C, C), (C, 4 * C), (4 * C, C)):
+        inputs = random_tensors(device, (N, n_in), (n_out, n_in))
+        yield compare(
             "fp8",
             "fp8",
-            f"{N}x{C} to {D}",
-            6 * N * C * D,
-            lambda C=C, D=D: right(C, D),
-            *forms,
-            lambda C=C, D=D: _normal((N, C), (D, C)),
+            f"{N}x{n_in} to {n_out}",
+            flops=6 * N * n_in * n_out,
+            form=form if fp8_is_right(inputs[0][:512], inputs[1]) else None,
+            plain=plain,
+            inputs=inputs,
         )
 
 
-def train(config: Config, precision: str) -> list[str]:
-    """The command that trains each depth in bf16 or fp8 and writes its own record."""
-    flags = {
-        "depths": config.depths,
-        "seq-len": config.seq_len,
-        "vocab-size": config.vocab_size,
-        "batch-tokens": config.batch_tokens,
-        "steps": config.steps,
-        "data": config.data,
-        "out": f"{get_base_dir() / 'bench' / 'gpu_train'}_{precision}.json",
-    }
-    more = ["--", "--fp8"] if precision == "fp8" else []
-    return [sys.executable, "-m", "dev.bench", "train", *(f"--{name}={value}" for name, value in flags.items()), *more]
+def fp8_is_right(x_NC: torch.Tensor, w_DC: torch.Tensor) -> bool:
+    """Return whether output and gradients are within a tenth, in norm, of those of a product in bf16."""
+    if not fp8.works(x_NC.device):
+        return False
+    exact = output_and_gradients(F.linear, x_NC, w_DC)
+    rounded = output_and_gradients(fp8.linear, x_NC, w_DC)
+    return all((a - b).norm() < 0.1 * a.norm() for a, b in zip(exact, rounded, strict=True))
+
+
+def output_and_gradients(form: Form, x_NC: torch.Tensor, w_DC: torch.Tensor) -> list[torch.Tensor]:
+    x = x_NC.clone().requires_grad_()
+    w = w_DC.clone().requires_grad_()
+    y = form(x, w)
+    dx, dw = torch.autograd.grad(y.float().square().sum(), (x, w))
+    return [y.detach().float(), dx.float(), dw.float()]
+
+
+CHECKS = {"attention": check_attention, "loss": check_loss, "mlp": check_mlp, "fp8": check_fp8}
+
+
+def train(config: Config, precision: str) -> str:
+    """Train each depth in bf16 or fp8 by dev.bench, which writes a record of its own; return where that is."""
+    out = get_base_dir() / "bench" / f"gpu_train_{precision}.json"
+    command = [
+        *(sys.executable, "-m", "dev.bench", "train"),
+        f"--depths={config.depths}",
+        f"--seq-len={config.seq_len}",
+        f"--vocab-size={config.vocab_size}",
+        f"--batch-tokens={config.batch_tokens}",
+        f"--steps={config.steps}",
+        f"--data={config.data}",
+        f"--out={out}",
+        "--",
+        f"--device-type={config.device_type}",
+    ]
+    if precision == "fp8":
+        command.append("--fp8")
+    status = subprocess.run(command, check=False).returncode
+    return f"failed ({status})" if status else str(out)
 
 
 def main() -> None:
     config = cli.parse(Config, description=__doc__)
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else None
-    parts = {"attention": _attention, "loss": _loss, "mlp": _mlp, "fp8": _fp8}
+    compute = Compute.create(config.device_type)
+    device = compute.device
+    parts = config.only.split(",")
     rows = []
-    for part in config.only.split(","):
-        for model in config.models() if part in parts else ():
-            for check in parts[part](config, model, device or torch.device("cpu")):
-                rows.append(check.row(device))
-                print(to_table(rows[-1:]).splitlines()[-1], flush=True)
-    ceilings = {"GEMM TFLOP/s": None, "memory TB/s": None}
-    if device is not None:
-        a, b = (torch.randn(8192, 8192, device=device).bfloat16() for _ in range(2))
-        ceilings["GEMM TFLOP/s"] = 2 * 8192**3 / min(time_calls(lambda: a @ b, device)) / 1e12
-        ceilings["memory TB/s"] = read_bandwidth(device) / 1e12
-    trained = {}
-    for precision in ("bf16", "fp8") if "train" in config.only.split(",") else ():
-        trained[f"training, {precision}"] = None
-        if device is not None:
-            code = subprocess.run(train(config, precision), check=False).returncode
-            trained[f"training, {precision}"] = f"bench/gpu_train_{precision}" if code == 0 else f"failed ({code})"
-    name = torch.cuda.get_device_name(device) if device else "no GPU here: nothing was measured"
-    print(f"{name}\n\n{to_table(rows) if rows else ''}\n{to_table([{**ceilings, **trained}])}")
+    for part in parts:
+        for model in config.models() if part in CHECKS else ():
+            for row in CHECKS[part](config, model, device):
+                rows.append(row)
+                print(to_table([row]).splitlines()[-1], flush=True)
+    size = 8192 if device.type == "cuda" else 256
+    a, b = random_tensors(device, (size, size), (size, size))
+    ceilings: Row = {
+        "GEMM TFLOP/s": 2 * size**3 / min(time_calls(lambda: a @ b, device)) / 1e12,
+        "memory TB/s": read_bandwidth(device) / 1e12,
+    }
+    if "train" in parts:
+        ceilings["training, bf16"] = train(config, "bf16")
+        ceilings["training, fp8"] = train(config, "fp8")
+    print(f"{compute.name}\n\n{to_table(rows)}\n\n{to_table([ceilings])}")
     path = Path(config.out) if config.out else get_base_dir() / "bench" / "gpu_check.json"
-    write_record(path, {"device": name, "checks": rows, **ceilings, **trained})
+    write_record(path, {"device": compute.name, "checks": rows, **ceilings})
+    print(f"{path} written")
 
 
 if __name__ == "__main__":
