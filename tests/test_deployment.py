@@ -141,12 +141,14 @@ def test_two_replicas_behind_nginx(proxied, tmp_path):
         assert ask("GET", path).status == 404
 
     answer = ask("GET", "/v1/models", key="key-0")
-    line, deadline = f" 200 .* {answer.getheader('X-Request-Id')}$", time.monotonic() + 60
+    line = f" 200 .* {answer.getheader('X-Request-Id')}$"
+    deadline = time.monotonic() + 60
     while not re.search(line, (tmp_path / "nanochat.log").read_text(), re.MULTILINE):
         assert time.monotonic() < deadline, line
 
     key, name = next(iter(of.items()))
-    engine, release = engines[name], threading.Event()
+    engine = engines[name]
+    release = threading.Event()
     step = engine.step
     engine.step = lambda: step() if release.is_set() or not engine.running or len(engine.running[0].output) < 6 else []
     try:

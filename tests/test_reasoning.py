@@ -100,7 +100,8 @@ def test_models_by_name(port):
     ):
         status, data = ask(port, method, path, body)
         assert status == 404 and json.loads(data)["error"]["code"] == "model_not_found" and "tiny, me/oss" in data
-    before, metrics = json.loads(ask(port, "GET", "/stats")[1])["models"], ask(port, "GET", "/metrics")[1]
+    before = json.loads(ask(port, "GET", "/stats")[1])["models"]
+    metrics = ask(port, "GET", "/metrics")[1]
     assert before["tiny"]["output_tokens"] and before["me/oss"]["output_tokens"]
     for name in before:
         line = f'nanochat_generation_tokens_total{{model_name="{name}"}} {float(before[name]["output_tokens"])}'

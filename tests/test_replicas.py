@@ -9,8 +9,6 @@ from tiny_chat import STORY, held, leave, running_server, text_of, wait_for
 
 from scripts import chat_web
 
-ENDLESS = {"logit_bias": {"33": 100}, "max_tokens": 700}  # an answer to the end of the context
-
 
 @pytest.fixture
 def two():
@@ -111,9 +109,11 @@ def test_a_replica_that_dies_leaves_the_others(two):
     """Its requests are told so, it gets no more, and the server is healthy as long as one lives."""
     first, second = engines(two)
     with held(first, second) as release:
-        dying, living = two.begin(seed=1), two.begin(seed=2)
+        dying = two.begin(seed=1)
+        living = two.begin(seed=2)
         assert n_open(two) == [1, 1]
-        step, first.step = first.step, die
+        step = first.step
+        first.step = die
         release.set()
         last = dying[1].read().decode().split("\n\n")[-2]
         assert json.loads(last.removeprefix("data: "))["error"]["type"] == "server_error"
@@ -132,7 +132,8 @@ def test_a_replica_that_dies_leaves_the_others(two):
 
 
 def test_the_devices_of_replicas(monkeypatch):
-    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    cpu = torch.device("cpu")
+    gpu = torch.device("cuda", 0)
     threads: list[int] = []
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
     monkeypatch.setattr(chat_web, "usable_cores", lambda: 8)

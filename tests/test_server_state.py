@@ -11,6 +11,7 @@ import time
 import pytest
 from tiny_chat import ANSWERS, held, leave, running_server, text_of, tiny_chat, wait_for
 
+from dev import load_test
 from nanochat.conversation import ChatFormat
 from nanochat.engine import Engine
 from nanochat.serve.app import read_api_keys
@@ -140,7 +141,8 @@ def test_answers_are_kept_while_they_are_the_same():
         for options in ({"temperature": 0}, {"seed": 5, "n": 2}):
             hit, text = cached("What is 37*48?", **options)
             again, same = cached("What is 37*48?", **options)
-            first, second = json.loads(text), json.loads(same)
+            first = json.loads(text)
+            second = json.loads(same)
             assert (hit, again) == (False, True) and first["choices"] == second["choices"]
             assert first["usage"] == second["usage"] and first["id"] != second["id"]
             deltas = [event["choices"][0]["delta"] for event in server.stream("What is 37*48?", **options)]
@@ -252,7 +254,8 @@ def test_metrics_count_what_was_done():
         server.ask("GET", "/nothing")
         server.chat("Hello")  # from the cache: made no tokens
         assert wait_for(lambda: not server.engine.busy)
-        seen, of = server.metrics(), '{model_name="tiny"}'
+        seen = server.metrics()
+        of = '{model_name="tiny"}'
         assert seen[f"nanochat_prompt_tokens_total{of}"] == sum(usage["prompt_tokens"] for usage in usages)
         assert seen[f"nanochat_generation_tokens_total{of}"] == sum(usage["completion_tokens"] for usage in usages)
         ends = 'nanochat_request_success_total{finished_reason="%s",model_name="tiny"}'
@@ -267,6 +270,21 @@ def test_metrics_count_what_was_done():
         assert seen['nanochat_replica_up{model_name="tiny",replica="0"}'] == 1
         stats = server.get("/stats")["models"]["tiny"]
         assert stats["output_tokens"] == seen[f"nanochat_generation_tokens_total{of}"] and stats["context"] == 768
+
+
+def test_the_load_test_sees_what_the_server_did():
+    """Its counts are those of /metrics, and a client that leaves is no error."""
+    with running_server(cache_mb=0) as server:
+        config = load_test.Config(url=f"http://127.0.0.1:{server.port}", clients=4, seconds=1, max_tokens=9, leave=0.3)
+        record = load_test.load(config)
+        seen = server.metrics()
+    assert record["errors"] == {} and record["stuck_clients"] == 0 and record["answers"] > 4
+    assert not any(record["server_after"][name] for name in load_test.GAUGES)
+    ends = [value for name, value in seen.items() if name.startswith("nanochat_request_success_total")]
+    assert sum(ends) == record["answers"] + record["left_by_client"]
+    assert record["time_to_first_token_ms"]["p50"] <= record["whole_answer_ms"]["max"]
+    with pytest.raises(ValueError, match="--url ftp"):
+        load_test.Config(url="ftp://127.0.0.1")
 
 
 # ---- Sockets
