@@ -131,8 +131,8 @@ def main() -> None:
     models = Models(config, [each.name for each in found], config.replicas)
     server = make_server(create_app_for(models), config.host, config.port)
     # On CPU, oneDNN compiles a product anew for each number of rows, half a megabyte of code a time, and keeps 1,024 of
-    # them. Batches and prompts of a server have every number of rows, so it would grow by half a gigabyte. With 256 it is
-    # as fast (measured: dev/LOG.md). The first is oneDNN's own setting, the second that of PyTorch's cache before it.
+    # them. The batches and prompts of a server have every number of rows, so it would grow by half a gigabyte. With 256
+    # it is as fast (measured: dev/LOG.md). The second setting is that of PyTorch's own cache before oneDNN's.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
     os.environ.setdefault("LRU_CACHE_CAPACITY", "256")
     serving = threading.Thread(target=server.run, daemon=True)
