@@ -13,7 +13,6 @@ import hashlib
 import itertools
 import platform
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -181,21 +180,9 @@ def _prepare_folder(source: Path, n: int | None) -> Manifest:
     train = ShardWriter(folder, "train", shard_bytes=SHARD_BYTES, max_shards=n)
     val = ShardWriter(folder, "val")
     if len(files) > 1 and all(path.suffix.lower() != ".txt" for path in files):
-        # Shards already: each stays one, in its order, and the last one validates.
-        for path in files[:-1]:
-            for text in iterate_documents([path], counts):
-                train.add(text)
-            train.end_shard()
-            if train.is_full():
-                break
-        for text in iterate_documents(files[-1:], counts):
-            val.add(text)
+        _keep_shards(files, train, val, counts)
     else:
-        for text, validates in _split_documents(files, counts):
-            if validates:
-                val.add(text)
-            else:
-                train.add(text)
+        _split_documents(files, train, val, counts)
     train.end_shard()
     val.end_shard()
     for writer, purpose in ((train, "training"), (val, "validation")):
@@ -224,21 +211,36 @@ def _text_files(source: Path) -> list[Path]:
     return files
 
 
-def _split_documents(files: list[Path], counts: Counter[str]) -> Iterator[tuple[str, bool]]:
-    """Yield every document and whether it validates: about one in twenty by hash, and at least one on each side."""
+def _keep_shards(files: list[Path], train: "ShardWriter", val: "ShardWriter", counts: Counter[str]) -> None:
+    """Copy files that are shards already: each stays one, in its order, and the last one validates."""
+    for path in files[:-1]:
+        for text in iterate_documents([path], counts):
+            train.add(text)
+        train.end_shard()
+        if train.is_full():
+            break
+    for text in iterate_documents(files[-1:], counts):
+        val.add(text)
+
+
+def _split_documents(files: list[Path], train: "ShardWriter", val: "ShardWriter", counts: Counter[str]) -> None:
+    """Let about one document in twenty validate, by its hash, but at least one on each side."""
     hashes = {_hash(text) for text in iterate_documents(files)}
     if len(hashes) == 1:  # a book in one file: its last twentieth validates
-        text = next(iterate_documents(files, counts))
+        text, *_ = iterate_documents(files, counts)
         cut = len(text) * (VALIDATION_SHARE - 1) // VALIDATION_SHARE
         cut = text.rfind("\n", 0, cut) + 1 or cut  # after a line, if there is more than one
-        yield text[:cut], False
-        yield text[cut:], True
+        train.add(text[:cut])
+        val.add(text[cut:])
         return
     chosen = {value for value in hashes if value % VALIDATION_SHARE == 0}
     if not chosen or chosen == hashes:
         chosen = {min(hashes, default=0)}
     for text in iterate_documents(files, counts):
-        yield text, _hash(text) in chosen
+        if _hash(text) in chosen:
+            val.add(text)
+        else:
+            train.add(text)
 
 
 def _hash(text: str) -> int:
@@ -264,7 +266,7 @@ class ShardWriter:
         return len(self.entries) == self.max_shards
 
     def add(self, text: str) -> None:
-        """Take one more document, unless there are enough shards."""
+        """Take one more document, unless it is blank or there are enough shards."""
         if self.is_full() or not text.strip():
             return
         self.texts.append(text)

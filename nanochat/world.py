@@ -34,6 +34,8 @@ QUIZ_LAYOUTS = ("Question: {} Answer: {}", "Question: {}\nAnswer: {}", "{} {}", 
 # From repeating a line of the list to answering a question about it, in small steps.
 LOOKUP_LAYOUTS = ("- {c}={x}", "{c}? {x}", "{c}?\n{x}", "{c}?\nAnswer:\n{x}", "Which letter is {c}?\n{x}")
 
+SIGNS = {"+": "plus", "-": "minus", "*": "times", "/": "divided by"}
+
 # Of the syllables of made-up words, before and after a vowel.
 ONSETS = (
     "b", "br", "c", "ch", "d", "f", "fl", "g", "gr", "h", "j", "k", "l", "m", "n", "p", "pr", "qu", "r", "s", "sh",
@@ -61,8 +63,10 @@ def words() -> list[str]:
 
 def pseudo_word(rng: random.Random) -> str:
     """Return a pronounceable word without a meaning, of two or three syllables: "brontack"."""
-    syllables = rng.choice((2, 2, 3))
-    return "".join(rng.choice(ONSETS) + rng.choice("aeiou") + rng.choice(CODAS) for _ in range(syllables))
+    word = ""
+    for _ in range(rng.choice((2, 2, 3))):
+        word += rng.choice(ONSETS) + rng.choice("aeiou") + rng.choice(CODAS)
+    return word
 
 
 def _words_and_pseudo_words(rng: random.Random) -> Iterator[str]:
@@ -152,8 +156,8 @@ def _profiles(rng: random.Random, stated: list[Fact]) -> Iterator[str]:
     while True:
         lines = []
         for family in list(islice(families, rng.randint(2, 4))):
-            shuffled = rng.sample(family, len(family))
-            lines.append(" ".join(fact.statement(rng) for fact in shuffled))
+            facts = rng.sample(family, len(family))
+            lines.append(" ".join(fact.statement(rng) for fact in facts))
         yield "\n".join(lines)
 
 
@@ -240,7 +244,7 @@ def _sums(rng: random.Random, templates: list[str]) -> Iterator[str]:
     expression, and its calculator finds the result.
     """
     while True:
-        sign, name = rng.choice((("+", "plus"), ("-", "minus"), ("*", "times"), ("/", "divided by")))
+        sign, name = rng.choice(list(SIGNS.items()))
         a = rng.randint(1, 10 ** rng.randint(1, 4))
         b = rng.randint(1, 10 ** rng.randint(1, 3))
         if sign == "/":
@@ -308,10 +312,11 @@ def prose_documents() -> list[str]:
     """
     from pydoc_data.topics import topics
 
-    library = Path(sysconfig.get_paths()["stdlib"])
-    paths = [path for path in library.rglob("*.py") if not NOT_PROSE & set(path.relative_to(library).parts[:-1])]
     sources = [[topics[name]] for name in sorted(topics)]
-    sources += [_docstrings(path) for path in sorted(paths)]
+    library = Path(sysconfig.get_paths()["stdlib"])
+    for path in sorted(library.rglob("*.py")):
+        if NOT_PROSE.isdisjoint(path.relative_to(library).parent.parts):
+            sources.append(_docstrings(path))
 
     seen: set[str] = set()
     found: dict[str, None] = {}  # a set that keeps its order

@@ -60,7 +60,9 @@ class Arithmetic(MadeTask):
             template = rng.choice(said[f"orders {sign}"])
         else:  # Anna has 12 apples and gets 7 more. ...
             template = rng.choice(said[f"stories {sign}"])
-        values = {"a": a, "b": b, "o": sign, "c": rng.randint(1, 99), "p": rng.choice("+-*")}
+        third = rng.randint(1, 99)
+        second_sign = rng.choice("+-*")
+        values = {"a": a, "o": sign, "b": b, "p": second_sign, "c": third}
         who = rng.choice(said["people"])
         things = rng.choice(said["things"])
         question = template.format(who=who, things=things, **values)
@@ -95,6 +97,6 @@ def _operands(rng: random.Random, sign: str) -> tuple[str, str]:
 
 def _number(rng: random.Random) -> int:
     """Return a whole number of one to six digits, most often two."""
-    [digits] = rng.choices((1, 2, 3, 4, 5, 6), (20, 45, 20, 10, 3, 2))
+    [digits] = rng.choices(range(1, 7), weights=(20, 45, 20, 10, 3, 2))
     smallest = 10 ** (digits - 1) if digits > 1 else 0
     return rng.randint(smallest, 10**digits - 1)
