@@ -69,6 +69,7 @@ class Answer:
         self.facts: dict[str, Any] = {"cached": self.kept is not None}
         if self.loop is not None:
             self.facts["replica"] = self.loop.replica
+        # Every chunk of a stream repeats these.
         self.head = {
             "id": self.id_prefix + uuid.uuid4().hex,
             "created": int(time.time()),
@@ -248,7 +249,7 @@ class Answer:
                     yield self._chunk(index, self.piece(None), more, finish_reason=delivery.finish_reason)
             if include_usage and self.usage is not None:
                 yield _event({**self.head, "object": self.chunk_object, "choices": [], "usage": self.usage})
-            yield "data: [DONE]\n\n"
+            yield "data: [DONE]\n\n"  # OpenAI's own end mark; clients read until it
         except ApiError as error:
             # The status line has been sent long ago; clients of OpenAI's protocol look for this event.
             yield _event(error.body)
@@ -310,6 +311,7 @@ class TextAnswer(Answer):
     id_prefix = "cmpl-"
 
     def piece(self, event: Event | None) -> dict[str, Any]:
+        # Reasoning is text here like any other: a continued text is shown as the model wrote it.
         if isinstance(event, ToolCall):
             return {"text": "", "tool_trace": event._asdict()}
         return {"text": event or ""}

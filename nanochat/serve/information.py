@@ -33,6 +33,7 @@ information = flask.Blueprint("information", __name__)
 @information.get("/")
 def page() -> flask.Response:
     """Send the chat page, with a Content-Security-Policy that lets only its own script and style run in it."""
+    # It is one file without anything from other machines, so that it works on a laptop without a network.
     html = Path(__file__).with_name("ui.html").read_text(encoding="utf-8")
 
     # The page shows what a model wrote. Should markup ever get through, a browser runs only scripts with these hashes.
@@ -147,6 +148,7 @@ def no_session(name: str) -> ApiError:
 def invalidate() -> dict:
     """Empty the response caches and the prefix caches of all models."""
     models = flask.g.models.loaded
+    # A prefix cache belongs to its engine's thread, so the loop is told, and does it before its next step.
     for model in models:
         for loop in model.alive:
             loop.forget_prefixes()
@@ -181,6 +183,7 @@ OPERATIONS = (
     Operation("delete", "/v1/sessions/{name}", "End a session", dict[str, Any]),
     Operation("post", "/cache/invalidate", "Empty the response cache and the prefix caches", dict[str, int]),
 )
+# Any route may answer with these, because keys, bodies and models are checked the same way everywhere.
 REFUSALS = {
     400: "a parameter is wrong or not supported; the error names it",
     401: "no valid API key",

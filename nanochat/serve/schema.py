@@ -115,6 +115,8 @@ Tokens = Annotated[list[Annotated[int, Field(ge=0)]], NONEMPTY]
 class Parameters(Strict):
     """The parameters that chat and text completions share."""
 
+    # Ranges are those of OpenAI and vLLM, so that a client's mistake gets the same refusal here as there. None is the
+    # default of all: what it stands for is the server's to say (ServerConfig) or the engine's (scheduler.Request).
     model: str | None = Field(None, description="One of /v1/models; if absent, the first of them.")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -127,6 +129,7 @@ class Parameters(Strict):
     repetition_penalty: float | None = Field(None, ge=0.01, le=10)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    # Token ids are keys of a JSON object here, and those are always text.
     logit_bias: dict[Annotated[str, Field(pattern="^[0-9]{1,9}$")], Bias] | None = None
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1, description="The same seed gives the same answer.")
     stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
@@ -172,6 +175,7 @@ class ChatRequest(Parameters):
 
     @model_validator(mode="after")
     def _check_chat(self) -> "ChatRequest":
+        # From here on there is one name for the limit.
         self.max_tokens = self.max_tokens or self.max_completion_tokens
         if self.max_completion_tokens not in (None, self.max_tokens):
             raise ApiError(400, "'max_tokens' and 'max_completion_tokens' differ: give one", "max_tokens")
@@ -193,7 +197,7 @@ class CompletionRequest(Parameters):
 
     def prompts(self) -> list[Any]:
         """Return the prompts one by one, each as text or as token ids."""
-        # One prompt as text or as token ids, or a list of such prompts.
+        # A list of numbers is one prompt, and any other list holds several.
         if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
             return [self.prompt]
         return list(self.prompt)
