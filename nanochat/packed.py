@@ -157,8 +157,9 @@ def prepack(model: LanguageModel, *, int8: bool = False) -> Any:
     int8_works = on_cpu and model.whole and model.dtype == torch.bfloat16 and model.config.n_embd % 16 == 0
     if int8 and not int8_works:
         raise ValueError("int8 weights need a CPU, NANOCHAT_DTYPE=bfloat16, and a width that 16 divides")
-    large = sum(weight.nbytes for weight in model.parameters()) >= SMALL
-    if not model.whole or (large and not on_cpu):
+    if not model.whole:
+        return model
+    if not on_cpu and sum(weight.nbytes for weight in model.parameters()) >= SMALL:
         return model
     onednn = on_cpu and onednn_works(model.dtype)
 
