@@ -66,7 +66,8 @@ class MadeTask(Task):
     """Conversations that are made when they are asked for, by `make(rng, item)`; another `seed` makes others.
 
     There are `size` of them, by default `train_size` or `test_size`. A subclass whose `items` are not empty is given
-    them in turn, in a shuffled order; its default sizes then count passes over the items.
+    them in turn, in a shuffled order; its default sizes then count passes over the items. A subclass loads what `items`
+    and `make` need before it calls this `__init__`, which asks for the items.
     """
 
     train_size = 1000

@@ -308,12 +308,19 @@ def test_programs_of_many_kinds_of_answers(completion):
     assert names["area"](2.0) == pytest.approx(12.566370614)
 
 
-def test_multiple_choice_refuses_what_is_no_choice():
+def test_multiple_choice_answers_with_the_letter_of_the_right_choice():
     choice = multiple_choice("Which?", ["x", "y", "z"], 2)
-    assert choice["letters"] == ["A", "B", "C"] and choice["messages"][1]["content"] == "C"
-    for choices, place in ((["x"], 0), ([], 0), (["x", ""], 0), (["x", None], 0), (["x", "y"], 2), (["x", "y"], -1)):
-        with pytest.raises(ValueError, match="choice"):
-            multiple_choice("Which?", choices, place)
+    assert choice["letters"] == ["A", "B", "C"]
+    assert choice["messages"][1]["content"] == "C"
+
+
+@pytest.mark.parametrize(
+    ("choices", "place"),
+    [(["x"], 0), ([], 0), (["x", ""], 0), (["x", None], 0), (["x", "y"], 2), (["x", "y"], -1)],
+)
+def test_multiple_choice_refuses_what_is_no_choice(choices, place):
+    with pytest.raises(ValueError, match="choice"):
+        multiple_choice("Which?", choices, place)
 
 
 # --- bad rows --------------------------------------------------------------------------------------------------------
@@ -321,7 +328,14 @@ def test_multiple_choice_refuses_what_is_no_choice():
 
 def test_bad_rows_are_named_and_counted_and_the_rest_goes_on(tmp_path, capsys):
     good = {"question": "Which?", "choices": ["x", "y"], "answer": 1}
-    bad = [{"answer": None}, {"choices": ["only"]}, {"answer": 9}, {"question": ""}, {"choices": None}, {"choices": []}]
+    bad = [
+        {"answer": None},
+        {"choices": ["only"]},
+        {"answer": 9},
+        {"question": ""},
+        {"choices": None},
+        {"choices": []},
+    ]
     write_rows(tmp_path / "mmlu" / "test.parquet", [good, *({**good, **change} for change in bad), good])
     task = MMLU("test", tmp_path)
     assert len(task) == 2 and task.skipped == len(bad)

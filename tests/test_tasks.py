@@ -37,7 +37,11 @@ def exchanges(conversation):
     """Each turn's question and answer; in multiple choice the question's last line, and the choice at the letter."""
     choices = {at: choice for choice, at in re.findall(r"^- (.+)=([A-D])$", question(conversation), re.MULTILINE)}
     texts = [message["content"] for message in conversation["messages"]]
-    return [(asked.split("\n")[-1], choices.get(answer, answer)) for asked, answer in zip(texts[::2], texts[1::2])]
+    found = []
+    for asked, answer in zip(texts[::2], texts[1::2]):
+        last_line = asked.split("\n")[-1]
+        found.append((last_line, choices.get(answer, answer)))
+    return found
 
 
 def said(conversation) -> str:

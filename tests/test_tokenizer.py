@@ -31,6 +31,8 @@ SAMPLES = read_sections(ROOT / "scripts" / "tok_eval.txt")
 CORPUS = [*SAMPLES.values(), inspect.getsource(argparse), "aaaa bbbb 日本語 " * 20]
 ANY_TEXT = st.text(st.characters(exclude_categories=()))  # surrogates too
 PLAIN_TEXT = st.text(st.characters(codec="utf-8"))
+NOISE_AND_TEXT = st.lists(st.one_of(st.binary(max_size=3), PLAIN_TEXT.map(str.encode)))
+ANY_BYTES = st.one_of(st.binary(), NOISE_AND_TEXT.map(b"".join))
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +81,7 @@ def test_every_code_point_round_trips(tokenizer):
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.one_of(st.binary(), st.lists(st.one_of(st.binary(max_size=3), PLAIN_TEXT.map(str.encode))).map(b"".join)))
+@given(ANY_BYTES)
 def test_bytes_round_trip(tokenizer, data):
     assert tokenizer.decode_bytes(tokenizer.encode_bytes(data)) == data
 
