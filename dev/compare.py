@@ -127,10 +127,62 @@ def reference_weights(weights: dict[str, torch.Tensor], head_dim: int) -> dict[s
 
 def parity_sides(config: Compare, work: Path, model: GPTConfig) -> list[Side]:
     """Return both sides with equal rows, weights, learning rates and weight decay, each scaling its flags its way."""
+    save_parity_rows(config, work / "train.pt")
+    save_parity_weights(model, ours=work / "ours.pt", theirs=work / "theirs.pt")
+
+    # Ours multiplies the flags of learning rates by `scales`; the reference by the root of the batch's growth.
+    scales = recipe.learning_rate_scales(config.batch_tokens)
+    root = (config.batch_tokens / recipe.REFERENCE_BATCH) ** 0.5
+    rates = {name: lr * scales[name] for name, lr in recipe.LEARNING_RATES.items()}
+    rates["scalar"] = SCALAR_LR
+    # The reference scales weight decay by the same root, and by the horizon of a d12 over that of the model.
+    twelve = recipe.model_config(12, model.vocab_size, config.seq_len, head_dim=model.head_dim)
+    decay_scale = root * recipe.scaling_parameters(twelve) / recipe.scaling_parameters(model)
+
+    ours = [
+        "--warmdown-ratio=0",
+        "--warmup-steps=2",
+        f"--weight-decay={WEIGHT_DECAY!r}",
+        f"--dataset={config.data}",
+        f"--seed={PARITY_SEED}",
+        *(f"--{name}-lr={lr / scales[name]!r}" for name, lr in rates.items()),
+        "--no-compile",
+        "--model-tag=compare",
+        "--sample-every=0",
+    ]
+    theirs = [
+        "--warmdown-ratio=0",
+        "--warmup-steps=2",
+        f"--weight-decay={WEIGHT_DECAY / decay_scale!r}",
+        *(f"--{name}-lr={lr / root!r}" for name, lr in rates.items()),
+        "--core-metric-every=-1",
+        "--sample-every=-1",
+        "--save-every=-1",
+    ]
+    given = {
+        "train": str(work / "train.pt"),
+        "val": str(work / "val.pt"),
+        "start": str(work / "theirs.pt"),
+        "eager": True,
+        "scalars": [0.4 * SCALAR_LR, SCALAR_EPS],  # its smear and backout learn at 0.4 of the scalars' rate
+    }
+    checkout = Path(config.baseline_dir).resolve()
+    return [
+        Side("ours", ROOT, work / "ours", ours, given={"start": str(work / "ours.pt")}, dtype="float32"),
+        Side("reference", checkout, work / "reference", theirs, given=given, dtype="float32"),
+    ]
+
+
+def save_parity_rows(config: Compare, path: Path) -> None:
+    """Write the rows that our run will train on, for the reference's loader."""
     rows = config.device_batch_size
-    train_rows = RowLoader(TextRows(config.data, "train", load_tokenizer(), config.seq_len), rows, rows, PARITY_SEED)
-    steps = range(PARITY_STEPS + 1)
-    save_rows(work / "train.pt", itertools.chain.from_iterable(train_rows.step(step) for step in steps))
+    loader = RowLoader(TextRows(config.data, "train", load_tokenizer(), config.seq_len), rows, rows, PARITY_SEED)
+    batches = itertools.chain.from_iterable(loader.step(step) for step in range(PARITY_STEPS + 1))
+    save_rows(path, batches)
+
+
+def save_parity_weights(model: GPTConfig, ours: Path, theirs: Path) -> None:
+    """Write the same starting weights under our names and under the reference's."""
     generator = torch.Generator().manual_seed(PARITY_SEED)
     net = GPT(model)
     net.init_weights(generator)
@@ -138,28 +190,8 @@ def parity_sides(config: Compare, work: Path, model: GPTConfig) -> list[Side]:
         # Where projections begin at zero, the first gradients are rounding noise, which optimizers blow up.
         if name.endswith(("attn.out.weight", "mlp.down.weight", "head.weight")):
             value.uniform_(-0.02, 0.02, generator=generator)
-    torch.save(net.state_dict(), work / "ours.pt")
-    torch.save(reference_weights(net.state_dict(), model.head_dim), work / "theirs.pt")
-    scales = recipe.learning_rate_scales(config.batch_tokens)
-    root = (config.batch_tokens / recipe.REFERENCE_BATCH) ** 0.5
-    twelve = recipe.model_config(12, model.vocab_size, config.seq_len, head_dim=model.head_dim)
-    decay = root * recipe.scaling_parameters(twelve) / recipe.scaling_parameters(model)
-    rates = {name: lr * scales[name] for name, lr in recipe.LEARNING_RATES.items()}
-    rates["scalar"] = SCALAR_LR
-    both = ["--warmdown-ratio=0", "--warmup-steps=2"]
-    ours = [*both, f"--weight-decay={WEIGHT_DECAY!r}", f"--dataset={config.data}", f"--seed={PARITY_SEED}"]
-    ours += [*(f"--{name}-lr={lr / scales[name]!r}" for name, lr in rates.items()), "--no-compile"]
-    ours += ["--model-tag=compare", "--sample-every=0"]
-    theirs = [*both, f"--weight-decay={WEIGHT_DECAY / decay!r}"]
-    theirs += [f"--{name}-lr={lr / root!r}" for name, lr in rates.items()]
-    theirs += ["--core-metric-every=-1", "--sample-every=-1", "--save-every=-1"]
-    given: dict[str, Any] = {"train": str(work / "train.pt"), "val": str(work / "val.pt"), "eager": True}
-    given["start"] = str(work / "theirs.pt")
-    given["scalars"] = [0.4 * SCALAR_LR, SCALAR_EPS]  # its smear and backout learn at 0.4 of the scalars' rate
-    return [
-        Side("ours", ROOT, work / "ours", ours, {"start": str(work / "ours.pt")}, "float32"),
-        Side("reference", Path(config.baseline_dir).resolve(), work / "reference", theirs, given, "float32"),
-    ]
+    torch.save(net.state_dict(), ours)
+    torch.save(reference_weights(net.state_dict(), model.head_dim), theirs)
 
 
 # --- the comparison ---------------------------------------------------------------------------------------------------

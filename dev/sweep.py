@@ -7,9 +7,7 @@ Flags after -- go to every run. A sweep writes to sweeps/NAME in the base direct
 links to datasets, tokenizer and the checkpoints of earlier stages, so that its runs appear in no report. A run is named
 by the hash of its flags, and `results/ID.json` marks it finished: the same command goes on where it was stopped.
 
-A sweep over target-flops and depth is a scaling study by approach 2 of Hoffmann et al. (arXiv 2203.15556): for each
-budget C a parabola of the loss in ln N and in ln D, then N_opt ~ C^a and D_opt ~ C^b through their minima. N counts the
-parameters of matrices and head, as the recipe does; D counts training tokens; the loss is bits per byte.
+A sweep over target-flops and depth is a scaling study: its IsoFLOP curves are fitted and drawn, too (isoflop.py).
 """
 
 import csv
@@ -34,11 +32,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from dev.isoflop import draw_isoflops, fit_isoflops
 from dev.measure import ROOT, split_argv
-from nanochat import cli, recipe
+from nanochat import cli
 from nanochat.common import atomic_write, get_base_dir, read_json, sha256_file, write_record
 from nanochat.compute import usable_cores
-from nanochat.gpt import GPTConfig
 from nanochat.report import to_table
 
 STAGES = {"scripts.base_train": "base", "scripts.mid_train": "mid", "scripts.chat_sft": "sft", "scripts.chat_rl": "rl"}
@@ -71,30 +69,38 @@ class Config:
 # --- the points of a space --------------------------------------------------------------------------------------------
 
 
+RANGE = re.compile(r"(log|uniform|int)\(([^,]+),([^,]+)\)")
+
+
 def parse_space(text: str) -> dict[str, list[str]]:
     """Parse `flag=a,b; flag=log(x,y)` into values by flag; a range stays one text such as `log(.1,1)`.
 
     Raises ValueError for anything else.
     """
     space: dict[str, list[str]] = {}
-    for part in filter(None, (part.strip() for part in text.split(";"))):
+    for part in text.split(";"):
+        part = part.strip()
+        if not part:
+            continue
         found = re.fullmatch(r"-*([a-z][a-z0-9_-]*) *= *(.+)", part)
-        if not found or found[1].replace("_", "-") in (*space, *OWN_FLAGS):
+        name = found[1].replace("_", "-") if found else ""
+        if not found or name in space or name in OWN_FLAGS:
             raise ValueError(f"--space {part!r}: write each flag once, as flag=value,value or flag=log(low,high)")
-        is_range = re.fullmatch(r"(log|uniform|int)\(([^,]+),([^,]+)\)", found[2])
-        if "(" in found[2] and not (is_range and float(is_range[2]) < float(is_range[3])):
+        values = found[2]
+        is_range = RANGE.fullmatch(values)
+        if "(" in values and not (is_range and float(is_range[2]) < float(is_range[3])):
             raise ValueError(f"--space {part!r}: use log(a,b), uniform(a,b) or int(a,b) with a < b")
-        values = [found[2]] if is_range else [value.strip() for value in found[2].split(",")]
-        space[found[1].replace("_", "-")] = values
+        space[name] = [values] if is_range else [value.strip() for value in values.split(",")]
     return space
 
 
 def draw(values: list[str], rng: np.random.Generator) -> str:
     """Draw one of the values, or a number of the range that stands alone in the list."""
-    found = re.fullmatch(r"(log|uniform|int)\((.+),(.+)\)", values[0])
+    found = RANGE.fullmatch(values[0])
     if not found:
         return values[rng.integers(len(values))]
-    low, high = float(found[2]), float(found[3])
+    low = float(found[2])
+    high = float(found[3])
     if found[1] == "int":
         return str(rng.integers(int(low), int(high) + 1))
     if found[1] == "log":
@@ -137,8 +143,9 @@ class Run:
 
 def plan(config: Config, points: Sequence[Point], common: list[str]) -> list[Run]:
     """Return the runs of a sweep. Raises ValueError when a flag of `common` is searched as well, or the sweep's own."""
-    names = {argument.split("=")[0].lstrip("-").replace("_", "-") for argument in common if argument[:2] == "--"}
-    clash = names & {*OWN_FLAGS, *(name for point in points for name in point)}
+    given = {argument.split("=")[0].lstrip("-").replace("_", "-") for argument in common if argument.startswith("--")}
+    searched = {name for point in points for name in point}
+    clash = given & {*OWN_FLAGS, *searched}
     if clash:
         raise ValueError(f"--{min(clash)} is given after -- and set by the sweep as well: leave it out there")
     tokenizer = get_base_dir() / "tokenizer" / "tokenizer.json"
@@ -147,11 +154,19 @@ def plan(config: Config, points: Sequence[Point], common: list[str]) -> list[Run
     for point, seed in itertools.product(points, range(config.seeds)):
         identity = json.dumps([config.script, sorted(point.items()), seed, common, state])
         run_id = hashlib.sha256(identity.encode()).hexdigest()[:12]
-        switches = {"true": "--{}", "false": "--no-{}"}  # fp8=true,false becomes --fp8 and --no-fp8
-        own = [switches.get(value, "--{}={}").format(name, value) for name, value in point.items()]
-        argv = [*common, *own, f"--seed={seed}", f"--model-tag={run_id}", "--resume=auto"]
+        flags = [to_flag(name, value) for name, value in point.items()]
+        argv = [*common, *flags, f"--seed={seed}", f"--model-tag={run_id}", "--resume=auto"]
         runs.append(Run(config.script, point, seed, argv, run_id))
     return runs
+
+
+def to_flag(name: str, value: str) -> str:
+    """Return `--name=value`; fp8=true,false becomes --fp8 and --no-fp8."""
+    if value == "true":
+        return f"--{name}"
+    if value == "false":
+        return f"--no-{name}"
+    return f"--{name}={value}"
 
 
 def start(run: Run, slot: int, jobs: int, folder: Path) -> subprocess.Popen:
@@ -159,10 +174,10 @@ def start(run: Run, slot: int, jobs: int, folder: Path) -> subprocess.Popen:
     environment = {**os.environ, "NANOCHAT_BASE_DIR": str(folder), "PYTHONUNBUFFERED": "1"}
     if jobs > 1:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // jobs)))
-        gpus = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))).split(
-            ","
-        )
-        environment["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        gpus = visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
+        if gpus:
+            environment["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
     log = folder / "logs" / f"{run.id}.log"
     log.parent.mkdir(exist_ok=True)
     print(f"{run}: log in {log}", flush=True)
@@ -283,83 +298,6 @@ def write_results(folder: Path, records: list[Record], config: Config) -> None:
         writer = csv.DictWriter(file, list(dict.fromkeys(name for line in lines for name in line)))
         writer.writeheader()
         writer.writerows(lines)
-
-
-# --- IsoFLOP curves ---------------------------------------------------------------------------------------------------
-
-
-def fit_parabola(x: list[float], loss: list[float]) -> tuple[float, float, float] | None:
-    """Fit loss = least + curvature * (ln x - ln at)^2 and return (at, least, curvature).
-
-    Returns None where the parabola has no minimum, or where that lies outside of the points.
-    """
-    ln_x = np.log(x)
-    a, b, c = np.polyfit(ln_x - ln_x.mean(), loss, 2)
-    at = ln_x.mean() - b / (2 * a)
-    if a <= 0 or not ln_x.min() <= at <= ln_x.max():
-        return None
-    return float(np.exp(at)), float(c - b * b / (4 * a)), float(a)
-
-
-def fit_isoflops(records: list[Record]) -> Record:
-    """Fit a finished scaling study; returns points, minima by budget, and both power laws as (factor, exponent).
-
-    A law is None with fewer than two budgets whose minimum lies inside of their points.
-    """
-    groups: dict[tuple[float, int], list[Record]] = {}
-    for record in records:
-        if "error" not in record:
-            point = record["point"]
-            groups.setdefault((float(point["target-flops"]), int(point["depth"])), []).append(record)
-    points = []
-    for (budget, depth), runs in sorted(groups.items()):
-        N = recipe.scaling_parameters(GPTConfig.from_dict(runs[0]["model_config"]))
-        loss = fmean(run["val_bpb"] for run in runs)
-        points.append({"budget": budget, "depth": depth, "N": N, "D": runs[0]["tokens"], "loss": loss})
-    minima = []
-    for budget in sorted({point["budget"] for point in points}):
-        curve = [point for point in points if point["budget"] == budget]
-        loss = [point["loss"] for point in curve]
-        if len(curve) >= 3:
-            sizes = fit_parabola([point["N"] for point in curve], loss)
-            tokens = fit_parabola([point["D"] for point in curve], loss)
-            if sizes and tokens:
-                minima.append({"budget": budget, "N": sizes[0], "D": tokens[0], "loss": sizes[1], "curve": sizes[2]})
-    laws: dict[str, tuple[float, float] | None] = {"N": None, "D": None}
-    for name in laws if len(minima) > 1 else ():
-        # log y = log factor + exponent * log x, by least squares
-        slope, offset = np.polyfit(np.log([m["budget"] for m in minima]), np.log([m[name] for m in minima]), 1)
-        laws[name] = float(np.exp(offset)), float(slope)
-    return {"points": points, "minima": minima, "laws": laws}
-
-
-def draw_isoflops(fit: Record, path: Path) -> None:
-    """Draw the curves with their parabolas on the left, and the best N and D over the budget on the right."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4), dpi=110, layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for budget in sorted({point["budget"] for point in fit["points"]}):
-        curve = sorted((point["N"], point["loss"]) for point in fit["points"] if point["budget"] == budget)
-        (line,) = left.plot(*zip(*curve), "o", label=f"{budget:.1e} FLOPs")
-        for best in fit["minima"]:
-            if best["budget"] == budget:
-                N = np.geomspace(curve[0][0], curve[-1][0], 100)
-                left.plot(N, best["loss"] + best["curve"] * np.log(N / best["N"]) ** 2, color=line.get_color())
-    left.set(xscale="log", xlabel="parameters of matrices and head, N", ylabel="validation bits per byte")
-    left.legend(frameon=False)
-    budgets = [best["budget"] for best in fit["minima"]]
-    for name, law in fit["laws"].items():
-        (line,) = right.plot(budgets, [best[name] for best in fit["minima"]], "o", label=f"best {name}")
-        if law is not None:
-            factor, exponent = law
-            label = f"{factor:.3g} C^{exponent:.2f}"
-            right.plot(budgets, [factor * C**exponent for C in budgets], color=line.get_color(), label=label)
-    right.set(xlabel="training FLOPs, C", ylabel="parameters, tokens")
-    if budgets:  # an empty axis has no logarithm
-        right.set(xscale="log", yscale="log")
-        right.legend(frameon=False)
-    figure.savefig(path, metadata={"Software": None})
 
 
 def main() -> None:

@@ -34,8 +34,8 @@ def read_lines(path: Path, *keys: str) -> list[Record]:
     """Read a .jsonl file, a record per line; [] where there is none. Raises ValueError naming the damaged line."""
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    return [parse_record(f"{path}:{number}", line, *keys) for number, line in enumerate(lines, 1)]
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    return [parse_record(f"{path}:{number}", line, *keys) for number, line in enumerate(lines, 1) if line]
 
 
 def parse_record(where: str, text: str, *keys: str) -> Record:

@@ -9,7 +9,7 @@ what all options share is read once:
 
 `score_questions` lays the rows of many questions end to end and reads them in one forward, whose context `BranchedRows`
 tells the model where each token stands and what it sees. There is no padding, and logits are made for scored tokens
-alone. On CORE this takes a third to a tenth of the time of one option after another (dev/LOG.md), with equal decisions.
+alone. On CORE this is four to five times as fast as one option after another, with equal decisions (dev/LOG.md).
 
 Shapes: N tokens of a batch, S scored tokens, V vocabulary, T tokens of one question, H heads, K kv heads, D head dim.
 """

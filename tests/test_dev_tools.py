@@ -5,7 +5,7 @@ import json
 import pytest
 import tiny_run
 
-from dev import sweep
+from dev.isoflop import fit_parabola
 
 SHAPE = ["--no-compile", "--aspect-ratio=16", "--head-dim=16", "--eval-tokens=1024"]
 
@@ -38,6 +38,6 @@ def test_parabola_finds_the_best_size():
     """Of a loss N/best + best/N, which is least at N = best and symmetric in the logarithm."""
     sizes = [2.0**n for n in range(10, 17)]
     for best in (3000.0, 9000.0):
-        found = sweep.fit_parabola(sizes, [size / best + best / size for size in sizes])
+        found = fit_parabola(sizes, [size / best + best / size for size in sizes])
         assert found is not None and found[0] == pytest.approx(best, rel=0.2)
-    assert sweep.fit_parabola(sizes, [-size for size in sizes]) is None, "no minimum between the points"
+    assert fit_parabola(sizes, [-size for size in sizes]) is None, "no minimum between the points"
