@@ -7,6 +7,7 @@ import random
 import re
 import shutil
 import signal
+import sys
 import time
 
 import pytest
@@ -456,6 +457,19 @@ def test_what_a_run_says_of_its_size_time_and_cost(tiny_world):
     assert float(dollars) == pytest.approx(60 * float(minutes), abs=3.1)
     seconds = [line["dt"] for line in metrics("base", "d2") if "loss" in line]
     assert float(dollars) == pytest.approx(10 * sum(seconds[5:10]) / 5, rel=0.05, abs=0.02)
+
+
+def test_on_a_terminal_a_step_overwrites_the_line_before(tiny_world, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "60")
+    train_here(120, eval_every=0, save_every=200)
+    out = capsys.readouterr().out
+    shown = re.findall(r"step +(\d+)/120[^\r\n]*(\r|\n)", out)
+    assert [int(step) for step, _ in shown] == list(range(1, 121))
+    kept = [int(step) for step, end in shown if end == "\n"]
+    assert kept == [1, 2, 3, *range(4, 121, 2)], "as in a file"
+    live = [line for line in re.split(r"[\r\n]", out) if re.match(r"step +\d*[13579]/", line)][2:]
+    assert all(len(line.removesuffix("\x1b[K")) < 60 for line in live), "a line that wraps could not be overwritten"
 
 
 def test_ranks_take_the_same_rows(tiny_world):
