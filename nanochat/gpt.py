@@ -3,13 +3,14 @@
     tokens -> embedding -> norm -> smear -> n x [ rescale + embedding skip -> attention -> MLP ] -> backout -> norm
            -> head -> softcap -> logits
 
-The parts come in the order in which a token meets them: norm, rotary positions, attention, MLP, block, model. One
-forward serves training and generation; language_model.py says how. Everything beyond a plain pre-norm transformer
+The parts come in the order in which a token meets them: norm, attention, MLP, block, model. One forward serves training
+and generation; language_model.py says how. Everything beyond a plain pre-norm transformer
 (value embeddings, smear, backout, QK scale, embedding skips, softcap) has a switch in `GPTConfig`, and a comment that
 says why it is there. Most of these were found in the speedruns of modded-nanogpt and karpathy/nanochat.
 
 Shapes: B sequences, T positions, C channels (width), H query heads, K kv heads, D head dim, P = D/2 planes of rotation,
-V vocabulary. Leading dimensions have no letter where they may be (B, T), in training, or (N), tokens of any rows.
+R tokens whose logits are wanted, V vocabulary. Leading dimensions have no letter where they may be (B, T), in training,
+or (N), tokens of any rows.
 """
 
 import functools
@@ -27,7 +28,7 @@ from nanochat.compute import can_compile, pick_dtype
 from nanochat.fp8 import Fp8Linear
 from nanochat.fused_mlp import fused_mlp
 from nanochat.kernels import PLAIN, Kernels, choose_kernels
-from nanochat.language_model import Gate, LanguageModel, LayerNeed, Linear, Together, WholeRows
+from nanochat.language_model import Gate, LanguageModel, LayerNeed, Linear, Together, WholeRows, rotate, rotation
 from nanochat.loss import softcap, softcap_cross_entropy
 
 # RMSNorm adds this to the mean square. Compiled graphs take float32's epsilon for bf16 input, eager PyTorch takes
@@ -121,29 +122,6 @@ def norm(x: torch.Tensor) -> torch.Tensor:
     return F.rms_norm(x, (C,), eps=NORM_EPS)
 
 
-def rotation(positions: torch.Tensor, radians_P: torch.Tensor, dtype: torch.dtype, scale: float = 1.0):
-    """Return cos and sin of the rotary angles, (..., 1, D) each, for `rotate`; P = D/2 planes, radians per position.
-
-    Both are computed in fp32, because bf16 cannot tell position 1000 from 1001, and then rounded to `dtype`.
-    """
-    angles_P = positions[..., None, None].float() * radians_P
-    cos_P = angles_P.cos() * scale
-    sin_P = angles_P.sin() * scale
-    cos_1D = torch.cat((cos_P, cos_P), dim=-1).to(dtype)
-    sin_1D = torch.cat((-sin_P, sin_P), dim=-1).to(dtype)
-    return cos_1D, sin_1D
-
-
-def rotate(x_HD: torch.Tensor, cos_1D: torch.Tensor, sin_1D: torch.Tensor) -> torch.Tensor:
-    """Rotary positions (RoPE, arXiv 2104.09864): channel i of the first half and of the second half are one plane.
-
-    (a, b) -> (a·cos - b·sin, b·cos + a·sin), written as one product with cos and one, of the swapped halves, with
-    (-sin, sin): decoding is bound by the number of operations, and this is the form with the fewest.
-    """
-    a, b = x_HD.chunk(2, dim=-1)
-    return torch.addcmul(x_HD * cos_1D, torch.cat((b, a), dim=-1), sin_1D)
-
-
 class Attention(nn.Module):
     """Causal grouped-query attention with rotary positions, QK-norm and, on some layers, value embeddings."""
 
@@ -159,12 +137,13 @@ class Attention(nn.Module):
         self.v = linear(config.n_embd, kv_channels)
         self.out = linear(config.n_embd, config.n_embd)
         self.gate = Gate(config.value_gate_channels, config.n_kv_head) if config.has_value_embed(layer) else None
-        # What reads the same input: the engine makes one product of it (packed.py), which gives q and k in one tensor.
+        # They read the same input, so the engine makes one product of them (packed.py).
         gates = () if self.gate is None else ((self.gate,),)
         self.qkvg: Any = Together((self.q, self.k), (self.v,), *gates)
 
     def forward(self, x_C, ve_KD, cos_1D, sin_1D, attend: Attend) -> torch.Tensor:
         """ve_KD: value embeddings of the tokens, or None. attend: how queries meet keys and values."""
+        # qk is [q, k], or one tensor with the heads of both after packing: what follows treats them alike anyway.
         if ve_KD is None:
             *qk, v = self.qkvg(x_C)
             v_KD = v.unflatten(-1, (-1, self.head_dim))
@@ -191,10 +170,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two matrices around a squared ReLU (arXiv 2109.08668), four times as wide inside.
-
-    Its zeros make hidden units sparse and its square makes the rest sharp, at no more cost than a ReLU's.
-    """
+    """Two matrices around a squared ReLU (arXiv 2109.08668), four times as wide inside."""
 
     def __init__(self, config: GPTConfig, linear: type[Linear], fused: bool) -> None:
         super().__init__()
@@ -282,8 +258,7 @@ class GPT(LanguageModel):
     @property
     def cache_needs(self) -> list[LayerNeed]:
         """Return what each layer keeps of a token in the KV cache."""
-        config = self.config
-        return [LayerNeed(config.n_kv_head, config.head_dim, window) for window in config.windows]
+        return [LayerNeed(self.config.n_kv_head, self.config.head_dim, window) for window in self.config.windows]
 
     def flops_per_token(self) -> int:
         """Return training FLOPs per token: 6 per matrix weight, 12·H·D per position attended to (PaLM, appendix B)."""
@@ -346,6 +321,7 @@ class GPT(LanguageModel):
         radians_P = config.rope_base ** (-planes_P / config.head_dim)
         cos_1D, sin_1D = rotation(context.positions, radians_P, self.dtype)
 
+        # The norm makes the residual start at the same size for every token, whatever its embedding has grown to.
         x_C = norm(self.embed(idx).to(self.dtype))
         if config.smear_channels:
             x_C = self._smear(x_C, context)
@@ -367,9 +343,7 @@ class GPT(LanguageModel):
 
         if targets is not None:
             head_VC = self.head.weight[: config.vocab_size]  # without the rows that pad the vocabulary
-            return softcap_cross_entropy(
-                x_C, head_VC, targets, config.softcap, loss_reduction, loss_sum=self.kernels.loss_sum
-            )
+            return softcap_cross_entropy(x_C, head_VC, targets, config.softcap, loss_reduction, self.kernels.loss_sum)
         if wanted_R is not None:
             x_C = x_C[wanted_R]
         (logits_V,) = self.readout(x_C)
@@ -378,8 +352,7 @@ class GPT(LanguageModel):
     def _smear(self, x_C: torch.Tensor, context: Any) -> torch.Tensor:
         """Add to each token a gated bit of the previous token's embedding.
 
-        This gives every layer the bigram, which a first attention layer would otherwise have to learn, for almost no
-        compute.
+        So every layer sees the bigram, which a first attention layer would otherwise have to learn, at almost no cost.
         """
         if context.previous_N is None:
             before_C = F.pad(x_C[:, :-1], (0, 0, 1, 0))  # nothing stands before the first token of a row
@@ -395,16 +368,15 @@ def build_model(
 ) -> GPT:
     """Build a model on `device` whose weights hold no values yet: call `init_weights`, or load a checkpoint into it.
 
-    Activations are in this machine's compute dtype (`compute.pick_dtype`). For training, matrices stay in fp32, and
-    the fastest kernels are chosen; for inference matrices are cast to the compute dtype, which rounds each once instead
-    of at every use. compiled: fuse with torch.compile, where a compiler is there. Raises ValueError for training in
-    float16 (without loss scaling its gradients would underflow), and where fp8 cannot work.
+    Activations are in this machine's compute dtype. For training, matrices stay in fp32, and the fastest kernels are
+    chosen; for inference they are cast, which rounds each once instead of at every use. compiled: use torch.compile,
+    where a compiler is there. Raises ValueError for training in float16, and where fp8 cannot work.
     """
     device = torch.device(device)
     dtype = pick_dtype(device)
     kernels = PLAIN
     if train:
-        if dtype == torch.float16:
+        if dtype == torch.float16:  # without loss scaling its gradients would underflow
             raise ValueError("NANOCHAT_DTYPE=float16 is for inference only: train in bfloat16 or float32")
         if compiled and not can_compile(device):
             print0("torch.compile is off: no C++ compiler (installing g++ makes training faster)")

@@ -13,8 +13,8 @@ flat list of tokens (N, C) taken from many requests. All that differs between th
     model(idx_N, context=context, wanted_R=places) -> logits_RV         the engine
     model.cache_needs                                                   what each layer keeps of a token
 
-Shapes: B sequences, T positions, N tokens of any rows, R those that are wanted, C channels, V vocabulary, O outputs;
-no letter for leading dimensions that may be (B, T) or (N).
+Shapes: B sequences, T positions, N tokens of any rows, R those that are wanted, C channels, H heads, D head dim,
+P = D/2 planes of rotation, V vocabulary; no letter for leading dimensions that may be (B, T) or (N).
 """
 
 from collections.abc import Sequence
@@ -73,6 +73,29 @@ class Together:
 
     def __call__(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
         return [matrix(x) for group in self.groups for matrix in group]
+
+
+def rotation(positions: torch.Tensor, radians_P: torch.Tensor, dtype: torch.dtype, scale: float = 1.0):
+    """Return cos and sin of the rotary angles, (..., 1, D) each, for `rotate`; P = D/2 planes, radians per position.
+
+    Both are computed in fp32, because bf16 cannot tell position 1000 from 1001, and then rounded to `dtype`.
+    """
+    angles_P = positions[..., None, None].float() * radians_P
+    cos_P = angles_P.cos() * scale
+    sin_P = angles_P.sin() * scale
+    cos_1D = torch.cat((cos_P, cos_P), dim=-1).to(dtype)
+    sin_1D = torch.cat((-sin_P, sin_P), dim=-1).to(dtype)
+    return cos_1D, sin_1D
+
+
+def rotate(x_HD: torch.Tensor, cos_1D: torch.Tensor, sin_1D: torch.Tensor) -> torch.Tensor:
+    """Rotary positions (RoPE, arXiv 2104.09864): channel i of the first half and of the second half are one plane.
+
+    (a, b) -> (a·cos - b·sin, b·cos + a·sin), written as one product with cos and one, of the swapped halves, with
+    (-sin, sin): decoding is bound by the number of operations, and this is the form with the fewest.
+    """
+    a, b = x_HD.chunk(2, dim=-1)
+    return torch.addcmul(x_HD * cos_1D, torch.cat((b, a), dim=-1), sin_1D)
 
 
 class WholeRows:

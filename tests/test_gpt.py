@@ -8,8 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nanochat.gpt import GPT, GPTConfig, rotate, rotation
+from nanochat.gpt import GPT, GPTConfig
 from nanochat.kernels import PLAIN, Kernels
+from nanochat.language_model import rotate, rotation
 
 # A short window is at least 128 positions, so only a context above that has windows.
 SMALL = {"sequence_len": 192, "vocab_size": 100, "n_layer": 4, "n_head": 4, "n_kv_head": 2, "n_embd": 32}

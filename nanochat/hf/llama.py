@@ -13,9 +13,8 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from nanochat.gpt import rotate, rotation
 from nanochat.hf.open_model import Count, Heads, Layers, OpenConfig, OpenModel, Positive, bring
-from nanochat.language_model import Linear, Together
+from nanochat.language_model import Linear, Together, rotate, rotation
 
 
 class Rope(OpenConfig):
