@@ -1,7 +1,9 @@
 """Chat tasks: how many of a task's problems a chat model answers right, and ChatCORE over several tasks.
 
-Problems of a categorical task (multiple choice) are answered by the letter that the model finds likeliest as its next
-token; nothing is sampled. Those of a generative task are answered by what the model writes, and judged by the task.
+    categorical    multiple choice: the letter that the model finds likeliest as its next token; nothing is sampled
+    generative     what the model writes, by the engine, with its tools; the task judges it
+
+Both are counted the same way, with a standard error, and records of two models can be compared problem by problem.
 """
 
 import hashlib
@@ -86,6 +88,11 @@ def write_answers(
     return [tokenizer.decode(request.output) for request in requests]
 
 
+def shorten(ids: list[int], limit: int) -> list[int]:
+    """Return a prompt without its oldest tokens, but with BOS in front, where it is longer than `limit`."""
+    return ids if len(ids) <= limit else [ids[0], *ids[len(ids) - limit + 1 :]]
+
+
 def pass_at_k(n: int, correct: int, k: int) -> float:
     """Return the chance that one of k answers, drawn from n with `correct` right ones, is right (arXiv:2107.03374)."""
     return 1 - math.comb(n - correct, k) / math.comb(n, k)
@@ -143,19 +150,20 @@ def evaluate_task(
             places = range(start, min(start + chunk, n))
             problems = [task[i] for i in places]
             whole = [render_for_completion(problem, tokenizer) for problem in problems]
-            prompts = [ids if len(ids) <= limit else [ids[0], *ids[len(ids) - limit + 1 :]] for ids in whole]
+            prompts = [shorten(ids, limit) for ids in whole]
             if categorical:
                 answers = choose_letters(model, tokenizer, prompts, [problem["letters"] for problem in problems])
             else:
                 assert engine is not None, "a generative task needs an engine"
                 answers = write_answers(engine, tokenizer, prompts, places, sampling)
+            # Answers come problem by problem, `num_samples` of each.
             asked = [problem for problem in problems for _ in range(num_samples)]
             right = [bool(verdict) for verdict in pool.map(task.evaluate, asked, answers)]
             right_N[places] = torch.tensor(right).view(-1, num_samples).sum(dim=1)
             cut_N[places] = torch.tensor([len(ids) > limit for ids in whole]).long()
             if start == 0:
                 for i in range(0, len(asked), num_samples)[:SAMPLES]:
-                    question = _last_question(asked[i])
+                    question = last_question(asked[i])
                     samples.append({"question": question, "answer": answers[i], "correct": right[i]})
     if compute:
         right_N, cut_N = compute.all_reduce_sum(torch.stack([right_N, cut_N]).to(compute.device)).cpu()
@@ -186,8 +194,9 @@ def _record(counts: Sequence[int], num_samples: int, pass_k: int, baseline: floa
     return record
 
 
-def _last_question(conversation: dict[str, Any]) -> str:
-    return plain_text(next(m for m in reversed(conversation["messages"]) if m["role"] == "user"))
+def last_question(conversation: dict[str, Any]) -> str:
+    questions = [message for message in conversation["messages"] if message["role"] == "user"]
+    return plain_text(questions[-1])
 
 
 def _fingerprint(task: Any, n: int) -> str:

@@ -5,9 +5,12 @@ Prints a line per measure and writes evals/base_eval_<stage>_<tag>.json, which t
 
 import hashlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from nanochat import cli
 from nanochat.checkpoint import load_model
@@ -64,8 +67,10 @@ def load(config: Config, compute: Compute) -> tuple[Any, Any, dict[str, Any]]:
     return own_model, own_tokenizer, identity
 
 
-def bits_per_byte(config: Config, dataset: str, split: str, model: Any, tokenizer: Any, compute: Compute) -> float:
-    """Measure the first rows of a split: `eval_tokens` tokens in all, the same ones on any number of ranks."""
+def text_batches(
+    config: Config, dataset: str, split: str, model: Any, tokenizer: Any, compute: Compute
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Return this rank's share of the first rows of a dataset: `eval_tokens` tokens in all, on any number of ranks."""
     loader = RowLoader(
         TextRows(dataset, split, tokenizer, model.config.sequence_len),
         config.device_batch_size * compute.world_size,
@@ -78,7 +83,7 @@ def bits_per_byte(config: Config, dataset: str, split: str, model: Any, tokenize
     rows = math.ceil(config.eval_tokens / model.config.sequence_len)
     if split == "val":
         rows = min(rows, loader.rows_in_epoch)
-    return evaluate_bpb(model, loader.first_rows(rows), tokenizer.token_bytes, compute)
+    return loader.first_rows(rows)
 
 
 def find_bundle(name: str, compute: Compute) -> Path:
@@ -117,7 +122,8 @@ def main() -> None:
     dataset = config.dataset or identity["dataset"]
     bits: dict[str, float | None] = {"train": None, "val": None}
     for split in bits if dataset else ():
-        bits[split] = bits_per_byte(config, dataset, split, model, tokenizer, compute)
+        batches = text_batches(config, dataset, split, model, tokenizer, compute)
+        bits[split] = evaluate_bpb(model, batches, tokenizer.token_bytes, compute)
         print0(f"bits per byte of {dataset}, {split}: {bits[split]:.4f}")
 
     core = evaluate_core(model, tokenizer, find_bundle(config.bundle, compute), config.max_per_task, compute)
