@@ -8,30 +8,36 @@ from tasks.builtin import SCORED, mixture
 from tasks.common import Task
 from tasks.gsm8k import GSM8K
 
-BUILT_IN = ("arithmetic", "spellingbee", "world", "identity")
+NAMES = ("arithmetic", "spellingbee", "world", "identity", "gsm8k")
 
 
 @dataclass(frozen=True)
 class ChatRL(RLConfig):
     """Flags of reinforcement learning."""
 
-    tasks: str = cli.option("arithmetic,spellingbee", f"tasks, separated by commas: {', '.join(BUILT_IN)}, gsm8k")
+    tasks: str = cli.option("arithmetic,spellingbee", f"tasks, separated by commas: {', '.join(NAMES)}")
     tasks_dir: str | None = cli.option(None, "folder with gsm8k/{train,test}.parquet; unset = from the hub")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if unknown := [name for name in self.tasks.split(",") if name not in (*BUILT_IN, "gsm8k")]:
-            raise ValueError(f"--tasks: no task {', '.join(unknown)}; choose from {', '.join(BUILT_IN)}, gsm8k")
+        for name in self.tasks.split(","):
+            if name not in NAMES:
+                raise ValueError(f"--tasks: no task '{name}'; choose from {', '.join(NAMES)}")
 
     def load(self, split: str) -> list[Task]:
-        """The tasks' problems of "train" or "test"."""
-        names = dict.fromkeys(self.tasks.split(","))
-        return [GSM8K(split, self.tasks_dir) if name == "gsm8k" else SCORED[name](split) for name in names]
+        """Return the tasks with their problems of a split, "train" or "test"."""
+        tasks: list[Task] = []
+        for name in dict.fromkeys(self.tasks.split(",")):  # each once
+            if name == "gsm8k":
+                tasks.append(GSM8K(split, self.tasks_dir))
+            else:
+                tasks.append(SCORED[name](split))
+        return tasks
 
 
 def main() -> None:
-    """Train, and save as stage rl."""
     config = cli.parse(ChatRL, description=__doc__)
+    # Conversations that earn no reward: their bits per byte show whether the model forgets them.
     held_out = mixture("test", 0.1, config.seed, identity=True)
     reinforce(config, config.load("train"), config.load("test"), held_out)
 

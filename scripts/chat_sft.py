@@ -1,6 +1,6 @@
 """Supervised fine-tuning: python -m scripts.chat_sft
 
-The last, short stage, on conversations of the kind that is wanted, at a lower learning rate.
+A short last stage at a lower learning rate: fewer conversations of each skill, longer ones, and who the model is.
 """
 
 from dataclasses import dataclass

@@ -1,6 +1,7 @@
 """Midtraining: python -m scripts.mid_train
 
-The base model continues text. On a mixture of conversations it learns the chat format, tool use and multiple choice.
+The base model continues text. On a large mixture of conversations it learns the chat format, tool use and multiple
+choice; what it knows comes from pretraining.
 """
 
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ class MidTrain(FinetuneConfig):
 
 def main() -> None:
     config = cli.parse(MidTrain, description=__doc__)
+    # Who the model is comes last, in fine-tuning.
     skills = mixture("train", config.scale, config.seed, identity=False)
     held_out = mixture("test", 0.1, config.seed, identity=False)
     conversations = Multiturn(skills, max_turns=2, seed=config.seed)
