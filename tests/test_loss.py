@@ -53,7 +53,8 @@ def assert_equals_dense(x_NC, w_VC, targets_N, cap, reduction, *options):
     expected = value_and_gradients(lambda x, w: dense(x, w, targets_N, cap, reduction), x_NC, w_VC)
     for a, b in zip(got, expected, strict=True):
         assert a.dtype == torch.float32
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+        # Gradients by x are sums of products with weights of about 10, each of which fp32 rounds.
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=5e-5)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
