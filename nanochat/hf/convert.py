@@ -225,14 +225,16 @@ def read_folder(folder: Path) -> GPT:
     if kind not in (BUNDLE_TYPE, "nanochat"):
         raise ValueError(f"{folder} is a {kind!r:.40}, no nanochat: python -m scripts.models play {folder} runs it")
     state: State = {}
-    for file in {tensor.path for tensor in stored_tensors(folder).values()}:  # whose headers are sound
+    for file in {tensor.path for tensor in stored_tensors(folder).values()}:  # their headers have been checked
         state.update(load_file(file))
+
     if kind == BUNDLE_TYPE:
         try:
             config = GPTConfig.from_dict(values["gpt"])
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path}: 'gpt' is no model config ({error})") from error
         return build_model(config, state, folder)
+
     defaults = {"num_key_value_heads": values.get("num_attention_heads"), "final_logit_softcapping": 15.0}
     shape = NanoChatConfig.from_json({**defaults, **values}, str(path))
     rope = NanoChatRope.from_json(values.get("rope_parameters") or values, str(path))  # older files: not nested
@@ -285,10 +287,12 @@ def import_checkpoint(folder: Path, stage: str, tag: str, tokenizer_dir: str | N
 def is_expressible(model: GPT) -> bool:
     """Return whether transformers' NanoChat class can express the model: that of 2025, with no short windows."""
     config = model.config
-    has_switches = config.qk_scale != 1 or config.value_embed_every or config.smear_channels or config.backout
-    is_full_attention = set(config.windows) == {config.sequence_len}
-    is_plain_residual = bool((model.resid_scale == 1).all() and (model.embed_skip == 0).all())
-    return not has_switches and is_full_attention and config.softcap > 0 and is_plain_residual
+    if config.qk_scale != 1 or config.value_embed_every or config.smear_channels or config.backout:
+        return False
+    if set(config.windows) != {config.sequence_len} or config.softcap == 0:
+        return False
+    # These two are weights, whatever the config says of their first values.
+    return bool((model.resid_scale == 1).all() and (model.embed_skip == 0).all())
 
 
 def export_checkpoint(folder: Path, stage: str, tag: str | None, step: int | None = None, format: str = "auto") -> str:

@@ -38,7 +38,8 @@ def dequantize(blocks_NGB: torch.Tensor, scales_NG: torch.Tensor, dtype: torch.d
     """
     # One lookup per byte gives two values. The scale is an exponent, so ldexp applies it without rounding.
     values = F.embedding(blocks_NGB.int(), byte_values(blocks_NGB.device)).flatten(-2)
-    return torch.ldexp(values, scales_NG.int()[..., None] - 127).flatten(-2).to(dtype)
+    exponents_NG1 = scales_NG.int().unsqueeze(-1) - 127
+    return torch.ldexp(values, exponents_NG1).flatten(-2).to(dtype)
 
 
 class GptOssConfig(LlamaConfig):
@@ -117,13 +118,14 @@ class Experts(nn.Module):
         # Expert by expert: each matrix is unpacked once for all tokens that need it, and no other ever is.
         for expert in expert_NK.unique().tolist():
             token_R, place_R = (expert_NK == expert).nonzero(as_tuple=True)
-            both = self.gate_up_proj(x_NC[token_R], expert)
+            gate_up = self.gate_up_proj(x_NC[token_R], expert)
             # A clamped SwiGLU with an offset; gate and up stand in even and odd columns.
-            gate = both[:, ::2].clamp(max=self.limit)
-            up = both[:, 1::2].clamp(-self.limit, self.limit)
+            gate = gate_up[:, ::2].clamp(max=self.limit)
+            up = gate_up[:, 1::2].clamp(-self.limit, self.limit)
             inner = (up + 1) * gate * torch.sigmoid(self.alpha * gate)
             out_RC = self.down_proj(inner, expert)
-            y_NC.index_add_(0, token_R, out_RC * weight_NK[token_R, place_R, None])
+            weight_R = weight_NK[token_R, place_R]
+            y_NC.index_add_(0, token_R, out_RC * weight_R.unsqueeze(-1))
         return y_NC
 
 

@@ -160,6 +160,16 @@ class NanochatGPT(PreTrainedModel, GenerationMixin):
         """Give `generate` the whole sequence at each step, as there is no cache."""
         return {"input_ids": input_ids, "attention_mask": attention_mask}
 
+    def visibility(self, real_BT, positions_BT):
+        """Return which positions each one may see, (B, T, T), and how far they are apart."""
+        T = real_BT.size(1)
+        distance_BTT = positions_BT[:, :, None] - positions_BT[:, None, :]
+        # A token sees real tokens up to itself. Padding sees itself alone: a softmax over nothing would be NaN.
+        causal_TT = torch.ones(T, T, dtype=torch.bool, device=real_BT.device).tril()
+        itself_TT = torch.eye(T, dtype=torch.bool, device=real_BT.device)
+        visible_BTT = (causal_TT & real_BT.bool()[:, None, :]) | itself_TT
+        return visible_BTT, distance_BTT
+
     def rotation(self, positions_BT):
         """Return cos and sin of the rotary angles, computed in fp32, which tells far positions apart."""
         head_dim = self.gpt.n_embd // self.gpt.n_head
@@ -174,14 +184,9 @@ class NanochatGPT(PreTrainedModel, GenerationMixin):
         `attention_mask` is 0 at padding, which generation puts on the left; positions count real tokens only.
         """
         gpt = self.gpt
-        T = input_ids.size(1)
-        real_BT = torch.ones_like(input_ids) if attention_mask is None else attention_mask[:, -T:]
+        real_BT = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         positions_BT = (real_BT.cumsum(-1) - 1).clamp(min=0)
-        distance_BTT = positions_BT[:, :, None] - positions_BT[:, None, :]
-        # A token sees real tokens up to itself. Padding sees itself alone: a softmax over nothing would be NaN.
-        ones_TT = torch.ones(T, T, dtype=torch.bool, device=input_ids.device)
-        itself_TT = ones_TT.tril() & ones_TT.triu()
-        visible_BTT = (ones_TT.tril() & real_BT.bool()[:, None, :]) | itself_TT
+        visible_BTT, distance_BTT = self.visibility(real_BT, positions_BT)
         cos_BT1D, sin_BT1D = self.rotation(positions_BT)
 
         x_BTC = norm(self.embed(input_ids))
