@@ -26,13 +26,24 @@ mkdir -p "$NANOCHAT_BASE_DIR/runs"
 # Set-up: a virtual environment with pinned packages
 
 [ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv
-.venv/bin/python -m pip install --quiet --constraint dev/constraints.txt --editable .
+PRESENT=$(nvidia-smi -L 2> /dev/null | grep -c '^GPU') || true # the GPUs that the driver lists
+PACKAGES=.
+[ "$PRESENT" -eq 0 ] || PACKAGES=".[gpu]" # also FlashAttention-3 and the fused loss
+.venv/bin/python -m pip install --quiet --constraint dev/constraints.txt --editable "$PACKAGES"
 export PATH="$PWD/.venv/bin:$PATH"
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What this machine can do decides the size of the run
 
 GPUS=$(python -c 'import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0)')
+if [ "$PRESENT" -gt 0 ] && [ "$GPUS" -eq 0 ] && [ -z "${CUDA_VISIBLE_DEVICES+set}" ]; then
+    # Without this stop, a node whose driver is too old would silently train the model for two cores.
+    driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader | head -n 1)
+    cuda=$(python -c 'import torch; print(torch.version.cuda or "no")')
+    echo "speedrun.sh: nvidia-smi lists $PRESENT GPUs, but torch sees none: driver $driver is too old for torch's CUDA $cuda build." \
+        "Update the driver, or install into .venv the torch of PyTorch's wheel index for an older CUDA (such as cu126)" >&2
+    exit 2
+fi
 if [ -n "$SMOKE" ]; then
     # a minute: every stage runs, nothing is learnt
     PROFILE=smoke
@@ -68,7 +79,7 @@ else
     # the GPT-2-grade model
     PROFILE=node
     DEPTH=${DEPTH:-24} DATASET=${DATASET:-climbmix} SHARDS=170 VOCAB=32768
-    BASE="--target-param-data-ratio 8 --device-batch-size 16 --eval-every 1000"
+    BASE="--target-param-data-ratio 8 --device-batch-size 16 --fp8 --eval-every 1000"
     MID="--scale 100"
     SFT="--scale 20"
     EVAL=""
@@ -84,20 +95,35 @@ echo "profile $PROFILE: depth $DEPTH, dataset $DATASET, $GPUS GPUs; everything i
 # ---------------------------------------------------------------------------------------------------------------------
 # How a stage is run
 
-# stage NAME COMMAND...: run it once. Its mark holds the command, so that other flags run it, and all after it, again.
-AGAIN=
+# written NAME: print a hash of the files that stage NAME leaves for later stages.
+written() {
+    local files=()
+    case $1 in
+        # A download goes on while later stages run, so its manifest grows; its text is fixed by the dataset's name.
+        dataset) [ -n "$NETWORK" ] || files=("$NANOCHAT_BASE_DIR/datasets/$(basename "$DATASET")/manifest.json") ;;
+        tokenizer) files=("$NANOCHAT_BASE_DIR"/tokenizer/*) ;;
+        base_train) files=("$NANOCHAT_BASE_DIR/checkpoints/base/$TAG"/*/meta.json) ;;
+        mid_train) files=("$NANOCHAT_BASE_DIR/checkpoints/mid/$TAG"/*/meta.json) ;;
+        chat_sft) files=("$NANOCHAT_BASE_DIR/checkpoints/sft/$TAG"/*/meta.json) ;;
+    esac
+    { cat /dev/null ${files[@]+"${files[@]}"} 2> /dev/null || true; } | git hash-object --stdin
+}
+
+# stage NAME COMMAND...: run it once. All runs share dataset and tokenizer, and another run may have replaced them.
+# So a stage is done only if its mark holds this command, what the stages before it wrote, and what it wrote itself.
+READ=
 stage() {
     local name=$1 mark="$NANOCHAT_BASE_DIR/runs/.done-$TAG-$1" began=$SECONDS
     shift
-    if [ -z "$AGAIN" ] && [ "$(cat "$mark" 2> /dev/null)" = "$*" ]; then
+    if [ "$(cat "$mark" 2> /dev/null)" = "$*$READ $(written "$name")" ]; then
         echo "== $name: done before"
-        return
+    else
+        echo "== $name: $*"
+        "$@"
+        echo "{\"stage\": \"$name\", \"tag\": \"$TAG\", \"seconds\": $((SECONDS - began))}" >> "$NANOCHAT_BASE_DIR/runs/stages.jsonl"
+        echo "$*$READ $(written "$name")" > "$mark"
     fi
-    AGAIN=1
-    echo "== $name: $*"
-    "$@"
-    echo "{\"stage\": \"$name\", \"seconds\": $((SECONDS - began))}" >> "$NANOCHAT_BASE_DIR/runs/stages.jsonl"
-    echo "$*" > "$mark"
+    READ="$READ $(written "$name")"
 }
 
 # train NAME MODULE FLAGS...: a training stage on all GPUs, resumed where it was left
