@@ -58,6 +58,7 @@ class GPTConfig:
     embed_skip_last: float = 0.05
     smear_channels: int = 24  # channels that gate how much of the previous token's embedding is added; 0 = off
     backout: float = 0.2  # initial fraction of the mid-layer residual subtracted before the head; 0 = off
+    norm_scales: bool = False  # learned scales of the channels after the norms before the MLPs and the head
     dropout: float = 0.0  # on each sublayer's output, for runs of many epochs over small data
 
     def __post_init__(self) -> None:
@@ -111,15 +112,17 @@ class GPTConfig:
         return self.value_embed_every > 0 and (self.n_layer - 1 - layer) % self.value_embed_every == 0
 
 
-def norm(x: torch.Tensor) -> torch.Tensor:
-    """RMSNorm over the last dimension, without parameters (arXiv 1910.07467)."""
+def norm(x: torch.Tensor, scale_C: torch.Tensor | None = None) -> torch.Tensor:
+    """RMSNorm over the last dimension (arXiv 1910.07467), then a scale for each channel if one is given."""
     C = int(x.size(-1))  # int: a constant in a trace (cpu_trace.py), where a size is an operation
     if torch.is_inference_mode_enabled() and x.device.type == "cpu" and not torch.compiler.is_compiling():
         # Decoding on CPU is bound by the number of operations, and F.rms_norm is ten of them there (a quarter of a d4's
         # time). LayerNorm is one, and the mean of (x, -x) is zero: what is left of it is RMSNorm, to the bit.
         mirrored = torch.cat((x, -x), dim=-1)
-        return torch.native_layer_norm(mirrored, (2 * C,), None, None, NORM_EPS)[0][..., :C]
-    return F.rms_norm(x, (C,), eps=NORM_EPS)
+        y = torch.native_layer_norm(mirrored, (2 * C,), None, None, NORM_EPS)[0][..., :C]
+    else:
+        y = F.rms_norm(x, (C,), eps=NORM_EPS)
+    return y if scale_C is None else y * scale_C.to(y.dtype)
 
 
 class Attention(nn.Module):
@@ -198,11 +201,12 @@ class Block(nn.Module):
         self.mlp = MLP(config, linear, kernels.fused_mlp)
         self.dropout = config.dropout
 
-    def forward(self, x_C, x0_C, ve_KD, scale_1, skip_1, cos_1D, sin_1D, attend: Attend) -> torch.Tensor:
+    def forward(self, x_C, x0_C, ve_KD, scale_1, skip_1, norm_scale_C, cos_1D, sin_1D, attend: Attend) -> torch.Tensor:
+        """norm_scale_C: scale of the channels that the MLP reads, or None."""
         x_C = torch.addcmul(skip_1 * x0_C, x_C, scale_1)
         y_C = self.attn(norm(x_C), ve_KD, cos_1D, sin_1D, attend)
         x_C = x_C + F.dropout(y_C, self.dropout, self.training)
-        y_C = self.mlp(norm(x_C))
+        y_C = self.mlp(norm(x_C, norm_scale_C))
         return x_C + F.dropout(y_C, self.dropout, self.training)
 
 
@@ -243,6 +247,11 @@ class GPT(LanguageModel):
             self.smear_scale = nn.Parameter(torch.empty(()))
         if config.backout:
             self.backout = nn.Parameter(torch.empty(()))
+        if config.norm_scales:
+            # One row a block, and the last for the norm before the head. Without scales all channels of a norm are
+            # equally loud, and how much one of them matters has to be said by the matrix behind it, of which Muon moves
+            # all directions equally far. karpathy/nanochat's pull request 830 scales these norms alone, and so do we.
+            self.norm_scale = nn.Parameter(torch.empty(config.n_layer + 1, config.n_embd))
         if kernels.compiled:
             # One graph for each kind of block, shared by all layers: windows, gates, shapes and gradient modes each
             # make one, which is more than the eight that PyTorch allows.
@@ -296,6 +305,8 @@ class GPT(LanguageModel):
             self.smear_scale.fill_(1.0)
         if config.backout:
             self.backout.fill_(config.backout)
+        if config.norm_scales:
+            self.norm_scale.fill_(1.0)
 
     def forward(
         self,
@@ -328,18 +339,20 @@ class GPT(LanguageModel):
         x0_C = x_C.view_as(x_C)  # the same tensor twice would be one more graph to compile for the first block
         scales = self.resid_scale.unbind()
         skips = self.embed_skip.unbind()
+        norm_scales = self.norm_scale.unbind() if config.norm_scales else (None,) * (config.n_layer + 1)
         middle_C = x_C
         for layer, block in enumerate(self.blocks):
             run = functools.partial(checkpoint, block, use_reentrant=False) if recompute else block
             ve_KD = self.value_embeds[str(layer)](idx).to(self.dtype) if config.has_value_embed(layer) else None
-            x_C = run(x_C, x0_C, ve_KD, scales[layer], skips[layer], cos_1D, sin_1D, context.layer(layer))
+            attend = context.layer(layer)
+            x_C = run(x_C, x0_C, ve_KD, scales[layer], skips[layer], norm_scales[layer], cos_1D, sin_1D, attend)
             if layer == config.n_layer // 2:
                 middle_C = x_C
         if config.backout:
             # The first half of the network gathers context, much of which only helps the second half to think and
             # says nothing of the next token: a learned fraction of the mid-layer residual is taken out again.
             x_C = x_C - self.backout * middle_C
-        x_C = norm(x_C)
+        x_C = norm(x_C, norm_scales[-1])
 
         if targets is not None:
             head_VC = self.head.weight[: config.vocab_size]  # without the rows that pad the vocabulary

@@ -234,6 +234,7 @@ def parameter_groups(model: GPT, lrs: dict[str, float], weight_decay: float, wor
     table += [
         # Residual scales multiply the whole stream in every layer: 1 % of the scalars' learning rate is enough.
         ("resid_scale", "resid_scale", scalar_lr * 0.01, (0.8, 0.95), 0.05),
+        ("norm_scale", "norm_scale", scalar_lr * 0.01, (0.8, 0.95), 0.05),
         ("embed_skip", "embed_skip", scalar_lr, (0.96, 0.95), 0.0),
         ("smear_gate.weight", "smear_gate.weight", scalar_lr * 0.4, (0.8, 0.95), 0.0),
         ("smear_scale", "smear_scale", scalar_lr * 0.4, (0.8, 0.95), 0.0),
@@ -241,7 +242,7 @@ def parameter_groups(model: GPT, lrs: dict[str, float], weight_decay: float, wor
     ]
     named = dict(model.named_parameters())
     for name, parameter_name, lr, betas, decay in table:
-        if parameter_name not in named:  # smear and backout can be switched off in the model's config
+        if parameter_name not in named:  # smear, backout and norm scales can be off in the model's config
             continue
         parameter = named[parameter_name]
         small = parameter.numel() < SMALL

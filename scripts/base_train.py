@@ -32,6 +32,7 @@ class BaseTrain(TrainConfig):
     head_dim: int = cli.option(128, "channels of an attention head")
     max_seq_len: int = cli.option(2048, "context in tokens")
     window_pattern: str = cli.option("SSSL", "attention windows tiled over layers: S a quarter of the context, L all")
+    norm_scales: bool = cli.option(False, "learn scales of the channels that the MLPs and the head read")
     dropout: float = cli.option(0.0, "dropout, for many epochs over little data")
     target_flops: float | None = cli.option(None, "train for this many FLOPs")
     target_param_data_ratio: float = cli.option(recipe.HORIZON, "training tokens for each parameter (matrices, head)")
@@ -55,6 +56,7 @@ def main() -> None:
         aspect_ratio=config.aspect_ratio,
         head_dim=config.head_dim,
         window_pattern=config.window_pattern,
+        norm_scales=config.norm_scales,
         dropout=config.dropout,
     )
     model = build_model(model_config, compute.device, train=True, compiled=config.compile, fp8=config.fp8)

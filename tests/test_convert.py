@@ -8,12 +8,14 @@ import pickle
 import pytest
 import tiny_run
 import torch
+from random_model import random_model
 
 pytest.importorskip("transformers", reason="the oracle, transformers, is not installed")
 import transformers
 from safetensors.torch import load_file, save_file
 
 from nanochat import checkpoint
+from nanochat.compute import Compute
 from nanochat.conversation import render_for_completion
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
@@ -372,6 +374,23 @@ def test_random_weights_of_the_present_architecture(base, tmp_path, tokenizer):
     convert.import_checkpoint(where, "base", "x")
     convert.export_checkpoint(tmp_path / "bundle", "base", "x")
     model, tokenizer, _ = checkpoint.load_model("base", "cpu", "x")
+    same(model, tokenizer, NanochatGPT.from_pretrained(tmp_path / "bundle", dtype=torch.float32))
+
+
+@torch.no_grad()
+def test_scales_of_norms_need_a_bundle_with_code(base, tmp_path, tokenizer):
+    """transformers' class has no such scales: it is refused even where all else is of 2025; our own code has them."""
+    plain = {**convert.PLAIN_SWITCHES, "window_pattern": "L"}
+    model = random_model(tokenizer.get_vocab_size(), **SHAPE, **plain, norm_scales=True)
+    model.resid_scale.fill_(1.0)
+    model.embed_skip.fill_(0.0)
+    tokenizer.save(base / "tokenizer")
+    meta = {"model_config": dataclasses.asdict(model.config), "tokenizer_hash": tokenizer.hash}
+    compute = Compute(torch.device("cpu"), torch.float32)
+    checkpoint.save("base", "x", step=1, model=model, optimizer_state=None, meta=meta, compute=compute)
+    with pytest.raises(ValueError, match="--format code"):
+        convert.export_checkpoint(tmp_path / "refused", "base", "x", format="nanochat")
+    convert.export_checkpoint(tmp_path / "bundle", "base", "x")
     same(model, tokenizer, NanochatGPT.from_pretrained(tmp_path / "bundle", dtype=torch.float32))
 
 

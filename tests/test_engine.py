@@ -72,8 +72,9 @@ def naive_greedy(model, tokens, n):
     return tokens
 
 
-def test_greedy_equals_the_plain_loop(tokenizer):
-    model = random_model(tokenizer.get_vocab_size())
+@pytest.mark.parametrize("norm_scales", [False, True])
+def test_greedy_equals_the_plain_loop(tokenizer, norm_scales):
+    model = random_model(tokenizer.get_vocab_size(), norm_scales=norm_scales)
     engine = Engine(model, tokenizer, max_batch=3)
     prompts = [tokenizer.encode(text, prepend="<|bos|>") for text in ("What", "How many r are in it?", "3", "x" * 90)]
     outputs = engine.complete(prompts, max_tokens=30)

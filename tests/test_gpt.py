@@ -89,6 +89,7 @@ def full_transformer(model, idx_BT):
         gate = (x[:, t, : config.smear_channels] @ w["smear_gate.weight"].T).sigmoid()
         smeared[:, t] = x[:, t] + w["smear_scale"] * gate * x[:, t - 1]
     x = x0 = smeared
+    scale = w["norm_scale"] if config.norm_scales else torch.ones(config.n_layer + 1, 1)
     for i in range(config.n_layer):
         x = w["resid_scale"][i] * x + w["embed_skip"][i] * x0
         h = rms(x)
@@ -99,10 +100,11 @@ def full_transformer(model, idx_BT):
             v = v + 3 * (h[..., :12] @ w[f"blocks.{i}.attn.gate.weight"].T).sigmoid()[..., None] * ve
         window = 128 if config.window_pattern[i % len(config.window_pattern)] == "S" and i < config.n_layer - 1 else T
         x = x + attention(q, k, v, window) @ w[f"blocks.{i}.attn.out.weight"].T
-        x = x + (rms(x) @ w[f"blocks.{i}.mlp.up.weight"].T).relu() ** 2 @ w[f"blocks.{i}.mlp.down.weight"].T
+        h = rms(x) * scale[i]
+        x = x + (h @ w[f"blocks.{i}.mlp.up.weight"].T).relu() ** 2 @ w[f"blocks.{i}.mlp.down.weight"].T
         if i == config.n_layer // 2:
             middle = x
-    x = rms(x - w["backout"] * middle)
+    x = rms(x - w["backout"] * middle) * scale[-1]
     return 15 * torch.tanh(x @ w["head.weight"][: config.vocab_size].T / 15)
 
 
@@ -119,7 +121,9 @@ def test_with_neutral_values_it_is_a_plain_transformer():
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"n_layer": 3, "n_kv_head": 4}, {"n_layer": 1}, {"window_pattern": "S"}], ids=str
+    "changes",
+    [{}, {"n_layer": 3, "n_kv_head": 4}, {"n_layer": 1}, {"window_pattern": "S"}, {"norm_scales": True}],
+    ids=str,
 )
 def test_with_every_switch_on_it_is_the_design(changes):
     model, idx_BT = make(**changes), tokens()
@@ -367,5 +371,8 @@ def test_the_config_survives_a_dict_and_unknown_keys_do_not():
     config = GPTConfig(**SMALL, dropout=0.1)
     values = dataclasses.asdict(config)
     assert GPTConfig.from_dict(values) == config
+    # Checkpoints from before the scales of norms say nothing of them, and have none.
+    del values["norm_scales"]
+    assert "norm_scale" not in dict(GPT(GPTConfig.from_dict(values)).named_parameters())
     with pytest.raises(ValueError, match="mtp_heads, n_experts"):
         GPTConfig.from_dict({**values, "n_experts": 4, "mtp_heads": 1})

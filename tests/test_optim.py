@@ -140,6 +140,22 @@ def test_a_zero_gradient_moves_nothing():
 # The whole.
 
 
+def test_scales_of_norms_learn_as_slowly_as_residual_scales():
+    """They are one row a block and one for the head. Both kinds learn at 1 % of the scalars' rate."""
+    shape = {"sequence_len": 64, "vocab_size": 100, "n_layer": 3, "n_head": 4, "n_kv_head": 2, "n_embd": 64}
+    model = GPT(GPTConfig(**shape, norm_scales=True))
+    model.init_weights(torch.Generator().manual_seed(0))
+    before = model.norm_scale.detach().clone()
+    assert torch.equal(before, torch.ones(4, 64))
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer = MuonAdamW(model, LRS, 0.1, Compute(CPU, torch.float32))
+    optimizer.step(0)
+    # Adam's first step is the learning rate; decay adds a twentieth of it.
+    expected = torch.full((4, 64), 0.01 * LRS["scalar"] * 1.05)
+    torch.testing.assert_close(before - model.norm_scale, expected, rtol=1e-3, atol=0)
+
+
 def make(compute=None, seed=0, weight_decay=0.1):
     shape = {"sequence_len": 64, "vocab_size": 100, "n_layer": 3, "n_head": 4, "n_kv_head": 2, "n_embd": 64}
     model = GPT(GPTConfig(**shape))

@@ -287,7 +287,8 @@ def import_checkpoint(folder: Path, stage: str, tag: str, tokenizer_dir: str | N
 def is_expressible(model: GPT) -> bool:
     """Return whether transformers' NanoChat class can express the model: that of 2025, with no short windows."""
     config = model.config
-    if config.qk_scale != 1 or config.value_embed_every or config.smear_channels or config.backout:
+    later = (config.value_embed_every, config.smear_channels, config.backout, config.norm_scales)
+    if config.qk_scale != 1 or any(later):
         return False
     if set(config.windows) != {config.sequence_len} or config.softcap == 0:
         return False

@@ -103,9 +103,9 @@ class Block(nn.Module):
         self.attn = Attention(gpt, gated)
         self.mlp = MLP(gpt)
 
-    def forward(self, x_BTC, ve_BTC, cos_BT1D, sin_BT1D, visible_BTT):
+    def forward(self, x_BTC, ve_BTC, norm_scale_C, cos_BT1D, sin_BT1D, visible_BTT):
         x_BTC = x_BTC + self.attn(norm(x_BTC), ve_BTC, cos_BT1D, sin_BT1D, visible_BTT)
-        return x_BTC + self.mlp(norm(x_BTC))
+        return x_BTC + self.mlp(norm(x_BTC) * norm_scale_C)
 
 
 class NanochatGPT(PreTrainedModel, GenerationMixin):
@@ -140,6 +140,9 @@ class NanochatGPT(PreTrainedModel, GenerationMixin):
             self.smear_scale = nn.Parameter(torch.zeros(()))
         if gpt.backout:
             self.backout = nn.Parameter(torch.zeros(()))
+        # Scales of the channels after the norms before each MLP and, in the last row, before the head.
+        if gpt.norm_scales:
+            self.norm_scale = nn.Parameter(torch.ones(n_layer + 1, n_embd))
         # The last layer sees all positions; before it S = a quarter of the context, L = all, tiled over the layers.
         context = gpt.sequence_len
         short = min(round_up(round_up(context, 4) // 4, 128), context)
@@ -197,18 +200,19 @@ class NanochatGPT(PreTrainedModel, GenerationMixin):
             x_BTC = x_BTC + self.smear_scale * gate_BT1 * previous_BTC
         x0_BTC = x_BTC
         middle_BTC = x_BTC
+        norm_scales = self.norm_scale if gpt.norm_scales else [1.0] * (gpt.n_layer + 1)
         for i, block in enumerate(self.blocks):
             ve_BTC = self.value_embeds[str(i)](input_ids) if str(i) in self.value_embeds else None
             in_window_BTT = visible_BTT & (distance_BTT < self.windows[i])
             x_BTC = self.resid_scale[i] * x_BTC + self.embed_skip[i] * x0_BTC
-            x_BTC = block(x_BTC, ve_BTC, cos_BT1D, sin_BT1D, in_window_BTT)
+            x_BTC = block(x_BTC, ve_BTC, norm_scales[i], cos_BT1D, sin_BT1D, in_window_BTT)
             if i == gpt.n_layer // 2:
                 middle_BTC = x_BTC
         if gpt.backout:
             # Backout: early features that only later layers needed are subtracted before the head.
             x_BTC = x_BTC - self.backout * middle_BTC
 
-        logits_BTV = self.head(norm(x_BTC))[..., : gpt.vocab_size].float()
+        logits_BTV = self.head(norm(x_BTC) * norm_scales[-1])[..., : gpt.vocab_size].float()
         if gpt.softcap:  # logits stay between -softcap and softcap
             logits_BTV = gpt.softcap * torch.tanh(logits_BTV / gpt.softcap)
         loss = None
