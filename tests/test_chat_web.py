@@ -1,8 +1,8 @@
 """The server's script as a user runs it: processes, signals, a real checkpoint."""
 
+import contextlib
 import http.client
 import json
-import re
 import signal
 import subprocess
 import sys
@@ -39,48 +39,58 @@ def test_mistakes_are_told_before_anything_is_loaded(flags, said, base_dir, monk
     assert said in str(caught.value) + capsys.readouterr().err
 
 
-def test_sigterm_with_two_replicas(base_dir):  # noqa: F811
-    """The script with two replicas: what was begun on either ends, new requests are refused, the process ends."""
-    argv, environment = command(base_dir, "chat_web", "--port", "0", "--replicas", "2", "--max-batch", "4")
+@contextlib.contextmanager
+def serving(base_dir, *flags):  # noqa: F811
+    """The process of a server that has loaded its model, and its address."""
+    argv, environment = command(base_dir, "chat_web", "--port", "0", *flags)
     process = subprocess.Popen(
         argv, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     try:
-        port = int(re.search(r"http://127.0.0.1:(\d+)", process.stdout.readline())[1])
-        begun = []
-        for i in range(6):
-            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-            body = {"messages": [{"role": "user", "content": "Tell me a story"}], "stream": True, "seed": i}
-            connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
-            begun.append(connection.getresponse())
-            assert begun[-1].read(1)
+        yield process, process.stdout.readline().split()[2].removeprefix("http://")
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def get(address, path):
+    """The response, with its body still to be read."""
+    connection = http.client.HTTPConnection(address, timeout=60)
+    connection.request("GET", path)
+    return connection.getresponse()
+
+
+def post(address, **options):
+    """The response to a streamed chat, with its body still to be read."""
+    connection = http.client.HTTPConnection(address, timeout=60)
+    body = {"messages": [{"role": "user", "content": "Tell me a story"}], "stream": True, **options}
+    connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
+    return connection.getresponse()
+
+
+ENDLESS = {"logit_bias": {"33": 100}, "max_tokens": 700}  # an answer to the end of the context
+
+
+def test_sigterm_with_two_replicas(base_dir):  # noqa: F811
+    """The script with two replicas: what was begun on either ends, new requests are refused, the process ends."""
+    with serving(base_dir, "--replicas", "2", "--max-batch", "4") as (process, address):
+        begun = [post(address, seed=i) for i in range(6)]
+        assert all(response.read(1) for response in begun)
         process.send_signal(signal.SIGTERM)
         assert all(response.read().endswith(b"data: [DONE]\n\n") for response in begun)
         assert process.wait(60) == 0
         log = process.stderr.read()
         assert {json.loads(line)["replica"] for line in log.splitlines() if '"replica"' in line} == {0, 1}
         assert "Traceback" not in log
-    finally:
-        process.kill()
-        process.communicate()
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
 def test_the_server_script_serves_and_ends_cleanly(base_dir, how):  # noqa: F811
-    argv, environment = command(base_dir, "chat_web", "--port", "0", "--host", "localhost")
-    process = subprocess.Popen(
-        argv, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    try:
-        address = process.stdout.readline().split()[2].removeprefix("http://")
-        connection = http.client.HTTPConnection(address, timeout=30)
-        connection.request("GET", "/v1/models")
-        assert b'"sft/tiny"' in connection.getresponse().read()
+    with serving(base_dir, "--host", "localhost") as (process, address):
+        assert b'"sft/tiny"' in get(address, "/v1/models").read()
         process.send_signal(how)
-        assert process.wait(20) == 0 and "Traceback" not in process.stderr.read()
-    finally:
-        process.kill()
-        process.communicate()
+        assert process.wait(20) == 0
+        assert "Traceback" not in process.stderr.read()
 
 
 def test_the_server_ends_while_it_loads(base_dir):  # noqa: F811
@@ -112,65 +122,33 @@ def test_a_model_that_cannot_be_loaded_ends_the_server(base_dir):  # noqa: F811
 
 
 def test_a_second_sigterm_does_not_wait_for_answers(base_dir):  # noqa: F811
-    argv, environment = command(base_dir, "chat_web", "--port", "0", "--drain-seconds", "300")
-    process = subprocess.Popen(
-        argv, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    try:
-        address = process.stdout.readline().split()[2].removeprefix("http://")
-        body = {"messages": [{"role": "user", "content": "Tell me a story"}], "stream": True}
-        responses = [post(address, {**body, "logit_bias": {"33": 100}, "max_tokens": 700, "seed": i}) for i in range(9)]
+    with serving(base_dir, "--drain-seconds", "300") as (process, address):
+        responses = [post(address, seed=i, **ENDLESS) for i in range(9)]
         assert all(response.read(1) for response in responses)
         process.send_signal(signal.SIGTERM)
-        assert wait_for(lambda: health(address) == 503)
+        assert wait_for(lambda: get(address, "/health").status == 503)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 0 and "Traceback" not in process.stderr.read()
-    finally:
-        process.kill()
-        process.communicate()
-
-
-def health(address):
-    """The status of /health."""
-    connection = http.client.HTTPConnection(address, timeout=60)
-    connection.request("GET", "/health")
-    return connection.getresponse().status
-
-
-def post(address, body, timeout=60):
-    """The response, with its body still to be read."""
-    connection = http.client.HTTPConnection(address, timeout=timeout)
-    connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
-    return connection.getresponse()
+        assert process.wait(20) == 0
+        assert "Traceback" not in process.stderr.read()
 
 
 @pytest.mark.parametrize("patience", [30, 0.3])
 def test_sigterm_under_load(base_dir, patience):  # noqa: F811
     """What was begun ends, or is told that it was cut off; new requests get 503; nothing is left."""
-    flags = ["--port", "0", "--max-batch", "2", "--drain-seconds", str(patience)]
-    argv, environment = command(base_dir, "chat_web", *flags)
-    process = subprocess.Popen(
-        argv, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    try:
-        address = process.stdout.readline().split()[2].removeprefix("http://")
-        body = {"messages": [{"role": "user", "content": "Tell me a story"}], "stream": True}
-        if patience < 1:  # an answer that takes to the end of the context
-            body |= {"logit_bias": {"33": 100}, "max_tokens": 700}
-        responses = [post(address, {**body, "seed": i}) for i in range(6)]
+    with serving(base_dir, "--max-batch", "2", "--drain-seconds", str(patience)) as (process, address):
+        asked = ENDLESS if patience < 1 else {}
+        responses = [post(address, seed=i, **asked) for i in range(6)]
         begun = [response.read(1) for response in responses]
         process.send_signal(signal.SIGTERM)
         time.sleep(0.05 if patience < 1 else 0.2)
-        late = post(address, {**body, "seed": 99})
+        late = post(address, seed=99)
         assert late.status == 503 and late.getheader("Retry-After") and b"shutting down" in late.read()
         texts = [(first + response.read()).decode() for first, response in zip(begun, responses, strict=True)]
         if patience > 1:
             assert all(text.endswith("data: [DONE]\n\n") and '"stop"' in text for text in texts)
         else:
             assert any('"server_error"' in text.split("\n\n")[-2] for text in texts)
-        assert process.wait(20) == 0 and "Traceback" not in process.stderr.read()
+        assert process.wait(20) == 0
+        assert "Traceback" not in process.stderr.read()
         with pytest.raises(ConnectionRefusedError):
-            post(address, body)
-    finally:
-        process.kill()
-        process.communicate()
+            post(address)

@@ -9,7 +9,6 @@ the two endpoints. "37*48 is 1776." with a use of the calculator comes as
     message of a whole one    {"content": "37*48 is 1776.", "tool_trace": [{"expression": "37*48", "result": "1776"}]}
 """
 
-import contextlib
 import itertools
 import json
 import queue
@@ -112,12 +111,14 @@ class Answer:
             self.model.metrics.cache_hits.labels(self.model.name).inc()
             for delivery in itertools.chain.from_iterable(said):
                 self.outbox.put(delivery)
-        while not self.finished:
+        n_open = len(self.requests)
+        while n_open:
             # Nothing wakes this thread when the client hangs up, and a long queue may keep it without tokens for
             # minutes. So it looks up from the queue now and then: otherwise the engine would write for nobody.
-            delivery = None
-            with contextlib.suppress(queue.Empty):
+            try:
                 delivery = self.outbox.get(timeout=POLL_SECONDS)
+            except queue.Empty:
+                delivery = None
             if client_left():
                 return
             if delivery is None:
@@ -125,9 +126,11 @@ class Answer:
             if delivery.finish_reason in ("error", "abort"):
                 raise ApiError(503, "the engine stopped in the middle of the answer")
             self.said[delivery.choice].append(delivery)
+            if delivery.finish_reason is not None:
+                n_open -= 1
             # Before the last delivery is passed on: its chunk tells of the session. And a client that has seen the end
             # may send its next turn at once, which must find this one written.
-            if self.finished:
+            if not n_open:
                 self._finish()
             yield delivery
 

@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import NamedTuple
 
 from nanochat.cli import option, require_positive
 from nanochat.conversation import ChatFormat
@@ -41,8 +42,7 @@ log = logging.getLogger(__name__)
 # ---- One engine and its thread
 
 
-@dataclass(frozen=True)
-class Delivery:
+class Delivery(NamedTuple):
     """The result of one engine step for one of the requests that were submitted together."""
 
     choice: int  # which of these requests
