@@ -86,6 +86,11 @@ class LayerCache:
         """Return the slots of these positions."""
         return positions if self.ring is None else positions % self.ring
 
+    def block_slots(self, index: int) -> slice:
+        """Return the slots of a row's block `index`. Copying slices is several times as fast as copying by index tensors."""
+        start = BLOCK * index if self.ring is None else BLOCK * index % self.ring
+        return slice(start, start + BLOCK)
+
     def write(self, rows_N: torch.Tensor, slots_N: torch.Tensor, k_NKD: torch.Tensor, v_NKD: torch.Tensor) -> None:
         """Store keys and values of new positions."""
         if not self.memory:
@@ -334,10 +339,10 @@ class PrefixCache:
         for layer, known in zip(self.layers, self._memory, strict=False):
             # A ring has room for the end of the prefix only.
             first = 0 if layer.ring is None else max(0, len(chain) - layer.ring // BLOCK)
-            places = torch.tensor([block.place for block in chain[first:]], dtype=torch.int64)
-            slots = layer.slots(torch.arange(BLOCK * first, BLOCK * len(chain)))
-            for memory_RSKD, known_PBKD in zip(layer.memory, known, strict=True):
-                memory_RSKD[row, slots] = known_PBKD[places].flatten(0, 1)
+            for index, block in enumerate(chain[first:], first):
+                slots = layer.block_slots(index)
+                for memory_RSKD, known_PBKD in zip(layer.memory, known, strict=True):
+                    memory_RSKD[row, slots] = known_PBKD[block.place]
         return chain
 
     def save(self, row: int, tokens: Sequence[int], chain: list[Block]) -> None:
@@ -367,12 +372,11 @@ class PrefixCache:
             return
         if not self._memory:
             self._memory += [allocate(layer.memory[0], self.n_blocks, BLOCK) for layer in self.layers]
-        places = torch.tensor([block.place for block in fresh])
-        positions = torch.arange(BLOCK * (len(chain) - len(fresh)), BLOCK * len(chain))
         for layer, known in zip(self.layers, self._memory, strict=True):
-            slots = layer.slots(positions)
-            for memory_RSKD, known_PBKD in zip(layer.memory, known, strict=True):
-                known_PBKD[places] = memory_RSKD[row, slots].unflatten(0, (-1, BLOCK))
+            for index, block in enumerate(fresh, len(chain) - len(fresh)):
+                slots = layer.block_slots(index)
+                for memory_RSKD, known_PBKD in zip(layer.memory, known, strict=True):
+                    known_PBKD[block.place] = memory_RSKD[row, slots]
 
     def _free_place(self) -> int:
         """Return a place that no block uses, if need be that of the least recently used one."""
