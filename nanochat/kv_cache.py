@@ -87,7 +87,7 @@ class LayerCache:
         return positions if self.ring is None else positions % self.ring
 
     def block_slots(self, index: int) -> slice:
-        """Return the slots of a row's block `index`. Copying slices is several times as fast as copying by index tensors."""
+        """Return the slots of block `index` of a row, as a slice: index tensors copy several times as slowly."""
         start = BLOCK * index if self.ring is None else BLOCK * index % self.ring
         return slice(start, start + BLOCK)
 
