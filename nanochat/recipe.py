@@ -163,14 +163,17 @@ def batch_tokens(tokens: int, reference: int) -> int:
 def learning_rate_scales(batch: int, factor: float | None = None) -> dict[str, float]:
     """Return the factor on each of LEARNING_RATES at `batch` tokens per step.
 
-    From scratch (`factor` unset): 1, except for scalars, which get the fourth root of the relative batch size. The
-    usual square root for all was too low for the small batches of small runs: 1.53 bits per byte against 1.15 at 8,192
-    tokens a step (d4; dev/LOG.md, 2026-11-21 and 22). Going on from a trained model: `factor` times the fourth root for
-    all, as large steps would undo what it knows.
+    From scratch (`factor` unset), at the reference batch and above: the square root of the relative batch size. A mean
+    over twice the rows has half the variance, so its noise allows a step √2 times as large; the reference takes that
+    for Muon too. Below it: 1, except for scalars, which get the fourth root. The square root was too low for the small
+    batches of small runs: 1.53 bits per byte against 1.15 at 8,192 tokens a step (d4; dev/LOG.md, 2026-11-21 and 22).
+    Going on from a trained model: `factor` times the fourth root for all, as large steps would undo what it knows.
     """
     root = (batch / REFERENCE_BATCH) ** 0.25
     if factor is not None:
         return dict.fromkeys(LEARNING_RATES, factor * root)
+    if batch >= REFERENCE_BATCH:
+        return dict.fromkeys(LEARNING_RATES, (batch / REFERENCE_BATCH) ** 0.5)
     return {"matrix": 1.0, "embedding": 1.0, "unembedding": 1.0, "scalar": root}
 
 
@@ -182,6 +185,34 @@ def weight_decay(batch: int, tokens: int, reference: int) -> float:
     """
     rule = (batch / REFERENCE_BATCH) ** 0.5 * (reference / tokens)
     return WEIGHT_DECAY * min(1.0, rule)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long a run is, in what steps, and how strongly its matrices decay."""
+
+    batch: int  # tokens per step
+    steps: int
+    weight_decay: float
+
+
+def make_plan(
+    config: GPTConfig,
+    ratio: float = HORIZON,
+    tokens: int | None = None,
+    batch: int | None = None,
+    steps: int | None = None,
+) -> Plan:
+    """Derive the plan of a run from its model. What is given (tokens in all, tokens per step, steps) is kept."""
+    # What a d12 would do at the same ratio: batch and decay were tuned there.
+    reference = reference_tokens(config, ratio)
+    if batch and steps:
+        tokens = steps * batch
+    elif tokens is None:
+        tokens = horizon_tokens(config, ratio)
+    batch = batch or batch_tokens(tokens, reference)
+    steps = steps or max(1, round(tokens / batch))
+    return Plan(batch, steps, weight_decay(batch, steps * batch, reference))
 
 
 # --- schedules: how they change from step 0 to `steps`

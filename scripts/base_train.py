@@ -63,21 +63,20 @@ def main() -> None:
     model.init_weights(torch.Generator(compute.device).manual_seed(config.seed))
 
     # The recipe: how many tokens, and how many of them per step. A flag overrides each.
-    if config.total_batch_size and config.num_iterations:
-        tokens = config.num_iterations * config.total_batch_size
-    elif config.target_flops is not None:
+    tokens = None
+    if config.target_flops is not None:
         tokens = round(config.target_flops / model.flops_per_token())
-    else:
-        tokens = recipe.horizon_tokens(model_config, config.target_param_data_ratio)
-    reference = recipe.reference_tokens(model_config, config.target_param_data_ratio)
-    total_batch_size = config.total_batch_size or recipe.batch_tokens(tokens, reference)
-    num_iterations = config.num_iterations or max(1, round(tokens / total_batch_size))
+    plan = recipe.make_plan(
+        model_config,
+        ratio=config.target_param_data_ratio,
+        tokens=tokens,
+        batch=config.total_batch_size,
+        steps=config.num_iterations,
+    )
 
     # The optimizer: learning rates and weight decay that suit this batch and this many tokens.
-    weight_decay = config.weight_decay
-    if weight_decay is None:
-        weight_decay = recipe.weight_decay(total_batch_size, num_iterations * total_batch_size, reference)
-    learning_rates = config.learning_rates(recipe.learning_rate_scales(total_batch_size))
+    weight_decay = plan.weight_decay if config.weight_decay is None else config.weight_decay
+    learning_rates = config.learning_rates(recipe.learning_rate_scales(plan.batch))
     optimizer = MuonAdamW(model, learning_rates, weight_decay, compute)
 
     # The rows: the dataset's text as token ids, made by the first run that needs them.
@@ -92,8 +91,8 @@ def main() -> None:
         optimizer=optimizer,
         tokenizer=tokenizer,
         compute=compute,
-        total_batch_size=total_batch_size,
-        num_iterations=num_iterations,
+        total_batch_size=plan.batch,
+        num_iterations=plan.steps,
         facts={"dataset": dataset_name(config.dataset), "depth": config.depth},
     )
     train(run, train_rows, val_rows, prompts=PROMPTS)

@@ -8,6 +8,7 @@ import torch
 
 from nanochat import recipe
 from nanochat.gpt import GPT
+from nanochat.optim import parameter_groups
 from nanochat.recipe import TrainConfig
 
 # (steps, warmup, warmdown, final); the defaults first
@@ -131,7 +132,7 @@ def test_batch_is_half_a_million_at_depth_twelve_and_follows_the_power_law():
         assert 2**-0.51 <= batch / (2**19 * factor**0.383) <= 2**0.51  # and the nearest one
 
 
-def test_from_scratch_the_batch_changes_the_scalars_learning_rate_alone():
+def test_below_the_reference_batch_the_scalars_learning_rate_alone_changes():
     assert set(recipe.learning_rate_scales(2**19).values()) == {1.0}
     assert recipe.learning_rate_scales(2**15, 0.5) == pytest.approx(dict.fromkeys(recipe.LEARNING_RATES, 0.25))
     scratch = recipe.learning_rate_scales(2**13)
@@ -144,6 +145,55 @@ def test_weight_decay_follows_batch_and_horizon_and_never_exceeds_the_reference(
     assert recipe.weight_decay(2**19, reference, reference) == pytest.approx(0.28)
     assert recipe.weight_decay(2**21, 8 * reference, reference) == pytest.approx(0.28 * 2 / 8)
     assert recipe.weight_decay(2**15, reference // 100, reference) == pytest.approx(0.28)
+
+
+# What scripts/base_train.py of karpathy/nanochat at 92d63d4 plans: its lines from the flags to the optimizer, run on
+# the meta device outside of this tree (2026-11-29). Sequence 2048; `matrix` to `smear` are the learning rates of its
+# groups (v_embed: value embeddings), `decay` is Muon's at step 0. The last two:
+# its official run 6, and the shape of our node's profile.
+REFERENCE_PLANS = """
+depth vocab ratio   scaling   batch steps    decay    matrix       head    embed v_embed resid_scale embed_skip smear
+   12 32768  12.0 110100912  524288  2520     0.28      0.02      0.008      0.3    0.15       0.005        0.5   0.2
+   20 32768  12.0 435160240 1048576  4980 0.100188 0.0282843 0.00876356 0.328634 0.16432  0.00707107   0.707107   0.2
+   24 32768  12.0 729810624 1048576  8352 0.059738 0.0282843      0.008      0.3    0.15  0.00707107   0.707107   0.2
+   26 32768  12.0 918423532 1048576 10510 0.047470 0.0282843 0.00768615 0.288231 0.14412  0.00707107   0.707107   0.2
+   24 32768   8.0 729810624 1048576  5568 0.059738 0.0282843      0.008      0.3    0.15  0.00707107   0.707107   0.2
+   22 49152   9.4 592577964 1048576  5312 0.081981 0.0282843 0.00835573 0.313340 0.15667  0.00707107   0.707107   0.2
+"""
+PLAN_COLUMNS, *PLANS = [line.split() for line in REFERENCE_PLANS.strip().splitlines()]
+
+
+@pytest.mark.parametrize("row", PLANS, ids=lambda row: f"d{row[0]}-ratio{row[2]}")
+def test_the_plan_is_the_references(row):
+    """Differences that are meant, none of them measured at this size:
+
+    - steps are rounded to the nearest, there down: at most one step more, and decay by as little;
+    - smear and backout learn at 0.4 of the scalars' rate, which grows with the batch; there always at 0.2;
+    - decay is never above 0.28, rates do not fall with a batch below 2^19, and warmup takes at most a tenth of the
+      run: all of it concerns runs smaller than these (the other tests of this file).
+    """
+    wanted = dict(zip(PLAN_COLUMNS, map(float, row), strict=True))
+    config = recipe.model_config(int(wanted["depth"]), int(wanted["vocab"]), 2048)
+    assert recipe.scaling_parameters(config) == wanted["scaling"]
+    plan = recipe.make_plan(config, ratio=wanted["ratio"])
+    assert plan.batch == wanted["batch"]
+    assert wanted["steps"] <= plan.steps <= wanted["steps"] + 1
+    assert plan.weight_decay == pytest.approx(wanted["decay"], rel=3e-4)
+
+    rates = TrainConfig().learning_rates(recipe.learning_rate_scales(plan.batch))
+    with torch.device("meta"):
+        groups = parameter_groups(GPT(config), rates, plan.weight_decay, world_size=8)
+    found = {group.name: group.lr for group in groups}
+    for name in ("head", "embed", "resid_scale", "embed_skip"):
+        assert found[name] == pytest.approx(wanted[name], rel=1e-5), name
+    for name, rate in found.items():
+        if name.startswith("value_embed"):
+            assert rate == pytest.approx(wanted["v_embed"], rel=1e-5)
+        if name.startswith("muon"):
+            assert rate == pytest.approx(wanted["matrix"], rel=1e-5)
+        if name.startswith(("smear", "backout")):
+            assert rate == pytest.approx(wanted["smear"] * (plan.batch / 2**19) ** 0.5, rel=1e-5)
+    assert {group.weight_decay for group in groups if group.betas is None} == {plan.weight_decay}
 
 
 def test_the_stated_learning_rates():
