@@ -149,8 +149,8 @@ def test_weight_decay_follows_batch_and_horizon_and_never_exceeds_the_reference(
 
 # What scripts/base_train.py of karpathy/nanochat at 92d63d4 plans: its lines from the flags to the optimizer, run on
 # the meta device outside of this tree (2026-11-29). Sequence 2048; `matrix` to `smear` are the learning rates of its
-# groups (v_embed: value embeddings), `decay` is Muon's at step 0. The last two:
-# its official run 6, and the shape of our node's profile.
+# groups (v_embed: value embeddings), `decay` is Muon's at step 0. The last two rows are its official run 6, and the
+# shape of our node's profile.
 REFERENCE_PLANS = """
 depth vocab ratio   scaling   batch steps    decay    matrix       head    embed v_embed resid_scale embed_skip smear
    12 32768  12.0 110100912  524288  2520     0.28      0.02      0.008      0.3    0.15       0.005        0.5   0.2
@@ -185,14 +185,14 @@ def test_the_plan_is_the_references(row):
         groups = parameter_groups(GPT(config), rates, plan.weight_decay, world_size=8)
     found = {group.name: group.lr for group in groups}
     for name in ("head", "embed", "resid_scale", "embed_skip"):
-        assert found[name] == pytest.approx(wanted[name], rel=1e-5), name
+        assert found[name] == pytest.approx(wanted[name], rel=3e-5), name
     for name, rate in found.items():
         if name.startswith("value_embed"):
-            assert rate == pytest.approx(wanted["v_embed"], rel=1e-5)
+            assert rate == pytest.approx(wanted["v_embed"], rel=3e-5)
         if name.startswith("muon"):
-            assert rate == pytest.approx(wanted["matrix"], rel=1e-5)
+            assert rate == pytest.approx(wanted["matrix"], rel=3e-5)
         if name.startswith(("smear", "backout")):
-            assert rate == pytest.approx(wanted["smear"] * (plan.batch / 2**19) ** 0.5, rel=1e-5)
+            assert rate == pytest.approx(wanted["smear"] * (plan.batch / 2**19) ** 0.5, rel=3e-5)
     assert {group.weight_decay for group in groups if group.betas is None} == {plan.weight_decay}
 
 
