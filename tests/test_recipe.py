@@ -185,14 +185,14 @@ def test_the_plan_is_the_references(row):
         groups = parameter_groups(GPT(config), rates, plan.weight_decay, world_size=8)
     found = {group.name: group.lr for group in groups}
     for name in ("head", "embed", "resid_scale", "embed_skip"):
-        assert found[name] == pytest.approx(wanted[name], rel=3e-5), name
+        assert found[name] == pytest.approx(wanted[name], rel=1e-4), name
     for name, rate in found.items():
         if name.startswith("value_embed"):
-            assert rate == pytest.approx(wanted["v_embed"], rel=3e-5)
+            assert rate == pytest.approx(wanted["v_embed"], rel=1e-4)
         if name.startswith("muon"):
-            assert rate == pytest.approx(wanted["matrix"], rel=3e-5)
+            assert rate == pytest.approx(wanted["matrix"], rel=1e-4)
         if name.startswith(("smear", "backout")):
-            assert rate == pytest.approx(wanted["smear"] * (plan.batch / 2**19) ** 0.5, rel=3e-5)
+            assert rate == pytest.approx(wanted["smear"] * (plan.batch / 2**19) ** 0.5, rel=1e-4)
     assert {group.weight_decay for group in groups if group.betas is None} == {plan.weight_decay}
 
 
