@@ -1,0 +1,190 @@
+"""A GPU on paper, for the tests that `null_cuda.on_null_cuda` runs: what it says of itself, and tensors without values.
+
+    with FakeGpu("H100") as gpu, gpu.watch:
+        model = build_model(config, gpu.device, train=True)     # its parameters: FakeTensors on cuda:0
+        model(idx_BT, idx_BT).backward()                        # shapes, dtypes and devices, in milliseconds
+    gpu.watch.on_cpu, gpu.watch.reads                           # what the CPU computed, and what waited for the GPU
+
+PyTorch's FakeTensorMode follows shapes, dtypes and devices through every operation and computes nothing. Around it
+stand three things. `torch.cuda` answers as the named GPU would. A dispatch mode looks at every operation and, where
+Python asks a tensor for a number, answers one. Kernels and packages that only a GPU's machine has get stand-ins that
+know shapes alone.
+"""
+
+import contextlib
+import sys
+from types import ModuleType, SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+DEVICE = torch.device("cuda", 0)
+
+# What our code asks a GPU for: its name (for its peak), capability (for bf16 and kernels) and memory.
+GPUS = {
+    "H100": SimpleNamespace(name="NVIDIA H100 80GB HBM3", capability=(9, 0), memory=80 << 30),
+    "RTX 4090": SimpleNamespace(name="NVIDIA GeForce RTX 4090", capability=(8, 9), memory=24 << 30),
+}
+
+
+aten = torch.ops.aten
+PRODUCTS = (aten.mm, aten.bmm, aten.addmm, aten.baddbmm, aten._scaled_mm, aten.addmv, aten.mv)
+
+# --- stand-ins
+
+torch.library.define("fake_gpu::flash", "(Tensor q, Tensor k, Tensor v) -> (Tensor, Tensor)")
+torch.library.define(
+    "fake_gpu::flash_backward", "(Tensor dy, Tensor q, Tensor k, Tensor v) -> (Tensor, Tensor, Tensor)"
+)
+
+
+@torch.library.register_fake("fake_gpu::flash")
+def _(q_BTHD, k_BTKD, v_BTKD):
+    B, T, H, _ = q_BTHD.shape
+    return torch.empty_like(q_BTHD), q_BTHD.new_empty((B, H, T), dtype=torch.float32)
+
+
+@torch.library.register_fake("fake_gpu::flash_backward")
+def _(dy_BTHD, q_BTHD, k_BTKD, v_BTKD):
+    return torch.empty_like(q_BTHD), torch.empty_like(k_BTKD), torch.empty_like(v_BTKD)
+
+
+def _keep(ctx, inputs, output):
+    ctx.save_for_backward(*inputs, *output)  # FlashAttention keeps q, k, v, its output and the log-sum-exps
+
+
+def _flash_backward(ctx, dy_BTHD, _):
+    q_BTHD, k_BTKD, v_BTKD, _, _ = ctx.saved_tensors
+    return torch.ops.fake_gpu.flash_backward(dy_BTHD, q_BTHD, k_BTKD, v_BTKD)
+
+
+torch.library.register_autograd("fake_gpu::flash", _flash_backward, setup_context=_keep)
+
+
+def flash_attn_func(q_BTHD, k_BTKD, v_BTKD, causal=False, window_size=(-1, -1)):
+    """The interface of FlashAttention-3, with its limits: Hopper, half precision, contiguous channels, at most 256."""
+    if torch.cuda.get_device_capability()[0] != 9:
+        raise RuntimeError("no kernel image is available for execution on the device")
+    for x in (q_BTHD, k_BTKD, v_BTKD):
+        assert x.device.type == "cuda" and x.dtype in (torch.bfloat16, torch.float16), (x.device, x.dtype)
+        assert x.stride(-1) == 1 and x.size(-1) % 8 == 0 and x.size(-1) <= 256, (x.shape, x.stride())
+    assert causal and window_size[0] >= 0 and window_size[1] == 0, window_size
+    return torch.ops.fake_gpu.flash(q_BTHD, k_BTKD, v_BTKD)[0]
+
+
+def flex_attention(q_BHTD, k_BKTD, v_BKTD, block_mask, enable_gqa):
+    """The interface of FlexAttention as attention.py calls it; the real one would be compiled by Inductor."""
+    assert enable_gqa and block_mask.kv_indices.device.type == "cuda"
+    assert block_mask.shape[-2:] == (q_BHTD.size(2), k_BKTD.size(2)), "a mask of another length"
+    return torch.ops.fake_gpu.flash(q_BHTD.transpose(1, 2), k_BKTD, v_BKTD)[0].transpose(1, 2)
+
+
+def scaled_dot_product_attention(q_BHTD, k_BKSD, v_BKSD, attn_mask=None, is_causal=False):
+    """PyTorch's own kernels, as attention.py and cached_attention.py call them."""
+    assert q_BHTD.shape[:2] == k_BKSD.shape[:2] == v_BKSD.shape[:2], "heads are repeated before the call"
+    assert attn_mask is None or (attn_mask.device.type == "cuda" and not is_causal)
+    return torch.ops.fake_gpu.flash(q_BHTD.transpose(1, 2), k_BKSD, v_BKSD)[0].transpose(1, 2)
+
+
+def to_empty(self: torch.nn.Module, *, device: Any, recurse: bool = True) -> torch.nn.Module:
+    """Module.to_empty by new parameters: PyTorch's own swaps contents, which FakeTensors refuse."""
+    for module in self.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                empty = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+                module._parameters[name] = torch.nn.Parameter(empty, requires_grad=parameter.requires_grad)
+    return self
+
+
+# --- the GPU
+
+
+class Watch(TorchDispatchMode):
+    """Sees every operation: notes what the CPU computes, where Python waits for the GPU, and what is sent to others.
+
+    Where Python asks a tensor on the GPU for a number, it gets 1.0, 0 or True: losses are then finite, counts are those
+    of nobody (no rank is out of memory), and comparisons hold.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin anew."""
+        self.on_cpu: list[str] = []  # operations that gave a CPU tensor of more than one number
+        self.reads: list[str] = []  # operations that copied from the GPU
+        self.sent: list[tuple[Any, ...]] = []  # collectives: name, and dtype and shape of each tensor
+        self.products: set[torch.dtype] = set()  # dtypes that matrix products read
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = str(function)
+        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        if name.startswith("c10d."):
+            self.sent.append((name, *((str(x.dtype), tuple(x.shape)) for x in inputs)))
+        if function.overloadpacket in PRODUCTS:
+            self.products.update(x.dtype for x in inputs if x.dim() > 1 and x.numel() > 1)
+        on_gpu = [x for x in inputs if x.device.type == "cuda"]
+        if name == "aten._local_scalar_dense.default" and on_gpu:
+            self.reads.append(name)
+            if on_gpu[0].dtype == torch.bool:
+                return True
+            return 1.0 if on_gpu[0].dtype.is_floating_point else 0
+        outputs = function(*args, **kwargs)
+        for x in tree_leaves(outputs):
+            if isinstance(x, torch.Tensor) and x.device.type == "cpu":
+                if on_gpu:
+                    self.reads.append(name)
+                elif x.numel() > 1:
+                    self.on_cpu.append(name)
+        return outputs
+
+
+class FakeGpu(contextlib.ExitStack):
+    """A context in which cuda:0 is the named GPU, and all tensors are without values.
+
+    Python may ask tensors for numbers inside of `with gpu.watch:` only.
+    """
+
+    def __init__(self, name: str = "H100") -> None:
+        super().__init__()
+        self.device = DEVICE
+        self.properties = GPUS[name]
+        self.watch = Watch()
+
+    def __enter__(self) -> "FakeGpu":
+        super().__enter__()
+        gpu = self.properties
+        for attribute, value in {
+            "is_available": lambda: True,
+            "device_count": lambda: 1,
+            "current_device": lambda: 0,
+            "set_device": lambda device: None,
+            "synchronize": lambda device=None: None,
+            "empty_cache": lambda: None,
+            "reset_peak_memory_stats": lambda device=None: None,
+            "max_memory_allocated": lambda device=None: 0,
+            "memory_allocated": lambda device=None: 0,
+            "memory_reserved": lambda device=None: 0,
+            "mem_get_info": lambda device=None: (gpu.memory, gpu.memory),
+            "get_device_name": lambda device=None: gpu.name,
+            "get_device_capability": lambda device=None: gpu.capability,
+        }.items():
+            self.enter_context(mock.patch.object(torch.cuda, attribute, value))
+        self.enter_context(mock.patch.object(torch.nn.Module, "to_empty", to_empty))
+        flash: Any = ModuleType("flash_attn_interface")
+        flash.flash_attn_func = flash_attn_func
+        self.enter_context(mock.patch.dict(sys.modules, {"flash_attn_interface": flash}))
+        flex = "torch.nn.attention.flex_attention.flex_attention"
+        self.enter_context(mock.patch(flex, torch.compiler.disable(flex_attention)))
+        sdpa = scaled_dot_product_attention
+        self.enter_context(mock.patch("torch.nn.functional.scaled_dot_product_attention", sdpa))
+        self.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        return self

@@ -1,0 +1,85 @@
+"""Runs of the real training loop on a FakeGpu: rows without values, and nothing written to disk but the metrics."""
+
+import contextlib
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from nanochat import checkpoint, gpt, trainer
+from nanochat.compute import Compute
+from nanochat.dataloader import MicroBatch, RowLoader
+from nanochat.optim import MuonAdamW
+from nanochat.recipe import LEARNING_RATES, TrainConfig
+from nanochat.run import Run
+
+VOCABULARY = 32768
+TOKENIZER: Any = SimpleNamespace(
+    hash="0", token_bytes=[1] * VOCABULARY, encode=lambda text, prepend: [1, 2], decode=lambda ids: ""
+)
+
+
+class PaperRows:
+    """Some number of packed rows that nobody reads."""
+
+    groups = ((),)
+
+    def __init__(self, sequence_len: int, count: int) -> None:
+        self.sequence_len = sequence_len
+        self.count = count
+
+    def total(self) -> int:
+        return self.count
+
+    def count_group(self, group: int) -> int:
+        return self.count
+
+
+class PaperLoader(RowLoader):
+    """The real loader, except that a step's rows appear on the device instead of being copied there."""
+
+    def step(self, step: int) -> list[MicroBatch]:
+        shape = (2, self.rows_per_step // self.world_size, self.sequence_len)
+        return self._micro_batches(torch.zeros(shape, dtype=torch.int64, device=self.device))
+
+    def iterate(self, start_step: int = 0) -> Iterator[tuple[int, list[MicroBatch]]]:
+        while True:
+            yield start_step, self.step(start_step)
+            start_step += 1
+
+
+def make_run(model: gpt.GPT, compute: Compute, config: TrainConfig, total_batch_size: int) -> Run:
+    optimizer = MuonAdamW(model, dict(LEARNING_RATES), 0.28, compute)
+    return Run(
+        stage="base",
+        tag="paper",
+        config=config,
+        model=model,
+        optimizer=optimizer,
+        tokenizer=TOKENIZER,
+        compute=compute,
+        total_batch_size=total_batch_size,
+        num_iterations=config.num_iterations,
+        facts={"dataset": "paper", "depth": model.config.n_layer},
+    )
+
+
+def train(run: Run, **arguments: Any) -> None:
+    """The real `trainer.train`."""
+    T = run.model.config.sequence_len
+    with mock.patch.object(trainer, "RowLoader", PaperLoader), mock.patch.object(checkpoint, "_write_tensors"):
+        trainer.train(run, PaperRows(T, 10_000), PaperRows(T, 1000), **arguments)
+
+
+@contextlib.contextmanager
+def one_of_ranks(rank: int, world_size: int) -> Iterator[None]:
+    """Be one of so many ranks. PyTorch's "fake" process group checks what it is given and sends nothing."""
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
