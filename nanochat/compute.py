@@ -64,6 +64,11 @@ class Compute:
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
+        # Segments that grow leave no holes between activations of different sizes, so more rows fit. PyTorch reads this
+        # when a process first allocates on a GPU.
+        if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name, which a user may have set
+            os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
         available = ["cpu"]
         if torch.backends.mps.is_available():
             available.insert(0, "mps")

@@ -100,13 +100,17 @@ class RowLoader:
         return self._micro_batches(batch_2NT.to(self.device))
 
     def first_rows(self, count: int) -> Iterator[MicroBatch]:
-        """Yield this rank's share of the first `count` rows, which are the same rows on any number of ranks."""
+        """Yield this rank's share of the first `count` rows, which are the same rows on any number of ranks.
+
+        Every rank yields equally many batches of one shape: ranks may communicate after each, and a GPU compiles no
+        kernel for a smaller last one. Where a rank has fewer rows than that, the targets of the others are -1.
+        """
         for first in range(0, count, self.rows_per_step):
             end = min(first + self.rows_per_step, count)
             mine = len(range(first + self.rank, end, self.world_size))
             for inputs_BT, targets_BT in self.step(first // self.rows_per_step):
-                if mine > 0:
-                    yield inputs_BT[:mine], targets_BT[:mine]
+                targets_BT[max(0, mine) :] = -1
+                yield inputs_BT, targets_BT
                 mine -= self.device_rows
 
     def iterate(self, start_step: int = 0) -> Generator[tuple[int, list[MicroBatch]], None, None]:
@@ -121,6 +125,9 @@ class RowLoader:
 
         def read(step: int) -> None:
             if copied is not None:
+                # A thread begins on GPU 0, whichever its process uses. Without this, the threads of all ranks would
+                # each take some hundred MB of GPU 0 for a CUDA context.
+                torch.cuda.set_device(self.device)
                 copied.synchronize()  # the GPU may still be copying the step before
             self._fill(step, buffer_2NT)
 

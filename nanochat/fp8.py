@@ -82,20 +82,27 @@ def gains(n_in: int, n_out: int) -> bool:
 
 
 def works(device: torch.device) -> bool:
-    """Try one product, forward and backward: True on Ada, Hopper and later GPUs, and (slowly) on CPU."""
+    """Return whether fp8 products work: on Ada, Hopper and later GPUs, and (slowly) on CPU."""
+    return what_fails(device) is None
+
+
+def what_fails(device: torch.device) -> str | None:
+    """Try one product, forward and backward; return what PyTorch says if it fails, or None if it works."""
     try:
         with torch.inference_mode(False), torch.enable_grad():
             w = torch.ones(48, 32, device=device, requires_grad=True)
             y = linear(torch.ones(16, 32, device=device, dtype=torch.bfloat16), w)
             (gradient,) = torch.autograd.grad(y.sum(), w)
-    except (RuntimeError, AttributeError):
-        return False
-    return bool((gradient == 16).all())
+    except (RuntimeError, AttributeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None if (gradient == 16).all() else "its gradients are wrong"
 
 
 def check(device: torch.device, width: int) -> None:
     """Raise ValueError where fp8 does not run, or where no matrix of a model of this width is large enough."""
-    if device.type != "cuda" or not works(device):
-        raise ValueError("--fp8 needs a GPU with fp8 products (Ada, Hopper or later): leave it out")
+    problem = what_fails(device) if device.type == "cuda" else f"this is {device.type}"
+    if problem is not None:
+        # The reason may be another than the GPU's age, such as memory that has run out.
+        raise ValueError(f"--fp8 needs a GPU with fp8 products (Ada, Hopper or later): leave it out ({problem[:200]})")
     if not gains(width, width):
         raise ValueError(f"--fp8: no matrix of {SMALLEST} x {SMALLEST} or more: leave it out, or raise --depth")

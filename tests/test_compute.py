@@ -69,6 +69,32 @@ def test_a_device_that_is_not_there_is_refused_by_flag(device_type):
         Compute.create(device_type)
 
 
+@pytest.mark.parametrize(
+    ("set_before", "expected"),
+    [
+        ({}, {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}),
+        ({"PYTORCH_ALLOC_CONF": "backend:native"}, {"PYTORCH_ALLOC_CONF": "backend:native"}),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, {"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}),
+    ],
+)
+def test_gpu_memory_grows_in_segments_unless_the_user_says_otherwise(monkeypatch, set_before, expected):
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    for name in names:
+        monkeypatch.setenv(name, "")  # so that what `create` sets is undone
+        monkeypatch.delenv(name)
+    for name, value in set_before.items():
+        monkeypatch.setenv(name, value)
+    seen = []
+
+    def cuda_starts():
+        seen.append({name: os.environ[name] for name in names if name in os.environ})
+        return False
+
+    monkeypatch.setattr(torch.cuda, "is_available", cuda_starts)
+    Compute.create("cpu")
+    assert seen[0] == expected, "before anything asks for CUDA"
+
+
 def test_one_process_is_rank_zero_of_one_and_reduces_nothing():
     compute = Compute.create("cpu")
     assert (compute.device, compute.rank, compute.world_size, compute.name) == (CPU, 0, 1, "cpu")

@@ -1,5 +1,6 @@
 """The order of rows on any number of ranks; no token lost or doubled, whatever arrives late or damaged."""
 
+import contextlib
 import itertools
 import json
 import threading
@@ -122,10 +123,49 @@ def test_ranks_and_accumulation_see_the_same_rows(corpus, tokenizer, shuffled):
 
 def test_first_rows_are_the_same_set_on_any_number_of_ranks(corpus, tokenizer):
     rows = train_rows(corpus, tokenizer)
-    expected = [row.tolist() for inputs, _ in RowLoader(rows, 4, 4, 0).first_rows(11) for row in inputs]
+
+    def counted(batches):
+        """The rows whose targets count."""
+        return [inputs.tolist() for x, y in batches for inputs, targets in zip(x, y) if (targets >= 0).any()]
+
+    expected = counted(RowLoader(rows, 4, 4, 0).first_rows(11))
     assert len(expected) == 11
-    parts = [row.tolist() for rank in (0, 1) for x, _ in RowLoader(rows, 4, 2, 0, rank, 2).first_rows(11) for row in x]
-    assert sorted(parts) == sorted(expected)
+    parts = [counted(RowLoader(rows, 4, 2, 0, rank, 2).first_rows(11)) for rank in (0, 1)]
+    assert sorted(parts[0] + parts[1]) == sorted(expected)
+
+
+@pytest.mark.parametrize("count", [1, 3, 9, 13, 16])
+def test_every_rank_evaluates_equally_many_batches_of_one_shape(corpus, tokenizer, count):
+    rows = train_rows(corpus, tokenizer)
+    for world_size, device_rows in [(1, 3), (3, 2), (4, 1)]:
+        shapes = []
+        for rank in range(world_size):
+            loader = RowLoader(rows, 2 * device_rows * world_size, device_rows, 0, rank, world_size)
+            shapes.append([tuple(inputs.shape) for inputs, _ in loader.first_rows(count)])
+        assert set(shapes[0]) == {(device_rows, T)}
+        assert all(others == shapes[0] for others in shapes)
+
+
+def test_the_reading_thread_uses_the_gpu_of_its_process(corpus, tokenizer, monkeypatch):
+    """A thread begins on GPU 0. Here the GPU is a stand-in: what counts is who chose which."""
+    chosen = []
+
+    class Event:
+        def synchronize(self):
+            assert (threading.current_thread(), torch.device("cuda:3")) in chosen, "before the first call to CUDA"
+
+        def record(self):
+            pass
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append((threading.current_thread(), device)))
+    monkeypatch.setattr(RowLoader, "_buffer", lambda self, pin: torch.empty(2, 4, T, dtype=torch.int64))
+    to = torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, device, **options: to(self, "cpu"))
+    with contextlib.closing(RowLoader(train_rows(corpus, tokenizer), 4, 4, 0, device="cuda:3").iterate()) as steps:
+        next(steps)
+        next(steps)
+    assert threading.main_thread() not in [thread for thread, _ in chosen]
 
 
 def test_seed_and_epoch_change_the_order_and_nothing_else(corpus, tokenizer):

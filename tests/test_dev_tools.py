@@ -1,11 +1,15 @@
 """A smoke call of each tool in dev/: it runs, and its record holds what it is for."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import tiny_run
+import torch
+from torch.autograd import DeviceType
 
 from dev.isoflop import fit_parabola
+from dev.profile_step import profile_table
 
 SHAPE = ["--no-compile", "--aspect-ratio=16", "--head-dim=16", "--eval-tokens=1024"]
 
@@ -21,6 +25,24 @@ def test_bench_train_with_profile(session_world, tmp_path, monkeypatch):
     shares = {part["part of a step"]: part["share"] for part in record["profile_d2"]}
     assert sum(shares.values()) == pytest.approx(1)
     assert shares["optimizer"] > 0 and shares["matrix products"] > 0
+
+
+def test_a_kernel_is_counted_once(monkeypatch):
+    """As the profiler lists them on a GPU: a range, within it an operator, its kernel, and the range on the GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    kernel = SimpleNamespace(name="sm90_gemm", duration=700.0)
+    span = SimpleNamespace(name="part: optimizer", duration=900.0)
+    part = SimpleNamespace(name="part: optimizer", device_type=DeviceType.CPU, cpu_parent=None, kernels=[span])
+    product = SimpleNamespace(name="aten::mm", device_type=DeviceType.CPU, cpu_parent=part, kernels=[kernel])
+    on_gpu = [
+        SimpleNamespace(name=name, device_type=DeviceType.CUDA, cpu_parent=None, kernels=[], self_device_time_total=us)
+        for name, us in (("sm90_gemm", 700.0), ("part: optimizer", 900.0))
+    ]
+    alone = SimpleNamespace(name="aten::mm", device_type=DeviceType.CPU, cpu_parent=None, kernels=[kernel])
+    rows = profile_table({"events": [part, product, alone, *on_gpu], "seconds": 2e-3}, steps=1)
+    assert {row["part of a step"]: row["ms"] for row in rows} == pytest.approx(
+        {"optimizer": 0.7, "matrix products": 0.7, "outside operators (Python, waiting)": 0.6}
+    )
 
 
 def test_sweep_over_flops_draws_isoflop_curves_and_skips_what_is_finished(tiny_world):

@@ -1,6 +1,7 @@
 """Generation. Oracles: a loop written out over the full forward, a model that says what it is told, chi-square."""
 
 import collections
+import contextlib
 import types
 from random import Random
 
@@ -464,3 +465,22 @@ def test_the_shapes_of_graphs_give_the_same(tokenizer):
     engine.graphs = Uncaptured(engine.model, engine.cache)
     assert engine.complete(prompts, max_tokens=40) == expected
     assert {rows for rows, _ in shapes} <= {1, 2, 4, 8} and len(shapes) >= 4
+
+
+def test_a_graph_is_captured_beside_threads_that_allocate(tokenizer, monkeypatch):
+    """Capture forbids allocation to its own thread alone: the engines of other GPUs run on threads beside it."""
+    modes = []
+
+    def capture(graph, capture_error_mode="global"):
+        modes.append(capture_error_mode)
+        return contextlib.nullcontext()
+
+    stream = types.SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: types.SimpleNamespace(replay=lambda: None))
+    engine = Engine(random_model(tokenizer.get_vocab_size()), tokenizer, max_batch=2)
+    CudaGraphs(engine.model, engine.cache)([(5, -1, 0, 0)])
+    assert modes == ["thread_local"]

@@ -159,10 +159,10 @@ def test_where_fp8_cannot_work_it_is_refused_with_the_remedy(monkeypatch):
     with pytest.raises(ValueError, match="--fp8 needs a GPU"):
         build_model(GPTConfig(**SMALL), CPU, train=True, fp8=True)
     gpu = torch.device("cuda")
-    monkeypatch.setattr(fp8, "works", lambda device: False)
-    with pytest.raises(ValueError, match="--fp8 needs a GPU"):
+    monkeypatch.setattr(fp8, "what_fails", lambda device: "RuntimeError: no kernel for sm_75")
+    with pytest.raises(ValueError, match=r"--fp8 needs a GPU.*no kernel for sm_75"):
         fp8.check(gpu, width=768)
-    monkeypatch.setattr(fp8, "works", lambda device: True)
+    monkeypatch.setattr(fp8, "what_fails", lambda device: None)
     with pytest.raises(ValueError, match="--depth"):
         fp8.check(gpu, width=64)
 
@@ -180,3 +180,12 @@ def test_compiled_equals_eager_in_one_graph():
         results.append((y.detach(), x.grad, w.grad))
     for got, expected in zip(*results, strict=True):
         assert distance(got, expected) < 1e-2  # a fused scale may round one value the other way
+
+
+def test_a_failed_trial_keeps_its_reason(monkeypatch):
+    def fail(*arguments):
+        raise RuntimeError("cuBLAS has no room for its workspace")
+
+    monkeypatch.setattr(fp8, "linear", fail)
+    assert fp8.what_fails(CPU) == "RuntimeError: cuBLAS has no room for its workspace"
+    assert not fp8.works(CPU)
