@@ -5,6 +5,9 @@
           -> batch size (`batch_tokens`) -> number of steps
           -> learning rates (`learning_rate_scales`) and weight decay (`weight_decay`) for that batch and horizon
 
+One rule stands beside the parameters that it is about, in `parameter_groups` of optim.py: the learning rates of
+embeddings and head fall with the width, as (n_embd / 768)^-0.5, and each small parameter has its share of the scalars'.
+
 The constants were tuned at depth 12, and scaling rules carry them to other depths. Where no other source is named, a
 figure is that of karpathy/nanochat (92d63d4), which tuned it on 8 H100s. The schedules of learning rate, momentum and
 decay stand at the end. All are pure functions, and a flag of `TrainConfig` or of scripts/base_train.py overrides each.
@@ -55,7 +58,9 @@ class TrainConfig:
     # 0 instead of 5 % gave 2.007.
     schedule: str = option("linear", "how the learning rate falls", ("linear", "cosine"))
     warmup_steps: int = option(40, "steps of linear warmup, at most a tenth of the run")
-    warmdown_ratio: float = option(0.65, "share of the run over which the linear schedule falls")
+    warmdown_ratio: float = option(
+        0.65, "last share of the run, over which Muon's momentum falls, and with --schedule linear the learning rate"
+    )
     final_lr_frac: float = option(0.05, "learning rate at the end, as a fraction")
     grad_clip: float | None = option(None, "largest gradient norm; unset = no clipping")
     # evaluating and saving
@@ -218,6 +223,11 @@ def make_plan(
 # --- schedules: how they change from step 0 to `steps`
 
 
+def warmdown_left(step: int, steps: int, config: TrainConfig) -> float:
+    """Return how much of the warmdown, the last --warmdown-ratio of the run, is left: 1 before it, then down to 0."""
+    return min(1.0, (steps - step) / max(1.0, steps * config.warmdown_ratio))
+
+
 def learning_rate_multiplier(step: int, steps: int, config: TrainConfig) -> float:
     """Return the factor on every learning rate at `step` of `steps`, in [0, 1].
 
@@ -237,19 +247,23 @@ def learning_rate_multiplier(step: int, steps: int, config: TrainConfig) -> floa
         progress = (step - warmup) / max(1, steps - warmup)
         return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
     # Noise in the steps sets a floor under the loss that is proportional to the learning rate, so lower it last.
-    left = (steps - step) / max(1.0, steps * config.warmdown_ratio)
-    return 1.0 if left >= 1 else final + (1 - final) * left
+    left = warmdown_left(step, steps, config)
+    if left == 1:  # the warmdown has not begun
+        return 1.0
+    return final + (1 - final) * left
 
 
 def muon_momentum(step: int, steps: int, config: TrainConfig) -> float:
-    """Return Muon's momentum: 0.85 to 0.97 over the first 400 steps, then to 0.90 while the learning rate falls.
+    """Return Muon's momentum: 0.85 to 0.97 over the first 400 steps, then to 0.90 over the last --warmdown-ratio.
 
     Early gradients change direction quickly, so a long average would be stale. Large steps later are worth averaging
-    over more of them, and at the end small ones need it less.
+    over more of them, and at the end small ones need it less. The momentum does not depend on --schedule.
     """
     momentum = 0.85 + 0.12 * min(1.0, step / 400)
-    left = (steps - step) / max(1.0, steps * config.warmdown_ratio)
-    return momentum if left >= 1 else 0.90 + (momentum - 0.90) * left
+    left = warmdown_left(step, steps, config)
+    if left == 1:  # the warmdown has not begun
+        return momentum
+    return 0.90 + (momentum - 0.90) * left
 
 
 def weight_decay_multiplier(step: int, steps: int) -> float:
