@@ -6,6 +6,7 @@
     python -m dev.bench data                                                        packing, loading, resuming
     python -m dev.bench tokenizer                                                   training, encoding, decoding
     python -m dev.bench core                                                        rows/s of the CORE evaluation
+    python -m dev.bench plan --hardware 8xH100                                      modelled minutes of a training run
 
 Flags after -- go to the script that is measured. `train` runs scripts.base_train as users do and reads its metrics;
 `infer` runs scripts.infer_bench with the engines of karpathy/nanochat and transformers beside it, in turns.
@@ -24,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dev.bench_plan import PlanBench, plan
 from dev.bench_train import TrainBench, train
 from dev.measure import Record, numbers, product_rate, split_argv, write
 from dev.reference import PeerSide
@@ -278,6 +280,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any, list[str]], None]]] = {
     "data": (DataBench, data),
     "tokenizer": (TokenizerBench, tokenizer),
     "core": (CoreBench, core),
+    "plan": (PlanBench, plan),
 }
 
 

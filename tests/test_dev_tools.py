@@ -7,9 +7,14 @@ import pytest
 import tiny_run
 import torch
 from torch.autograd import DeviceType
+from torch.utils.flop_counter import FlopCounterMode
 
+from dev import bench_plan
 from dev.isoflop import fit_parabola
 from dev.profile_step import profile_table
+from nanochat import recipe
+from nanochat.gpt import GPT
+from nanochat.optim import orthogonalize
 
 SHAPE = ["--no-compile", "--aspect-ratio=16", "--head-dim=16", "--eval-tokens=1024"]
 
@@ -63,3 +68,34 @@ def test_parabola_finds_the_best_size():
         found = fit_parabola(sizes, [size / best + best / size for size in sizes])
         assert found is not None and found[0] == pytest.approx(best, rel=0.2)
     assert fit_parabola(sizes, [-size for size in sizes]) is None, "no minimum between the points"
+
+
+def test_the_modelled_plan_meets_what_others_measured(tmp_path, monkeypatch):
+    """Run 6 of the reference took 99.0 minutes, and its pull request 830, of which no rate was taken, 81.8."""
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    tiny_run.run("dev.bench", "plan", "--hardware", "8xH100")
+    rows = json.loads((tmp_path / "bench" / "plan.json").read_text())["rows"]
+    run_6, pull_830, ours = (row["minutes"] for row in rows)
+    assert 96 <= run_6 <= 102
+    assert pull_830 == pytest.approx(81.8, rel=0.03)
+    assert ours <= 78
+    assert "8xH100" in tiny_run.script("dev.bench", "plan", "--hardware", "8xA100").error_line
+
+
+def test_terms_of_the_modelled_step_in_closed_form():
+    """Twice the GPUs halve what is shared. A step's FLOPs without attention are the model's own count."""
+    work = bench_plan.REFERENCES[0]
+    config = recipe.model_config(work.depth, work.vocab_size, 2048)
+    eight = bench_plan.step_seconds(work, config, 8, bench_plan.Rates())
+    sixteen = bench_plan.step_seconds(work, config, 16, bench_plan.Rates())
+    for name in ("products", "attention", "elementwise", "loss", "optimizer"):
+        assert sixteen[name] == pytest.approx(eight[name] / 2)
+    with torch.device("meta"):
+        model = GPT(config)
+    products = model.flops_per_token() - 12 * config.n_embd * sum(config.windows)
+    assert eight["products"] * 1140e12 * 8 == pytest.approx(products * work.batch)
+    # The orthogonalization of PyTorch's own count: five times gram, square and product.
+    matrix = torch.ones(1, 8, 24, dtype=torch.bfloat16)
+    with FlopCounterMode(display=False) as counter:
+        orthogonalize(matrix)
+    assert counter.get_total_flops() == 5 * bench_plan.polar_flops(24, 8)
