@@ -1,4 +1,4 @@
-"""How long a pretraining run takes on H100s, from counted FLOPs and bytes: `python -m dev.bench plan --hardware 8xH100`.
+"""How long a pretraining run takes on H100s, from counted FLOPs and bytes: python -m dev.bench plan --hardware 8xH100.
 
 A model of a step, no measurement. Each term is a count divided by a rate, and nothing overlaps:
 
@@ -83,6 +83,7 @@ class PlanBench:
     target_param_data_ratio: float = cli.option(9.4, "training tokens for each parameter")
     total_batch_size: int = cli.option(2**20, "tokens a step")
     device_batch_size: int = cli.option(32, "rows of a micro-step on one GPU")
+    fp8_head: bool = cli.option(False, "the head's products in fp8, as those of the blocks")
     block_bytes: float = cli.option(OURS_FP8, "bytes between products per token, layer and channel, as counted")
     out: str | None = cli.option(None, "JSON record to write; unset: bench/plan.json in the base directory")
 
@@ -110,7 +111,8 @@ def plan(config: PlanBench, more: list[str]) -> None:
         batch=config.total_batch_size,
         rows=config.device_batch_size,
         block_bytes=config.block_bytes,
-        chunk=16384,
+        fp8_head=config.fp8_head,
+        chunk=2048,  # what liger-kernel 0.8.5 takes at this size: 65,536 tokens over V/C = 35, to a power of two
     )
     rates = Rates()
     world_size = gpus(config.hardware)
@@ -159,8 +161,8 @@ def step_seconds(work: Work, config: GPTConfig, world_size: int, rates: Rates) -
     elementwise = tokens * work.block_bytes * config.n_layer * C / rates.memory
     loss_bytes = tokens * LOGIT_BYTES * config.padded_vocab_size
     if work.chunk is not None:
-        # The chunk's part is written and read in bf16, the sum read and written in fp32.
-        loss_bytes += tokens / work.chunk * head * (2 + 2 + 4 + 4)
+        # Each product adds its chunk's part to a sum in fp32, which is read and written for it.
+        loss_bytes += tokens / work.chunk * head * (4 + 4)
     # Tables get a dense gradient in bf16, cleared in each micro-step. After the first one it is added to the sum, and
     # so is that of the matrices, in fp32: two reads and a write.
     accumulated = micro_steps * 2 * tables + (micro_steps - 1) * (6 * tables + 12 * (blocks + head))
