@@ -76,10 +76,12 @@ elif [ "$GPUS" -lt 8 ]; then
     EVAL=""
     CHAT="--max-problems 1000 --max-new-tokens 512"
 else
-    # the GPT-2-grade model
+    # The GPT-2-grade model, as karpathy/nanochat's pull request 830 shapes it, but with 2^20 tokens a step. How long it
+    # should take: python -m dev.bench plan. Every difference from the reference: dev/reference_analysis.md.
     PROFILE=node
-    DEPTH=${DEPTH:-24} DATASET=${DATASET:-climbmix} SHARDS=170 VOCAB=32768
-    BASE="--target-param-data-ratio 8 --device-batch-size 16 --fp8 --eval-every 1000"
+    DEPTH=${DEPTH:-22} DATASET=${DATASET:-climbmix} SHARDS=170 VOCAB=49152
+    BASE="--target-param-data-ratio 9.4 --total-batch-size 1048576 --device-batch-size 32 --fp8 --norm-scales
+        --eval-every 1000"
     MID="--scale 100"
     SFT="--scale 20"
     EVAL=""
