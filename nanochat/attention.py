@@ -12,7 +12,9 @@ keeps T x T scores per head, so nothing trains with it. What does:
 Shapes: B sequences, T positions, H query heads, K kv heads (K divides H), D channels per head; N = B·H.
 """
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -194,27 +196,131 @@ def _backward(ctx, grads):
 _block_attention.register_autograd(_backward, setup_context=_save_for_backward)
 
 
-# --- CUDA. Each function loads a kernel of somebody else and returns it behind our call.
+# --- CUDA. Kernels of others behind our call. What tracing cannot see into is told to break a block's graph there.
 
 
-def flash3() -> Attend:
-    """FlashAttention-3 (arXiv 2407.08608, Hopper), from its own package or through the hub's package `kernels`.
+@functools.cache
+def flash3_interface() -> Any:
+    """Import FlashAttention-3's low-level module, from its own package or through the hub's package `kernels`.
 
-    Raises ImportError where neither is installed.
+    Raises ImportError where neither is installed. Remembered as an import is: the hub would be asked at each call.
     """
     try:
-        from flash_attn_interface import flash_attn_func
+        import flash_attn_interface
     except ImportError:
         from kernels import get_kernel
 
-        flash_attn_func = get_kernel("kernels-community/flash-attn3", version=1).flash_attn_func
+        return get_kernel("kernels-community/flash-attn3", version=1).flash_attn_interface
+    return flash_attn_interface
 
-    def attend_flash3(q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, window: int) -> Tensor:
-        # Its windows count the keys before the query's own.
-        y = flash_attn_func(q_BTHD, k_BTKD, v_BTKD, causal=True, window_size=(window - 1, 0))
-        return y[0] if isinstance(y, tuple) else y  # older versions return the log-sum-exps too
 
+def flash3() -> Attend:
+    """FlashAttention-3 (arXiv 2407.08608, Hopper). Raises ImportError where it is not installed."""
+    flash3_interface()
     return attend_flash3
+
+
+def attend_flash3(q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, window: int) -> Tensor:
+    """Attention by FlashAttention-3, differentiable, in bf16."""
+    y_BTHD, _ = _flash3(q_BTHD, k_BTKD, v_BTKD, window)
+    return y_BTHD
+
+
+# Called as it is, a foreign kernel breaks a block's graph in two, before and after it, and nothing is fused across the
+# breaks (6 of 263 ms of a d24's micro-step in fp8, counted, not measured). As an operator with a shape function it is
+# one node of one graph, also where activations are recomputed.
+
+
+@torch.library.custom_op("nanochat::flash3", mutates_args=())
+def _flash3(q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, window: int) -> tuple[Tensor, Tensor]:
+    """Return attention's output, and the log-sum-exps (B, H, T) that its backward pass needs."""
+    y_BTHD, lse_BHT, *_ = flash3_interface()._flash_attn_forward(
+        q_BTHD,
+        k_BTKD,
+        v_BTKD,
+        softmax_scale=q_BTHD.size(-1) ** -0.5,
+        causal=True,
+        window_size_left=window - 1,  # its windows count the keys before the query's own
+        window_size_right=0,
+    )
+    return y_BTHD, lse_BHT
+
+
+@torch.library.custom_op("nanochat::flash3_backward", mutates_args=())
+def _flash3_backward(
+    dy_BTHD: Tensor, q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, y_BTHD: Tensor, lse_BHT: Tensor, window: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of q, k and v."""
+    dq_BTHD = torch.empty_like(q_BTHD, memory_format=torch.contiguous_format)
+    dk_BTKD = torch.empty_like(k_BTKD, memory_format=torch.contiguous_format)
+    dv_BTKD = torch.empty_like(v_BTKD, memory_format=torch.contiguous_format)
+    flash3_interface()._flash_attn_backward(
+        dy_BTHD,
+        q_BTHD,
+        k_BTKD,
+        v_BTKD,
+        y_BTHD,
+        lse_BHT,
+        dq=dq_BTHD,
+        dk=dk_BTKD,
+        dv=dv_BTKD,
+        softmax_scale=q_BTHD.size(-1) ** -0.5,
+        is_causal=True,
+        window_size_left=window - 1,
+        window_size_right=0,
+    )
+    return dq_BTHD, dk_BTKD, dv_BTKD
+
+
+@_flash3.register_fake
+def _(q_BTHD, k_BTKD, v_BTKD, window):
+    B, T, H, _ = q_BTHD.shape
+    return q_BTHD.new_empty(q_BTHD.shape), q_BTHD.new_empty((B, H, T), dtype=torch.float32)
+
+
+@_flash3_backward.register_fake
+def _(dy_BTHD, q_BTHD, k_BTKD, v_BTKD, y_BTHD, lse_BHT, window):
+    return q_BTHD.new_empty(q_BTHD.shape), k_BTKD.new_empty(k_BTKD.shape), v_BTKD.new_empty(v_BTKD.shape)
+
+
+def _save_for_flash3_backward(ctx, inputs, output) -> None:
+    q_BTHD, k_BTKD, v_BTKD, window = inputs
+    y_BTHD, lse_BHT = output
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q_BTHD, k_BTKD, v_BTKD, y_BTHD, lse_BHT)
+    ctx.window = window
+
+
+def _backward_of_flash3(ctx, dy_BTHD, _):
+    q_BTHD, k_BTKD, v_BTKD, y_BTHD, lse_BHT = ctx.saved_tensors
+    dq_BTHD, dk_BTKD, dv_BTKD = _flash3_backward(
+        dy_BTHD.contiguous(), q_BTHD, k_BTKD, v_BTKD, y_BTHD, lse_BHT, ctx.window
+    )
+    return dq_BTHD, dk_BTKD, dv_BTKD, None
+
+
+_flash3.register_autograd(_backward_of_flash3, setup_context=_save_for_flash3_backward)
+
+
+def padded(kernel: Attend) -> Attend:
+    """Let a kernel see rows of multiples of 128 positions alone.
+
+    FlexAttention compiles, and cuDNN plans, anew for each length: evaluation and RL, whose rows have all lengths, would
+    wait for them again and again.
+    """
+
+    def attend_padded(q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, window: int) -> Tensor:
+        T = q_BTHD.size(1)
+        missing = -T % BLOCK
+        if not missing:
+            return kernel(q_BTHD, k_BTKD, v_BTKD, window)
+        # Rows grow at their end, and attention is causal: no query of the row sees a key that was added.
+        grown = [F.pad(x, (0, 0, 0, 0, 0, missing)) for x in (q_BTHD, k_BTKD, v_BTKD)]
+        if window >= T:
+            window = max(window, T + missing)  # a window that covers the row still does
+        return kernel(*grown, window)[:, :T]
+
+    return attend_padded
 
 
 def cudnn() -> Attend:
@@ -225,7 +331,7 @@ def cudnn() -> Attend:
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
             return attend_sdpa(q_BTHD, k_BTKD, v_BTKD, window)
 
-    return attend_cudnn
+    return torch.compiler.disable(attend_cudnn, recursive=False)
 
 
 def flex() -> Attend:
@@ -252,4 +358,4 @@ def flex() -> Attend:
         )
         return y_BHTD.transpose(1, 2)
 
-    return attend_flex
+    return torch.compiler.disable(attend_flex, recursive=False)

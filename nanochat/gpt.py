@@ -115,7 +115,8 @@ class GPTConfig:
 def norm(x: torch.Tensor, scale_C: torch.Tensor | None = None) -> torch.Tensor:
     """RMSNorm over the last dimension (arXiv 1910.07467), then a scale for each channel if one is given."""
     C = int(x.size(-1))  # int: a constant in a trace (cpu_trace.py), where a size is an operation
-    if torch.is_inference_mode_enabled() and x.device.type == "cpu" and not torch.compiler.is_compiling():
+    # is_compiling comes first: it ends the tracing of this line, and is_inference_mode_enabled would break the graph.
+    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled() and x.device.type == "cpu":
         # Decoding on CPU is bound by the number of operations, and F.rms_norm is ten of them there (a quarter of a d4's
         # time). LayerNorm is one, and the mean of (x, -x) is zero: what is left of it is RMSNorm, to the bit.
         mirrored = torch.cat((x, -x), dim=-1)

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from nanochat import fp8
-from nanochat.attention import Attend, attend, attend_blocks, attend_naive, attend_sdpa, cudnn, flash3, flex
+from nanochat.attention import Attend, attend, attend_blocks, attend_naive, attend_sdpa, cudnn, flash3, flex, padded
+from nanochat.common import print0
 from nanochat.fused_mlp import eager_mlp, fused_mlp, has_kernel
 from nanochat.loss import LossSum, chunked_loss_sum, liger_loss_sum, make_chunk_gradients
 
@@ -97,6 +98,10 @@ def choose_cuda_attention(
     flash_windows = (short, whole) if windowed else (whole,)
     if attend_flash3 := load_attention("flash-attention-3", flash3, device, dtype, head_dim, flash_windows):
         return "flash-attention-3", attend_flash3
+    if is_hopper(device):
+        print0(
+            "ATTENTION RUNS WITHOUT FLASHATTENTION-3 on this Hopper GPU, and training 4 % slower: pip install kernels"
+        )
 
     full_name = "sdpa"
     attend_full: Attend = attend_sdpa
@@ -104,18 +109,23 @@ def choose_cuda_attention(
         full_name = "cudnn"
         attend_full = attend_cudnn
     if not windowed:
-        return full_name, attend_full
+        return full_name, padded(attend_full)
 
     attend_flex = load_attention("flex", flex, device, dtype, head_dim, (short,))
     if attend_flex is None:
-        return "sdpa", attend_sdpa
+        return "sdpa", padded(attend_sdpa)
 
     def attend_either(q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, window: int) -> Tensor:
         if window >= q_BTHD.size(1):
             return attend_full(q_BTHD, k_BTKD, v_BTKD, window)
         return attend_flex(q_BTHD, k_BTKD, v_BTKD, window)
 
-    return f"flex and {full_name}", torch.compiler.disable(attend_either, recursive=False)
+    return f"flex and {full_name}", padded(attend_either)
+
+
+def is_hopper(device: torch.device) -> bool:
+    """Return whether FlashAttention-3 has kernels for this device: it is made for Hopper GPUs alone."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def load_attention(
@@ -137,8 +147,7 @@ def load_attention(
     for window in windows:
         if not agrees(f"attention by {name}", kernel, attend_naive, qkv, window):
             return None
-    # torch.compile cannot see into foreign kernels: tell it to break the graph of a block there.
-    return torch.compiler.disable(kernel, recursive=False)
+    return kernel
 
 
 # --- loss

@@ -6,9 +6,10 @@ import pytest
 import torch
 from test_attention import assert_same, make, masked_sdpa
 
-from nanochat import kernels
-from nanochat.attention import attend_blocks, attend_naive, attend_sdpa, flash3
-from nanochat.kernels import agrees, choose_attention, choose_cuda_attention, load_attention
+from nanochat import attention, kernels
+from nanochat.attention import attend_blocks, attend_naive, attend_sdpa, flash3, padded
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.kernels import Kernels, agrees, choose_attention, choose_cuda_attention, load_attention
 
 CPU = torch.device("cpu")
 
@@ -145,16 +146,35 @@ def test_what_is_chosen_on_this_gpu_is_right(windowed):
 
 FLASH3 = """
 import torch
-import torch.nn.functional as F
 
-def flash_attn_func(q, k, v, softmax_scale=None, causal=False, qv=None, window_size=(-1, -1)):
-    left, right = window_size
-    assert causal and right == 0 and softmax_scale is None
+def scores(q, k, scale, left):
     distance = torch.arange(q.size(1))[:, None] - torch.arange(k.size(1))
     seen = (distance >= 0) & (distance <= left)  # its window counts the keys before the query's own
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True).transpose(1, 2)
-    return RESULT
+    return (torch.einsum("bqhd,bkhd->bhqk", q, k) * scale).masked_fill(~seen, float("-inf"))
+
+def per_query_head(q, k, v):
+    group = q.size(2) // k.size(2)
+    return (x.repeat_interleave(group, 2) for x in (k, v))
+
+def _flash_attn_forward(q, k, v, *, softmax_scale, causal, window_size_left, window_size_right):
+    assert causal and window_size_right == 0
+    kk, vv = per_query_head(q, k, v)
+    z = scores(q, kk, softmax_scale, window_size_left)
+    y = torch.einsum("bhqk,bkhd->bqhd", z.softmax(-1), vv)
+    return y.contiguous(), z.logsumexp(-1), torch.tensor([]), torch.tensor([])
+
+def _flash_attn_backward(
+    dout, q, k, v, out, softmax_lse, *, dq, dk, dv, softmax_scale, is_causal, window_size_left, window_size_right
+):
+    assert is_causal and window_size_right == 0
+    kk, vv = per_query_head(q, k, v)
+    p = (scores(q, kk, softmax_scale, window_size_left) - softmax_lse[..., None]).exp()
+    dp = torch.einsum("bqhd,bkhd->bhqk", dout, vv)
+    dz = p * (dp - (dout * out).sum(-1).mT[..., None]) * softmax_scale
+    dq.copy_(torch.einsum("bhqk,bkhd->bqhd", dz, kk))
+    per_kv_head = lambda x: x.unflatten(2, (k.size(2), -1)).sum(3)
+    dk.copy_(per_kv_head(torch.einsum("bhqk,bqhd->bkhd", dz, q)))
+    dv.copy_(per_kv_head(torch.einsum("bhqk,bqhd->bkhd", p, dout)))
 """
 HUB = """
 from types import SimpleNamespace
@@ -162,22 +182,116 @@ import hub_flash
 
 def get_kernel(name, version):
     assert (name, version) == ("kernels-community/flash-attn3", 1)
-    return SimpleNamespace(flash_attn_func=hub_flash.flash_attn_func)
+    return SimpleNamespace(flash_attn_interface=hub_flash)
 """
 
 
-@pytest.mark.parametrize("result", ["y", "(y, None)"])  # older versions return the log-sum-exps too
+@pytest.fixture
+def flash3_stand_in(tmp_path, monkeypatch):
+    """Install, by its source, FlashAttention-3's interface (its low-level one), written out with plain operations."""
+
+    def install(source):
+        name = {"package": "flash_attn_interface", "hub": "hub_flash"}[source]
+        (tmp_path / f"{name}.py").write_text(FLASH3)
+        if source == "hub":
+            (tmp_path / "kernels.py").write_text(HUB)
+        monkeypatch.syspath_prepend(tmp_path)
+        attention.flash3_interface.cache_clear()
+
+    yield install
+    attention.flash3_interface.cache_clear()
+    for name in ("flash_attn_interface", "hub_flash", "kernels"):
+        sys.modules.pop(name, None)
+
+
 @pytest.mark.parametrize("source", ["package", "hub"])
-def test_flash_attention_3_is_called_by_its_own_conventions(source, result, tmp_path, monkeypatch):
-    """Its documented interface, written out with torch's attention; the kernel itself needs a Hopper GPU."""
-    names = {"package": "flash_attn_interface", "hub": "hub_flash"}
-    (tmp_path / f"{names[source]}.py").write_text(FLASH3.replace("RESULT", result))
-    if source == "hub":
-        (tmp_path / "kernels.py").write_text(HUB)
-    monkeypatch.syspath_prepend(tmp_path)
-    try:
-        for window in (5, 33):
-            assert_same(flash3(), masked_sdpa, *make(33), window, 1e-5)
-    finally:
-        for name in (*names.values(), "kernels"):
-            sys.modules.pop(name, None)
+def test_flash_attention_3_is_called_by_its_own_conventions(source, flash3_stand_in):
+    flash3_stand_in(source)
+    for window in (5, 33):
+        assert_same(flash3(), masked_sdpa, *make(33), window, 1e-5)
+
+
+def test_where_flash_attention_3_is_not_installed_the_loader_says_so():
+    with pytest.raises(ImportError):
+        flash3()
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_block_with_flash_attention_3_is_one_graph(recompute, flash3_stand_in):
+    """Also under recomputation, and with the gradients of the eager model."""
+    flash3_stand_in("package")
+    graphs = []
+
+    def count_graphs(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    losses, gradients = [], []
+    idx_BT = torch.randint(64, (2, 256), generator=torch.Generator().manual_seed(0))
+    for compiled in (False, True):
+        model = GPT(GPTConfig(256, 64, 4, 2, 2, 32, "SL"), kernels=Kernels(attend=flash3()))
+        model.init_weights(torch.Generator().manual_seed(0))
+        if compiled:
+            torch._dynamo.reset()
+            for block in model.blocks:
+                block.compile(dynamic=False, backend=count_graphs)
+        loss = model(idx_BT, idx_BT, recompute=recompute)
+        loss.backward()
+        losses.append(loss.detach())
+        gradients.append(model.blocks[0].attn.v.weight.grad)
+    # Layers 0 and 2 have short windows, 1 and 3 long ones and value embeddings: two kinds of blocks.
+    assert len(graphs) == 2
+    torch.testing.assert_close(losses[1], losses[0])
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
+# Lengths: kernels that compile or plan for each of them see multiples of 128 alone.
+
+
+@pytest.mark.parametrize("window", [128, 300, 320, 1000])
+@pytest.mark.parametrize("T", [1, 127, 128, 300])
+def test_padding_changes_neither_values_nor_gradients(T, window):
+    lengths = []
+
+    def kernel(q, k, v, window):
+        lengths.append(q.size(1))
+        return masked_sdpa(q, k, v, window)
+
+    assert_same(padded(kernel), masked_sdpa, *make(T), window, 1e-5)
+    assert lengths == [-(-T // 128) * 128]
+
+
+def test_a_window_that_covers_the_row_still_does_after_padding():
+    """Otherwise full attention would become attention with a window, which is slower."""
+    seen = []
+    padded(lambda q, k, v, window: seen.append((q.size(1), window)) or q)(*make(300), 300)
+    assert seen == [(384, 384)]
+
+
+@pytest.mark.parametrize("working", [{"cudnn", "flex"}, {"cudnn"}, {"flex"}, set()], ids=str)
+@pytest.mark.parametrize("windowed", [True, False])
+def test_on_cuda_rows_of_all_lengths_are_a_few_lengths(working, windowed, monkeypatch):
+    lengths = set()
+
+    def kernel(q, k, v, window):
+        lengths.add(q.size(1))
+        return attend_sdpa(q, k, v, window)
+
+    for loader in ("flash3", "cudnn", "flex"):
+        monkeypatch.setattr(kernels, loader, (lambda: kernel) if loader in working else not_installed)
+    monkeypatch.setattr(kernels, "attend_sdpa", kernel)
+    _, attend = choose_cuda_attention(CPU, torch.float32, 16, windowed)
+    lengths.clear()
+    for T in (5, 100, 129, 200, 256, 257, 300):
+        attend(*make(T), 128 if windowed else 300)
+    assert lengths == {128, 256, 384}
+
+
+@pytest.mark.parametrize("hopper, installed", [(True, False), (True, True), (False, False)])
+def test_hopper_without_flash_attention_3_says_so_in_one_line_with_the_remedy(hopper, installed, monkeypatch, capsys):
+    monkeypatch.setattr(kernels, "flash3", (lambda: attend_sdpa) if installed else not_installed)
+    monkeypatch.setattr(kernels, "cudnn", lambda: attend_sdpa)
+    monkeypatch.setattr(kernels, "is_hopper", lambda device: hopper)
+    choose_cuda_attention(CPU, torch.float32, 16, windowed=False)
+    loud = [line for line in capsys.readouterr().out.splitlines() if "pip install kernels" in line]
+    assert len(loud) == (hopper and not installed)
