@@ -315,10 +315,11 @@ def padded(kernel: Attend) -> Attend:
         if not missing:
             return kernel(q_BTHD, k_BTKD, v_BTKD, window)
         # Rows grow at their end, and attention is causal: no query of the row sees a key that was added.
-        grown = [F.pad(x, (0, 0, 0, 0, 0, missing)) for x in (q_BTHD, k_BTKD, v_BTKD)]
+        grow = (0, 0, 0, 0, 0, missing)
         if window >= T:
             window = max(window, T + missing)  # a window that covers the row still does
-        return kernel(*grown, window)[:, :T]
+        y_BTHD = kernel(F.pad(q_BTHD, grow), F.pad(k_BTKD, grow), F.pad(v_BTKD, grow), window)
+        return y_BTHD[:, :T]
 
     return attend_padded
 
