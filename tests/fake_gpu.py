@@ -106,7 +106,7 @@ def to_empty(self: torch.nn.Module, *, device: Any, recurse: bool = True) -> tor
 class Watch(TorchDispatchMode):
     """Sees every operation: notes what the CPU computes, where Python waits for the GPU, and what is sent to others.
 
-    Where Python asks a tensor on the GPU for a number, it gets 1.0, 0 or True: losses are then finite, counts are those
+    Where Python asks a tensor for a number, it gets 1.0, 0 or True: losses are then finite, counts are those
     of nobody (no rank is out of memory), and comparisons hold.
     """
 
@@ -132,11 +132,13 @@ class Watch(TorchDispatchMode):
         if function.overloadpacket in PRODUCTS:
             self.products.update(x.dtype for x in inputs if x.dim() > 1 and x.numel() > 1)
         on_gpu = [x for x in inputs if x.device.type == "cuda"]
-        if name == "aten._local_scalar_dense.default" and on_gpu:
-            self.reads.append(name)
-            if on_gpu[0].dtype == torch.bool:
+        if name == "aten._local_scalar_dense.default":
+            if on_gpu:
+                self.reads.append(name)
+            (asked,) = inputs
+            if asked.dtype == torch.bool:
                 return True
-            return 1.0 if on_gpu[0].dtype.is_floating_point else 0
+            return 1.0 if asked.dtype.is_floating_point else 0
         outputs = function(*args, **kwargs)
         for x in tree_leaves(outputs):
             if isinstance(x, torch.Tensor) and x.device.type == "cpu":
@@ -145,6 +147,12 @@ class Watch(TorchDispatchMode):
                 elif x.numel() > 1:
                     self.on_cpu.append(name)
         return outputs
+
+
+class NeverInitialize(FakeTensorMode):
+    """FakeTensorMode that does not make tensors on a real GPU first, although `torch.cuda` says that there is one."""
+
+    avoid_device_init = True
 
 
 class FakeGpu(contextlib.ExitStack):
@@ -181,10 +189,11 @@ class FakeGpu(contextlib.ExitStack):
         self.enter_context(mock.patch.object(torch.nn.Module, "to_empty", to_empty))
         flash: Any = ModuleType("flash_attn_interface")
         flash.flash_attn_func = flash_attn_func
-        self.enter_context(mock.patch.dict(sys.modules, {"flash_attn_interface": flash}))
+        sys.modules["flash_attn_interface"] = flash
+        self.callback(sys.modules.pop, "flash_attn_interface")
         flex = "torch.nn.attention.flex_attention.flex_attention"
         self.enter_context(mock.patch(flex, torch.compiler.disable(flex_attention)))
         sdpa = scaled_dot_product_attention
         self.enter_context(mock.patch("torch.nn.functional.scaled_dot_product_attention", sdpa))
-        self.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        self.enter_context(NeverInitialize(allow_non_fake_inputs=True))
         return self

@@ -5,6 +5,7 @@
 // and raises. These answer that there is one GPU, on which everything has always just finished. Nothing here allocates
 // or computes: that is left to FakeTensorMode, which follows shapes, dtypes and devices alone. See null_cuda.py.
 
+#include <ATen/CPUGeneratorImpl.h>
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 
@@ -82,6 +83,14 @@ struct NullHooks final : public at::CUDAHooksInterface {
   }
   c10::DeviceIndex getCurrentDevice() const override {
     return 0;
+  }
+
+  // The CPU's generators stand in for a GPU's, as nothing is drawn.
+  const at::Generator& getDefaultGenerator(c10::DeviceIndex) const override {
+    return at::detail::getDefaultCPUGenerator();
+  }
+  at::Generator getNewGenerator(c10::DeviceIndex) const override {
+    return at::detail::createCPUGenerator();
   }
 };
 

@@ -1,6 +1,7 @@
 """Runs of the real training loop on a FakeGpu: rows without values, and nothing written to disk but the metrics."""
 
 import contextlib
+import os
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +20,14 @@ from nanochat.run import Run
 
 VOCABULARY = 32768
 TOKENIZER: Any = SimpleNamespace(
-    hash="0", token_bytes=[1] * VOCABULARY, encode=lambda text, prepend: [1, 2], decode=lambda ids: ""
+    hash="0",
+    token_bytes=[1] * VOCABULARY,
+    special_tokens={},
+    stop_tokens=(),
+    get_vocab_size=lambda: VOCABULARY,
+    encode_special=lambda name: 3,
+    encode=lambda text, prepend: [1, 2],
+    decode=lambda ids: "x" * len(ids),
 )
 
 
@@ -76,10 +84,13 @@ def train(run: Run, **arguments: Any) -> None:
 
 
 @contextlib.contextmanager
-def one_of_ranks(rank: int, world_size: int) -> Iterator[None]:
-    """Be one of so many ranks. PyTorch's "fake" process group checks what it is given and sends nothing."""
+def one_of_ranks(rank: int, world_size: int) -> Iterator[Compute]:
+    """Be one of so many ranks. PyTorch's "fake" process group checks what it is given, and sends nothing."""
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    places = {"RANK": str(rank), "WORLD_SIZE": str(world_size)}
     try:
-        yield
+        with mock.patch.dict(os.environ, places):
+            yield Compute.create("cuda")
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
