@@ -67,7 +67,9 @@ class TrainConfig:
     eval_every: int = option(250, "steps between evaluations (0 = only at the end)")
     eval_tokens: int = option(20 * 2**19, "validation tokens, at most one pass over the validation set")
     sample_every: int = option(2000, "steps between samples (0 = only at the end)")
-    save_every: int | None = option(None, "steps between checkpoints; unset = before every evaluation")
+    save_every: int | None = option(
+        None, "steps between checkpoints; unset = before every evaluation, on CUDA 1,000 steps or more apart"
+    )
     keep: int = option(2, "newest checkpoints kept, beside the one with the best validation")
     resume: str | None = option(
         None, "continue from a step; alone: from the newest; auto: from the newest if there is one", bare="newest"

@@ -251,10 +251,16 @@ def runs_table(runs: ByStage) -> str:
             "tokens/s": round(statistics.median(rates)) if rates else None,
             "MFU": f"{100 * statistics.median(shares):.1f} %" if shares else "n/a",
             "peak memory": f"{max(peaks) / 2**30:.1f} GiB" if peaks else None,
-            "training time": timedelta(seconds=round(run["wall_seconds"])) if "wall_seconds" in run else None,
+            "training time": rounded_time(run.get("wall_seconds")),
+            "without its first 10 steps": rounded_time(run.get("steady_seconds")),
         }
         rows.append(row)
     return to_table(rows)
+
+
+def rounded_time(seconds: float | None) -> timedelta | None:
+    """Return a time to whole seconds; None stays None, a dash in a table."""
+    return None if seconds is None else timedelta(seconds=round(seconds))
 
 
 def settings_table(settings: ByStage) -> str:

@@ -135,9 +135,7 @@ def reinforce(config: RLConfig, train: Sequence[Any], test: Sequence[Any], held_
             run.prune()
             if last:
                 break
-            if compute.any_rank(run.stop_requested):
-                run.save()
-                raise KeyboardInterrupt
+            trainer.stop_if_requested(run)
 
             began = time.perf_counter()
             chosen = problems_of_step(problems, config, step)

@@ -32,6 +32,8 @@ from nanochat.optim import MuonAdamW
 from nanochat.recipe import TrainConfig
 from nanochat.tokenizer import Tokenizer
 
+WARMUP_STEPS = 10  # compile kernels and wait for the first rows; the reference's clock leaves them out
+
 # A checkpoint must share these with the run that goes on from it; the rest, such as learning rates, may change.
 IDENTITY = ("model_config", "tokenizer_hash", "total_batch_size", "num_iterations", "dataset", "source", "rollouts")
 
@@ -53,7 +55,8 @@ class Run:
 
     step: int = 0
     tokens: int = 0  # trained on so far
-    seconds: float = 0.0  # of training so far
+    seconds: float = 0.0  # of all training steps so far
+    steady_seconds: float = 0.0  # of those after the first WARMUP_STEPS
     saved_step: int = 0  # a new run has nothing worth saving at step 0, so that counts as saved
     evaluated_step: int | None = None
     val_bpb: float | None = None  # of the newest evaluation
@@ -129,6 +132,8 @@ class Run:
         self.step = step
         self.saved_step = step
         self.seconds = meta["seconds"]
+        # Checkpoints of older versions have one clock.
+        self.steady_seconds = meta.get("steady_seconds", self.seconds)
         # Checkpoints of older versions do not count tokens.
         self.tokens = meta.get("tokens", step * self.total_batch_size)
         self.val_bpb = meta["val_bpb"]
@@ -144,7 +149,13 @@ class Run:
         """Write a checkpoint of this step, unless it has one; every rank calls this. Raises OSError on a full disk."""
         if self.step == self.saved_step:
             return
-        meta = {**self.meta, "val_bpb": None, "seconds": self.seconds, "tokens": self.tokens}
+        meta = {
+            **self.meta,
+            "val_bpb": None,
+            "seconds": self.seconds,
+            "steady_seconds": self.steady_seconds,
+            "tokens": self.tokens,
+        }
         state = self.optimizer.state_dict()
         checkpoint.save(self.stage, self.tag, self.step, self.model, state, meta, self.compute)
         self.saved_step = self.step
@@ -184,6 +195,8 @@ class Run:
         self.step += 1
         self.tokens += tokens
         self.seconds += seconds
+        if self.step > WARMUP_STEPS:
+            self.steady_seconds += seconds
         peak = self.compute.peak_flops
         mfu = None
         if flops is not None and peak is not None:
@@ -229,6 +242,7 @@ class Run:
             "plan": plan,
             "peak_mem_bytes": self.compute.peak_memory(),
             "wall_seconds": self.seconds,
+            "steady_seconds": self.steady_seconds,
         }
         write_record(self.folder / "run.json", record)
 

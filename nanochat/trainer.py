@@ -8,6 +8,7 @@ below it stand in the order in which it calls them. How the learning rate rises 
 
 import contextlib
 import dataclasses
+import gc
 import math
 import statistics
 import time
@@ -31,6 +32,7 @@ from nanochat.token_shards import PackedRows
 CPU_ROWS = 32
 CUDA_TOKENS = 2**16
 ASSUMED_MFU = 0.4  # of a GPU's peak, for the estimate before the first step
+CUDA_SAVE_STEPS = 1000  # fewest steps between checkpoints on CUDA, unless --save-every says otherwise
 TIMED_STEPS = 10  # steps after which the estimate is replaced by a measurement; the first ones compile and warm up
 
 
@@ -69,13 +71,14 @@ def train(run: Run, train_rows: PackedRows, val_rows: PackedRows, prompts: Seque
         explain_out_of_memory(batch.rows),
         contextlib.closing(run),
         contextlib.closing(train_loader.iterate(run.step)) as steps,
+        garbage_collector_restored(),
     ):
         while True:
             step = run.step
             last = step == run.num_iterations
 
             # Save before evaluating: a crash in the evaluation or in sampling then costs no training.
-            if last or is_due(step, config.save_every or config.eval_every):
+            if last or is_due(step, steps_between_checkpoints(config, compute)):
                 run.save()
 
             # A resumed run does not evaluate again what its checkpoint has a score for.
@@ -88,14 +91,11 @@ def train(run: Run, train_rows: PackedRows, val_rows: PackedRows, prompts: Seque
             # The last step has been saved and evaluated like any other; only now does the loop end.
             if last:
                 break
-            # A signal reaches ranks at different times. They agree here, and so stop at the same step.
-            if compute.any_rank(run.stop_requested):
-                run.save()
-                raise KeyboardInterrupt
+            stop_if_requested(run)
 
             began = time.perf_counter()  # waiting for rows is part of a step
             _, micro_batches = next(steps)
-            mean_loss = accumulate_gradients(run, micro_batches, batch.recompute)
+            part_losses = accumulate_gradients(run, micro_batches, batch.recompute)
             # The schedules of learning rate, momentum and weight decay are in recipe.py.
             lr_mult = recipe.learning_rate_multiplier(step, run.num_iterations, config)
             grad_norm = run.optimizer.step(
@@ -105,6 +105,9 @@ def train(run: Run, train_rows: PackedRows, val_rows: PackedRows, prompts: Seque
                 wd_mult=recipe.weight_decay_multiplier(step, run.num_iterations),
                 clip=config.grad_clip,
             )
+            # Reading a number waits for the GPU, so the loss is read when the update is under way. One that is not
+            # finite has spoilt the weights by then, but only in memory: it ends the run before the next save.
+            mean_loss = read_loss(run, part_losses)
             compute.synchronize()  # a GPU may still be busy with the update, which belongs to this step's time
             seconds = time.perf_counter() - began
 
@@ -118,6 +121,7 @@ def train(run: Run, train_rows: PackedRows, val_rows: PackedRows, prompts: Seque
                 more={} if grad_norm is None else {"grad_norm": grad_norm},
             )
             step_seconds.append(seconds)
+            rest_garbage_collector(len(step_seconds))
             if len(step_seconds) == TIMED_STEPS:
                 announce_measured_time(run, step_seconds)
     run.finish(plan=dataclasses.asdict(batch))
@@ -139,6 +143,29 @@ def is_due(step: int, every: int) -> bool:
     return every > 0 and step > 0 and step % every == 0
 
 
+def steps_between_checkpoints(config: TrainConfig, compute: Compute) -> int:
+    """Return --save-every, or else how often there is an evaluation: then each checkpoint has a score.
+
+    All GPUs stand still while gigabytes are written. So on CUDA only every n-th evaluation is saved, with at least
+    1,000 steps between two: at d24 about 18 minutes of the 99 that 8 H100s take, if a crash costs them.
+    """
+    if config.save_every is not None:
+        return config.save_every
+    if compute.device.type != "cuda" or config.eval_every == 0:
+        return config.eval_every
+    return config.eval_every * math.ceil(CUDA_SAVE_STEPS / config.eval_every)
+
+
+def stop_if_requested(run: Run) -> None:
+    """Save and raise KeyboardInterrupt if a signal has reached any rank. Every rank calls this between two steps.
+
+    A signal reaches ranks at different times. They agree here, and so stop at the same step.
+    """
+    if run.compute.any_rank(run.stop_requested):
+        run.save()
+        raise KeyboardInterrupt
+
+
 def validation_loader(val_rows: PackedRows, device_rows: int, compute: Compute) -> RowLoader:
     """Return a loader of the validation rows, `device_rows` at a time on each rank, in the same order for every run."""
     return RowLoader(
@@ -155,7 +182,7 @@ def validation_loader(val_rows: PackedRows, device_rows: int, compute: Compute) 
 def validation_bpb(run: Run, val_loader: RowLoader) -> float:
     """Return the bits per byte of the validation rows. Raises ValueError when they are not finite."""
     wanted_rows = math.ceil(run.config.eval_tokens / val_loader.sequence_len)
-    micro_batches = val_loader.first_rows(min(wanted_rows, val_loader.rows_in_epoch))
+    micro_batches = until_stopped(run, val_loader.first_rows(min(wanted_rows, val_loader.rows_in_epoch)))
     # On CPU compiling one more graph, for this batch without gradients, takes longer than all evaluations gain by it.
     stance = "force_eager" if run.compute.device.type == "cpu" else "default"
     was_training = run.model.training
@@ -166,6 +193,17 @@ def validation_bpb(run: Run, val_loader: RowLoader) -> float:
     if not math.isfinite(bpb):
         raise run.diverged(f"validation bits per byte are {bpb} after step {run.step}")
     return bpb
+
+
+def until_stopped(run: Run, micro_batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
+    """Yield the batches of an evaluation, which ends with the run when a signal has come.
+
+    After SIGTERM torchrun waits 30 seconds before it kills, less than an evaluation and a checkpoint may take. Ranks
+    can agree between two batches because each has equally many.
+    """
+    for micro_batch in micro_batches:
+        stop_if_requested(run)
+        yield micro_batch
 
 
 @torch.no_grad()
@@ -188,12 +226,12 @@ def print_samples(run: Run, prompts: Sequence[str]) -> None:
     run.model.train()
 
 
-def accumulate_gradients(run: Run, micro_batches: list[MicroBatch], recompute: bool) -> float:
-    """Run forward and backward over this rank's micro-batches; return the mean loss over the rows of all ranks.
+def accumulate_gradients(run: Run, micro_batches: list[MicroBatch], recompute: bool) -> torch.Tensor:
+    """Run forward and backward over this rank's micro-batches; return their parts of the mean loss of all ranks' rows.
 
     A device rarely holds the activations of a whole step. The gradients of its micro-batches add up, which gives the
     same sum as if all rows had gone through at once, and the weights are updated once. recompute: activations in the
-    backward pass. Raises ValueError when the loss is not finite.
+    backward pass.
     """
     compute = run.compute
     model = run.model
@@ -210,16 +248,44 @@ def accumulate_gradients(run: Run, micro_batches: list[MicroBatch], recompute: b
         part_loss = model(idx_BT, targets_BT, loss_reduction="sum", recompute=recompute) / n_targets
         part_loss.backward()  # adds to the gradients of the micro-batches before
         part_losses.append(part_loss.detach())
+    return torch.stack(part_losses)
 
-    # The loss is read once, after all micro-batches. `item` waits for the device, so reading each of them would leave a
-    # GPU without work in between. It is read before the update, as a loss that is not finite would spoil the weights.
-    mean_loss = compute.all_reduce_sum(torch.stack(part_losses).sum()).item()
+
+def read_loss(run: Run, part_losses: torch.Tensor) -> float:
+    """Return the mean loss over the rows of all ranks. Raises ValueError on all of them when it is not finite."""
+    compute = run.compute
+    mean_loss = compute.all_reduce_sum(part_losses.sum()).item()
     if not math.isfinite(mean_loss):
-        bad = [i for i, part in enumerate(part_losses) if not torch.isfinite(part)]
-        rows = sum(len(idx_BT) for idx_BT, _ in micro_batches) * compute.world_size
+        bad = [i for i, part_loss in enumerate(part_losses.tolist()) if not math.isfinite(part_loss)]
+        rows = run.total_batch_size // run.model.config.sequence_len
         where = f"rows {run.step * rows} to {(run.step + 1) * rows - 1} (micro-batch {bad} of rank {compute.rank})"
         raise run.diverged(f"loss is {mean_loss} at step {run.step}, {where}")
     return mean_loss
+
+
+def rest_garbage_collector(steps_made: int) -> None:
+    """Switch the garbage collector off once the first steps have made what stays.
+
+    It looks for objects that refer to each other in a circle. Each search goes through all objects of the process,
+    and half a second in which a GPU got no work was seen (karpathy/nanochat, 92d63d4). A training step leaves no such
+    objects behind, so a search every 5,000 steps is enough.
+    """
+    if steps_made == 3:
+        gc.collect()
+        gc.freeze()  # what is there now is not looked at again
+        gc.disable()
+    elif steps_made % 5000 == 0:
+        gc.collect()
+
+
+@contextlib.contextmanager
+def garbage_collector_restored() -> Iterator[None]:
+    """Give the process its garbage collector back when training ends."""
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        gc.enable()
 
 
 # --- how many rows a device takes at once
@@ -238,12 +304,16 @@ class DeviceBatch:
 def choose_device_batch(model: GPT, config: TrainConfig, compute: Compute, share: int) -> DeviceBatch:
     """Choose how many of its `share` of a step's rows each device takes at once.
 
-    A given --device-batch-size is taken as it is. On CUDA the choice is tried: rows are halved until a forward and
-    backward pass fits, then once more with recomputation. All ranks choose the same. Raises ValueError if nothing fits.
+    A given --device-batch-size is taken as it is if it fits. On CUDA the choice is tried: rows are halved until a
+    forward and backward pass fits, then once more with recomputation. A step that ran out of memory on one rank would
+    leave the others waiting for it, so all ranks agree here. Raises ValueError if nothing fits.
     """
     cuda = compute.device.type == "cuda"
     most_rows = max(1, CUDA_TOKENS // model.config.sequence_len) if cuda else CPU_ROWS
-    candidates = [config.device_batch_size] if config.device_batch_size else halvings(share, most_rows)
+    if config.device_batch_size is None:
+        candidates = halvings(share, most_rows)
+    else:
+        candidates = [config.device_batch_size, *halvings(share, config.device_batch_size // 2)]
     recompute_options = [False, True] if config.activation_checkpointing is None else [config.activation_checkpointing]
     for recompute in recompute_options:
         for rows in candidates:

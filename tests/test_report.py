@@ -57,6 +57,7 @@ def write_run(base, stage, steps, date):
         "model_config": model,
         "parameters": 5_000_000,
         "wall_seconds": 312.0,
+        "steady_seconds": 305.0,
     }
     write_json(folder / "run.json", {**run, "date": date, **PROVENANCE})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -130,7 +131,7 @@ def test_the_numbers_of_the_records_are_in_the_report(base):
     expected = ["–", "5,000,000", "119", "983,040", f"{last:.5g}", "2.51"]
     cells = [line.strip("| ").split(" | ") for line in text.splitlines() if "5,000,000" in line]
     assert [c[0] for c in cells] == ["base", "mid", "sft"] and cells[1][1:7] == expected
-    assert cells[1][8:] == ["n/a", "3.0 GiB", "0:05:12"]
+    assert cells[1][8:] == ["n/a", "3.0 GiB", "0:05:12", "0:05:05"]
     assert row(text, "depth")[1:] == ["4", "4", "4"]
     assert row(text, "n_layer")[1:] == ["4", "4", "4"]
     assert "| run |" not in text  # unset everywhere

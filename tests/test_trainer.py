@@ -1,5 +1,6 @@
 """The one loop: killed, told to stop, diverging and resumed; and what it writes down."""
 
+import gc
 import json
 import math
 import os
@@ -165,6 +166,28 @@ def test_a_second_signal_ends_at_once(tiny_world, monkeypatch):
     assert checkpoint.list_steps("base", "t") == [2]
 
 
+def test_a_signal_during_a_long_evaluation(tiny_world, monkeypatch):
+    """torchrun kills 30 seconds after SIGTERM: the evaluation is given up, what was trained is saved."""
+    model = make_model()
+    forward = model.forward
+    evaluated = []
+
+    def slow(idx_BT, targets_BT, **options):
+        if options["loss_reduction"] == "none":
+            evaluated.append(len(idx_BT))
+            if len(evaluated) == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return forward(idx_BT, targets_BT, **options)
+
+    monkeypatch.setattr(model, "forward", slow)
+    with pytest.raises(KeyboardInterrupt):
+        train_here(model=model, eval_every=3, eval_tokens=10**6)
+    assert len(evaluated) == 2, "of many batches"
+    assert checkpoint.list_steps("base", "t") == [3]
+    train_here(eval_every=3, eval_tokens=512, resume="newest")
+    assert [line["step"] for line in metrics("base", "t") if "val_bpb" in line] == [3, 6], "it is made good"
+
+
 def test_a_crash_in_evaluation_costs_nothing(tiny_world, monkeypatch):
     def crash(*arguments):
         raise RuntimeError("out of memory")
@@ -210,6 +233,40 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny_world, ranks):
     assert losses("base", "d2") == losses("base", "whole")
 
 
+def test_the_loss_is_read_when_the_update_is_under_way_and_still_spoils_no_checkpoint(tiny_world, monkeypatch):
+    """Reading waits for a GPU: nothing may be read between the first forward pass and the end of the update."""
+    model = make_model()
+    forward, update, item = model.forward, MuonAdamW.step, torch.Tensor.item
+    events = []
+
+    def spoilt_forward(*arguments, **options):
+        events.append("forward")
+        loss = forward(*arguments, **options)
+        return loss * math.nan if events.count("update") == 3 else loss
+
+    def noted_update(self, *arguments, **options):
+        events.append("update")
+        return update(self, *arguments, **options)
+
+    def noted_item(tensor):
+        events.append("read")
+        return item(tensor)
+
+    monkeypatch.setattr(model, "forward", spoilt_forward)
+    monkeypatch.setattr(MuonAdamW, "step", noted_update)
+    monkeypatch.setattr(torch.Tensor, "item", noted_item)
+    with pytest.raises(ValueError, match=r"loss is nan at step 3, rows 24 to 31 .* then --resume 2"):
+        train_here(model=model, eval_every=0, save_every=1, keep=9)
+    step = ["forward", "forward", "update", "read"]  # two micro-batches
+    assert [event for event in events if event != "read"] == 4 * step[:3]
+    assert "".join(event[0] for event in events).count("ffur") == 4
+    assert not model.embed.weight.isfinite().all(), "the weights in memory are spoilt"
+    assert checkpoint.list_steps("base", "t") == [1, 2, 3]
+    for saved in (1, 2, 3):
+        loaded, _, _ = checkpoint.load_model("base", "cpu", "t", saved)
+        assert all(parameter.isfinite().all() for parameter in loaded.parameters())
+
+
 def test_the_last_step_diverges(tiny_world):
     flags = ["--num-iterations", "1", "--matrix-lr", "1e30", "--embedding-lr", "1e30", "--unembedding-lr", "1e30"]
     line = script(STAGES["base"][0], *STAGES["base"][1], *flags).error_line
@@ -244,6 +301,22 @@ def test_memory_that_runs_out_after_all(tiny_world, monkeypatch):
         train_here(model=model)
 
 
+def test_no_search_for_garbage_between_steps(tiny_world, monkeypatch):
+    searches = []
+    monkeypatch.setattr(gc, "callbacks", [lambda phase, info: searches.append(phase)])
+    states = []
+    record_step = Run.record_step
+
+    def noted(self, **line):
+        states.append((gc.isenabled(), gc.get_freeze_count() > 1000))
+        record_step(self, **line)
+
+    monkeypatch.setattr(Run, "record_step", noted)
+    train_here(8, eval_every=0)
+    assert states == [(True, False)] * 3 + [(False, True)] * 5
+    assert gc.isenabled() and gc.get_freeze_count() == 0, "as before"
+
+
 # --- what is written
 
 
@@ -273,6 +346,34 @@ def test_the_record_of_a_run(tiny_world):
     assert (run_json["plan"]["rows"], run_json["plan"]["accumulation"]) == (8, 1)
     assert run_json["peak_mem_bytes"] > 10**7
     assert {"commit", "hardware", "versions", "date", "wall_seconds"} <= run_json.keys()
+
+
+def test_both_clocks_of_a_run(tiny_world):
+    """All training steps, and those after the tenth; both go on after a resume."""
+    flags = ["--num-iterations", "14", "--save-every", "6", "--keep", "9"]
+    train(*flags)
+    for resume in ([], ["--resume", "12"]):
+        train(*flags, *resume)
+        seconds = [line["dt"] for line in metrics("base", "d2") if "loss" in line]
+        assert len(seconds) == 14
+        assert record("base", "d2")["wall_seconds"] == pytest.approx(sum(seconds))
+        assert record("base", "d2")["steady_seconds"] == pytest.approx(sum(seconds[10:]))
+
+
+@pytest.mark.parametrize(
+    ("device", "flags", "expected"),
+    [
+        ("cpu", {}, 250),
+        ("cuda", {}, 1000),
+        ("cuda", {"eval_every": 300}, 1200),
+        ("cuda", {"eval_every": 1500}, 1500),
+        ("cuda", {"eval_every": 0}, 0),
+        ("cuda", {"save_every": 10}, 10),
+    ],
+)
+def test_checkpoints_are_rarer_on_a_gpu(device, flags, expected):
+    compute = Compute(torch.device(device), torch.bfloat16)
+    assert trainer.steps_between_checkpoints(TrainConfig(**flags), compute) == expected
 
 
 def test_tokens_and_speed_under_accumulation(tiny_world):
@@ -405,6 +506,29 @@ def test_on_a_gpu_rows_are_halved_until_they_fit_and_then_activations_recomputed
         return
     batch = choose(24, model, cuda)
     assert (batch.rows, batch.recompute, batch.peak) == (*expected, 1000)
+
+
+@pytest.mark.parametrize("given", [None, 16])
+def test_all_ranks_take_the_rows_of_the_one_with_the_least_memory(tiny_world, monkeypatch, given):
+    """A given --device-batch-size that does not fit is halved too: nobody watches a node's first step."""
+
+    class BesideAFullGPU(Compute):
+        """One of two ranks; the other has room for six rows."""
+
+        def any_rank(self, flag):
+            return flag or tried[-1] > 6
+
+    tried = []
+
+    def attempt(model, compute, rows, recompute):
+        tried.append(rows)
+        return 1000 if rows <= 12 else None
+
+    monkeypatch.setattr(trainer, "try_device_batch", attempt)
+    compute = BesideAFullGPU(torch.device("cuda"), torch.bfloat16, rank=0, world_size=2)
+    batch = choose(48, make_model(), compute, device_batch_size=given)
+    assert (batch.rows, batch.recompute) == ((6, False) if given is None else (4, False))
+    assert tried == ([48, 24, 12, 6] if given is None else [16, 8, 4])
 
 
 def test_an_attempt_leaves_no_gradients_and_reports_running_out(tiny_world, monkeypatch):
