@@ -94,7 +94,7 @@ class RowLoader:
         return epoch
 
     def step(self, step: int) -> list[MicroBatch]:
-        """Return this rank's micro-batches of a step: (inputs_BT, targets_BT), int64. Targets of -1 do not count."""
+        """Return this rank's micro-batches of a step: (inputs_BT, targets_BT), int64; see loss.IGNORED."""
         batch_2NT = self._buffer(pin=False)
         self._fill(step, batch_2NT)
         return self._micro_batches(batch_2NT.to(self.device))

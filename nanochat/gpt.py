@@ -319,7 +319,7 @@ class GPT(LanguageModel):
         wanted_R: torch.Tensor | None = None,
         recompute: bool = False,
     ) -> torch.Tensor:
-        """Return logits in fp32, or with targets the loss in nats; a target of -1 is ignored.
+        """Return logits in fp32, or with targets the loss in nats; a target of -1 (loss.IGNORED) counts for nothing.
 
         Without a context, idx is (B, T), whole rows from position 0, and logits are (B, T, V). With one (see
         language_model.py), idx is (N), and logits are (R, V), of the `wanted` tokens or of all.

@@ -24,7 +24,7 @@ from nanochat import fp8
 from nanochat.attention import Attend, attend, attend_blocks, attend_naive, attend_sdpa, cudnn, flash3, flex, padded
 from nanochat.common import print0
 from nanochat.fused_mlp import eager_mlp, fused_mlp, has_kernel
-from nanochat.loss import LossSum, chunked_loss_sum, liger_loss_sum, make_chunk_gradients
+from nanochat.loss import IGNORED, LossSum, chunked_loss_sum, liger_loss_sum, make_chunk_gradients
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ def loss_agrees(device: torch.device, dtype: torch.dtype, form: LossSum) -> bool
     """Return whether `form` gives the value and gradients of `chunked_loss_sum` here, ignored targets included."""
     generator = torch.Generator().manual_seed(0)
     targets_N = torch.randint(0, 70, (32,), generator=generator)
-    targets_N[::3] = -1
+    targets_N[::3] = IGNORED
     targets_N = targets_N.to(device)
     x_NC = torch.randn(32, 16, generator=generator).to(device, dtype)
     w_VC = torch.randn(70, 16, generator=generator).to(device, dtype)

@@ -18,6 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+# The target where nothing is learned: a user's words, a tool's output, padding. Anything below 0 is taken for it, since
+# token ids are above it. `grep IGNORED` finds all who set it or look for it.
+IGNORED = -1
+
 LossSum = Callable[[Tensor, Tensor, Tensor, float], Tensor]  # (x_NC, w_VC, targets_N, cap) -> summed loss
 ChunkGradients = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
 
@@ -101,7 +105,7 @@ def make_chunk_gradients(x_NC: Tensor, w_VC: Tensor, targets_N: Tensor, cap: flo
         lse_N1 = logits_NV.exp().sum(1, keepdim=True).log()
     else:
         lse_N1 = logits_NV.logsumexp(1, keepdim=True)
-    valid_N1 = (targets_N >= 0).unsqueeze(1)
+    valid_N1 = (targets_N > IGNORED).unsqueeze(1)
     safe_N1 = targets_N.clamp(min=0).unsqueeze(1)
     loss = ((lse_N1 - logits_NV.gather(1, safe_N1)) * valid_N1).sum()
 
@@ -117,7 +121,7 @@ def losses_by_token(x_NC: Tensor, w_VC: Tensor, targets_N: Tensor, cap: float, c
 
     def losses_of(x: Tensor, targets: Tensor) -> Tensor:
         logits_NV = softcap(F.linear(x, w), cap)
-        return F.cross_entropy(logits_NV, targets.clamp(min=-1), ignore_index=-1, reduction="none")
+        return F.cross_entropy(logits_NV, targets.clamp(min=IGNORED), ignore_index=IGNORED, reduction="none")
 
     w = w_VC.to(x_NC.dtype)
     size = chunk_size(x_NC, chunk)
@@ -137,12 +141,12 @@ def liger_loss_sum(x_NC: Tensor, w_VC: Tensor, targets_N: Tensor, cap: float) ->
     from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
 
     loss = LigerFusedLinearCrossEntropyLoss(
-        ignore_index=-1,
+        ignore_index=IGNORED,
         reduction="sum",
         softcap=cap or None,
         accum_dtype=torch.float32,  # the gradient of W is a sum over chunks, which bf16 would round at each of them
     )
-    return loss(w_VC.to(x_NC.dtype), x_NC, targets_N.clamp(min=-1))
+    return loss(w_VC.to(x_NC.dtype), x_NC, targets_N.clamp(min=IGNORED))
 
 
 def softcap_cross_entropy(
@@ -153,7 +157,7 @@ def softcap_cross_entropy(
     reduction: str = "mean",
     loss_sum: LossSum = chunked_loss_sum,
 ) -> Tensor:
-    """Cross-entropy in nats of softcapped logits x·Wᵀ, x (..., C), against targets (...). Negative ones are ignored.
+    """Cross-entropy in nats of softcapped logits x·Wᵀ, x (..., C), against targets (...). IGNORED ones do not count.
 
     reduction: "sum" | "mean" (over the targets that count; 0 when there are none) | "none" (like targets, fp32);
     others raise ValueError. loss_sum: the form of the sum to differentiate.
@@ -168,4 +172,4 @@ def softcap_cross_entropy(
         total = loss_sum(x_NC, w_VC, targets_N, cap)
     else:
         total = losses_by_token(x_NC, w_VC, targets_N, cap).sum()  # without the gradients, a third of the work
-    return total if reduction == "sum" else total / (targets_N >= 0).sum().clamp(min=1)
+    return total if reduction == "sum" else total / (targets_N > IGNORED).sum().clamp(min=1)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 
 from nanochat.compute import Compute
+from nanochat.loss import IGNORED
 
 
 @torch.no_grad()
@@ -21,7 +22,7 @@ def evaluate_bpb(
 ) -> float:
     """Return the bits that `model` needs per byte of text, over all batches of all ranks.
 
-    batches: (inputs_BT, targets_BT) pairs; targets below 0 are not counted. Ranks may differ in how many they give.
+    batches: (inputs_BT, targets_BT) pairs; IGNORED targets are not counted. Ranks may differ in how many they give.
     token_bytes: bytes of each token id, 0 for special tokens, which are not counted. Raises ValueError when no byte
     was scored.
     """
@@ -35,7 +36,7 @@ def evaluate_bpb(
     for inputs_BT, targets_BT in batches:
         bytes_V = bytes_V.to(targets_BT.device)
         nats_BT = model(inputs_BT, targets_BT, loss_reduction="none").view_as(targets_BT)
-        bytes_BT = torch.where(targets_BT >= 0, bytes_V[targets_BT.clamp(min=0)], 0)
+        bytes_BT = torch.where(targets_BT > IGNORED, bytes_V[targets_BT.clamp(min=0)], 0)
         nats_BT = torch.where(bytes_BT > 0, nats_BT, 0.0)
         total_nats += nats_BT.sum(dtype=sum_dtype).to(device)
         total_bytes += bytes_BT.sum().to(device)

@@ -36,6 +36,7 @@ from nanochat.compute import Compute
 from nanochat.conversation import render_for_completion
 from nanochat.engine import Engine, Request
 from nanochat.finetune import Conversations, SourceConfig, continue_from, conversation_rows, load_source
+from nanochat.loss import IGNORED
 from nanochat.run import Run, stop_on_signals
 from nanochat.tokenizer import Tokenizer
 
@@ -297,14 +298,14 @@ def accumulate_gradients(
 def make_micro_batches(groups: Sequence[Group], n_tokens: float, rows: int, device: torch.device) -> list[MicroBatch]:
     """Return all answers that have an advantage as (inputs_BT, targets_BT, weights_BT), `rows` of them at a time.
 
-    A weight is the answer's advantage over `n_tokens`; the target of a token that was not sampled is -1.
+    A weight is the answer's advantage over `n_tokens`; the target of a token that was not sampled is IGNORED.
     """
     answers = []
     for group in groups:
         for request, advantage in zip(group.requests, group.advantages, strict=True):
             if advantage:
                 ids, mask = sampled_row(request)
-                target_ids = [token if sampled else -1 for token, sampled in zip(ids, mask, strict=True)]
+                target_ids = [token if sampled else IGNORED for token, sampled in zip(ids, mask, strict=True)]
                 weights_T = torch.full((len(ids) - 1,), advantage / n_tokens)
                 answers.append((torch.tensor(ids[:-1]), torch.tensor(target_ids[1:]), weights_T))
     # The longest first: rows of about the same length then share a micro-batch, and need little padding.
@@ -313,7 +314,7 @@ def make_micro_batches(groups: Sequence[Group], n_tokens: float, rows: int, devi
     for start in range(0, len(answers), rows):
         inputs, targets, weights = zip(*answers[start : start + rows], strict=True)
         idx_BT = pad_sequence(list(inputs), batch_first=True)
-        targets_BT = pad_sequence(list(targets), batch_first=True, padding_value=-1)
+        targets_BT = pad_sequence(list(targets), batch_first=True, padding_value=IGNORED)
         weights_BT = pad_sequence(list(weights), batch_first=True)
         micro_batches.append((idx_BT.to(device), targets_BT.to(device), weights_BT.to(device)))
     return micro_batches

@@ -37,6 +37,7 @@ import numpy as np
 
 from nanochat.common import atomic_write_json, fsync_dir, read_json, sha256_file
 from nanochat.documents import dataset_dir, iterate_documents, read_manifest, shard_records
+from nanochat.loss import IGNORED
 from nanochat.tokenizer import Tokenizer
 
 # Seconds to wait for a shard that is still being downloaded.
@@ -117,14 +118,14 @@ class RowFile:
     padding: int  # tokens at the end of the last row that are no text and no targets
 
     def read(self, rows_K: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the ids of some rows (K, T+1), and their targets (K, T), int64: -1 where a token does not count."""
+        """Return the ids of some rows (K, T+1), and their targets (K, T), int64: IGNORED where none counts."""
         ids_KT1 = self.rows_RT1[rows_K]
         targets_KT = ids_KT1[:, 1:].astype(np.int64)
         if self.mask_RT1 is not None:
-            targets_KT[self.mask_RT1[rows_K, 1:] == 0] = -1
+            targets_KT[self.mask_RT1[rows_K, 1:] == 0] = IGNORED
         elif self.padding:
             is_last_K = rows_K == len(self.rows_RT1) - 1
-            targets_KT[is_last_K, -self.padding :] = -1
+            targets_KT[is_last_K, -self.padding :] = IGNORED
         return ids_KT1, targets_KT
 
 

@@ -22,6 +22,7 @@ from nanochat.common import print0
 from nanochat.compute import Compute
 from nanochat.dataloader import MicroBatch, RowLoader
 from nanochat.gpt import GPT
+from nanochat.loss import IGNORED
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.recipe import TrainConfig
 from nanochat.run import Run, stop_on_signals
@@ -241,7 +242,7 @@ def accumulate_gradients(run: Run, micro_batches: list[MicroBatch], recompute: b
 
     # Rows may differ in how many targets count. Dividing by the number of all ranks' targets, each rank's loss is its
     # part of the mean over all, and gradients are summed over ranks, not averaged.
-    counts = torch.stack([(targets_BT >= 0).sum() for _, targets_BT in micro_batches])
+    counts = torch.stack([(targets_BT > IGNORED).sum() for _, targets_BT in micro_batches])
     n_targets = compute.all_reduce_sum(counts.sum().float()).clamp(min=1)
     part_losses = []
     for idx_BT, targets_BT in micro_batches:

@@ -82,7 +82,7 @@ def shapes_of_operations(attend, T, window):
 
 
 def test_windows_in_training_are_not_masks():
-    """Pitfall 19: a window by a mask costs T x T, more than no window. Nothing of that size may exist."""
+    """A window by a mask costs T x T, more than no window. Nothing of that size may exist."""
     T = 512
     assert (T, T) in shapes_of_operations(masked_sdpa, T, 128)  # the measure sees what it looks for
     shapes = shapes_of_operations(attend_blocks, T, 128)

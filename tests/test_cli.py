@@ -1,4 +1,4 @@
-"""Command lines: what a user types, what comes back, and the exit codes that section 3 of the design promises."""
+"""Command lines: what a user types, what comes back, and the exit codes: 0 done, 2 wrong usage, 130 interrupted."""
 
 import subprocess
 import sys

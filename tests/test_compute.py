@@ -135,7 +135,7 @@ def test_peaks_of_known_gpus(name, tflops):
 
 @pytest.mark.parametrize("name", ["NVIDIA L40", "NVIDIA RTX A1000", "NVIDIA H20", "Some GPU 9000", "cpu", ""])
 def test_peaks_of_unknown_gpus_are_unknown(name):
-    """Pitfall 15: not zero, and not those of a card whose name begins alike."""
+    """Not zero, and not those of a card whose name begins alike: utilization would be wrong and look right."""
     assert peak_flops(name) is None
     assert Compute(CPU, torch.float32).peak_flops is None
 

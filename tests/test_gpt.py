@@ -80,7 +80,7 @@ def plain_transformer(model, idx_BT):
 
 
 def full_transformer(model, idx_BT):
-    """Section 5 of the design, word for word, with every switch on: the plain transformer and what it adds."""
+    """The model as README states it, token by token, with every switch on: the plain transformer and what it adds."""
     w, config = dict(model.named_parameters()), model.config
     B, T = idx_BT.shape
     x = rms(w["embed.weight"][idx_BT])
@@ -232,7 +232,7 @@ def test_compiled_blocks_equal_eager():
 
 
 def test_made_on_meta_and_poisoned_every_parameter_is_set():
-    """Pitfall 6: memory that `to_empty` hands out may hold anything."""
+    """Memory that `to_empty` hands out may hold anything, so `init_weights` must set every parameter."""
     with torch.device("meta"):
         model = GPT(GPTConfig(**SMALL), torch.bfloat16)
     model.to_empty(device="cpu")

@@ -37,7 +37,7 @@ def test_a_probe_passes_only_what_agrees_forward_and_backward(form, reason, caps
     assert (reason in printed and printed.count("\n") == 1) if reason else not printed
 
 
-# Backends that look well and are not (pitfall 18): what each does wrong, and nothing else.
+# Backends that look well and are not: what each does wrong, and nothing else.
 
 
 def fails_on_launch(q, k, v, window):

@@ -337,7 +337,9 @@ def test_state_of_two_ranks_loads_on_three(ranks, alone):
 
 
 def test_clipping_measures_the_whole_gradient_after_reduction(ranks):
-    """Pitfall 8. Adam's first mean is (1 - β1) times the clipped gradient, so it shows what was clipped."""
+    """Each rank alone has the norm of its own rows only, which is another one. What was clipped shows in Adam's first
+    mean: it is (1 - β1) times the clipped gradient.
+    """
     model, optimizer = make()
     set_gradients(model, 0, range(PARTS))
     gradient = model.head.weight.grad.clone()
