@@ -22,6 +22,8 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from nanochat import attention
+
 DEVICE = torch.device("cuda", 0)
 
 # What our code asks a GPU for: its name (for its peak), capability (for bf16 and kernels) and memory.
@@ -32,62 +34,51 @@ GPUS = {
 
 
 aten = torch.ops.aten
-PRODUCTS = (aten.mm, aten.bmm, aten.addmm, aten.baddbmm, aten._scaled_mm, aten.addmv, aten.mv)
+PRODUCTS = (aten.mm, aten.bmm, aten.addmm, aten.baddbmm, aten._scaled_mm, torch.ops.nanochat.flash3)
 
 # --- stand-ins
 
-torch.library.define("fake_gpu::flash", "(Tensor q, Tensor k, Tensor v) -> (Tensor, Tensor)")
+torch.library.define("fake_gpu::attention", "(Tensor q, Tensor k, Tensor v) -> (Tensor, Tensor)")
 torch.library.define(
-    "fake_gpu::flash_backward", "(Tensor dy, Tensor q, Tensor k, Tensor v) -> (Tensor, Tensor, Tensor)"
+    "fake_gpu::attention_backward", "(Tensor dy, Tensor q, Tensor k, Tensor v) -> (Tensor, Tensor, Tensor)"
 )
 
 
-@torch.library.register_fake("fake_gpu::flash")
+@torch.library.register_fake("fake_gpu::attention")
 def _(q_BTHD, k_BTKD, v_BTKD):
     B, T, H, _ = q_BTHD.shape
     return torch.empty_like(q_BTHD), q_BTHD.new_empty((B, H, T), dtype=torch.float32)
 
 
-@torch.library.register_fake("fake_gpu::flash_backward")
+@torch.library.register_fake("fake_gpu::attention_backward")
 def _(dy_BTHD, q_BTHD, k_BTKD, v_BTKD):
     return torch.empty_like(q_BTHD), torch.empty_like(k_BTKD), torch.empty_like(v_BTKD)
 
 
 def _keep(ctx, inputs, output):
-    ctx.save_for_backward(*inputs, *output)  # FlashAttention keeps q, k, v, its output and the log-sum-exps
+    ctx.save_for_backward(*inputs, *output)  # as fused kernels do: q, k, v, their output and the log-sum-exps
 
 
-def _flash_backward(ctx, dy_BTHD, _):
+def _attention_backward(ctx, dy_BTHD, _):
     q_BTHD, k_BTKD, v_BTKD, _, _ = ctx.saved_tensors
-    return torch.ops.fake_gpu.flash_backward(dy_BTHD, q_BTHD, k_BTKD, v_BTKD)
+    return torch.ops.fake_gpu.attention_backward(dy_BTHD, q_BTHD, k_BTKD, v_BTKD)
 
 
-torch.library.register_autograd("fake_gpu::flash", _flash_backward, setup_context=_keep)
-
-
-def flash_attn_func(q_BTHD, k_BTKD, v_BTKD, causal=False, window_size=(-1, -1)):
-    """The interface of FlashAttention-3, with its limits: Hopper, half precision, contiguous channels, at most 256."""
-    if torch.cuda.get_device_capability()[0] != 9:
-        raise RuntimeError("no kernel image is available for execution on the device")
-    for x in (q_BTHD, k_BTKD, v_BTKD):
-        assert x.device.type == "cuda" and x.dtype in (torch.bfloat16, torch.float16), (x.device, x.dtype)
-        assert x.stride(-1) == 1 and x.size(-1) % 8 == 0 and x.size(-1) <= 256, (x.shape, x.stride())
-    assert causal and window_size[0] >= 0 and window_size[1] == 0, window_size
-    return torch.ops.fake_gpu.flash(q_BTHD, k_BTKD, v_BTKD)[0]
+torch.library.register_autograd("fake_gpu::attention", _attention_backward, setup_context=_keep)
 
 
 def flex_attention(q_BHTD, k_BKTD, v_BKTD, block_mask, enable_gqa):
     """The interface of FlexAttention as attention.py calls it; the real one would be compiled by Inductor."""
     assert enable_gqa and block_mask.kv_indices.device.type == "cuda"
     assert block_mask.shape[-2:] == (q_BHTD.size(2), k_BKTD.size(2)), "a mask of another length"
-    return torch.ops.fake_gpu.flash(q_BHTD.transpose(1, 2), k_BKTD, v_BKTD)[0].transpose(1, 2)
+    return torch.ops.fake_gpu.attention(q_BHTD.transpose(1, 2), k_BKTD, v_BKTD)[0].transpose(1, 2)
 
 
 def scaled_dot_product_attention(q_BHTD, k_BKSD, v_BKSD, attn_mask=None, is_causal=False):
     """PyTorch's own kernels, as attention.py and cached_attention.py call them."""
     assert q_BHTD.shape[:2] == k_BKSD.shape[:2] == v_BKSD.shape[:2], "heads are repeated before the call"
     assert attn_mask is None or (attn_mask.device.type == "cuda" and not is_causal)
-    return torch.ops.fake_gpu.flash(q_BHTD.transpose(1, 2), k_BKSD, v_BKSD)[0].transpose(1, 2)
+    return torch.ops.fake_gpu.attention(q_BHTD.transpose(1, 2), k_BKSD, v_BKSD)[0].transpose(1, 2)
 
 
 def to_empty(self: torch.nn.Module, *, device: Any, recurse: bool = True) -> torch.nn.Module:
@@ -187,10 +178,12 @@ class FakeGpu(contextlib.ExitStack):
         }.items():
             self.enter_context(mock.patch.object(torch.cuda, attribute, value))
         self.enter_context(mock.patch.object(torch.nn.Module, "to_empty", to_empty))
-        flash: Any = ModuleType("flash_attn_interface")
-        flash.flash_attn_func = flash_attn_func
-        sys.modules["flash_attn_interface"] = flash
-        self.callback(sys.modules.pop, "flash_attn_interface")
+        # FlashAttention-3 is installed on Hopper. Our operator around it knows the shapes, so nobody looks inside.
+        interface = ModuleType("flash_attn_interface") if gpu.capability[0] == 9 else None
+        attention.flash3_interface.cache_clear()
+        for name, module in {"flash_attn_interface": interface, "kernels": None}.items():
+            sys.modules[name] = module  # type: ignore[assignment]  # None: importing it raises ImportError
+            self.callback(sys.modules.pop, name)
         flex = "torch.nn.attention.flex_attention.flex_attention"
         self.enter_context(mock.patch(flex, torch.compiler.disable(flex_attention)))
         sdpa = scaled_dot_product_attention
