@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -55,14 +56,30 @@ class Config:
     step: int | None = option(None, "which step; unset: the last")
     system: str | None = option(None, "instructions for the model, put before the first message")
     temperature: float = option(0.0, "0 is the likeliest answer, best for facts and sums; 0.6 to 1 is livelier")
-    top_k: int | None = option(None, "draw from the k likeliest tokens only")
-    top_p: float = option(1.0, "draw from the likeliest tokens that make up this share of the probability")
+    top_k: int | None = option(None, "draw from the k likeliest tokens only (with --temperature above 0)")
+    top_p: float = option(
+        1.0, "draw from the likeliest tokens that make up this share of the probability (with --temperature above 0)"
+    )
     max_tokens: int | None = option(None, "longest answer in tokens; unset: as far as the context goes")
     seed: int = option(42, "the same seed gives the same answer")
     int8: bool = option(False, "weights of a model of this project in 8 bits, on CPU")
     device_type: str | None = option(None, "cuda, mps or cpu; unset: the best there is")
     devices: str | None = option(None, store.DEVICES)
     tensor_parallel: bool = option(False, "cut a Llama-like model over the processes that torchrun has started")
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a setting that is out of range: here, and not after minutes of loading a model."""
+        Request([0], **self.settings())
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings of each answer, as fields of a Request."""
+        return {
+            "max_tokens": self.max_tokens,
+            "temperature": self.temperature,
+            "top_k": self.top_k,
+            "top_p": self.top_p,
+            "seed": self.seed,
+        }
 
 
 class Chat:
@@ -128,17 +145,8 @@ class Chat:
 
     def request(self, messages: list[Message]) -> Request:
         """Return the request for the next answer of a conversation, without its oldest turns if it is too long."""
-        config = self.config
-        prompt = self.form.prompt(self._system() + messages, self.engine.context, config.max_tokens)
-        return Request(
-            prompt,
-            config.max_tokens,
-            decoder=self.form.decoder(prompt),
-            temperature=config.temperature,
-            top_k=config.top_k,
-            top_p=config.top_p,
-            seed=config.seed,
-        )
+        prompt = self.form.prompt(self._system() + messages, self.engine.context, self.config.max_tokens)
+        return Request(prompt, decoder=self.form.decoder(prompt), **self.config.settings())
 
     def _system(self) -> list[Message]:
         """Return the instructions as the messages, one or none, that begin the conversation."""
@@ -174,7 +182,6 @@ class Chat:
                 self._write(f"{told}\n")
             case "temp":
                 temperature = float(argument) if argument else self.config.temperature
-                Request([0], temperature=temperature)  # raises ValueError for a temperature that cannot be
                 self.config = replace(self.config, temperature=temperature)
                 self._write(f"temperature {temperature:g}\n")
             case "save" if argument:

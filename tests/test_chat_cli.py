@@ -254,6 +254,12 @@ def test_a_conversation_is_saved_and_loaded(tmp_path, capsys):
     assert other.messages == chat.messages and other.config.system == "Be kind."
 
 
+@pytest.mark.parametrize(("name", "value"), [("top_p", 2.0), ("top_k", -1), ("temperature", -1.0), ("max_tokens", 0)])
+def test_a_setting_out_of_range_is_refused_before_a_model_is_loaded(name, value):
+    with pytest.raises(ValueError, match=f"{name} {value} must be a number from"):
+        Config(**{name: value})
+
+
 def test_wrong_commands_are_answered_and_change_nothing(tmp_path, capsys):
     chat = new_chat()
     (tmp_path / "bad.json").write_text("{")
