@@ -15,7 +15,7 @@ which slot s holds the newest position p with p % ring = s. A ring of 4 slots af
     position   4  5  2  3
 
 Shapes: R rows, B of them in a part of T new positions each, N = all new positions of a forward, S slots, H query
-heads, K kv heads, D head dim, G = B·K, P places of blocks.
+heads, K kv heads, D head dim, G = B·K, P places of blocks, L = 16 positions of a block.
 """
 
 import functools
@@ -276,11 +276,12 @@ class CacheBatch:
         masks = []
         for part, positions in zip(self.parts, self._split(positions_N), strict=True):
             positions_BT1 = positions.view(part.n_rows, part.n_tokens, 1)
-            held_BTS = torch.arange(layer.n_visible(part.length), device=like.device)  # the position in each slot
+            slots_S = torch.arange(layer.n_visible(part.length), device=like.device)
+            held_BTS = slots_S.view(1, 1, -1)  # the position that each slot holds: slot s holds position s
             if layer.ring is not None and part.length > layer.ring:
-                # The ring has wrapped: slot s holds the newest position p with p % ring = s.
+                # But where the ring has wrapped, slot s holds the newest position p with p % ring = s.
                 newest_B11 = positions_BT1[:, -1:]
-                held_BTS = newest_B11 - (newest_B11 - held_BTS) % layer.ring
+                held_BTS = newest_B11 - (newest_B11 - slots_S) % layer.ring
             hidden_BTS = held_BTS > positions_BT1  # causal
             if window < part.length:  # otherwise no position is outside of the window
                 hidden_BTS = hidden_BTS | (held_BTS <= positions_BT1 - window)
@@ -341,8 +342,8 @@ class PrefixCache:
             first = 0 if layer.ring is None else max(0, len(chain) - layer.ring // BLOCK)
             for index, block in enumerate(chain[first:], first):
                 slots = layer.block_slots(index)
-                for memory_RSKD, known_PBKD in zip(layer.memory, known, strict=True):
-                    memory_RSKD[row, slots] = known_PBKD[block.place]
+                for memory_RSKD, known_PLKD in zip(layer.memory, known, strict=True):
+                    memory_RSKD[row, slots] = known_PLKD[block.place]
         return chain
 
     def save(self, row: int, tokens: Sequence[int], chain: list[Block]) -> None:
@@ -375,8 +376,8 @@ class PrefixCache:
         for layer, known in zip(self.layers, self._memory, strict=True):
             for index, block in enumerate(fresh, len(chain) - len(fresh)):
                 slots = layer.block_slots(index)
-                for memory_RSKD, known_PBKD in zip(layer.memory, known, strict=True):
-                    known_PBKD[block.place] = memory_RSKD[row, slots]
+                for memory_RSKD, known_PLKD in zip(layer.memory, known, strict=True):
+                    known_PLKD[block.place] = memory_RSKD[row, slots]
 
     def _free_place(self) -> int:
         """Return a place that no block uses, if need be that of the least recently used one."""
