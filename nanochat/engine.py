@@ -6,9 +6,9 @@ The scheduler (scheduler.py) says which requests run and how much of each is rea
 (language_model.py), reads all tokens of the step in one forward; kv_cache.py holds what it read before. sampling.py
 draws the tokens; detokenizer.py makes text of them.
 
-The same request with the same seed gives the same tokens alone and in any company, in any row, after a prefix hit, in
-chunks of any size, and after a preemption. On CPU that holds bit by bit. On a GPU it holds except for rounding, because
-products there sum in an order that depends on their shape.
+The same request with the same seed gives the same tokens in any company: on CPU to the bit, on a GPU except for
+rounding, because products there sum in an order that depends on their shape. "Any company" is any batch and any row,
+chunks of any size, a prefix hit, and a preemption.
 """
 
 import contextlib
@@ -88,13 +88,21 @@ class Engine:
         self.graphs = CudaGraphs(self.model, self.cache) if on_gpu and model.graphs else None
         self.trace = Trace(self.model, self.cache) if traceable(self.model) else None
         self.scheduler = Scheduler(self.cache, max_batch, step_tokens)
-        self.waiting = self.scheduler.waiting
-        self.running = self.scheduler.running
         self.n_prompt_tokens = 0
         self.n_output_tokens = 0
         # Tokenizers of other projects lack some of these.
         self._special = {name: tokenizer.special_tokens.get(name) for name in SPECIAL_TOKENS}
         self._stop_tokens = {self._special["<|bos|>"], *tokenizer.stop_tokens}  # a new document ends every answer
+
+    @property
+    def waiting(self) -> list[Request]:
+        """Requests that wait, in the order of arrival."""
+        return self.scheduler.waiting
+
+    @property
+    def running(self) -> list[Request]:
+        """Requests that run, in the order of their rows of the cache."""
+        return self.scheduler.running
 
     @property
     def busy(self) -> bool:
@@ -155,7 +163,8 @@ class Engine:
         work = self.scheduler.schedule()
         if not work:
             return []
-        # Single tokens first, neighbouring rows together: see `_read`.
+        # Requests that read a single token come first, because a CUDA graph or a trace may do that part (`_forward`).
+        # Neighbouring rows stand together, because they attend together (`_read`).
         work.sort(key=lambda item: (item[1] > 1, item[0].row))
         # Run.
         self.cache.reserve(len(self.running), max(request.size for request in self.running))
@@ -177,18 +186,20 @@ class Engine:
     def _forward(self, work: Sequence[tuple[Request, int]]) -> torch.Tensor:
         """Read the next n tokens of each request; return logits (B, V) after the last of each.
 
-        Requests that read one token come first: on a GPU a CUDA graph does that part, and on CPU a trace if there is
-        no other part.
+        On a GPU a CUDA graph reads the single tokens, and on CPU a trace, if nothing else is to be read.
         """
-        n_decode = sum(n == 1 for _, n in work)
-        if self.graphs is not None and n_decode > 0:
+        n_single = sum(n == 1 for _, n in work)
+        if self.graphs is not None and n_single > 0:
             # All running requests take part, because the rows of a graph have no gaps. What it writes for one that is
             # still in prefill is overwritten later.
-            decoded = self.graphs(self._next_tokens())[[request.row for request, _ in work[:n_decode]]]
-            if n_decode == len(work):
+            decoded = self.graphs(self._next_tokens())[[request.row for request, _ in work[:n_single]]]
+            if n_single == len(work):
                 return decoded
-            return torch.cat((decoded, self._read(work[n_decode:])))
-        if self.trace is not None and n_decode == len(self.running) and self.cache.layers[0].memory:
+            return torch.cat((decoded, self._read(work[n_single:])))
+        # The cache's memory is an input of the trace. The first write makes it, in all layers, so the very first step
+        # of an engine is always read without the trace.
+        has_memory = bool(self.cache.layers[0].memory)
+        if self.trace is not None and n_single == len(self.running) and has_memory:
             return self.trace(self._next_tokens())
         return self._read(work)
 
@@ -267,7 +278,15 @@ class Engine:
         columns after that are filled with <|assistant_end|> and mask 0. settings: further fields of `Request`.
         """
         requests = [
-            Request(tokens, max_tokens, temperature, top_k, seed=seed, sample=sample, **settings)
+            Request(
+                tokens,
+                max_tokens=max_tokens,
+                temperature=temperature,
+                top_k=top_k,
+                seed=seed,
+                sample=sample,
+                **settings,
+            )
             for sample in range(num_samples)
         ]
         padding = (self._special["<|assistant_end|>"] or 0, 0)
@@ -304,7 +323,7 @@ class Engine:
 
     def complete(self, prompts: Iterable[Sequence[int]], max_tokens: int | None = None) -> list[list[int]]:
         """Return the likeliest tokens after each prompt."""
-        requests = [Request(tokens, max_tokens, temperature=0.0) for tokens in prompts]
+        requests = [Request(tokens, max_tokens=max_tokens, temperature=0.0) for tokens in prompts]
         self.run(requests)
         return [request.output for request in requests]
 

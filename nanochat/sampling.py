@@ -9,9 +9,9 @@ An example, with temperature 1 and three tokens:
     probabilities   0.73   0.27   0
     cumulative      0.73   1.00   1.00     the random number 0.8 draws the second token
 
-A row's token follows from its own logits, settings and random number alone: not from its neighbours in the batch, nor
-from the device. A setting that no row uses costs nothing. To add one, write a function like `_top_k` and call it from
-`sample`.
+A row's token follows from its own logits, settings and random number alone. So the same request with the same seed
+gives the same tokens in any company: on CPU to the bit, on a GPU except for rounding. A setting that no row uses costs
+nothing. To add one, copy `_min_p`, which is the simplest, and call it from `sample`, after `_min_p`.
 
 Shapes: B rows, D of them that are drawn at random (temperature above 0), V vocabulary.
 """
@@ -44,6 +44,8 @@ def sample(logits_BV: torch.Tensor, requests: Sequence[Request], uniform: Sequen
     scores_DV = _temperature(logits_BV[rows_D], requests)
     scores_DV = _top_k(scores_DV, requests)
     scores_DV = _top_p(scores_DV, requests)
+    # Up to here the likeliest token of each row has the score 0, and `_min_p` measures the others against it. So
+    # whatever may drop or move the likeliest token comes after `_min_p`.
     scores_DV = _min_p(scores_DV, requests)
     cumulative_DV = scores_DV.softmax(dim=-1).cumsum(dim=-1)
     uniform_D1 = _column([uniform[row] for row in drawn], scores_DV).clamp(max=LARGEST_BELOW_ONE)

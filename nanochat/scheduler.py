@@ -15,7 +15,7 @@ import itertools
 import math
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Literal
 
 from nanochat.kv_cache import BLOCK, Block, KVCache
@@ -34,12 +34,13 @@ class TokenScore:
 class Request:
     """One sequence to be continued: its prompt, its settings and its progress.
 
-    To add a sampling option: a field here and its range in `__post_init__`, its effect in sampling.py, and, to let
-    clients of the API set it, a field of `Parameters` in serve/schema.py. Raises ValueError when a setting is out of
-    range.
+    To add a sampling option: a field here and its range in `__post_init__`, and its effect in sampling.py. To let
+    clients of the API set it, a field of the same name in `Parameters` in serve/schema.py, which comes here by its
+    name, and a row in dev/api.md. Raises ValueError when a setting is out of range.
     """
 
     tokens: Sequence[int]
+    _: KW_ONLY
     max_tokens: int | None = None  # None = up to the end of the context
 
     # How to sample (sampling.py).

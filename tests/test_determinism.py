@@ -33,7 +33,7 @@ def prompt(n, seed=0):
 
 
 def ask(tokens, max_tokens=24, **fields):
-    return Request(tokens, max_tokens, seed=7, logprobs=3, **fields)
+    return Request(tokens, max_tokens=max_tokens, seed=7, logprobs=3, **fields)
 
 
 def answer(request):
@@ -51,7 +51,12 @@ def others(n, seed=0):
     """Requests of all lengths and settings."""
     draw = random.Random(seed)
     return [
-        Request(prompt(draw.randrange(1, 330), i), draw.randrange(1, 60), draw.choice([0.0, 1.0]), seed=i)
+        Request(
+            prompt(draw.randrange(1, 330), i),
+            max_tokens=draw.randrange(1, 60),
+            temperature=draw.choice([0.0, 1.0]),
+            seed=i,
+        )
         for i in range(n)
     ]
 
@@ -86,7 +91,7 @@ def test_read_in_any_chunks(model, step_tokens):
 def test_with_a_known_beginning(model, known):
     """Known from an earlier request that went another way, long ago enough for its rings to have been overwritten."""
     engine, request = Engine(model, TOKENIZER, 2), ask(PROMPT)
-    engine.run([Request([*PROMPT[:known], *prompt(200, 1)], 100, seed=1)])
+    engine.run([Request([*PROMPT[:known], *prompt(200, 1)], max_tokens=100, seed=1)])
     engine.run(others(5))
     engine.run([request])
     assert answer(request) == alone(model, PROMPT)
@@ -104,7 +109,7 @@ def test_among_samples_of_the_same_prompt(model):
 def test_after_a_preemption(model, prefix_tokens):
     """The last to come gives way to those that grow, in the middle of its answer."""
     engine = Engine(model, TOKENIZER, 4, cache_tokens=1100, prefix_tokens=prefix_tokens)
-    company, request = [Request(prompt(240, i), 200, seed=i) for i in range(2)], ask(PROMPT[:200], 40)
+    company, request = [Request(prompt(240, i), max_tokens=200, seed=i) for i in range(2)], ask(PROMPT[:200], 40)
     for each in (*company, request):
         engine.add(each)
     while not engine.scheduler.n_preempted:

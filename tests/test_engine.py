@@ -92,7 +92,12 @@ def test_a_row_does_not_depend_on_its_neighbours(tokenizer):
     engine = Engine(random_model(tokenizer.get_vocab_size()), tokenizer, max_batch=4)
 
     def requests():
-        return [Request(tokenizer.encode("How" * (i + 1)), 5 + 3 * i, 0.5 * i, i, seed=7, sample=i) for i in range(9)]
+        return [
+            Request(
+                tokenizer.encode("How" * (i + 1)), max_tokens=5 + 3 * i, temperature=0.5 * i, top_k=i, seed=7, sample=i
+            )
+            for i in range(9)
+        ]
 
     together = requests()
     engine.run(together)
@@ -125,7 +130,7 @@ def test_a_step_is_one_forward(tokenizer):
     engine = Engine(model, tokenizer, max_batch=8, step_tokens=100)
     engine.model.register_forward_pre_hook(lambda _, inputs: read.append(len(inputs[0])))
     prompts = [tokenizer.encode("How many r are in strawberry? "[: 3 + 4 * i], prepend="<|bos|>") for i in range(6)]
-    requests = [Request(prompt, 9, temperature=0.0) for prompt in prompts]
+    requests = [Request(prompt, max_tokens=9, temperature=0.0) for prompt in prompts]
     for request in requests[:4]:
         engine.add(request)
     engine.step()
@@ -143,7 +148,7 @@ def test_samples_follow_the_model(tokenizer):
     """Chi-square of 2,000 first tokens against the softmax of the full forward."""
     model = random_model(tokenizer.get_vocab_size(), n_layer=2)
     prompt = tokenizer.encode("What is it?", prepend="<|bos|>")
-    requests = [Request(prompt, 1, 1.0, seed=5, sample=i) for i in range(2000)]
+    requests = [Request(prompt, max_tokens=1, temperature=1.0, seed=5, sample=i) for i in range(2000)]
     Engine(model, tokenizer, max_batch=200).run(requests)
     counts = collections.Counter(r.output[0] if r.output else r.stop_token for r in requests)
     with torch.inference_mode():
@@ -190,7 +195,7 @@ def test_ends(tokenizer):
         (4, 4, 4): plain * 50,
     }
     engine = scripted_engine(tokenizer, answers, sequence_len=40)
-    requests = [Request(prompt, 6 if prompt == (3,) else None, temperature=0.0) for prompt in prompts]
+    requests = [Request(prompt, max_tokens=6 if prompt == (3,) else None, temperature=0.0) for prompt in prompts]
     engine.run(requests)
     assert [request.output for request in requests] == [plain[:4], [], plain[:6], (plain * 50)[:37]]
     assert [request.finish_reason for request in requests] == ["stop", "stop", "length", "length"]
@@ -300,7 +305,7 @@ def test_stop_texts_end_an_answer_and_never_show(tokenizer):
     answers[2,].append(tokenizer.encode_special("<|assistant_end|>"))
     engine = scripted_engine(tokenizer, answers)
     for stop, shown in ((["144"], "The result is "), (["many r", "zzz"], "The result is 144. How "), (["The"], "")):
-        request = Request((1,), 60, temperature=0.0, stop=stop)
+        request = Request((1,), max_tokens=60, temperature=0.0, stop=stop)
         updates = steps(engine, request)
         assert request.finish_reason == "stop" and request.stop_token is None
         assert "".join(event for update in updates for event in update.events) == shown
@@ -314,7 +319,7 @@ def test_stop_texts_end_an_answer_and_never_show(tokenizer):
 def test_updates_are_the_output_in_order(tokenizer):
     """With all kinds of company; tokens and text as in the end, and one last update with the reason for each."""
     engine = Engine(random_model(tokenizer.get_vocab_size()), tokenizer, max_batch=3)
-    requests = [Request(tokenizer.encode("How" * (i + 1)), 5 + 4 * i, seed=i) for i in range(7)]
+    requests = [Request(tokenizer.encode("How" * (i + 1)), max_tokens=5 + 4 * i, seed=i) for i in range(7)]
     for request in requests:
         request.decoder = AnswerDecoder(tokenizer)
     updates = steps(engine, *requests)
@@ -342,7 +347,7 @@ def test_a_tools_answer_is_read_at_once_and_cut_at_the_limit(tokenizer):
     assert request.output == call + result and len(updates) == len(call) + 1
     assert [event for update in updates for event in update.events] == [ToolCall("2**70", str(2**70))]
     for n in range(len(call), len(call) + len(result)):
-        cut = Request((1,), n, temperature=0.0)
+        cut = Request((1,), max_tokens=n, temperature=0.0)
         engine.run([cut])
         assert cut.output == (call + result)[:n] and cut.finish_reason == "length"
         assert cut.mask == [1] * len(call) + [0] * (n - len(call))
@@ -351,7 +356,7 @@ def test_a_tools_answer_is_read_at_once_and_cut_at_the_limit(tokenizer):
 def test_logprobs_of_an_answer_are_those_of_the_full_forward(tokenizer):
     model = random_model(tokenizer.get_vocab_size())
     prompt = tokenizer.encode("How many r are in strawberry?", prepend="<|bos|>")
-    request = Request(prompt, 20, seed=3, logprobs=4)
+    request = Request(prompt, max_tokens=20, seed=3, logprobs=4)
     Engine(model, tokenizer).run([request])
     with torch.inference_mode():
         logprobs = model(torch.tensor([[*prompt, *request.output]]))[0].log_softmax(-1)
@@ -367,7 +372,7 @@ def test_aborting_at_any_moment_frees_the_slot_and_spoils_nothing(tokenizer):
     prompts = [tokenizer.encode("How many r " * (5 + 12 * (i % 5)), prepend="<|bos|>") for i in range(12)]
     expected = Engine(model, tokenizer).complete(prompts, max_tokens=12)
     engine = Engine(model, tokenizer, max_batch=4, step_tokens=16)
-    requests = [Request(prompt, 12, 0.0) for prompt in prompts]
+    requests = [Request(prompt, max_tokens=12, temperature=0.0) for prompt in prompts]
     for request in requests:
         engine.add(request)
     random, seen = Random(0), set()
@@ -398,7 +403,7 @@ def test_a_cache_with_little_room(tokenizer):
     assert engine.scheduler.n_preempted and engine.cache.n_rows * engine.cache.n_slots <= 600
     small = Engine(model, tokenizer, cache_tokens=130)
     with pytest.raises(ValueError, match="max_tokens"):
-        small.add(Request(prompts[-1], 80))
+        small.add(Request(prompts[-1], max_tokens=80))
     assert engine.bytes_per_token == 4 * 2 * 2 * 16 * 4
 
 
@@ -407,7 +412,7 @@ def test_int8_weights_are_near_and_refused_where_they_cannot_be(tokenizer):
     prompt = tokenizer.encode("How many r are in strawberry?")
     scores = []
     for int8 in (False, True):
-        request = Request(prompt, 1, 0.0, logprobs=10)
+        request = Request(prompt, max_tokens=1, temperature=0.0, logprobs=10)
         Engine(model, tokenizer, int8=int8).run([request])
         scores.append(request.scores[0].top)
     both = scores[0].keys() & scores[1].keys()

@@ -117,7 +117,7 @@ def test_what_layers_share_crosses_once(folder, monkeypatch):
     with FarDevices() as devices:
         model = hf.load_model(folder, [TWO[0], TWO[1], TWO[1]])
         engine = Engine(model, HFTokenizer.from_directory(folder), 1)
-        engine.add(Request(PROMPTS[0], 5))
+        engine.add(Request(PROMPTS[0], max_tokens=5))
         engine.step()
         devices.crossings.clear()
         engine.step()

@@ -221,7 +221,7 @@ def answer(text, tokenizer, max_tokens=None):
             del own[own.index(out[0]) : own.index(out[1]) + 1]
         return ids[len(own)]
 
-    request = Request(list(prompt), max_tokens)
+    request = Request(list(prompt), max_tokens=max_tokens)
     Engine(ScriptedModel(tokenizer.get_vocab_size(), next_token), tokenizer).run([request])
     return request
 

@@ -6,10 +6,11 @@ import pytest
 from tiny_chat import ANSWERS, held, leave, running_server, text_of, wait_for
 
 from nanochat.conversation import render_for_completion
+from nanochat.scheduler import Request
 from nanochat.serve.app import create_app
 from nanochat.serve.information import OPERATIONS
 from nanochat.serve.loop import ServerConfig
-from nanochat.serve.schema import ApiError, ChatRequest, CompletionRequest, read_body
+from nanochat.serve.schema import ApiError, ChatRequest, CompletionRequest, Parameters, read_body
 
 HELLO = [{"role": "user", "content": "Hello"}]
 CHAT = "/v1/chat/completions"
@@ -127,6 +128,32 @@ def test_sampling_parameters_reach_the_engine(server):
     drawn = [server.say("Hello", seed=seed, **hot) for seed in range(4)]
     for penalty in ({"presence_penalty": 2}, {"frequency_penalty": 2}, {"repetition_penalty": 10}):
         assert [server.say("Hello", seed=seed, **hot, **penalty) for seed in range(4)] != drawn
+
+
+def test_every_parameter_of_the_api_reaches_the_request():
+    """Whoever adds a parameter gives it a value here; one that is accepted and dropped is found."""
+    given = {
+        "temperature": 0.7,
+        "top_p": 0.6,
+        "top_k": 5,
+        "min_p": 0.1,
+        "repetition_penalty": 1.5,
+        "presence_penalty": 0.2,
+        "frequency_penalty": 0.3,
+        "logit_bias": {7: 1.5},
+        "seed": 9,
+        "stop": ["a", "b"],
+    }
+    for_the_server = {"model", "stream", "stream_options", "n", "max_tokens", "user"}
+    assert set(Parameters.model_fields) == given.keys() | for_the_server
+    for kind, text in (
+        (ChatRequest, {"messages": [{"role": "user", "content": "Hi"}]}),
+        (CompletionRequest, {"prompt": "x"}),
+    ):
+        body = read_body(json.dumps({**text, **given}).encode(), kind)
+        request = Request([0], **body.sampling(vocab_size=64, default_temperature=0.0))
+        assert {name: getattr(request, name) for name in given} == given
+    assert read_body(b'{"prompt": "x"}', CompletionRequest).sampling(64, 0.25)["temperature"] == 0.25
 
 
 def test_stop_texts_never_show(server):

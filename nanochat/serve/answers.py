@@ -22,7 +22,7 @@ import flask
 from nanochat.detokenizer import Event, Reasoning, ToolCall, content_of
 from nanochat.engine import Request
 from nanochat.scheduler import TokenScore
-from nanochat.serve.loop import Delivery, Model
+from nanochat.serve.loop import Delivery, EngineLoop, Model
 from nanochat.serve.schema import (
     ApiError,
     ChatLogprobs,
@@ -40,9 +40,8 @@ POLL_SECONDS = 0.25  # how often a handler that waits for tokens looks whether i
 
 
 class Answer:
-    """The answer to one HTTP request while it is made.
+    """The answer to one HTTP request while it is made: `submit` it, then `respond`.
 
-    Making one takes it from the response cache, or submits its requests: raises ApiError as Model.submit does.
     key: its place in the response cache; None: it need not come out the same again. turn: of a session, if it has one.
     """
 
@@ -59,15 +58,13 @@ class Answer:
         self.turn = turn
         self.session_info: SessionInfo | None = None  # of the session after this answer
         self.outbox: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
-        self.kept = model.responses.get(key) if key is not None else None
-        self.loop = model.submit(requests, self.outbox) if self.kept is None else None
+        self.kept: Any | None = None  # what the response cache has of it
+        self.loop: EngineLoop | None = None  # the engine that makes it
         self.said: list[list[Delivery]] = [[] for _ in requests]  # by choice
         self.usage: Usage | None = None
         self.offsets = [0 for _ in requests]  # by choice: length of the text of the tokens scored so far
         # For the access log.
-        self.facts: dict[str, Any] = {"cached": self.kept is not None}
-        if self.loop is not None:
-            self.facts["replica"] = self.loop.replica
+        self.facts: dict[str, Any] = {}
         # Every chunk of a stream repeats these.
         self.head = {
             "id": self.id_prefix + uuid.uuid4().hex,
@@ -94,6 +91,15 @@ class Answer:
         raise NotImplementedError
 
     # ---- From the engine, or the cache
+
+    def submit(self) -> None:
+        """Take the answer from the response cache, or submit its requests. Raises ApiError as Model.submit does."""
+        if self.key is not None:
+            self.kept = self.model.responses.get(self.key)
+        self.facts["cached"] = self.kept is not None
+        if self.kept is None:
+            self.loop = self.model.submit(self.requests, self.outbox)
+            self.facts["replica"] = self.loop.replica
 
     @property
     def finished(self) -> bool:

@@ -7,8 +7,9 @@ is. A chat then goes straight down:
       schema.read_body()          parses and checks the body
       model.sessions.begin()      puts the conversation so far before it, if it names a session (sessions.py)
       chat_format.prompt()        renders the messages to token ids (nanochat/conversation.py)
-      model.submit()              hands them to an engine's thread (loop.py)
-        engine.step()             samples a token of each request (nanochat/engine.py)
+      answer.submit()             takes the answer from the response cache, or else (answers.py)
+        model.submit()            hands the requests to an engine's thread (loop.py)
+          engine.step()           samples a token of each request, again and again (nanochat/engine.py)
       answer.respond()            makes OpenAI's objects of what comes back, whole or as a stream (answers.py)
 
 The routes that tell of the server are in information.py.
@@ -232,6 +233,7 @@ def chat_completions() -> flask.Response:
                 messages = turn.messages
             requests = chat_requests(model, body, messages)
         answer = ChatAnswer(model, requests, cache_key(model, body, requests), turn)
+        answer.submit()
     except BaseException:
         # A session answers one turn at a time: left open, it would refuse all further ones with 409.
         if turn is not None:
@@ -247,7 +249,9 @@ def text_completions() -> flask.Response:
     model = flask.g.models.get_for_answer(body.model)
     with refuse_mistakes("prompt"):
         requests = text_requests(model, body)
-    return TextAnswer(model, requests, cache_key(model, body, requests)).respond(body)
+    answer = TextAnswer(model, requests, cache_key(model, body, requests))
+    answer.submit()
+    return answer.respond(body)
 
 
 @contextlib.contextmanager
@@ -305,7 +309,9 @@ def make_requests(
             ids = model.tokenizer.encode(prompt)
             prompt = ids if bos is None else [bos, *ids]
         for sample in range(body.n or 1):
-            request = Request(prompt, longest_answer(model, body), sample=sample, logprobs=logprobs, **sampling)
+            request = Request(
+                prompt, max_tokens=longest_answer(model, body), sample=sample, logprobs=logprobs, **sampling
+            )
             # Checked here and not on the engine's thread, where an error could only end the engine. `check` reads
             # nothing that changes, so any thread may call it.
             model.engine.check(request)
@@ -320,7 +326,8 @@ def longest_answer(model: Model, body: Parameters) -> int | None:
 
 def cache_key(model: Model, body: Parameters, requests: Sequence[Request]) -> str | None:
     """Return the key in the response cache of an answer that is sure to repeat, else None."""
-    # Engines repeat themselves to the bit: at temperature 0 always, otherwise when the client names the seed.
+    # The same request with the same seed gives the same tokens in any company: on CPU to the bit, on a GPU except for
+    # rounding. At temperature 0 nothing is drawn, so the seed does not matter.
     repeats = body.seed is not None or requests[0].temperature == 0
     if not repeats or not model.config.cache_mb:
         return None

@@ -55,7 +55,7 @@ def health() -> tuple[dict, int]:
     """Say whether this server should get requests; 503 takes it out of a load balancer's rotation."""
     models = flask.g.models
     # One living replica is enough: a load balancer that heard 503 would take away the others' answers, too.
-    dead = [model.name for model in models.loaded if not model.alive]
+    dead = [model.name for model in models.loaded if not model.living_replicas]
     if dead:
         return {"status": f"the engine died: {', '.join(dead)}"}, 503
     if models.draining.is_set():
@@ -150,7 +150,7 @@ def invalidate() -> dict:
     models = flask.g.models.loaded
     # A prefix cache belongs to its engine's thread, so the loop is told, and does it before its next step.
     for model in models:
-        for loop in model.alive:
+        for loop in model.living_replicas:
             loop.forget_prefixes()
     return {"responses": sum(model.responses.clear() for model in models)}
 

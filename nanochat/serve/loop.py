@@ -240,7 +240,7 @@ class Model:
         self._dispatch = threading.Lock()
 
     @property
-    def alive(self) -> list[EngineLoop]:
+    def living_replicas(self) -> list[EngineLoop]:
         """Return the replicas whose engine still works."""
         return [loop for loop in self.replicas if loop.alive]
 
@@ -256,11 +256,11 @@ class Model:
         """
         with self._dispatch:  # two handlers must not both find the same replica idle
             # All of them go to one replica: samples of one prompt read it once and share its keys and values.
-            loop = min(self.alive or self.replicas, key=lambda loop: loop.n_open)
+            loop = min(self.living_replicas or self.replicas, key=lambda loop: loop.n_open)
             # A refusal at the door costs the client one round trip. A place at the end of a long queue would cost it
             # minutes and then a timeout, and the engine would still make an answer that nobody reads.
             if loop.n_open + len(requests) > loop.limit:
-                limit = sum(each.limit for each in self.alive)
+                limit = sum(each.limit for each in self.living_replicas)
                 # After the time of one answer, all that run now have made room.
                 seconds = max(1, min(60, math.ceil(loop.seconds_per_request)))
                 message = f"{self.n_open} answers are being made or waited for, of at most {limit}"
@@ -307,7 +307,7 @@ class Models:
         model = self.get(name)
         if self.draining.is_set():
             raise unavailable("the server is shutting down")
-        if not model.alive:
+        if not model.living_replicas:
             raise unavailable("the engine has stopped: see the log")
         return model
 

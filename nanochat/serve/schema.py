@@ -1,6 +1,8 @@
 """The wire format: what the API accepts and what it answers.
 
 Requests are pydantic models. Each parameter is honoured or refused by its name, never ignored; null counts as absent.
+Only `tool_trace` and `reasoning_content` of a message are accepted and not read, so that an answer can be sent back as
+it came.
 
     >>> read_body(b'{"messages": [{"role": "user", "content": "Hi"}], "stop": ""}', ChatRequest)
     ApiError: 'stop' is not right: stop.str: String should have at least 1 character; or ...
@@ -12,12 +14,15 @@ Names and shapes are OpenAI's (platform.openai.com/docs/api-reference/chat/creat
 `repetition_penalty` are vLLM's; `session_id` and `tool_trace` are our own.
 """
 
+import dataclasses
 import json
 import random
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from typing_extensions import NotRequired, TypedDict  # pydantic does not take typing's own before Python 3.12
+
+from nanochat.scheduler import Request
 
 
 class ApiError(Exception):
@@ -111,27 +116,39 @@ Stop = Annotated[str, Field(min_length=1, max_length=256)]
 NONEMPTY = Field(min_length=1, fail_fast=True)
 Tokens = Annotated[list[Annotated[int, Field(ge=0)]], NONEMPTY]
 
+NEEDS_TEMPERATURE = "Only with a temperature above 0: at 0, the usual default, the likeliest token is taken anyway."
+
 
 class Parameters(Strict):
     """The parameters that chat and text completions share."""
 
-    # Ranges are those of OpenAI and vLLM, so that a client's mistake gets the same refusal here as there. None is the
-    # default of all: what it stands for is the server's to say (ServerConfig) or the engine's (scheduler.Request).
+    # A parameter of the same name as a field of `Request` (nanochat/scheduler.py) is handed on to it by `sampling`.
+    # None is the default of all; what it stands for is said by ServerConfig (loop.py) for temperature and max_tokens,
+    # and by `Request` for the others. The ranges of temperature, top_p, the two penalties, biases and `stop` are
+    # OpenAI's, so that a client's mistake is refused here as there. The others are our own: vLLM, for one, also takes
+    # -1 as `top_k`.
     model: str | None = Field(None, description="One of /v1/models; if absent, the first of them.")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: int | None = Field(None, ge=1, le=16, description="Number of answers; the prompt is read once for all of them.")
     max_tokens: int | None = Field(None, ge=1, le=2**31)
-    temperature: float | None = Field(None, ge=0, le=2, description="0: always the likeliest token.")
-    top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=0, le=2**31, description="0: off.")
-    min_p: float | None = Field(None, ge=0, le=1)
+    temperature: float | None = Field(
+        None, ge=0, le=2, description="0: always the likeliest token. If absent: the server's --temperature, usually 0."
+    )
+    top_p: float | None = Field(None, gt=0, le=1, description=NEEDS_TEMPERATURE)
+    top_k: int | None = Field(None, ge=0, le=2**31, description=f"0: off. {NEEDS_TEMPERATURE}")
+    min_p: float | None = Field(None, ge=0, le=1, description=NEEDS_TEMPERATURE)
     repetition_penalty: float | None = Field(None, ge=0.01, le=10)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     # Token ids are keys of a JSON object here, and those are always text.
     logit_bias: dict[Annotated[str, Field(pattern="^[0-9]{1,9}$")], Bias] | None = None
-    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1, description="The same seed gives the same answer.")
+    seed: int | None = Field(
+        None,
+        ge=-(2**63),
+        le=2**63 - 1,
+        description="The same seed gives the same answer in any company; on a GPU except for rounding.",
+    )
     stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
     user: Annotated[str, Field(max_length=256)] | None = Field(None, description="Noted in the access log.")
 
@@ -149,16 +166,15 @@ class Parameters(Strict):
         for token in bias:
             if token >= vocab_size:
                 raise ApiError(400, f"'logit_bias': there is no token {token}, only {vocab_size}", "logit_bias")
-        # The engine has its own defaults for these, so only the ones given are passed on.
-        names = {"top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"}
-        return {
-            "temperature": default_temperature if self.temperature is None else self.temperature,
-            # Without a seed every answer gets one of its own, or all clients would draw the same.
-            "seed": random.getrandbits(32) if self.seed is None else self.seed,
-            "stop": [self.stop] if isinstance(self.stop, str) else self.stop or (),
-            "logit_bias": bias,
-            **self.model_dump(include=names, exclude_none=True),
-        }
+        # By name, so that none can be forgotten. Only those that are given: the engine has defaults of its own.
+        names = Parameters.model_fields.keys() & {field.name for field in dataclasses.fields(Request)}
+        settings = self.model_dump(include=names - {"max_tokens"}, exclude_none=True)  # max_tokens: see app.py
+        settings.setdefault("temperature", default_temperature)
+        # Without a seed every answer gets one of its own, or all clients would draw the same.
+        settings.setdefault("seed", random.getrandbits(32))
+        settings["logit_bias"] = bias
+        settings["stop"] = [self.stop] if isinstance(self.stop, str) else self.stop or ()
+        return settings
 
 
 class ChatRequest(Parameters):
