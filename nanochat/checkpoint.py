@@ -72,18 +72,23 @@ def save(
         if compute.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)  # left by a kill
             temporary.mkdir(parents=True)
-            _write_tensors(model.state_dict(), temporary / "model.safetensors")
 
-    # Now the folder exists, and every rank can add its share.
+    # Now the folder exists, and every rank can add its share. Each hashes what it has written: rank 0 alone would need
+    # longer for all of it than torchrun waits after SIGTERM.
+    files: dict[str, str] = {}
     with _all_ranks_or_none(final, temporary, compute):
+        if compute.rank == 0:
+            files["model.safetensors"] = _write_tensors(model.state_dict(), temporary / "model.safetensors")
         if optimizer_state is not None:
-            _write_tensors(optimizer_state, temporary / f"optim.{compute.rank:03d}.safetensors")
+            name = f"optim.{compute.rank:03d}.safetensors"
+            files[name] = _write_tensors(optimizer_state, temporary / name)
+    files_of_ranks = compute.gather(files)
 
     # Now all files are on disk. The rename below turns them into a checkpoint.
     with _all_ranks_or_none(final, temporary, compute):
         if compute.rank == 0:
-            files = {path.name: sha256_file(path) for path in sorted(temporary.iterdir())}
-            whole_meta = {**meta, "stage": stage, "tag": tag, "step": step, "files": files}
+            hashes = {name: digest for files in files_of_ranks for name, digest in files.items()}
+            whole_meta = {**meta, "stage": stage, "tag": tag, "step": step, "files": hashes}
             atomic_write_json(temporary / "meta.json", whole_meta)
             fsync_dir(temporary)
             _rename_over(temporary, final)
@@ -107,10 +112,12 @@ def _all_ranks_or_none(final: Path, temporary: Path, compute: Compute) -> Iterat
         raise OSError(f"checkpoint {final} could not be written ({reason}): free space, then --resume") from failure
 
 
-def _write_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+def _write_tensors(tensors: dict[str, torch.Tensor], path: Path) -> str:
+    """Write a file of tensors, also to disk, and return its SHA-256."""
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
     with open(path, "rb+") as f:
         os.fsync(f.fileno())
+    return sha256_file(path)
 
 
 def _rename_over(temporary: Path, final: Path) -> None:

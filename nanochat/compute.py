@@ -141,6 +141,14 @@ class Compute:
             return flag
         return bool(self.all_reduce_sum(torch.tensor(int(flag), device=self.device)).item())
 
+    def gather(self, value: T) -> list[T]:
+        """Return the values of all ranks, in their order; they may be any that pickle takes. All ranks call this."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
     def from_rank_0(self, make: Callable[[], T]) -> T:
         """Run `make` on rank 0 alone and return its result on every rank.
 

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 import tiny_run
@@ -85,6 +86,47 @@ def test_newest_run_and_step_are_taken_unless_named(tiny_world):
     assert checkpoint.load_model("base", "cpu", "old", 3)[2]["step"] == 3
     with pytest.raises(ValueError, match=r"step_000004: steps there are 3, 12"):
         checkpoint.load_model("base", "cpu", "old", 4)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_each_rank_hashes_what_it_has_written(tiny_world, monkeypatch, world_size):
+    """On a node one rank alone would need longer for all files than torchrun waits. Here the ranks are threads."""
+    barrier = threading.Barrier(world_size)
+    told = {}
+    hashed = []
+
+    class Rank(Compute):
+        def gather(self, value):
+            told[self.rank] = value
+            barrier.wait()
+            values = [told[rank] for rank in range(world_size)]
+            barrier.wait()
+            return values
+
+        def any_rank(self, flag):
+            return any(self.gather(flag))
+
+    def sha256_file(path):
+        hashed.append((threading.current_thread().name, path.name))
+        return real(path)
+
+    real = checkpoint.sha256_file
+    monkeypatch.setattr(checkpoint, "sha256_file", sha256_file)
+    model, optimizer = make()
+    meta = {"model_config": dataclasses.asdict(CONFIG), "tokenizer_hash": load_tokenizer().hash}
+
+    def save_share(rank):
+        compute = Rank(CPU.device, CPU.dtype, rank, world_size)
+        checkpoint.save("base", "t", 4, model, optimizer.state_dict(), meta, compute)
+
+    threads = [threading.Thread(target=save_share, args=(rank,), name=f"{rank}") for rank in range(world_size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    own = [(f"{rank}", f"optim.{rank:03d}.safetensors") for rank in range(world_size)]
+    assert sorted(hashed) == sorted([("0", "model.safetensors"), *own])
+    assert checkpoint.read_meta("base", "t", 4)["files"].keys() == {name for _, name in hashed}
 
 
 # --- kills

@@ -100,6 +100,7 @@ def test_one_process_is_rank_zero_of_one_and_reduces_nothing():
     assert (compute.device, compute.rank, compute.world_size, compute.name) == (CPU, 0, 1, "cpu")
     assert torch.equal(compute.all_reduce_sum(torch.ones(3)), torch.ones(3))
     assert compute.any_rank(True) is True and compute.any_rank(False) is False
+    assert compute.gather("x") == ["x"]
     compute.barrier(), compute.synchronize(), compute.close()
     with pytest.raises(dataclasses.FrozenInstanceError):
         compute.rank = 1
@@ -147,6 +148,7 @@ compute = Compute.create("cpu")
 assert (compute.rank, compute.world_size, torch.get_num_threads()) == (int(__import__("os").environ["RANK"]), 2, 1)
 total = compute.all_reduce_sum(torch.tensor([1.0 + compute.rank, 10.0]))
 flags = [compute.any_rank(flag) for flag in (compute.rank == 1, False, True)]
+assert compute.gather({"rank": compute.rank}) == [{"rank": 0}, {"rank": 1}]
 compute.barrier()
 compute.close()
 print(total.tolist(), flags)
