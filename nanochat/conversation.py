@@ -12,8 +12,8 @@ Training calls `render`, which also returns the loss mask. It is 1 on the tokens
 * the assistant's text, its code with <|python_start|> and <|python_end|>, and <|assistant_end|>, which ends its turn;
 * not the user's text: the model answers it and never writes it;
 * not <|assistant_start|>: the engine puts it there, and the model goes on from it;
-* not the tool's output: when the model chats, the engine runs the code and inserts the result. A model trained on
-  results would learn to invent them instead of waiting for the tool.
+* not the tool's output: when the model chats, the engine evaluates the expression and inserts the result. A model
+  trained on results would learn to invent them instead of waiting for the tool.
 
 The terminal chat and the server use a `ChatFormat`: `prompt` renders the messages up to the next answer, without the
 oldest turns if they do not fit, and `decoder` reads that answer. Open-weights models bring formats of their own, which
@@ -107,7 +107,7 @@ def render(conversation: dict[str, Any], tokenizer: Tokenizer, max_tokens: int |
     Raises ValueError if the conversation is malformed.
     """
     validate(conversation)
-    ids, mask = _render(conversation["messages"], tokenizer)
+    ids, mask = _encode_turns(conversation["messages"], tokenizer)
     return ids[:max_tokens], mask[:max_tokens]
 
 
@@ -120,11 +120,11 @@ def render_for_completion(conversation: dict[str, Any], tokenizer: Tokenizer) ->
     messages = conversation["messages"]
     if messages[-1]["role"] == "assistant":
         messages = messages[:-1]
-    ids, _ = _render(messages, tokenizer)
+    ids, _ = _encode_turns(messages, tokenizer)
     return [*ids, tokenizer.encode_special("<|assistant_start|>")]
 
 
-def _render(messages: list[Message], tokenizer: Tokenizer) -> Rendered:
+def _encode_turns(messages: list[Message], tokenizer: Tokenizer) -> Rendered:
     if messages[0]["role"] == "system":
         # The format has no system turn: its text is put before the first question.
         system, user, *rest = messages
@@ -158,7 +158,7 @@ class ChatFormat:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer  # a Tokenizer; in the formats of open-weights models an HFTokenizer
 
-    def render(self, messages: list[Message]) -> list[int]:
+    def encode(self, messages: list[Message]) -> list[int]:
         """Return the ids of the conversation, ending where the assistant's next turn begins.
 
         Raises ValueError if the messages are malformed.
@@ -172,10 +172,10 @@ class ChatFormat:
         context is reserved. Raises ValueError if the messages are malformed.
         """
         reserved = min(max_tokens or context, context // 4)
-        return self.render(self.fit(messages, context - reserved))
+        return self.encode(self.fit(messages, context - reserved))
 
     def fit(self, messages: list[Message], budget: int) -> list[Message]:
-        """Return the newest messages that `render` fits into `budget` (at least 8) tokens.
+        """Return the newest messages that `encode` fits into `budget` (at least 8) tokens.
 
         Pairs of question and answer are dropped, the oldest first; the system message stays. If the last question alone
         is too long, its end is kept. If the system message leaves that question less than a quarter of the budget, it
@@ -189,7 +189,7 @@ class ChatFormat:
             turns = turns[:-1]
 
         def fits_without(n_pairs: int) -> bool:
-            return len(self.render(system + turns[2 * n_pairs :])) <= budget
+            return len(self.encode(system + turns[2 * n_pairs :])) <= budget
 
         # Fewer pairs are fewer tokens, so bisection finds how many must go.
         all_pairs = len(turns) // 2
@@ -202,7 +202,7 @@ class ChatFormat:
         """Return a question that alone is too long, without as much of its beginning as must go."""
 
         def size(question: str) -> int:
-            return len(self.render([*system, {"role": "user", "content": question}]))
+            return len(self.encode([*system, {"role": "user", "content": question}]))
 
         if budget - size(text[-1]) < budget // 4:
             system = []

@@ -295,13 +295,13 @@ class Engine:
                 self.add(request)
             samples = [self._follow(request) for request in requests]
             for cells in itertools.zip_longest(*samples, fillvalue=padding):
-                yield [token for token, _ in cells], [mask for _, mask in cells]
+                yield [token for token, _ in cells], [sampled for _, sampled in cells]
         finally:
             for request in requests:
                 self.abort(request)
 
     def _follow(self, request: Request) -> Iterator[tuple[int, int]]:
-        """Yield a request's tokens as they come, each with its mask, and then the token that ended it."""
+        """Yield a request's tokens as they come, each with 1 if it was sampled, and then the token that ended it."""
         for index in itertools.count():
             while len(request.output) <= index and request.finish_reason is None:
                 self.step()

@@ -5,6 +5,7 @@ tokens are supervised, and replayed pretraining text, without which a small mode
 """
 
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -19,7 +20,7 @@ from nanochat.gpt import GPT
 from nanochat.optim import MuonAdamW
 from nanochat.recipe import TrainConfig
 from nanochat.run import Run
-from nanochat.token_shards import PackedRows, pack_conversations
+from nanochat.token_shards import PackedRows, pack_masked
 from nanochat.tokenizer import Tokenizer
 from nanochat.trainer import rows_per_step, train
 
@@ -168,19 +169,18 @@ def conversation_rows(
 
     def stream() -> Iterator[Rendered]:
         n_tokens = 0
-        for ids, mask in rendered(conversations, tokenizer, max_tokens=T + 1):
+        for ids, mask in render_all(conversations, tokenizer, max_tokens=T + 1):
             n_tokens += len(ids)
             yield ids, mask
         if replay:
             yield from replayed(dataset, tokenizer, max_tokens=T + 1, n_tokens=round(replay * n_tokens))
 
-    return compute.from_rank_0(lambda: pack_conversations(name, stream(), tokenizer, T))
+    return compute.from_rank_0(lambda: pack_masked(name, stream(), tokenizer, T))
 
 
-def rendered(conversations: Conversations, tokenizer: Tokenizer, max_tokens: int) -> Iterator[Rendered]:
+def render_all(conversations: Conversations, tokenizer: Tokenizer, max_tokens: int) -> Iterator[Rendered]:
     """Yield conversations as (ids, mask), skipping those that are malformed or supervise nothing once truncated."""
-    skipped = 0
-    problem = ""
+    problems: Counter[str] = Counter()
     began = time.monotonic()
     for index in range(len(conversations)):
         try:
@@ -189,12 +189,12 @@ def rendered(conversations: Conversations, tokenizer: Tokenizer, max_tokens: int
                 raise ValueError("nothing to learn within the context")
             yield ids, mask
         except ValueError as error:
-            skipped += 1
-            problem = str(error)
+            problems[str(error)] += 1
         if (index + 1) % 50_000 == 0:
             print0(f"rendered {index + 1:,} of {len(conversations):,}, {time.monotonic() - began:.0f} s")
-    if skipped:
-        print0(f"skipped {skipped} of {len(conversations):,} conversations ({problem})")
+    if problems:
+        [(problem, count)] = problems.most_common(1)
+        print0(f"skipped {problems.total()} of {len(conversations):,} conversations ({count} of them: {problem})")
 
 
 def replayed(dataset: str, tokenizer: Tokenizer, max_tokens: int, n_tokens: int) -> Iterator[Rendered]:

@@ -149,7 +149,7 @@ def reinforce(config: RLConfig, train: Sequence[Any], test: Sequence[Any], held_
             mean_loss = 0.0
             # Where no group's rewards differ, on any rank, the step changes nothing.
             if totals["useful"]:
-                mean_loss = accumulate_gradients(run, groups, totals, batch, metrics)
+                mean_loss = accumulate_policy_gradients(run, groups, totals, batch, metrics)
                 grad_norm = run.optimizer.step(
                     step,
                     lr_mult=lr_mult,
@@ -247,9 +247,9 @@ def count(groups: Sequence[Group], compute: Compute) -> dict[str, float]:
         own["answers"] += len(group.requests)
         own["reward"] += sum(group.rewards)
         for request in group.requests:
-            _, mask = sampled_row(request)
-            own["tokens"] += sum(mask)
-            own["trained_tokens"] += sum(mask) if useful else 0
+            _, sampled = sampled_row(request)
+            own["tokens"] += sum(sampled)
+            own["trained_tokens"] += sum(sampled) if useful else 0
             own["cut_off"] += request.finish_reason == "length"
     totals = compute.all_reduce_sum(torch.tensor(list(own.values()), device=compute.device))
     return dict(zip(own, totals.tolist(), strict=True))
@@ -273,7 +273,7 @@ def describe(totals: dict[str, float], config: RLConfig, step: int) -> dict[str,
 # --- learning
 
 
-def accumulate_gradients(
+def accumulate_policy_gradients(
     run: Run, groups: Sequence[Group], totals: dict[str, float], batch: trainer.DeviceBatch, metrics: dict[str, Any]
 ) -> float:
     """Run forward and backward over this rank's answers in micro-batches; return the loss, and add nll to `metrics`.
@@ -304,8 +304,8 @@ def make_micro_batches(groups: Sequence[Group], n_tokens: float, rows: int, devi
     for group in groups:
         for request, advantage in zip(group.requests, group.advantages, strict=True):
             if advantage:
-                ids, mask = sampled_row(request)
-                target_ids = [token if sampled else IGNORED for token, sampled in zip(ids, mask, strict=True)]
+                ids, sampled = sampled_row(request)
+                target_ids = [token if own else IGNORED for token, own in zip(ids, sampled, strict=True)]
                 weights_T = torch.full((len(ids) - 1,), advantage / n_tokens)
                 answers.append((torch.tensor(ids[:-1]), torch.tensor(target_ids[1:]), weights_T))
     # The longest first: rows of about the same length then share a micro-batch, and need little padding.
@@ -321,14 +321,14 @@ def make_micro_batches(groups: Sequence[Group], n_tokens: float, rows: int, devi
 
 
 def sampled_row(request: Request) -> tuple[list[int], list[int]]:
-    """Return the ids of a prompt and its answer, and their mask: 1 = sampled by the model.
+    """Return the ids of a prompt and its answer, and for each id 1 if the model sampled it, else 0.
 
     The token that ended the answer was sampled too. The tool's results were not, and are never trained on.
     """
     end = [] if request.stop_token is None else [request.stop_token]
     ids = [*request.tokens, *request.output, *end]
-    mask = [0] * len(request.tokens) + request.mask + [1] * len(end)
-    return ids, mask
+    sampled = [0] * len(request.tokens) + request.mask + [1] * len(end)
+    return ids, sampled
 
 
 # --- evaluating

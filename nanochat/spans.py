@@ -85,7 +85,8 @@ class BranchedRows:
         self.idx_N, self.positions, self.previous_N, self.branches_N = columns
         self.scored_S = torch.tensor(scored, device=device)
         self.targets_S = torch.tensor(targets, device=device)
-        self.masks: dict[tuple[int, torch.device], list[torch.Tensor]] = {}  # layers share them by window and device
+        # for each question the keys that are visible to a query; layers share it by window and device
+        self.visible: dict[tuple[int, torch.device], list[torch.Tensor]] = {}
 
     def layer(self, layer: int) -> Any:
         """Return the function by which queries of a layer meet keys and values: the same one for all layers."""
@@ -100,15 +101,15 @@ class BranchedRows:
         sinks_H: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attend within each question; returns (N, H, D)."""
-        key = (window, q_NHD.device)  # layers of one window share the masks; open-weights layers may be on any device
-        if key not in self.masks:
-            self.masks[key] = [mask_TT.to(q_NHD.device) for mask_TT in self._visible(window)]
+        key = (window, q_NHD.device)  # open-weights layers may be on any device
+        if key not in self.visible:
+            self.visible[key] = [visible_TT.to(q_NHD.device) for visible_TT in self._visible(window)]
         q_parts = q_NHD.split(self.sizes)
         k_parts = k_NKD.split(self.sizes)
         v_parts = v_NKD.split(self.sizes)
         outputs = []
-        for q_THD, k_TKD, v_TKD, mask_TT in zip(q_parts, k_parts, v_parts, self.masks[key], strict=True):
-            outputs.append(attend_visible(q_THD, k_TKD, v_TKD, mask_TT, sinks_H))
+        for q_THD, k_TKD, v_TKD, visible_TT in zip(q_parts, k_parts, v_parts, self.visible[key], strict=True):
+            outputs.append(attend_visible(q_THD, k_TKD, v_TKD, visible_TT, sinks_H))
         return torch.cat(outputs)
 
     def _visible(self, window: int) -> Iterator[torch.Tensor]:

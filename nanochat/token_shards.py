@@ -5,7 +5,7 @@ Training reads rows of T+1 token ids: the first T are the inputs, the last T the
 
     datasets/NAME/rows_<tokenizer>_<T+1>/<shard>_<hash of its text>/
         rows.bin    (R, T+1) token ids, uint16 or uint32
-        mask.bin    (R, T+1) uint8, 1 where a token is a target; conversations only
+        mask.bin    (R, T+1) uint8, 1 where a token is a target; only the rows of fine-tuning have one
         meta.json   R, dtype, counts, hashes; written last
 
 Folder names hold the hashes of tokenizer and text, so a row of another tokenizer or of older text is never read.
@@ -15,7 +15,8 @@ the same document, and generation starts from the same token. A document that is
 of one, is split over rows. Nothing is cropped, so each token of the text is in exactly one row.
 
 `TextRows` makes the rows of a source shard when they are first asked for. So a run can start when the first shards have
-been downloaded. `pack_conversations` makes the rows of a fine-tuning mixture, which keep each conversation whole.
+been downloaded. `pack_masked` makes the rows of fine-tuning: conversations with masks, and pretraining text replayed
+among them, whose mask is 1 throughout. There nothing is split: each document stays whole.
 """
 
 import bisect
@@ -55,8 +56,8 @@ def plan_rows(lengths: Sequence[int] | np.ndarray, row_tokens: int, split: bool,
     """Pack documents of `lengths` tokens into rows of `row_tokens` tokens by best fit; return the pieces of each row.
 
     With `split`, each piece costs one token more, for the BOS before it, and a document may be cut. Without `split`,
-    documents are conversations: they bring their own BOS and stay whole, so a row may have a gap. Raises ValueError
-    if a conversation is longer than a row.
+    as in fine-tuning, documents bring their own BOS and stay whole, so a row may have a gap. Raises ValueError if such
+    a document is longer than a row.
 
     plan_rows([5, 3, 2], row_tokens=6, split=True) -> [[(0, 0, 5)], [(1, 0, 3), (2, 0, 1)], [(2, 1, 1)]]
     """
@@ -64,7 +65,7 @@ def plan_rows(lengths: Sequence[int] | np.ndarray, row_tokens: int, split: bool,
     room = row_tokens - bos
     assert room > 0, "a row must hold a token"
     if not split and len(lengths) and max(lengths) > room:
-        raise ValueError(f"a conversation has {max(lengths)} tokens, a row {room}: truncate it when rendering")
+        raise ValueError(f"a document has {max(lengths)} tokens, a row {room}: truncate it before it is packed")
 
     # The pool holds the pieces that are still to be placed, (document, offset), by their length. Documents enter it in
     # random order, because pieces of equal length leave it in the reverse of that order.
@@ -115,7 +116,7 @@ class RowFile:
 
     rows_RT1: np.ndarray  # token ids
     mask_RT1: np.ndarray | None  # 1 where a token is a target; None: every token is one, but for the padding
-    padding: int  # tokens at the end of the last row that are no text and no targets
+    padding: int  # without a mask: tokens at the end of the last row that are no text and so no targets
 
     def read(self, rows_K: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the ids of some rows (K, T+1), and their targets (K, T), int64: IGNORED where none counts."""
@@ -145,7 +146,7 @@ class PackedRows:
         self._files: dict[int, RowFile] = {}
 
     def make(self, shard: int) -> None:
-        """Make the rows of a shard if they are not on disk. Conversations always are, so there is nothing to do."""
+        """Make the rows of a shard if they are not on disk. Those of `pack_masked` are, so there is nothing to do."""
 
     def count(self, shard: int) -> int:
         """Return the number of rows of a shard. Waits for the shard to arrive, and packs it, if need be."""
@@ -174,7 +175,8 @@ class PackedRows:
                     raise ValueError(f"{path} is missing or damaged: delete {folder}, it will be made again")
             shape = (meta["rows"], self.sequence_len + 1)
             rows_RT1 = np.memmap(folder / "rows.bin", meta["dtype"], "r", shape=shape)
-            mask_RT1 = np.memmap(folder / "mask.bin", "uint8", "r", shape=shape) if meta["conversations"] else None
+            masked = meta["conversations"]
+            mask_RT1 = np.memmap(folder / "mask.bin", "uint8", "r", shape=shape) if masked else None
             self._files[shard] = RowFile(rows_RT1, mask_RT1, meta["padding"])
         return self._files[shard]
 
@@ -258,24 +260,25 @@ def _tokenized(texts: Iterator[str], tokenizer: Tokenizer) -> Iterator[tuple[lis
             yield ids, None
 
 
-def pack_conversations(
-    name: str, conversations: Iterable[tuple[list[int], list[int]]], tokenizer: Tokenizer, sequence_len: int
+def pack_masked(
+    name: str, documents: Iterable[tuple[list[int], list[int]]], tokenizer: Tokenizer, sequence_len: int
 ) -> PackedRows:
-    """Write conversations, rendered as (ids, mask), as rows under datasets/`name`, and return the rows.
+    """Write documents, each as (ids, mask), as rows under datasets/`name`, and return the rows.
 
-    They are streamed to disk: memory does not grow with their number. The folder is named by a hash of the rows, so
-    equal conversations are stored once. Raises ValueError if there is none, or if one is longer than a row.
+    They are conversations and replayed text; ids begin with BOS. They are streamed to disk: memory does not grow with
+    their number. The folder is named by a hash of the rows, so equal rows are stored once. Raises ValueError if there
+    is no document, or if one is longer than a row.
     """
     root = _rows_folder(name, tokenizer, sequence_len)
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".new-", dir=root) as temporary:
         meta = write_rows(
             Path(temporary),
-            conversations,
+            documents,
             row_tokens=sequence_len + 1,
             dtype=_dtype(tokenizer),
             bos=tokenizer.get_bos_token_id(),
-            conversations=True,
+            masked=True,
         )
         content = hashlib.sha256("".join(meta["sha256"].values()).encode()).hexdigest()
         folder = root / f"conversations_{content[:12]}"
@@ -293,42 +296,58 @@ def write_rows(
     row_tokens: int,
     dtype: np.dtype,
     bos: int,
-    conversations: bool = False,
+    masked: bool = False,
 ) -> dict[str, Any]:
     """Write `documents`, (ids, mask), as rows to `folder`/rows, and return what its meta.json says.
 
-    The mask is written for conversations only; of a text every token is a target. Documents are first written end to
-    end, to files beside the rows: best fit needs all lengths before it can fill a row.
+    masked: documents have masks, begin with BOS, and stay whole. Otherwise masks are None, every token is a target, and
+    documents may be split. They are first written end to end, to files beside the rows: best fit needs all lengths
+    before it can fill a row.
     """
     lengths = []
     with open(folder / "ids.bin", "wb") as ids_file, open(folder / "mask.bin", "wb") as mask_file:
         for ids, mask in documents:
             ids_file.write(np.array(ids, dtype).tobytes())
             lengths.append(len(ids))
-            if conversations:
+            if masked:
                 assert mask is not None and len(mask) == len(ids), "one mask value for each id"
-                assert not mask[0], "the BOS is no target: it may follow another conversation"
+                assert not mask[0], "the BOS is no target: it may follow another document"
                 mask_file.write(bytes(mask))
     if not any(lengths):
         raise ValueError("no text with anything to learn: give the dataset more text or longer rows")
 
-    rows = plan_rows(lengths, row_tokens, split=not conversations)
+    rows = plan_rows(lengths, row_tokens, split=not masked)
     begins = np.cumsum([0, *lengths]).tolist()  # where each document begins in the files
     rows_folder = folder / "rows"
     rows_folder.mkdir()
-    # A piece of text is put behind a BOS, which the row holds already; a conversation brings its own.
-    bos_tokens = 0 if conversations else 1
     padding = copy_pieces(
-        folder / "ids.bin", rows_folder / "rows.bin", rows, begins, row_tokens, dtype, bos, bos_tokens
+        source=folder / "ids.bin",
+        target=rows_folder / "rows.bin",
+        rows=rows,
+        begins=begins,
+        row_tokens=row_tokens,
+        dtype=dtype,
+        fill=bos,
+        # A piece of text is put behind a BOS, which the row holds already; a masked document brings its own.
+        margin=0 if masked else 1,
     )
-    if conversations:
-        copy_pieces(folder / "mask.bin", rows_folder / "mask.bin", rows, begins, row_tokens, np.dtype("uint8"), 0, 0)
+    if masked:
+        copy_pieces(
+            source=folder / "mask.bin",
+            target=rows_folder / "mask.bin",
+            rows=rows,
+            begins=begins,
+            row_tokens=row_tokens,
+            dtype=np.dtype("uint8"),
+            fill=0,
+            margin=0,
+        )
     meta = {
         "rows": len(rows),
-        "padding": padding,
+        "padding": padding,  # read where there is no mask: a mask is 0 there
         "documents": len(lengths),
         "tokens": sum(lengths),
-        "conversations": conversations,
+        "conversations": masked,  # this key is older than replayed text, which is masked too
         "dtype": dtype.name,
         "sha256": {path.name: sha256_file(path) for path in sorted(rows_folder.iterdir())},
     }

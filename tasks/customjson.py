@@ -1,6 +1,14 @@
 """Your own conversations to train on, one JSON value a line:
 
 {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
+
+An answer that uses the calculator is a list of parts. What the tool returned is one of them, and is not learned; a
+message of role "tool", as OpenAI's API has, is refused. It must be one line, and is only broken here to be read:
+
+{"messages": [{"role": "user", "content": "What is 37*48?"}, {"role": "assistant", "content": [
+    {"type": "text", "text": "It is "},
+    {"type": "python", "text": "37*48"}, {"type": "python_output", "text": "1776"},
+    {"type": "text", "text": "1776."}]}]}
 """
 
 import json

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from nanochat.conversation import PARTS as KINDS
 from nanochat.conversation import ChatFormat, render, render_for_completion, validate
+from nanochat.finetune import render_all
 from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 
@@ -253,3 +254,18 @@ def test_ids_that_only_look_like_marks_stay_text(tokenizer):
     ids = render({"messages": [user("a"), assistant(typed)]}, tokenizer)[0]
     reply = tokenizer.encode_special("<|assistant_start|>")
     assert parsed(ids[ids.index(reply) + 1 :], tokenizer) == [part("text", typed)]
+
+
+def test_what_is_wrong_most_often_is_said(tokenizer, capsys):
+    """Of a file with one mistake in thousands of lines, the last line's other mistake says nothing."""
+    empty = {"messages": [user("2+3?"), assistant("")]}
+    twice = {"messages": [user("2+3?"), user("well?")]}
+    kept = list(render_all([empty, CHAT, empty, twice], tokenizer, max_tokens=200))
+    assert kept == [render(CHAT, tokenizer, 200)]
+    problems = []
+    for conversation in (empty, twice):
+        with pytest.raises(ValueError) as refused:
+            validate(conversation)
+        problems.append(str(refused.value))
+    out = capsys.readouterr().out
+    assert "3 of 4" in out and problems[0] in out and problems[1] not in out

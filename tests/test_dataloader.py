@@ -16,7 +16,7 @@ from nanochat import token_shards
 from nanochat.dataloader import RowLoader
 from nanochat.dataset import prepare
 from nanochat.documents import dataset_dir, iterate_documents, list_shards
-from nanochat.token_shards import TextRows, pack_conversations
+from nanochat.token_shards import TextRows, pack_masked
 from nanochat.tokenizer import Tokenizer
 
 T = 32
@@ -347,7 +347,7 @@ def base_dir(tmp_path, monkeypatch):
 def test_conversations_stay_whole_and_only_supervised_tokens_are_targets(base_dir, tokenizer):
     bos = tokenizer.get_bos_token_id()
     items = list(conversations(tokenizer))
-    loader = RowLoader(pack_conversations("sft", iter(items), tokenizer, T), 1, 1, 0)
+    loader = RowLoader(pack_masked("sft", iter(items), tokenizer, T), 1, 1, 0)
     seen = Counter()
     targets_seen = Counter()
     for step in range(loader.rows_in_epoch):
@@ -376,16 +376,16 @@ def test_conversations_stay_whole_and_only_supervised_tokens_are_targets(base_di
 
 def test_conversations_are_kept_by_content(base_dir, tokenizer):
     items = list(conversations(tokenizer, 10))
-    one, same = (pack_conversations("sft", items, tokenizer, T) for _ in range(2))
+    one, same = (pack_masked("sft", items, tokenizer, T) for _ in range(2))
     assert one.folders == same.folders
     assert [path.name for path in one.folders[0].parent.iterdir()] == [one.folders[0].name]
     ids, mask = items[3]
     items[3] = ids, [0] * len(mask)
-    assert pack_conversations("sft", items, tokenizer, T).folders != one.folders
+    assert pack_masked("sft", items, tokenizer, T).folders != one.folders
 
 
 def test_no_conversation_or_one_too_long(base_dir, tokenizer):
     with pytest.raises(ValueError, match="anything to learn"):
-        pack_conversations("sft", [], tokenizer, T)
+        pack_masked("sft", [], tokenizer, T)
     with pytest.raises(ValueError, match="truncate"):
-        pack_conversations("sft", [([1] * (T + 2), [0] + [1] * (T + 1))], tokenizer, T)
+        pack_masked("sft", [([1] * (T + 2), [0] + [1] * (T + 1))], tokenizer, T)

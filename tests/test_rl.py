@@ -157,10 +157,10 @@ def asked(config, step, rank=0, ranks=1):
 def test_the_gradient_is_that_of_the_objective(base, monkeypatch):
     """Written out from full logits, one answer at a time: every sampled token of the step counts in the mean."""
     got = {}
-    accumulate_gradients = rl.accumulate_gradients
+    accumulate_policy_gradients = rl.accumulate_policy_gradients
 
     def spy(run, *arguments):
-        loss = accumulate_gradients(run, *arguments)
+        loss = accumulate_policy_gradients(run, *arguments)
         got.update({name: p.grad.clone() for name, p in run.model.named_parameters() if p.grad is not None})
         return loss
 
@@ -183,7 +183,7 @@ def test_the_gradient_is_that_of_the_objective(base, monkeypatch):
     assert 0 < trained < n_tokens, "some groups are useful and some are not"
     (loss / n_tokens).backward()
 
-    monkeypatch.setattr(rl, "accumulate_gradients", spy)
+    monkeypatch.setattr(rl, "accumulate_policy_gradients", spy)
     learn(num_iterations=1, model_tag="t", grad_clip=1e9)
     [line] = steps("t")
     assert line["loss"] == pytest.approx((loss / n_tokens).item(), rel=1e-4, abs=1e-7)

@@ -250,7 +250,7 @@ def test_an_answer_ends_at_the_models_own_mark(server):
     folder = download.download(NAME)
     chat = session(folder, temperature=0.0, max_tokens=40)
     chat.ask("Hello")
-    free = chat.engine.complete([chat.form.render([{"role": "user", "content": "Hello"}])], 40)[0]
+    free = chat.engine.complete([chat.form.encode([{"role": "user", "content": "Hello"}])], 40)[0]
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [free[5], 319]}))
     chat = session(folder, temperature=0.0, max_tokens=40)
     assert HFTokenizer.from_directory(folder).stop_tokens >= {free[5]}

@@ -78,7 +78,7 @@ class TemplateFormat(ChatFormat):
             bos = tokenizer.get_bos_token_id()
             self._variables["bos_token"] = "" if bos is None else tokenizer.decode([bos])
 
-    def render(self, messages: Sequence[Message]) -> list[int]:
+    def encode(self, messages: Sequence[Message]) -> list[int]:
         """Return the ids of the conversation, ending where the assistant's next turn begins.
 
         What looks like a special token in a message is encoded as text. Raises ValueError if the template refuses the
@@ -103,7 +103,7 @@ class TemplateFormat(ChatFormat):
     def _break_special(self, text: str) -> str:
         """Put marks into what looks like a special token: "<|end|>" becomes "<", mark, "|end|>", mark.
 
-        The template may move the text about or cut it; the marks go with it, and tell `render` what came from a
+        The template may move the text about or cut it; the marks go with it, and tell `encode` what came from a
         message. Otherwise a message could open a turn of its own and speak for the assistant.
         """
         text = text.replace(BREAK, "")
@@ -211,7 +211,7 @@ class HarmonyFormat(ChatFormat):
     <|start|>role<|channel|>channel<|message|>text<|end|>
     """
 
-    def render(self, messages: Sequence[Message]) -> list[int]:
+    def encode(self, messages: Sequence[Message]) -> list[int]:
         """Return the ids of the conversation, ending where the assistant's next turn begins.
 
         What an API calls the system message becomes the developer's; old reasoning is left out.
