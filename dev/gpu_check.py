@@ -133,8 +133,8 @@ def check_loss(config: Config, model: GPTConfig, device: torch.device) -> Iterat
         "liger",
         f"{N}x{C}, vocabulary {V}",
         flops=6 * N * C * V,
-        form=(lambda x, w: loss.liger_loss_sum(x, w, targets_N, model.softcap)) if right else None,
-        plain=lambda x, w: loss.chunked_loss_sum(x, w, targets_N, model.softcap, chunk_gradients=compiled),
+        form=(lambda x, w: loss.liger_loss_sum(x, w, targets_N, model.softcap, V)) if right else None,
+        plain=lambda x, w: loss.chunked_loss_sum(x, w, targets_N, model.softcap, V, loss.CUDA_CHUNK_COMPILED, compiled),
         inputs=random_tensors(device, (N, C), (V, C)),
     )
 

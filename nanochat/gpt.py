@@ -356,8 +356,15 @@ class GPT(LanguageModel):
         x_C = norm(x_C, norm_scales[-1])
 
         if targets is not None:
-            head_VC = self.head.weight[: config.vocab_size]  # without the rows that pad the vocabulary
-            return softcap_cross_entropy(x_C, head_VC, targets, config.softcap, loss_reduction, self.kernels.loss_sum)
+            return softcap_cross_entropy(
+                x_C,
+                self.head.weight,  # with the rows that pad the vocabulary: the loss knows where it ends
+                targets,
+                config.softcap,
+                loss_reduction,
+                self.kernels.loss_sum,
+                n_vocab=config.vocab_size,
+            )
         if wanted_R is not None:
             x_C = x_C[wanted_R]
         (logits_V,) = self.readout(x_C)

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nanochat import kernels, loss
+from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss import chunked_loss_sum, softcap, softcap_cross_entropy
 
 
@@ -25,8 +26,8 @@ def make(N, C, V, ignored=0.3, seed=0, scale=1.0):
     return x_NC, w_VC, targets_N
 
 
-def dense(x_NC, w_VC, targets_N, cap, reduction):
-    logits_NV = x_NC @ w_VC.T
+def dense(x_NC, w_VC, targets_N, cap, reduction, n_vocab=None):
+    logits_NV = x_NC @ w_VC[:n_vocab].T
     if cap:
         logits_NV = cap * torch.tanh(logits_NV / cap)
     return F.cross_entropy(logits_NV, targets_N, ignore_index=-1, reduction=reduction)
@@ -40,12 +41,12 @@ def value_and_gradients(function, x_NC, w_VC):
     return loss.detach(), x_NC.grad, w_VC.grad
 
 
-def in_chunks(x_NC, w_VC, targets_N, cap, reduction, chunk, chunk_gradients=None):
+def in_chunks(x_NC, w_VC, targets_N, cap, reduction, chunk, chunk_gradients=None, n_vocab=None):
     """The loss as the model calls it, but in chunks of a given size."""
     if reduction == "none":
-        return loss.losses_by_token(x_NC, w_VC, targets_N, cap, chunk)
+        return loss.losses_by_token(x_NC, w_VC, targets_N, cap, n_vocab or len(w_VC), chunk)
     loss_sum = functools.partial(chunked_loss_sum, chunk=chunk, chunk_gradients=chunk_gradients)
-    return softcap_cross_entropy(x_NC, w_VC, targets_N, cap, reduction, loss_sum)
+    return softcap_cross_entropy(x_NC, w_VC, targets_N, cap, reduction, loss_sum, n_vocab)
 
 
 def assert_equals_dense(x_NC, w_VC, targets_N, cap, reduction, *options):
@@ -87,6 +88,43 @@ def test_equals_the_dense_form_for_any_shape(N, C, V, chunk, cap, reduction, see
     assert_equals_dense(x_NC, w_VC, targets_N, cap, reduction, chunk)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("cap", [15.0, 0.0])
+@pytest.mark.parametrize("chunk", [None, 7])
+def test_rows_that_pad_the_vocabulary_have_no_part_in_the_loss(reduction, cap, chunk):
+    """They are not even cut off: autograd would make a gradient of zeros for all rows, and copy into it."""
+    x_NC, w_VC, targets_N = make(N=50, C=16, V=70)
+    padded_VC = torch.cat((w_VC, torch.full((58, 16), 3.0)))
+    got = value_and_gradients(
+        lambda x, w: in_chunks(x, w, targets_N, cap, reduction, chunk, n_vocab=70), x_NC, padded_VC
+    )
+    expected = value_and_gradients(lambda x, w: dense(x, w, targets_N, cap, reduction), x_NC, w_VC)
+    torch.testing.assert_close(got[0], expected[0], rtol=1e-5, atol=5e-5)
+    torch.testing.assert_close(got[1], expected[1], rtol=1e-5, atol=5e-5)
+    torch.testing.assert_close(got[2][:70], expected[2], rtol=1e-5, atol=5e-5)
+    assert not got[2][70:].any()
+
+
+def test_the_head_of_a_model_is_not_sliced_and_its_padding_gets_no_gradient():
+    model = GPT(GPTConfig(32, 100, 1, 2, 2, 32))
+    model.init_weights(torch.Generator().manual_seed(0))
+    idx_BT = torch.randint(100, (2, 32), generator=torch.Generator().manual_seed(0))
+    loss = model(idx_BT, idx_BT)
+    chunked_sum, _ = loss.grad_fn.next_functions[0]  # the mean divides it
+    head, _ = chunked_sum.next_functions[1]
+    assert head.variable is model.head.weight
+    loss.backward()
+    assert model.head.weight.grad[:100].any() and not model.head.weight.grad[100:].any()
+
+
+@pytest.mark.parametrize("tokens, chunks", [(65536, 4), (32768, 2), (20480, 2), (16384, 1)])
+def test_a_gpu_takes_16k_rows_at_once_where_the_loss_is_compiled(tokens, chunks):
+    """The gradient of W is added up in fp32 once per chunk."""
+    name, loss_sum = kernels.choose_loss(torch.device("cuda"), torch.bfloat16, compiled=True)
+    assert name == "compiled"
+    assert tokens / loss.chunk_size(torch.empty(tokens, 1, device="meta"), loss_sum.keywords["chunk"]) == chunks
+
+
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
 def test_compiled_equals_the_dense_form():
     compiled = torch.compile(loss.make_chunk_gradients, dynamic=False)
@@ -103,7 +141,7 @@ def test_chunks_are_of_one_size_so_that_a_compiled_form_makes_them_all(N, chunk,
         return loss.make_chunk_gradients(x_NC, *rest)
 
     x_NC, w_VC, targets_N = make(N, C=8, V=20)
-    got = value_and_gradients(lambda x, w: chunked_loss_sum(x, w, targets_N, 15.0, chunk, compiled), x_NC, w_VC)
+    got = value_and_gradients(lambda x, w: chunked_loss_sum(x, w, targets_N, 15.0, 20, chunk, compiled), x_NC, w_VC)
     expected = value_and_gradients(lambda x, w: dense(x, w, targets_N, 15.0, "sum"), x_NC, w_VC)
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
@@ -113,24 +151,28 @@ def test_chunks_are_of_one_size_so_that_a_compiled_form_makes_them_all(N, chunk,
 # The choice of liger-kernel, by stand-ins: its kernels need a GPU.
 
 
-def dense_sum(x_NC, w_VC, targets_N, cap):
-    return dense(x_NC, w_VC, targets_N, cap, "sum")
+def dense_sum(x_NC, w_VC, targets_N, cap, n_vocab):
+    return dense(x_NC, w_VC, targets_N, cap, "sum", n_vocab)
 
 
-def forgets_the_softcap(x_NC, w_VC, targets_N, cap):
-    return dense(x_NC, w_VC, targets_N, 0.0, "sum")
+def forgets_the_softcap(x_NC, w_VC, targets_N, cap, n_vocab):
+    return dense(x_NC, w_VC, targets_N, 0.0, "sum", n_vocab)
 
 
-def counts_ignored_targets(x_NC, w_VC, targets_N, cap):
-    return dense(x_NC, w_VC, targets_N.clamp(min=0), cap, "sum")
+def counts_ignored_targets(x_NC, w_VC, targets_N, cap, n_vocab):
+    return dense(x_NC, w_VC, targets_N.clamp(min=0), cap, "sum", n_vocab)
 
 
-def has_half_the_gradient(x_NC, w_VC, targets_N, cap):
-    total = dense_sum(x_NC, w_VC, targets_N, cap)
+def has_half_the_gradient(x_NC, w_VC, targets_N, cap, n_vocab):
+    total = dense_sum(x_NC, w_VC, targets_N, cap, n_vocab)
     return total / 2 + total.detach() / 2
 
 
-def is_not_installed(x_NC, w_VC, targets_N, cap):
+def counts_padding(x_NC, w_VC, targets_N, cap, n_vocab):
+    return dense(x_NC, w_VC, targets_N, cap, "sum")
+
+
+def is_not_installed(x_NC, w_VC, targets_N, cap, n_vocab):
     raise ImportError("No module named 'liger_kernel'")
 
 
@@ -141,6 +183,7 @@ def is_not_installed(x_NC, w_VC, targets_N, cap):
         (forgets_the_softcap, "wrong results"),
         (counts_ignored_targets, "wrong results"),
         (has_half_the_gradient, "wrong results"),
+        (counts_padding, "wrong results"),
         (is_not_installed, "No module named"),
     ],
 )
