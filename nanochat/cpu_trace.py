@@ -80,11 +80,10 @@ class Trace:
             return self._recorded(*tensors)
 
     def _record(self, tensors: Sequence[torch.Tensor]) -> Any:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of every size that Python compares
-            graph, *_ = torch._C._create_graph_by_tracing(
-                self._decode, tuple(tensors), lambda variable: "", True, False
-            )
+        # The tracer warns of every size that Python compares. The filter is set for good: `warnings.catch_warnings`
+        # puts the process's filters aside and back, which two engines (`--replicas 2`) would do across each other.
+        warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)
+        graph, *_ = torch._C._create_graph_by_tracing(self._decode, tuple(tensors), lambda variable: "", True, False)
         return torch._C._create_function_from_graph("decode", graph)
 
     def _decode(self, inputs_4N: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
