@@ -133,12 +133,12 @@ def check_row(kind: str, row: Any) -> None:
     if kind == "language_modeling":
         return
     name = "choices" if kind == "multiple_choice" else "context_options"
-    options = row.get(name)
+    listed = row.get(name)
     gold = row.get("gold")
-    if not isinstance(options, list) or len(options) < 2 or not all(isinstance(option, str) for option in options):
+    if not isinstance(listed, list) or len(listed) < 2 or not all(isinstance(text, str) for text in listed):
         raise ValueError(f"'{name}' must list two texts or more")
-    if not isinstance(gold, int) or isinstance(gold, bool) or not 0 <= gold < len(options):
-        raise ValueError(f"'gold' must be a place in '{name}', 0 to {len(options) - 1}, not {gold!r}"[:200])
+    if not isinstance(gold, int) or isinstance(gold, bool) or not 0 <= gold < len(listed):
+        raise ValueError(f"'gold' must be a place in '{name}', 0 to {len(listed) - 1}, not {gold!r}"[:200])
 
 
 def read_rows(task: CoreTask) -> tuple[list[Row], list[str]]:
@@ -234,16 +234,19 @@ def scored_spans(kind: str, sequences: list[list[int]], context: int) -> list[Sp
 def is_right(scores: Sequence[Score], gold: int | None) -> bool:
     """Return True if the gold option has the lowest mean loss or, if `gold` is None, the only span is the arg-max.
 
-    The first of equals wins. An option with nothing to score (a prefix of all others) is chosen where it stands first.
+    The first of equals wins.
     """
     if gold is None:
         return scores[0].greedy
+    # An option that is a prefix of all others has nothing to score, so its mean loss is nan, and every comparison with
+    # nan is false. So `min` chooses it where it stands first and nowhere else. The reference implementation does the
+    # same; another rule would give numbers that cannot be compared with others'.
     return min(range(len(scores)), key=lambda i: scores[i].mean_loss) == gold
 
 
 # --- the metric -------------------------------------------------------------------------------------------------------
 
-WINDOW = 32  # rows that are tokenized together, and dealt out to the ranks: the same ones on any number of ranks
+ROWS_AT_ONCE = 32  # rows that are tokenized together, and dealt out to the ranks: the same ones on any number of ranks
 
 
 def accuracy_record(correct: float, n: int, baseline: float) -> dict[str, Any]:
@@ -274,14 +277,14 @@ def score_rows(
     context = model.config.sequence_len
     prompts = [build_prompts(task, rows[i], draw_examples(rows, kept, i, task.shots)) for i in indices]
     # All texts in one call, which the tokenizer spreads over the cores.
-    texts = [text for row in prompts for text in row]
-    ids = iter(tokenizer.encode(texts, prepend=tokenizer.get_bos_token_id()))
-    sequences = [[next(ids) for _ in row] for row in prompts]
-    scores = score_questions(model, [scored_spans(task.kind, row, context) for row in sequences])
+    all_texts = [text for texts in prompts for text in texts]
+    ids = iter(tokenizer.encode(all_texts, prepend=tokenizer.get_bos_token_id()))
+    tokenized = [[next(ids) for _ in texts] for texts in prompts]  # per row, the tokens of each of its texts
+    scores = score_questions(model, [scored_spans(task.kind, sequences, context) for sequences in tokenized])
     results = []
-    for index, row, row_scores in zip(indices, sequences, scores, strict=True):
+    for index, sequences, row_scores in zip(indices, tokenized, scores, strict=True):
         gold = None if task.kind == "language_modeling" else rows[index]["gold"]
-        results.append((is_right(row_scores, gold), max(map(len, row)) > context))
+        results.append((is_right(row_scores, gold), max(map(len, sequences)) > context))
     return results
 
 
@@ -304,9 +307,9 @@ def evaluate_core_task(
     rank = compute.rank if compute else 0
     ranks = compute.world_size if compute else 1
     found_N2 = torch.zeros(kept, 2, dtype=torch.int64)  # right, cut
-    starts = range(rank * WINDOW, kept, ranks * WINDOW)
+    starts = range(rank * ROWS_AT_ONCE, kept, ranks * ROWS_AT_ONCE)
     for start in tqdm(starts, desc=title, leave=False, disable=None if rank == 0 else True):
-        indices = range(start, min(start + WINDOW, kept))
+        indices = range(start, min(start + ROWS_AT_ONCE, kept))
         found_N2[indices] = torch.tensor(score_rows(model, tokenizer, task, rows, kept, indices)).long()
     if compute:
         found_N2 = compute.all_reduce_sum(found_N2.to(compute.device)).cpu()

@@ -314,7 +314,7 @@ def ranks():
     """What each process of the test below runs, and the test itself alone."""
     compute, tokenizer = Compute.create("cpu"), Tokenizer.train_from_iterator(["abc"], 265)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(core_eval, "WINDOW", 3)
+        patch.setattr(core_eval, "ROWS_AT_ONCE", 3)
         result = evaluate_core(tiny_model(265, 64), tokenizer, os.environ["BUNDLE"], compute=compute)
     rows = torch.arange(12 * 65).remainder(265).view(12, 65)[compute.rank :: compute.world_size]
     bpb = evaluate_bpb(tiny_model(265, 64), [(rows[:, :-1], rows[:, 1:])], tokenizer.token_bytes, compute)
