@@ -2,6 +2,9 @@
 
 The families differ in few things, each of which is a field of `LlamaConfig`: biases, norms of queries and keys,
 windows, and how far rotary positions are stretched. gpt_oss.py adds sinks and experts.
+
+Shapes as in open_model.py, and P = D/2 planes of rotation. The parts of the model take any leading dimensions: x_C is
+(..., C), q_HD is (..., H, D), and cos_1D broadcasts over the heads.
 """
 
 import math
@@ -28,7 +31,7 @@ class Rope(OpenConfig):
     kind: Literal["default", "linear", "llama3", "yarn"] = Field(alias="rope_type")
     # Plane p turns by theta^(-2p/D) radians per position: the first by a whole radian, the last hardly at all.
     theta: float = Field(alias="rope_theta", gt=1, lt=1e30)
-    partial_rotary_factor: float = Field(1.0, ge=1, le=1)  # below 1, some channels would not be rotated
+    partial_rotary_factor: float = Field(1.0, ge=1, le=1)  # refused unless 1: else some channels would not be rotated
     factor: Positive | None = None
     # The context of the model's training, before it was stretched.
     original: Count = Field(alias="original_max_position_embeddings")
@@ -41,7 +44,8 @@ class Rope(OpenConfig):
     beta_slow: Positive = 1.0
     truncate: bool = True  # round the planes between which it blends
     attention_factor: Positive | None = None
-    mscale: None = None  # these two would change `scale`; no family here has them
+    # These two are refused unless they are absent: they would change `scale`, and no family here has them.
+    mscale: None = None
     mscale_all_dim: None = None
 
     @model_validator(mode="after")
@@ -69,6 +73,8 @@ class Rope(OpenConfig):
                 first = math.floor(first)
                 last = math.ceil(last)
             first = max(first, 0)
+            # The authors' code has D - 1 here and not P - 1, the number of the last plane. Models are trained with it,
+            # so it stays, although the blend may then end beyond the last plane.
             last = min(last, head_dim - 1)
             slowed_P = (torch.arange(len(plain_P), device="cpu") - first) / max(last - first, 0.001)
         slowed_P = slowed_P.clamp(0, 1)
@@ -145,7 +151,7 @@ class LlamaConfig(OpenConfig):
         if self.layer_types is not None and len(self.layer_types) != self.n_layer:
             raise ValueError(f"'layer_types' must name the kind of each of the {self.n_layer} layers")
         if self.sliding_window is None and any(self.slides(layer) for layer in range(self.n_layer)):
-            raise ValueError("layers slide, but it lacks 'sliding_window'")
+            raise ValueError("some layers attend to a window, but 'sliding_window' is missing")
         return self
 
     def slides(self, layer: int) -> bool:
@@ -246,7 +252,8 @@ class Llama(OpenModel):
         self.lm_head = Linear(config.n_embd, config.vocab_size)
         self.readout = Together((self.lm_head,))
         self.tie_head()
-        # Not persistent: the files do not hold it. On the CPU even where the rest has no values yet (`load.skeleton`).
+        # Not persistent: the files do not hold it. On the CPU even where parameters have no values yet
+        # (`load.skeleton`).
         self.register_buffer("radians_P", config.rope.radians_P(config.head_dim), persistent=False)
 
     @staticmethod

@@ -28,7 +28,7 @@ from nanochat.hf.tokenizer import HFTokenizer
 # model_type in config.json -> the class that runs it.
 FAMILIES: dict[str, type[OpenModel]] = {
     "gpt2": GPT2,
-    "llama": Llama,
+    "llama": Llama,  # SmolLM calls itself so as well
     "mistral": Llama,
     "qwen2": Llama,
     "qwen3": Llama,
@@ -119,7 +119,10 @@ def stored_tensors(folder: Path | str) -> dict[str, StoredTensor]:
 
 
 def skeleton(folder: Path | str) -> OpenModel:
-    """Return the model that config.json describes, without values: its tensors are on PyTorch's device "meta"."""
+    """Return the model that config.json describes, without values: its parameters are on PyTorch's device "meta".
+
+    Buffers, which no file holds, have their values already.
+    """
     values = read_config(folder)
     family: Any = FAMILIES[values["model_type"]]
     config = family.config_type.from_json(values)
