@@ -118,9 +118,9 @@ def filter_system_calls() -> None:
     """
     # Codes of BPF (linux/bpf_common.h), and the two answers (linux/seccomp.h)
     load = 0x20  # BPF_LD | BPF_W | BPF_ABS: fetch the word at a byte of the record
-    jump_if_equal = (
-        0x15  # BPF_JMP | BPF_JEQ | BPF_K: skip so many instructions if the word equals the value, else so many
-    )
+    # BPF_JMP | BPF_JEQ | BPF_K. An instruction (jump_if_equal, m, n, value) skips the next m instructions if the word
+    # that was loaded equals the value, and the next n if it does not.
+    jump_if_equal = 0x15
     answer = 0x06  # BPF_RET | BPF_K
     allow = 0x7FFF0000  # SECCOMP_RET_ALLOW
     deny = 0x00050000 | ENOSYS  # SECCOMP_RET_ERRNO
@@ -157,7 +157,7 @@ def seal(name: str, step: Callable[[], None], unsafe: bool) -> None:
         step()
     except (OSError, AttributeError, ValueError) as error:  # not on this kernel, C library or machine
         if not unsafe:
-            print(f"no {name}: {error}", file=sys.stderr)
+            print(f"cannot set up {name}: {error}", file=sys.stderr)
             os._exit(REFUSED)
 
 
@@ -211,7 +211,11 @@ def pack(value: Any) -> Any:
 
 
 def unpack(node: Any) -> Any:
-    """Read what `pack` wrote. The result has exact built-in types only, whatever the sender is."""
+    """Read what `pack` wrote.
+
+    Whatever was sent, the result is made of the types in KINDS themselves, never of a subclass; a Decimal comes back as
+    the Fraction of equal value.
+    """
     if not isinstance(node, list):
         return node
     kind, *parts = node
@@ -301,10 +305,12 @@ def start(role: Callable[[], None], keep: tuple[int, ...], unsafe: bool) -> int:
     if process:
         return process
     try:
+        # The launcher was started with 0, 1 and 2 alone (subprocess closes the others) and has opened two pipes since,
+        # so no descriptor is near 64. /proc, which lists them, is sealed off already.
         for descriptor in set(range(64)) - {1, 2, *keep}:
             with contextlib.suppress(OSError):
                 os.close(descriptor)
-        seal("end with its parent", end_with_parent, unsafe)
+        seal("the end with its parent", end_with_parent, unsafe)
         if os.getppid() != launcher:  # which was killed before we had asked for that
             os._exit(FAILED)
         seal("seccomp", filter_system_calls, unsafe)  # last, since it forbids what the other steps need
@@ -318,7 +324,7 @@ def main() -> None:
     timeout = float(sys.argv[1])
     unsafe = sys.argv[2] == "unsafe"
     # What children inherit is sealed here, once.
-    seal("end with its parent", end_with_parent, unsafe)
+    seal("the end with its parent", end_with_parent, unsafe)
     seal("resource limits", limit_resources, unsafe)
     seal("no new privileges", lambda: prctl(PR_SET_NO_NEW_PRIVS, 1), unsafe)  # Landlock and seccomp demand it
     seal("Landlock", restrict_files, unsafe)
