@@ -25,6 +25,7 @@ import torch
 from dev.measure import Record, write
 from nanochat import cli, recipe
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.loss import CUDA_CHUNK_COMPILED
 from nanochat.report import to_table
 
 SEQUENCE = 2048
@@ -112,7 +113,7 @@ def plan(config: PlanBench, more: list[str]) -> None:
         rows=config.device_batch_size,
         block_bytes=config.block_bytes,
         fp8_head=config.fp8_head,
-        chunk=2048,  # what liger-kernel 0.8.5 takes at this size: 65,536 tokens over V/C = 35, to a power of two
+        chunk=CUDA_CHUNK_COMPILED,
     )
     rates = Rates()
     world_size = gpus(config.hardware)
@@ -161,8 +162,8 @@ def step_seconds(work: Work, config: GPTConfig, world_size: int, rates: Rates) -
     elementwise = tokens * work.block_bytes * config.n_layer * C / rates.memory
     loss_bytes = tokens * LOGIT_BYTES * config.padded_vocab_size
     if work.chunk is not None:
-        # Each product adds its chunk's part to a sum in fp32, which is read and written for it.
-        loss_bytes += tokens / work.chunk * head * (4 + 4)
+        # A chunk's part is written and read in bf16, and the sum in fp32 is read and written.
+        loss_bytes += tokens / work.chunk * head * (2 + 2 + 4 + 4)
     # Tables get a dense gradient in bf16, cleared in each micro-step. After the first one it is added to the sum, and
     # so is that of the matrices, in fp32: two reads and a write.
     accumulated = micro_steps * 2 * tables + (micro_steps - 1) * (6 * tables + 12 * (blocks + head))
