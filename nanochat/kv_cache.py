@@ -199,7 +199,7 @@ class Part(NamedTuple):
 
 
 class LayerPlan(NamedTuple):
-    """The row and slot of each new token, and for each part a mask of the slots that its queries do not see."""
+    """The row and slot of each new token, and for each part its `slot_mask`: -inf at slots hidden from a query."""
 
     rows_N: torch.Tensor
     slots_N: torch.Tensor
