@@ -1,107 +1,23 @@
 """JSON records -> report.md with figures, and model cards. Nothing is measured here: equal records give equal bytes.
 
-`Records.read` reads what the stages left in a base directory, each `*_table` turns records into a Markdown table,
-figures.py draws, and `write_report` puts them together, one section per model. A missing record is no error: its table
-says "not run", so that a report can be made after any stage.
+records.py reads what the stages left in a base directory. Here a function `..._table` makes a Markdown table of some
+records, `conversations` and `continuations` show samples, figures.py draws, and `write_report` puts all of it together,
+one section per model. A missing record is no error, so a report can be made after any stage: what would be made of it
+says "not run", and a single value that is missing is a dash.
 """
 
-import json
 import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from nanochat.common import STAGES, atomic_write
 from nanochat.figures import draw_bars, draw_curves
+from nanochat.records import ByStage, Record, Records, by_stage, series
 
 NOT_RUN = "not run"
-
-Record = dict[str, Any]
-ByStage = dict[str, Record]  # records of one model, in the order of the stages
-
-# --- reading ----------------------------------------------------------------------------------------------------------
-
-
-def read_record(path: Path, *keys: str) -> Record:
-    """Read a JSON record. Raises ValueError naming the file when it is damaged or lacks a key that the report shows."""
-    return parse_record(str(path), path.read_text(encoding="utf-8", errors="replace"), *keys)
-
-
-def read_lines(path: Path, *keys: str) -> list[Record]:
-    """Read a .jsonl file, a record per line; [] where there is none. Raises ValueError naming the damaged line."""
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    return [parse_record(f"{path}:{number}", line, *keys) for number, line in enumerate(lines, 1) if line]
-
-
-def parse_record(where: str, text: str, *keys: str) -> Record:
-    try:
-        record = json.loads(text)
-        missing = [key for key in keys if key not in record]
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{where} is no record: delete it and run its stage again") from error
-    if missing:
-        raise ValueError(f"{where} has no {', '.join(missing)}: delete it and run its stage again")
-    return record
-
-
-@dataclass(frozen=True)
-class Records:
-    """All that a base directory holds to report on."""
-
-    runs: list[Record]  # run.json, each with the lines of its metrics.jsonl under "metrics"
-    base_evals: list[Record]
-    chat_evals: list[Record]
-    tokenizer_evals: list[Record]  # at most one
-    manifests: list[Record]
-    stage_times: list[Record]
-
-    @classmethod
-    def read(cls, base_dir: Path) -> "Records":
-        """Read every record under `base_dir`. Raises ValueError naming the file of a damaged one."""
-
-        def read_all(pattern: str, *keys: str) -> list[Record]:
-            return [read_record(path, *keys) for path in sorted(base_dir.glob(pattern))]
-
-        runs = []
-        for path in sorted(base_dir.glob("runs/*/*/run.json")):
-            if "~" in path.parent.name:  # an older run of the same name, kept when a new one began
-                continue
-            run = read_record(path, "stage", "tag", "config", "model_config")
-            run["metrics"] = read_lines(path.with_name("metrics.jsonl"), "step")
-            runs.append(run)
-        return cls(
-            runs=runs,
-            base_evals=read_all("evals/base_eval_*.json", "stage", "tag", "train_bpb", "val_bpb", "core", "samples"),
-            chat_evals=read_all(
-                "evals/chat_eval_*.json", "stage", "tag", "chatcore", "chatcore_stderr", "tasks", "samples"
-            ),
-            tokenizer_evals=read_all("evals/tok_eval.json", "vocab_sizes", "texts"),
-            manifests=read_all("datasets/*/manifest.json", "name", "source", "licence", "shards"),
-            stage_times=read_lines(base_dir / "runs" / "stages.jsonl", "stage", "seconds"),
-        )
-
-    def tags(self) -> list[str]:
-        """Return the tags of the models trained here."""
-        records = [*self.runs, *self.base_evals, *self.chat_evals]
-        return sorted({record["tag"] for record in records if record["stage"] in STAGES})
-
-
-def by_stage(records: Iterable[Record], tag: str, stages: Sequence[str] = STAGES) -> ByStage:
-    """Pick the records of one model at these stages, in their order."""
-    found = {record["stage"]: record for record in records if record["tag"] == tag}
-    return {stage: found[stage] for stage in stages if stage in found}
-
-
-def series(run: Record, key: str) -> dict[int, float]:
-    """Return one metric by step; the last value counts where a step was run twice, as after a kill."""
-    points = {line["step"]: line[key] for line in run["metrics"] if isinstance(line.get(key), int | float)}
-    return dict(sorted(points.items()))
-
 
 # --- Markdown ---------------------------------------------------------------------------------------------------------
 
@@ -249,7 +165,7 @@ def runs_table(runs: ByStage) -> str:
             "last loss": losses[-1] if losses else None,
             "best val bpb": min(series(run, "val_bpb").values(), default=None),
             "tokens/s": round(statistics.median(rates)) if rates else None,
-            "MFU": f"{100 * statistics.median(shares):.1f} %" if shares else "n/a",
+            "MFU": f"{100 * statistics.median(shares):.1f} %" if shares else None,
             "peak memory": f"{max(peaks) / 2**30:.1f} GiB" if peaks else None,
             "training time": rounded_time(run.get("wall_seconds")),
             "without its first 10 steps": rounded_time(run.get("steady_seconds")),

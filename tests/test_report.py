@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from nanochat.report import Records, model_card, show_tool_calls, write_report
+from nanochat.records import Records
+from nanochat.report import model_card, show_tool_calls, write_report
 
 ROOT = Path(__file__).resolve().parent.parent
 PROVENANCE = {
@@ -131,7 +132,7 @@ def test_the_numbers_of_the_records_are_in_the_report(base):
     expected = ["–", "5,000,000", "119", "983,040", f"{last:.5g}", "2.51"]
     cells = [line.strip("| ").split(" | ") for line in text.splitlines() if "5,000,000" in line]
     assert [c[0] for c in cells] == ["base", "mid", "sft"] and cells[1][1:7] == expected
-    assert cells[1][8:] == ["n/a", "3.0 GiB", "0:05:12", "0:05:05"]
+    assert cells[1][8:] == ["–", "3.0 GiB", "0:05:12", "0:05:05"]
     assert row(text, "depth")[1:] == ["4", "4", "4"]
     assert row(text, "n_layer")[1:] == ["4", "4", "4"]
     assert "| run |" not in text  # unset everywhere
@@ -236,6 +237,33 @@ def test_a_damaged_record_is_one_line_that_names_its_file(base, file, content):
     with pytest.raises(ValueError, match=Path(file).name) as caught:
         write_report(base, base / "report")
     assert "\n" not in str(caught.value) and not (base / "report" / "report.md").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "place"),
+    [
+        ("evals/base_eval_base_d4.json", {"core": None}, "core"),
+        ("evals/base_eval_base_d4.json", {"core": {"core_metric": None}}, "core.core_stderr"),
+        ("evals/base_eval_base_d4.json", {"val_bpb": "1.3"}, "val_bpb"),
+        ("evals/base_eval_base_d4.json", {"samples": [{"prompt": "x"}]}, "samples.0.text"),
+        ("evals/chat_eval_sft_d4.json", {"tasks": {"choice": {}}}, "tasks.choice.accuracy"),
+        ("evals/chat_eval_sft_d4.json", {"tasks": []}, "tasks"),
+        ("evals/chat_eval_sft_d4.json", {"samples": [{}]}, "samples.0.task"),
+        ("evals/chat_eval_sft_d4.json", {"date": 5}, "date"),
+        ("evals/tok_eval.json", {"texts": {"English": {"bytes": 9, "ours": {}}}}, "texts.English.ours.bytes_per_token"),
+        ("evals/tok_eval.json", {"vocab_sizes": None}, "vocab_sizes"),
+        ("runs/base/d4/run.json", {"model_config": None}, "model_config"),
+        ("runs/base/d4/run.json", {"wall_seconds": None}, "wall_seconds"),
+        ("runs/base/d4/run.json", {"dataset": []}, "dataset"),
+        ("datasets/own/manifest.json", {"shards": [{}]}, "shards.0.bytes"),
+    ],
+)
+def test_a_record_that_is_damaged_inside_is_one_line_that_names_file_and_place(base, file, change, place):
+    record = json.loads((base / file).read_text())
+    write_json(base / file, {**record, **change})
+    with pytest.raises(ValueError, match=rf"{Path(file).name} is damaged at {place} \(.*\): delete it") as caught:
+        write_report(base, base / "report")
+    assert "\n" not in str(caught.value)
 
 
 def test_tool_calls_are_shown():

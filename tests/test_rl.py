@@ -22,7 +22,7 @@ from nanochat.engine import Engine, Request
 from nanochat.finetune import continue_from, load_source
 from nanochat.gpt import build_model
 from nanochat.optim import MuonAdamW
-from nanochat.report import Records
+from nanochat.records import Records
 from nanochat.rl import (
     Group,
     RLConfig,
