@@ -130,7 +130,9 @@ def continue_from(
     """Return a run that trains the source further as `stage`, with a new optimizer. more_facts: see `Run.facts`."""
     scales = recipe.learning_rate_scales(total_batch_size, config.init_lr_frac)
     # Nothing decays unless it is asked for: decay would pull the weights away from what they know.
-    optimizer = MuonAdamW(source.model, config.learning_rates(scales), config.weight_decay or 0.0, compute)
+    weight_decay = config.weight_decay or 0.0
+    fused = config.compile and compute.device.type == "cuda"
+    optimizer = MuonAdamW(source.model, config.learning_rates(scales), weight_decay, compute, compiled=fused)
     return Run(
         stage=stage,
         tag=config.model_tag or source.meta["tag"],

@@ -77,7 +77,8 @@ def main() -> None:
     # The optimizer: learning rates and weight decay that suit this batch and this many tokens.
     weight_decay = plan.weight_decay if config.weight_decay is None else config.weight_decay
     learning_rates = config.learning_rates(recipe.learning_rate_scales(plan.batch))
-    optimizer = MuonAdamW(model, learning_rates, weight_decay, compute)
+    fused = config.compile and compute.device.type == "cuda"
+    optimizer = MuonAdamW(model, learning_rates, weight_decay, compute, compiled=fused)
 
     # The rows: the dataset's text as token ids, made by the first run that needs them.
     train_rows = TextRows(config.dataset, "train", tokenizer, config.max_seq_len)

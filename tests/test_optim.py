@@ -1,5 +1,7 @@
 """The optimizer. Oracles: torch's AdamW, the SVD, closed forms of a first step, and one process for several ranks."""
 
+import functools
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -7,8 +9,9 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounter
 
-from nanochat.compute import Compute
+from nanochat.compute import Compute, can_compile
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW, adamw_update, muon_update, orthogonalize
 
@@ -45,6 +48,27 @@ def test_adamw_keeps_fp32_moments_of_a_bf16_parameter():
     adamw_update(w32, g, *moments[2:], 0, 0.01, (0.8, 0.96), 0.0)
     assert torch.equal(moments[0], moments[2]) and torch.equal(moments[1], moments[3])
     torch.testing.assert_close(w.float(), w32, rtol=2**-8, atol=0)
+
+
+def test_decay_of_a_bf16_table_does_something():
+    """lr·decay is 2^-11, below half of bf16's resolution: as a step of its own each would round to nothing."""
+    shrunk = []
+    for decay in (0.0, 2**-6):
+        w, mean, square = torch.ones(20_000).bfloat16(), torch.zeros(20_000), torch.zeros(20_000)
+        for step in range(200):
+            g = randn(20_000, seed=step).bfloat16()
+            adamw_update(w, g, mean, square, step, 2**-5, (0.8, 0.96), decay)
+        shrunk.append(w.float().mean().item())
+    assert shrunk[0] == pytest.approx(1, abs=0.01)
+    assert shrunk[1] / shrunk[0] == pytest.approx((1 - 2**-11) ** 200, abs=0.01)  # .907
+
+
+def test_the_update_of_a_bf16_table_is_rounded_once():
+    w, g = randn(5000).bfloat16(), randn(5000, seed=1).bfloat16()
+    exact = w.float()
+    adamw_update(exact, g, torch.zeros(5000), torch.zeros(5000), 0, 0.3, (0.8, 0.995), 0.1)
+    adamw_update(w, g, torch.zeros(5000), torch.zeros(5000), 0, 0.3, (0.8, 0.995), 0.1)
+    assert torch.equal(w, exact.bfloat16())
 
 
 # Muon.
@@ -156,14 +180,14 @@ def test_scales_of_norms_learn_as_slowly_as_residual_scales():
     torch.testing.assert_close(before - model.norm_scale, expected, rtol=1e-3, atol=0)
 
 
-def make(compute=None, seed=0, weight_decay=0.1):
+def make(compute=None, seed=0, weight_decay=0.1, compiled=False):
     shape = {"sequence_len": 64, "vocab_size": 100, "n_layer": 3, "n_head": 4, "n_kv_head": 2, "n_embd": 64}
     model = GPT(GPTConfig(**shape))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    return model, MuonAdamW(model, LRS, weight_decay, compute or Compute(CPU, torch.float32))
+    return model, MuonAdamW(model, LRS, weight_decay, compute or Compute(CPU, torch.float32), compiled)
 
 
 def weights(model):
@@ -222,6 +246,58 @@ def test_without_decay_and_learning_rate_nothing_moves():
     set_gradients(model, 0, range(6))
     optimizer.step(0, lr_mult=0.0)
     assert_same(weights(model), before)
+
+
+def test_compiled_updates_are_the_same_and_compiled_once(monkeypatch):
+    """What changes from step to step must not be a constant of the graphs. Here they are made but not fused."""
+    graphs = CompileCounter()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=graphs))
+    torch._dynamo.reset()
+    expected, plain = make()
+    model, optimizer = make(compiled=True)
+    for first in range(0, 6, 2):
+        train(expected, plain, range(first, first + 2))
+        train(model, optimizer, range(first, first + 2))
+        if first == 0:
+            in_the_first_steps = graphs.frame_count
+    assert in_the_first_steps == graphs.frame_count > 3
+    assert_same(weights(model), weights(expected), 1e-5)
+
+
+@pytest.mark.skipif(not can_compile(CPU), reason="torch.compile needs a C++ compiler")
+def test_fused_updates_are_the_same():
+    torch._dynamo.reset()
+    state = [torch.zeros(2, 32, 48), torch.zeros(2, 1, 48)]
+    moments = [torch.zeros(40, 16), torch.zeros(40, 16)]
+    results = []
+    for fuse in (lambda f: f, functools.partial(torch.compile, dynamic=False, fullgraph=True)):
+        number = float if not results else torch.tensor
+        muon, adamw = fuse(muon_update), fuse(adamw_update)
+        w, table = randn(2, 32, 48), randn(40, 16).bfloat16()
+        buffers = [value.clone() for value in (*state, *moments)]
+        for step in range(3):
+            lr = number(0.1 / (step + 1))
+            g_KMN = randn(2, 32, 48, seed=step)
+            muon(w, g_KMN, *buffers[:2], lr, number(0.9), number(0.1), dtype=torch.float32)
+            adamw(table, randn(40, 16, seed=step), *buffers[2:], number(float(step)), lr, (0.8, 0.96), 0.01)
+        results.append([w, table.float(), *buffers])
+    for plain, fused in zip(*results, strict=True):
+        torch.testing.assert_close(fused, plain, rtol=2**-7, atol=1e-5)  # a bf16 may be rounded the other way
+
+
+def test_a_rank_stacks_its_own_matrices_alone(monkeypatch):
+    """All of them are 24 layers of a large model; its own are an eighth of that."""
+    _, optimizer = make(Compute(CPU, torch.float32, rank=1, world_size=3))
+    [group] = [group for group in optimizer.groups if group.name == "muon_64x64"]
+    stacked = []
+    stack = torch.stack
+    monkeypatch.setattr(torch, "stack", lambda tensors: stacked.append(len(tensors)) or stack(tensors))
+    share = group.share(group.parameters, rank=1)
+    assert len(group.parameters) == 6 and stacked == [2]
+    assert torch.equal(share, stack([group.parameters[1], group.parameters[4]]))
+    whole = group.all_shares(group.parameters)
+    assert stacked == [2, 6]
+    assert all(torch.equal(a, b) for a, b in zip(group.from_shares(whole, 3), group.parameters, strict=True))
 
 
 # Ranks. A step's gradient is the sum of six parts, dealt to the ranks; parts are multiples of 2^-10, so that their sum
