@@ -4,7 +4,8 @@ A model of a step, no measurement. Each term is a count divided by a rate, and n
 
     products         6 FLOPs a token and weight, in fp8 or bf16
     attention        7 products of queries and keys a step (2 forward, 5 backward), over the positions that are seen
-    elementwise      bytes that the compiled blocks move between their products, counted in Inductor's sm_90 code
+    elementwise      bytes that the compiled blocks move between their products, counted in Inductor's sm_90 code, and
+                     those of casting the weights to fp8
     loss             bytes of the logits, and of the head's gradient summed over chunks
     accumulation     bytes of gradients that are cleared and, after the first micro-step, added up
     optimizer        products of Muon and bytes of all states, a share of them on each GPU
@@ -31,12 +32,16 @@ from nanochat.report import to_table
 SEQUENCE = 2048
 
 # Bytes per token, layer and channel that the kernels between the products of a block move in a forward and a backward
-# pass. The reference: 291 GB for d24 and 16 rows at 92d63d4, less 6 bytes a logit. Ours: 410 GB for d22, 32 rows and
-# --norm-scales at f7e13a6. Both are counted in what Inductor of torch 2.13 makes for sm_90 (dev/LOG.md, 2026-11-29).
+# pass. The reference: 291 GB for d24 and 16 rows at 92d63d4, less 6 bytes a logit. Ours: 403 GB for d22, 32 rows and
+# --norm-scales. Both are counted in what Inductor of torch 2.13 makes for sm_90 (dev/LOG.md, 2026-11-29).
 REFERENCE_FP8 = 235.6
-OURS_FP8 = 202.1
-# Each logit is read in bf16 for the sum of exponentials, read again for the gradient, and its gradient is written.
+OURS_FP8 = 198.4
+# Each logit is read in bf16 for the sum of exponentials, read again for the gradient, and its gradient is written. In
+# fp8 it is read a third time, for the largest gradient, which is then written, read and written again for two layouts.
 LOGIT_BYTES = 6
+LOGIT_BYTES_FP8 = 9
+# A weight is read twice in fp32, for the largest and for the cast, and written, read and written again for two layouts.
+CAST_BYTES = 11
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,8 @@ class Work:
     block_bytes: float  # per token, layer and channel
     fp8: bool = True  # products of the blocks
     fp8_head: bool = True
+    logit_bytes: int = LOGIT_BYTES
+    cast_bytes: int = 0  # per weight and step; 0: the casts are in block_bytes
     chunk: int | None = None  # tokens whose part of the head's gradient is added at once; None: all of them
     measured: float | None = None  # minutes
 
@@ -84,7 +91,7 @@ class PlanBench:
     target_param_data_ratio: float = cli.option(9.4, "training tokens for each parameter")
     total_batch_size: int = cli.option(2**20, "tokens a step")
     device_batch_size: int = cli.option(32, "rows of a micro-step on one GPU")
-    fp8_head: bool = cli.option(False, "the head's products in fp8, as those of the blocks")
+    fp8_head: bool = cli.option(True, "the head's products in fp8, as those of the blocks")
     block_bytes: float = cli.option(OURS_FP8, "bytes between products per token, layer and channel, as counted")
     out: str | None = cli.option(None, "JSON record to write; unset: bench/plan.json in the base directory")
 
@@ -113,6 +120,8 @@ def plan(config: PlanBench, more: list[str]) -> None:
         rows=config.device_batch_size,
         block_bytes=config.block_bytes,
         fp8_head=config.fp8_head,
+        logit_bytes=LOGIT_BYTES_FP8 if config.fp8_head else LOGIT_BYTES,
+        cast_bytes=CAST_BYTES,
         chunk=CUDA_CHUNK_COMPILED,
     )
     rates = Rates()
@@ -160,7 +169,8 @@ def step_seconds(work: Work, config: GPTConfig, world_size: int, rates: Rates) -
     attention = 14 * tokens * C * seen / rates.attention
 
     elementwise = tokens * work.block_bytes * config.n_layer * C / rates.memory
-    loss_bytes = tokens * LOGIT_BYTES * config.padded_vocab_size
+    elementwise += work.cast_bytes * blocks / rates.memory
+    loss_bytes = tokens * work.logit_bytes * config.padded_vocab_size
     if work.chunk is not None:
         # A chunk's part is written and read in bf16, and the sum in fp32 is read and written.
         loss_bytes += tokens / work.chunk * head * (2 + 2 + 4 + 4)
