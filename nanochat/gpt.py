@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from nanochat.attention import Attend
 from nanochat.common import print0
 from nanochat.compute import can_compile, pick_dtype
-from nanochat.fp8 import Fp8Linear
+from nanochat.fp8 import Fp8Linear, Fp8Together
 from nanochat.fused_mlp import fused_mlp
 from nanochat.kernels import PLAIN, Kernels, choose_kernels
 from nanochat.language_model import Gate, LanguageModel, LayerNeed, Linear, Together, WholeRows, rotate, rotation
@@ -129,7 +129,7 @@ def norm(x: torch.Tensor, scale_C: torch.Tensor | None = None) -> torch.Tensor:
 class Attention(nn.Module):
     """Causal grouped-query attention with rotary positions, QK-norm and, on some layers, value embeddings."""
 
-    def __init__(self, config: GPTConfig, layer: int, linear: type[Linear]) -> None:
+    def __init__(self, config: GPTConfig, layer: int, linear: type[Linear], together: type[Together]) -> None:
         super().__init__()
         self.heads = [config.n_head, config.n_kv_head]
         self.head_dim = config.head_dim
@@ -141,9 +141,9 @@ class Attention(nn.Module):
         self.v = linear(config.n_embd, kv_channels)
         self.out = linear(config.n_embd, config.n_embd)
         self.gate = Gate(config.value_gate_channels, config.n_kv_head) if config.has_value_embed(layer) else None
-        # They read the same input, so the engine makes one product of them (packed.py).
+        # They read the same input, so the engine makes one product of them (packed.py), and so does fp8.
         gates = () if self.gate is None else ((self.gate,),)
-        self.qkvg: Any = Together((self.q, self.k), (self.v,), *gates)
+        self.qkvg: Any = together((self.q, self.k), (self.v,), *gates)
 
     def forward(self, x_C, ve_KD, cos_1D, sin_1D, attend: Attend) -> torch.Tensor:
         """ve_KD: value embeddings of the tokens, or None. attend: how queries meet keys and values."""
@@ -198,7 +198,8 @@ class Block(nn.Module):
     def __init__(self, config: GPTConfig, layer: int, kernels: Kernels) -> None:
         super().__init__()
         linear = Fp8Linear if kernels.fp8 else Linear
-        self.attn = Attention(config, layer, linear)
+        together = Fp8Together if kernels.fp8 else Together
+        self.attn = Attention(config, layer, linear, together)
         self.mlp = MLP(config, linear, kernels.fused_mlp)
         self.dropout = config.dropout
 

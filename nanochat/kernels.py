@@ -41,7 +41,7 @@ class Kernels:
     attend: Attend = attend
     loss_sum: LossSum = chunked_loss_sum
     fused_mlp: bool = False  # the MLP by one Triton kernel
-    fp8: bool = False  # the blocks' products in 8 bits, in training only
+    fp8: bool = False  # the blocks' products in 8 bits, in training only; the head's are up to loss_sum
     compiled: bool = False  # torch.compile fuses what stands between the products of a block
     names: tuple[str, ...] = ("plain",)  # for the log
 
@@ -67,7 +67,11 @@ def choose_kernels(
     if fp8_products:
         fp8.check(device, width)
     attention_name, attend_rows = choose_attention(device, dtype, head_dim, windowed)
-    loss_name, loss_sum = choose_loss(device, dtype, compiled)
+    if fp8_products:
+        loss_name = "fp8"
+        loss_sum: LossSum = functools.partial(fp8.fp8_loss_sum, compiled=compiled)
+    else:
+        loss_name, loss_sum = choose_loss(device, dtype, compiled)
     mlp_is_fused = compiled and not fp8_products and fused_mlp_pays(device, dtype, width)
     names = [f"attention {attention_name}", f"loss {loss_name}", "compiled" if compiled else "eager"]
     if mlp_is_fused:

@@ -21,6 +21,7 @@ from nanochat import recipe
 from nanochat.common import print0
 from nanochat.compute import Compute
 from nanochat.dataloader import MicroBatch, RowLoader
+from nanochat.fp8 import weights_quantised
 from nanochat.gpt import GPT
 from nanochat.loss import IGNORED
 from nanochat.loss_eval import evaluate_bpb
@@ -245,10 +246,11 @@ def accumulate_gradients(run: Run, micro_batches: list[MicroBatch], recompute: b
     counts = torch.stack([(targets_BT > IGNORED).sum() for _, targets_BT in micro_batches])
     n_targets = compute.all_reduce_sum(counts.sum().float()).clamp(min=1)
     part_losses = []
-    for idx_BT, targets_BT in micro_batches:
-        part_loss = model(idx_BT, targets_BT, loss_reduction="sum", recompute=recompute) / n_targets
-        part_loss.backward()  # adds to the gradients of the micro-batches before
-        part_losses.append(part_loss.detach())
+    with weights_quantised(model):  # for --fp8: once for all micro-batches
+        for idx_BT, targets_BT in micro_batches:
+            part_loss = model(idx_BT, targets_BT, loss_reduction="sum", recompute=recompute) / n_targets
+            part_loss.backward()  # adds to the gradients of the micro-batches before
+            part_losses.append(part_loss.detach())
     return torch.stack(part_losses)
 
 
@@ -349,8 +351,9 @@ def try_device_batch(model: GPT, compute: Compute, rows: int, recompute: bool) -
         copies = torch.empty(8 * n_parameters // compute.world_size, dtype=torch.uint8, device=compute.device)
         idx_BT = torch.zeros(rows, model.config.sequence_len, dtype=torch.int64, device=compute.device)
         # The second pass runs beside the gradients of the first, as it does when micro-batches accumulate.
-        for _ in range(2):
-            model(idx_BT, idx_BT, loss_reduction="sum", recompute=recompute).backward()
+        with weights_quantised(model):
+            for _ in range(2):
+                model(idx_BT, idx_BT, loss_reduction="sum", recompute=recompute).backward()
         compute.synchronize()
         peak = compute.peak_memory()
         del copies, idx_BT
