@@ -84,6 +84,7 @@ def on_null_cuda(test: Callable[..., None]) -> Callable[..., None]:
             pytest.skip(reason)
         this_test, _, _ = os.environ["PYTEST_CURRENT_TEST"].rpartition(" ")
         command = [sys.executable, "-m", "pytest", "-p", "null_cuda", "-p", "no:cacheprovider", "--tb=short", this_test]
+        command += ["-p", "no:logging"]  # with it torch.compile formats thousands of messages that nobody reads
         environment = {
             **os.environ,
             LOADED: str(library()),
