@@ -94,7 +94,7 @@ def on_paper(device):
             patches.enter_context(mock.patch.object(module, "load_source", lambda *_: source))
             patches.enter_context(mock.patch.object(module, "conversation_rows", lambda *_, **__: rows))
         patches.enter_context(mock.patch.object(trainer, "RowLoader", paper_run.PaperLoader))
-        patches.enter_context(mock.patch.object(checkpoint, "_write_tensors"))
+        patches.enter_context(mock.patch.object(checkpoint, "_write_tensors", paper_run.written))
         patches.enter_context(mock.patch.object(Engine, "run", answer))
         for module in (rl, chat_eval):
             patches.enter_context(mock.patch.object(module, "render_for_completion", lambda *_: [1, 2, 3]))
