@@ -13,7 +13,6 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from nanochat.optim import MuonAdamW
@@ -73,6 +72,7 @@ def group_of(event: Any) -> str:
 def kernel_time(event: Any) -> float:
     """Return the microseconds of the kernels that an operator launched itself.
 
+    A kernel is listed twice: here, and as an event of its own on the GPU, which has no kernels and so counts nothing.
     A range of `record_function` also has one "kernel" of its own name, which spans all kernels within the range.
     """
     return sum(kernel.duration for kernel in event.kernels if kernel.name != event.name)
@@ -83,10 +83,7 @@ def profile_table(result: dict[str, Any], steps: int) -> list[dict[str, Any]]:
     cuda = torch.cuda.is_available()
     groups: Counter[str] = Counter()
     for event in result["events"]:
-        # A kernel is listed twice: as an event of its own on the GPU, and among the kernels of the operator that
-        # launched it. Only the operator knows which part of the step it belongs to.
-        if event.device_type == DeviceType.CPU:
-            groups[group_of(event)] += kernel_time(event) if cuda else event.self_cpu_time_total
+        groups[group_of(event)] += kernel_time(event) if cuda else event.self_cpu_time_total
     groups["outside operators (Python, waiting)"] = max(0.0, result["seconds"] * 1e6 - groups.total())
     rows = []
     for group, microseconds in groups.most_common():
