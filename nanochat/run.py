@@ -140,7 +140,7 @@ class Run:
         if self.val_bpb is not None:
             self.evaluated_step = step
         if self.compute.rank == 0:
-            drop_lines_after(self.folder / "metrics.jsonl", step)
+            drop_lines_after(self.folder / "metrics.jsonl", step, evaluated=self.evaluated_step == step)
         print0(f"resumed {self.stage}/{self.tag} at step {step} of {self.num_iterations}")
 
     # --- under way
@@ -171,9 +171,11 @@ class Run:
         self.val_bpb = metrics["val_bpb"]
         if self.log is None:
             return
+        # The log first: a run that is killed in between evaluates again, and drops the line of the first time. The other
+        # way round the checkpoint would say that this step was evaluated, and the line would be missing for ever.
+        self.log.write({"step": self.step, **metrics})
         if self.step > 0 and self.step == self.saved_step:
             checkpoint.update_meta(self.stage, self.tag, self.step, metrics)
-        self.log.write({"step": self.step, **metrics})
         scores = [f"{name} {value:.4f}" for name, value in metrics.items() if isinstance(value, float)]
         self.log.say(f"step {self.step}: {', '.join(scores)}")
 
@@ -312,14 +314,21 @@ def start_wandb(name: str, config: dict[str, Any], folder: Path) -> Any:
     return wandb
 
 
-def drop_lines_after(path: Path, step: int) -> None:
-    """Remove the metrics of steps that a resumed run will repeat, and a line that a kill has cut short."""
+def drop_lines_after(path: Path, step: int, evaluated: bool) -> None:
+    """Remove the metrics that a run resumed at `step` will write again, and a line that a kill has cut short.
+
+    evaluated: the checkpoint has the evaluation of its step; otherwise that will be repeated too.
+    """
     lines = path.read_text().splitlines() if path.exists() else []
     kept = []
-    for line in lines:
-        with contextlib.suppress(json.JSONDecodeError):
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
+    for text in lines:
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            continue
+        is_evaluation = "dt" not in line  # only the line of a training step has the time that it took
+        if line["step"] < step or (line["step"] == step and (evaluated or not is_evaluation)):
+            kept.append(text + "\n")
     atomic_write(path, "".join(kept))
 
 

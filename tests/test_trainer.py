@@ -21,7 +21,7 @@ from nanochat.dataloader import RowLoader
 from nanochat.gpt import build_model
 from nanochat.optim import MuonAdamW
 from nanochat.recipe import TrainConfig
-from nanochat.run import Run
+from nanochat.run import Run, RunLog
 from nanochat.token_shards import TextRows
 from nanochat.tokenizer import load_tokenizer
 
@@ -204,6 +204,30 @@ def test_a_crash_in_evaluation_costs_nothing(tiny_world, monkeypatch):
         for tag in ("t", "whole")
     ]
     assert evaluations[0] == evaluations[1], "the evaluation that crashed is made good"
+
+
+@pytest.mark.parametrize("record", ["log", "checkpoint"])
+def test_a_kill_at_either_record_of_an_evaluation(tiny_world, monkeypatch, record):
+    """It is logged, and then noted in the checkpoint; a run that dies at either has it once in the end."""
+    write = RunLog.write
+
+    def killed_at_an_evaluation(log, line):
+        if "val_bpb" in line:
+            raise SystemExit
+        write(log, line)
+
+    def killed(*arguments):
+        raise SystemExit
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        if record == "log":
+            patch.setattr(RunLog, "write", killed_at_an_evaluation)
+        else:
+            patch.setattr(checkpoint, "update_meta", killed)
+        train_here(eval_every=3)
+    train_here(eval_every=3, resume="newest")
+    assert [line["step"] for line in metrics("base", "t") if "val_bpb" in line] == [3, 6]
+    assert [line["step"] for line in metrics("base", "t") if "loss" in line] == [1, 2, 3, 4, 5, 6]
 
 
 # --- divergence
