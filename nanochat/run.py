@@ -171,8 +171,8 @@ class Run:
         self.val_bpb = metrics["val_bpb"]
         if self.log is None:
             return
-        # The log first: a run that is killed in between evaluates again, and drops the line of the first time. The other
-        # way round the checkpoint would say that this step was evaluated, and the line would be missing for ever.
+        # The log first: a run that is killed in between evaluates again, and drops the line of the first time. The
+        # other way round the checkpoint would say that this step was evaluated, and the line would be missing for ever.
         self.log.write({"step": self.step, **metrics})
         if self.step > 0 and self.step == self.saved_step:
             checkpoint.update_meta(self.stage, self.tag, self.step, metrics)
