@@ -81,13 +81,13 @@ def scaled_dot_product_attention(q_BHTD, k_BKSD, v_BKSD, attn_mask=None, is_caus
     return torch.ops.fake_gpu.attention(q_BHTD.transpose(1, 2), k_BKSD, v_BKSD)[0].transpose(1, 2)
 
 
-def to_empty(self: torch.nn.Module, *, device: Any, recurse: bool = True) -> torch.nn.Module:
-    """Module.to_empty by new parameters: PyTorch's own swaps contents, which FakeTensors refuse."""
+def apply_by_replacing(self: torch.nn.Module, convert: Any, recurse: bool = True) -> torch.nn.Module:
+    """Module._apply, behind `to` and `to_empty`: PyTorch's own swaps contents, which FakeTensors refuse."""
     for module in self.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                empty = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
-                module._parameters[name] = torch.nn.Parameter(empty, requires_grad=parameter.requires_grad)
+                converted = convert(parameter.detach())
+                module._parameters[name] = torch.nn.Parameter(converted, requires_grad=parameter.requires_grad)
     return self
 
 
@@ -168,6 +168,8 @@ class FakeGpu(contextlib.ExitStack):
             "_lazy_init": lambda: None,
             "get_rng_state": lambda device=None: torch.zeros(16, dtype=torch.uint8),
             "set_rng_state": lambda state, device=None: None,
+            "_exchange_device": lambda index: 0,
+            "_maybe_exchange_device": lambda index: 0,
             "set_device": lambda device: None,
             "synchronize": lambda device=None: None,
             "empty_cache": lambda: None,
@@ -180,7 +182,7 @@ class FakeGpu(contextlib.ExitStack):
             "get_device_capability": lambda device=None: gpu.capability,
         }.items():
             self.enter_context(mock.patch.object(torch.cuda, attribute, value))
-        self.enter_context(mock.patch.object(torch.nn.Module, "to_empty", to_empty))
+        self.enter_context(mock.patch.object(torch.nn.Module, "_apply", apply_by_replacing))
         # FlashAttention-3 is installed on Hopper. Our operator around it knows the shapes, so nobody looks inside.
         interface = ModuleType("flash_attn_interface") if gpu.capability[0] == 9 else None
         attention.flash3_interface.cache_clear()
