@@ -217,13 +217,22 @@ class Records:
             chat_evals=read_all("evals/chat_eval_*.json", ChatEval),
             tokenizer_evals=read_all("evals/tok_eval.json", TokenizerEval),
             manifests=read_all("datasets/*/manifest.json", Manifest),
-            stage_times=read_lines(base_dir / "runs" / "stages.jsonl", StageTime),
+            stage_times=newest_run(read_lines(base_dir / "runs" / "stages.jsonl", StageTime)),
         )
 
     def tags(self) -> list[str]:
         """Return the tags of the models trained here."""
         records = [*self.runs, *self.base_evals, *self.chat_evals]
         return sorted({record["tag"] for record in records if record["stage"] in STAGES})
+
+
+def newest_run(stage_times: list[Record]) -> list[Record]:
+    """Return the times of the run of speedrun.sh that came last, one per stage; runs of other tags are in the file too."""
+    last: dict[str, Record] = {}
+    for line in stage_times:
+        if line.get("tag") == stage_times[-1].get("tag"):
+            last[line["stage"]] = line
+    return list(last.values())
 
 
 def by_stage(records: Iterable[Record], tag: str, stages: Sequence[str] = STAGES) -> ByStage:

@@ -98,7 +98,12 @@ def base(tmp_path):
     )
     texts = {"English": {"bytes": 1000, "ours": {"tokens": 250, "bytes_per_token": 4.0, "ratio": 1.0}}}
     write_json(base / "evals" / "tok_eval.json", {"vocab_sizes": {"ours": 4096}, "texts": texts, **PROVENANCE})
-    times = [{"stage": "tok_train", "seconds": 45.0}, {"stage": "base_train", "seconds": 3555.0}]
+    times = [
+        {"stage": "tok_train", "tag": "d4", "seconds": 999.0},  # made again, after another run
+        {"stage": "tok_train", "tag": "d2-smoke", "seconds": 7.0},
+        {"stage": "tok_train", "tag": "d4", "seconds": 45.0},
+        {"stage": "base_train", "tag": "d4", "seconds": 3555.0},
+    ]
     (base / "runs" / "stages.jsonl").write_text("".join(json.dumps(line) + "\n" for line in times))
     shards = [{"file": "a", "bytes": 1_500_000, "documents": 800}, {"file": "b", "bytes": 500_000, "documents": None}]
     manifest = {"name": "own", "source": "/some/folder", "licence": "CC-BY-NC-4.0", "shards": shards}
