@@ -227,7 +227,7 @@ class Records:
 
 
 def newest_run(stage_times: list[Record]) -> list[Record]:
-    """Return the times of the run of speedrun.sh that came last, one per stage; runs of other tags are in the file too."""
+    """Return the times of the newest run of speedrun.sh, one per stage; the file has those of other tags too."""
     last: dict[str, Record] = {}
     for line in stage_times:
         if line.get("tag") == stage_times[-1].get("tag"):
