@@ -357,14 +357,10 @@ class GPT(LanguageModel):
         x_C = norm(x_C, norm_scales[-1])
 
         if targets is not None:
+            loss_sum = self.kernels.loss_sum
+            n_vocab = config.vocab_size  # the head's rows after it pad the vocabulary, and are left out of the loss
             return softcap_cross_entropy(
-                x_C,
-                self.head.weight,  # with the rows that pad the vocabulary: the loss knows where it ends
-                targets,
-                config.softcap,
-                loss_reduction,
-                self.kernels.loss_sum,
-                n_vocab=config.vocab_size,
+                x_C, self.head.weight, targets, config.softcap, loss_reduction, loss_sum, n_vocab
             )
         if wanted_R is not None:
             x_C = x_C[wanted_R]
