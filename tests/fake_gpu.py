@@ -34,7 +34,7 @@ GPUS = {
 
 
 aten = torch.ops.aten
-PRODUCTS = (aten.mm, aten.bmm, aten.addmm, aten.baddbmm, aten._scaled_mm, torch.ops.nanochat.flash3)
+PRODUCTS = (aten.mm, aten.bmm, aten.addmm, aten.baddbmm, aten._scaled_mm, aten.linear, torch.ops.nanochat.flash3)
 
 # --- stand-ins
 
@@ -123,14 +123,18 @@ class Watch(TorchDispatchMode):
         if function.overloadpacket in PRODUCTS:
             self.products.update(x.dtype for x in inputs if x.dim() > 1 and x.numel() > 1)
         on_gpu = [x for x in inputs if x.device.type == "cuda"]
-        if name == "aten._local_scalar_dense.default":
+        if function.overloadpacket in (aten._local_scalar_dense, aten.item):
             if on_gpu:
                 self.reads.append(name)
             (asked,) = inputs
             if asked.dtype == torch.bool:
                 return True
             return 1.0 if asked.dtype.is_floating_point else 0
-        outputs = function(*args, **kwargs)
+        if function.overloadpacket is aten.to:
+            # Under inference_mode `to` arrives whole. FakeTensorMode knows its parts: it would copy constants for real.
+            outputs = function.decompose(*args, **kwargs)
+        else:
+            outputs = function(*args, **kwargs)
         for x in tree_leaves(outputs):
             if isinstance(x, torch.Tensor) and x.device.type == "cpu":
                 if on_gpu:

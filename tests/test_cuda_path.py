@@ -4,6 +4,8 @@ The real training loop and engine run on tensors without values (null_cuda.py, f
 speed, of rounding or of kernels; those are for `python -m dev.gpu_check`, on a GPU.
 """
 
+from unittest import mock
+
 import paper_run
 import pytest
 import torch
@@ -12,10 +14,13 @@ from null_cuda import on_null_cuda
 
 from nanochat import gpt, recipe
 from nanochat.compute import Compute
+from nanochat.cuda_graph import CudaGraphs, Graph
+from nanochat.engine import Engine, Request
 from nanochat.recipe import TrainConfig
 
 T = 2048
 BF16 = torch.bfloat16
+STAGING = ("aten.numpy_T.default", "aten.contiguous.default")  # of what the engine sends to the GPU for a step
 
 
 @pytest.mark.parametrize(
@@ -78,3 +83,49 @@ def test_logits_and_gradients_have_their_dtypes():
         logits_BTV = model(idx_BT)
         assert (logits_BTV.device, logits_BTV.dtype) == (gpu.device, torch.float32)
         assert tuple(logits_BTV.shape) == (2, T, paper_run.VOCABULARY)
+
+
+class FakeGraph:
+    """Stands in for torch.cuda.CUDAGraph: nothing is recorded, so a replay leaves the outputs as they are."""
+
+    def replay(self) -> None:
+        pass
+
+
+@on_null_cuda
+def test_decoding_captures_a_graph_for_each_power_of_two_of_rows_and_slots():
+    captured = []
+
+    def capture(graphs, inputs_4N, length):
+        captured.append((inputs_4N.size(1), length))
+        assert (inputs_4N.device.type, inputs_4N.dtype) == ("cuda", torch.int64)
+        logits_NV = graphs._step(inputs_4N, length)
+        assert (logits_NV.device.type, logits_NV.dtype) == ("cuda", torch.float32)
+        assert tuple(logits_NV.shape) == (inputs_4N.size(1), paper_run.VOCABULARY)
+        return Graph(FakeGraph(), inputs_4N.clone(), logits_NV)
+
+    def generate(n_requests):
+        requests = [Request([1] * 100, max_tokens=60) for _ in range(n_requests)]
+        engine.run(requests)
+        assert all(len(request.output) == 60 for request in requests)
+
+    with FakeGpu() as gpu, gpu.watch, mock.patch.object(CudaGraphs, "_capture", capture):
+        model = gpt.build_model(recipe.model_config(4, paper_run.VOCABULARY, T), gpu.device, train=False)
+        assert {parameter.dtype for parameter in model.parameters() if parameter.dim() > 1} == {BF16}
+        engine = Engine(model, paper_run.TOKENIZER, max_batch=8)
+        for n_requests in (1, 3):
+            generate(n_requests)
+        # From 100 tokens to 160: up to 128 slots, then up to 256.
+        assert {(1, 128), (1, 256), (4, 128), (4, 256)} <= set(captured)
+        assert set(captured) <= {(rows, slots) for rows in (1, 2, 4) for slots in (128, 256)}
+
+        # The memory of the cache has stopped growing, so that the same requests find their graphs.
+        generate(3)
+        captured.clear()
+        gpu.watch.forget()
+        generate(3)
+        assert not captured
+        # The CPU lays out the tokens of a step, and reads which were sampled: 60 steps of 3 numbers.
+        assert set(gpu.watch.on_cpu) <= {"aten.lift_fresh.default", "aten.detach_.default", *STAGING}
+        assert len(gpu.watch.reads) == 60 * 3
+        assert gpu.watch.products == {BF16}
