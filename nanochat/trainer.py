@@ -270,8 +270,8 @@ def rest_garbage_collector(steps_made: int) -> None:
     """Switch the garbage collector off once the first steps have made what stays.
 
     It looks for objects that refer to each other in a circle. Each search goes through all objects of the process,
-    and half a second in which a GPU got no work was seen (karpathy/nanochat, 92d63d4). A training step leaves no such
-    objects behind, so a search every 5,000 steps is enough.
+    and half a second in which a GPU got no work was seen (karpathy/nanochat, 92d63d4). Like the reference
+    we search every 5,000 steps, for what few of them training leaves.
     """
     if steps_made == 3:
         gc.collect()
