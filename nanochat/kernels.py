@@ -168,7 +168,7 @@ def choose_loss(device: torch.device, dtype: torch.dtype, compiled: bool) -> tup
     """Return the form of the summed loss to train with, and its name.
 
     compiled: have torch.compile fuse the elementwise work of a chunk. liger-kernel reads and writes the logits as
-    often, but its chunks of 2,048 tokens add to the gradient of W in fp32 eight times as often: at d24 16 GB more of
+    often, but its chunks of 2,048 tokens add to the gradient of W in fp32 eight times as often: at d24 14 GB more of
     memory traffic in a micro-step (counted, not measured). It is for where nothing is compiled.
     """
     if compiled:
