@@ -59,7 +59,8 @@ def save_rows(path: Path, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) 
 
 def prepare(config: Compare, work: Path) -> tuple[int, int]:
     """Give both base directories the same text and tokenizer; return the vocabulary and the validation tokens."""
-    ours, reference = work / "ours", work / "reference"
+    ours = work / "ours"
+    reference = work / "reference"
     os.environ["NANOCHAT_BASE_DIR"] = str(ours)
     python = [sys.executable, "-m"]
     subprocess.run([*python, "nanochat.dataset", "--name", config.data], cwd=ROOT, check=True)

@@ -81,7 +81,10 @@ class Stage:
     """A stage's runs: one that nobody touches, then others that are killed."""
 
     def __init__(self, name: str, config: Config, rng: random.Random, folder: Path) -> None:
-        self.name, self.config, self.rng, self.log = name, config, rng, str(folder / "log.txt")
+        self.name = name
+        self.config = config
+        self.rng = rng
+        self.log = str(folder / "log.txt")
         self.counts: Counter[str] = Counter()
         began = time.monotonic()
         process = self._start("whole")
@@ -162,7 +165,8 @@ class Stage:
     def run(self, kills: int) -> dict[str, Any]:
         """Kill `kills` times, over as many runs as that takes, and let each run come to its end."""
         for number in itertools.count():
-            tag, finished = f"killed{number}", False
+            tag = f"killed{number}"
+            finished = False
             while self.counts["kills"] < kills and not finished:
                 finished = not self._kill(tag)
                 print0(
@@ -186,11 +190,14 @@ COLUMNS = ("kills", "while saving", "resumes", "checkpoints verified", "runs", "
 def main() -> None:
     config = cli.parse(Config, description=__doc__)
     seed = random.SystemRandom().randrange(10**9) if config.seed is None else config.seed
-    rng, stages, rows = random.Random(seed), config.stages.split(","), []
+    rng = random.Random(seed)
+    stages = config.stages.split(",")
+    rows = []
     path = Path(config.out) if config.out else get_base_dir() / "bench" / "crash_test.json"
     os.environ |= {"NANOCHAT_DTYPE": "float32", "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory(prefix="nanochat-crash-") as temporary:
-        folder, began = Path(temporary), time.monotonic()
+        folder = Path(temporary)
+        began = time.monotonic()
         make_world(folder)
         FORK.set_forkserver_preload(
             ["torch._dynamo", "nanochat.trainer", "nanochat.engine", "scripts.chat_sft", "scripts.base_train"]

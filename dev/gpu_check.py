@@ -98,7 +98,10 @@ def random_tensors(device: torch.device, *shapes: tuple[int, ...]) -> list[torch
 
 
 def check_attention(config: Config, model: GPTConfig, device: torch.device) -> Iterator[Row]:
-    B, T, H, D = config.rows, config.seq_len, model.n_head, model.head_dim
+    B = config.rows
+    T = config.seq_len
+    H = model.n_head
+    D = model.head_dim
     inputs = random_tensors(device, (B, T, H, D), (B, T, H, D), (B, T, H, D))
     for window in sorted({T, min(model.windows)}, reverse=True):
         if window < T:
@@ -124,7 +127,9 @@ def check_attention(config: Config, model: GPTConfig, device: torch.device) -> I
 
 
 def check_loss(config: Config, model: GPTConfig, device: torch.device) -> Iterator[Row]:
-    N, C, V = config.rows * config.seq_len, model.n_embd, config.vocab_size
+    N = config.rows * config.seq_len
+    C = model.n_embd
+    V = config.vocab_size
     targets_N = torch.randint(0, V, (N,), generator=torch.Generator().manual_seed(0)).to(device)
     compiled = torch.compile(loss.make_chunk_gradients, dynamic=False)
     right = kernels.loss_agrees(device, torch.bfloat16, loss.liger_loss_sum)
@@ -140,7 +145,8 @@ def check_loss(config: Config, model: GPTConfig, device: torch.device) -> Iterat
 
 
 def check_mlp(config: Config, model: GPTConfig, device: torch.device) -> Iterator[Row]:
-    N, C = config.rows * config.seq_len, model.n_embd
+    N = config.rows * config.seq_len
+    C = model.n_embd
     inputs = [x / x.size(1) ** 0.5 for x in random_tensors(device, (N, C), (4 * C, C), (C, 4 * C))]
     few_rows = [inputs[0][:512], *inputs[1:]]
     right = kernels.agrees("fused MLP", fused_mlp.fused_mlp, fused_mlp.eager_mlp, few_rows)
@@ -156,7 +162,8 @@ def check_mlp(config: Config, model: GPTConfig, device: torch.device) -> Iterato
 
 
 def check_fp8(config: Config, model: GPTConfig, device: torch.device) -> Iterator[Row]:
-    N, C = config.rows * config.seq_len, model.n_embd
+    N = config.rows * config.seq_len
+    C = model.n_embd
     form = torch.compile(fp8.linear, dynamic=False)
     plain = torch.compile(F.linear, dynamic=False)
     for n_in, n_out in ((C, C), (C, 4 * C), (4 * C, C)):

@@ -34,7 +34,10 @@ class Value:
     __slots__ = ("data", "grad", "inputs", "slopes")
 
     def __init__(self, data: float, inputs: tuple["Value", ...] = (), slopes: tuple[float, ...] = ()) -> None:
-        self.data, self.grad, self.inputs, self.slopes = data, 0.0, inputs, slopes
+        self.data = data
+        self.grad = 0.0
+        self.inputs = inputs
+        self.slopes = slopes
 
     def __add__(self, other: "Value | float") -> "Value":
         if isinstance(other, Value):
@@ -61,7 +64,8 @@ class Value:
     def __rsub__(self, other: float) -> "Value":
         return -self + other
 
-    __radd__, __rmul__ = __add__, __mul__
+    __radd__ = __add__
+    __rmul__ = __mul__
 
     def exp(self) -> "Value":
         """e to the power of this number."""
@@ -82,7 +86,9 @@ class Value:
         Inputs that were made from nothing, such as weights, add up what several calls bring. A number passes its
         gradient on when all that was made from it has added its part: in reverse order of making.
         """
-        order, seen, stack = [], set(), [(self, False)]
+        order = []
+        seen = set()
+        stack = [(self, False)]
         while stack:
             node, inputs_done = stack.pop()
             if inputs_done:
@@ -106,7 +112,8 @@ Matrix = list[Vector]
 
 def dot(a: Sequence[Value], b: Sequence[Value]) -> Value:
     """The sum of products, as one number of many inputs instead of two numbers for each pair."""
-    xs, ys = tuple(x.data for x in a), tuple(y.data for y in b)
+    xs = tuple(x.data for x in a)
+    ys = tuple(y.data for y in b)
     return Value(sum(map(mul, xs, ys)), (*a, *b), (*ys, *xs))
 
 
@@ -126,7 +133,8 @@ class Shape:
 
 def starting_weights(shape: Shape, seed: int) -> dict[str, list[list[float]]]:
     """Plain numbers of every matrix by name, rows = outputs; projections back into the residual begin at zero."""
-    rng, C = random.Random(seed), shape.width
+    rng = random.Random(seed)
+    C = shape.width
 
     def normal(rows: int, columns: int, std: float) -> list[list[float]]:
         return [[rng.gauss(0, std) for _ in range(columns)] for _ in range(rows)]
@@ -243,11 +251,15 @@ class SGD:
 class AdamW:
     """Steps of about `lr` whatever the gradient's size, and weights that shrink by themselves (arXiv 1711.05101)."""
 
-    betas, eps, weight_decay = (0.9, 0.95), 1e-8, 0.01
+    betas = (0.9, 0.95)
+    eps = 1e-8
+    weight_decay = 0.01
 
     def __init__(self, parameters: list[Value]) -> None:
-        self.parameters, self.steps = parameters, 0
-        self.means, self.squares = [0.0] * len(parameters), [0.0] * len(parameters)
+        self.parameters = parameters
+        self.steps = 0
+        self.means = [0.0] * len(parameters)
+        self.squares = [0.0] * len(parameters)
 
     def step(self, lr: float) -> None:
         """Update every parameter and forget its gradient."""
@@ -315,8 +327,10 @@ def train(config: Train, show: bool = True) -> tuple[list[dict[str, float]], Any
     text = read_text(config)
     alphabet = "".join(sorted(set(text)))
     tokens = [alphabet.index(character) for character in text]
-    cut, T = len(tokens) * 9 // 10, config.context
-    training, held_out = tokens[:cut], tokens[cut:]
+    cut = len(tokens) * 9 // 10
+    T = config.context
+    training = tokens[:cut]
+    held_out = tokens[cut:]
     held_out = [held_out[i : i + T + 1] for i in range(0, len(held_out) - T, T)][:16]
     shape = Shape(len(alphabet), T, config.layers, config.heads, config.width)
     weights = starting_weights(shape, config.seed)
@@ -329,7 +343,8 @@ def train(config: Train, show: bool = True) -> tuple[list[dict[str, float]], Any
         model = ScalarGPT(shape, weights)
         optimizer = {"adamw": AdamW, "sgd": SGD}[config.optimizer](model.parameters())
     lr = config.lr or {"adamw": 0.02, "sgd": 0.5}[config.optimizer]
-    rng, rows = random.Random(config.seed), []
+    rng = random.Random(config.seed)
+    rows = []
     for step in range(config.steps):
         starts = [rng.randrange(cut - T) for _ in range(config.batch)]
         loss = model.loss([training[start : start + T + 1] for start in starts])
@@ -413,10 +428,12 @@ def sample_command(config: Sample) -> None:
     if not path.exists():
         raise ValueError(f"{path} is missing: run `python -m dev.microgpt train` first")
     saved = read_json(path)
-    alphabet, model = saved["alphabet"], ScalarGPT(Shape(**saved["shape"]), saved["weights"])
+    alphabet = saved["alphabet"]
+    model = ScalarGPT(Shape(**saved["shape"]), saved["weights"])
     if unknown := sorted(set(config.prompt) - set(alphabet)):
         raise ValueError(f"--prompt: the model has never seen {' '.join(map(repr, unknown))}; it knows {alphabet!r}")
-    tokens, rng = [alphabet.index(character) for character in config.prompt], random.Random(config.seed)
+    tokens = [alphabet.index(character) for character in config.prompt]
+    rng = random.Random(config.seed)
     print(config.prompt, end="", flush=True)
     for _ in range(config.length):
         logits = model(tokens[-model.shape.context :])[-1]

@@ -48,13 +48,16 @@ class TensorGPT:
 
         turns = 100_000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
         angles_TD = torch.arange(T, dtype=torch.float64)[:, None] * turns
-        cos_TD, sin_TD = angles_TD.cos(), angles_TD.sin()
+        cos_TD = angles_TD.cos()
+        sin_TD = angles_TD.sin()
 
         def rotate(x_BHTD: torch.Tensor) -> torch.Tensor:
             a, b = x_BHTD.chunk(2, dim=-1)
             return torch.cat((a * cos_TD - b * sin_TD, b * cos_TD + a * sin_TD), dim=-1)
 
-        q, k, v = _norm(rotate(split("query"))), _norm(rotate(split("key"))), split("value")
+        q = _norm(rotate(split("query")))
+        k = _norm(rotate(split("key")))
+        v = split("value")
         y_BHTD = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return F.linear(y_BHTD.transpose(1, 2).reshape(B, T, C), self.weights[f"{layer}.out"])
 

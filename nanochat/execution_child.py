@@ -75,7 +75,7 @@ def prctl(option: int, value: int) -> None:
 
 
 def end_with_parent() -> None:
-    """Have the kernel kill this process when the one that started it ends, however that ends."""
+    """Ask the kernel to kill this process when the one that started it ends, however that ends."""
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 

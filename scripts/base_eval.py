@@ -116,7 +116,8 @@ def main() -> None:
     config = cli.parse(Config, description=__doc__)
     compute = Compute.create(config.device_type)
     model, tokenizer, identity = load(config, compute)
-    stage, tag = identity["stage"], identity["tag"]
+    stage = identity["stage"]
+    tag = identity["tag"]
     print0(f"{stage} {tag}" + ("" if config.hf else f" step {identity['step']}"))
 
     dataset = config.dataset or identity["dataset"]

@@ -106,7 +106,7 @@ class HFTokenizer(Codec):
 
     @functools.cached_property
     def token_bytes(self) -> list[int]:
-        """How many bytes of text each id stands for; 0 for special tokens."""
+        """Return the number of bytes of text that each id stands for; 0 for special tokens."""
         special = set(self.special_tokens.values())
         return [0 if i in special else len(data) for i, data in enumerate(self._bytes)]
 
