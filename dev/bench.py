@@ -35,7 +35,7 @@ from nanochat.compute import Compute
 from nanochat.core_eval import evaluate_core
 from nanochat.dataloader import RowLoader
 from nanochat.gpt import build_model
-from nanochat.report import to_table
+from nanochat.table import to_table
 from nanochat.token_shards import PackedRows, write_rows
 from nanochat.tokenizer import Tokenizer
 from nanochat.world_core import core_bundle

@@ -27,7 +27,7 @@ from dev.measure import Record, write
 from nanochat import cli, recipe
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss import CUDA_CHUNK_COMPILED
-from nanochat.report import to_table
+from nanochat.table import to_table
 
 SEQUENCE = 2048
 

@@ -23,7 +23,7 @@ from nanochat import cli
 from nanochat.common import get_base_dir, read_json, write_record
 from nanochat.compute import Compute
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.report import to_table
+from nanochat.table import to_table
 from scripts import base_train
 
 

@@ -34,7 +34,7 @@ from nanochat.compute import Compute
 from nanochat.dataloader import RowLoader
 from nanochat.documents import list_shards
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.report import to_table
+from nanochat.table import to_table
 from nanochat.token_shards import TextRows
 from nanochat.tokenizer import load_tokenizer
 

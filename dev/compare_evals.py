@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from nanochat import cli
 from nanochat.common import read_json, write_record
-from nanochat.report import to_table
+from nanochat.table import to_table
 
 Record = dict[str, Any]
 

@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 
 from nanochat import checkpoint, cli, dataset, world
 from nanochat.common import get_base_dir, print0, write_record
-from nanochat.report import to_table
+from nanochat.table import to_table
 from nanochat.tokenizer import Tokenizer
 
 SCRIPTS = {"base": "scripts.base_train", "mid": "scripts.mid_train", "sft": "scripts.chat_sft"}

@@ -24,7 +24,7 @@ from nanochat import attention, cli, fp8, fused_mlp, kernels, loss, recipe
 from nanochat.common import get_base_dir, write_record
 from nanochat.compute import Compute
 from nanochat.gpt import GPTConfig
-from nanochat.report import to_table
+from nanochat.table import to_table
 from scripts.infer_bench import read_bandwidth, time_calls
 
 PARTS = ("attention", "loss", "mlp", "fp8", "train")

@@ -37,7 +37,7 @@ from dev.measure import ROOT, split_argv
 from nanochat import cli
 from nanochat.common import atomic_write, get_base_dir, read_json, sha256_file, write_record
 from nanochat.compute import usable_cores
-from nanochat.report import to_table
+from nanochat.table import to_table
 
 STAGES = {"scripts.base_train": "base", "scripts.mid_train": "mid", "scripts.chat_sft": "sft", "scripts.chat_rl": "rl"}
 OWN_FLAGS = ("seed", "model-tag", "resume")  # the sweep sets these for each run

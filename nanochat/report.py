@@ -11,41 +11,13 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 from nanochat.common import STAGES, atomic_write
 from nanochat.figures import draw_bars, draw_curves
 from nanochat.records import ByStage, Record, Records, by_stage, series
-
-NOT_RUN = "not run"
+from nanochat.table import NOT_RUN, to_table, to_text
 
 # --- Markdown ---------------------------------------------------------------------------------------------------------
-
-
-def to_text(value: Any) -> str:
-    """Format a cell: floats to five digits, integers with commas, a dash for None."""
-    if value is None:
-        return "–"
-    if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 1e5 else f"{value:.5g}"
-    if isinstance(value, int) and not isinstance(value, bool):
-        return f"{value:,}"
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {to_text(item)}" for key, item in value.items())
-    return " ".join(str(value).split()).replace("|", "\\|")  # a bar or a new line would end the cell
-
-
-def to_table(rows: Sequence[Record]) -> str:
-    """Return a Markdown table of rows by column name, all columns but the first aligned right; "not run" without rows.
-
-    The first row names the columns.
-    """
-    if not rows:
-        return NOT_RUN
-    header = list(rows[0])
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1)]
-    lines += [[to_text(row[name]) for name in header] for row in rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def with_gains(scores: Iterable[tuple[float, float] | None], digits: int) -> list[str | None]:

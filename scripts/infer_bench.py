@@ -24,8 +24,7 @@ from nanochat.common import get_base_dir, write_record
 from nanochat.compute import Compute
 from nanochat.engine import Engine, Request
 from nanochat.gpt import build_model
-from nanochat.hf.load import load_model
-from nanochat.report import to_table
+from nanochat.table import to_table
 
 NO_TOKENIZER = types.SimpleNamespace(special_tokens={}, stop_tokens=frozenset())  # only its length ends an answer
 
@@ -70,6 +69,9 @@ class Config:
 def open_model(config: Config, compute: Compute) -> nn.Module:
     """Load the model asked for, or build one with random weights, nowhere zero: zeros make products faster."""
     if config.hf is not None:
+        # Here, so that random weights are measured on a machine without the packages of other models' formats, too.
+        from nanochat.hf.load import load_model
+
         return load_model(Path(config.hf), compute.device)
     if config.stage is not None:
         model, _, _ = checkpoint.load_model(config.stage, compute.device, config.model_tag)
