@@ -23,9 +23,12 @@ A row starts with <|bos|> because pretraining put it in front of every document:
 Special tokens cannot be typed: the tokenizer reads `<|user_end|>` inside a message as plain characters.
 """
 
+import copy
 from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any
+
+from typing_extensions import Self
 
 from nanochat.detokenizer import AnswerDecoder
 from nanochat.tokenizer import Tokenizer
@@ -155,8 +158,25 @@ def _encode_turns(messages: list[Message], tokenizer: Tokenizer) -> Rendered:
 class ChatFormat:
     """How a model is spoken to: messages -> prompt ids, and a decoder for the answer. This one is the project's own."""
 
+    # What a request may set beside its messages, such as reasoning_effort: nothing in our own format.
+    argument_names: frozenset[str] = frozenset()
+
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer  # a Tokenizer; in the formats of open-weights models an HFTokenizer
+        self.arguments: dict[str, Any] = {}
+
+    def with_arguments(self, arguments: dict[str, Any]) -> Self:
+        """Return a copy of this format that renders with these arguments, such as {"enable_thinking": False}.
+
+        Raises ValueError for a name that is not among `argument_names`.
+        """
+        unknown = sorted(arguments.keys() - self.argument_names)
+        if unknown:
+            known = ", ".join(sorted(self.argument_names)) or "none"
+            raise ValueError(f"the model's chat format has no {', '.join(unknown)}: its arguments are {known}")
+        form = copy.copy(self)
+        form.arguments = arguments
+        return form
 
     def encode(self, messages: list[Message]) -> list[int]:
         """Return the ids of the conversation, ending where the assistant's next turn begins.

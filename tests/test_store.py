@@ -21,7 +21,7 @@ from nanochat.compute import Compute
 from nanochat.conversation import ChatFormat
 from nanochat.engine import Engine
 from nanochat.hf import download, store
-from nanochat.hf.chat import TemplateFormat
+from nanochat.hf.chat import ContinueFormat, TemplateFormat
 from nanochat.hf.tokenizer import HFTokenizer
 from scripts.chat_cli import Chat, Config
 
@@ -316,7 +316,7 @@ def test_own_checkpoints_and_folders(module_trained, folder):
     assert len(lines) == 3 and "step 000008" in lines[0] and "GB are free" in lines[2]
     for model in models:
         engine, form = model.load(CPU, 2)
-        assert type(form) is (ChatFormat if model.own else TemplateFormat) and engine.max_batch == 2
+        assert type(form) is (ChatFormat if model.own else ContinueFormat) and engine.max_batch == 2
     assert store.find("base/d2", 4).folder.name == "step_000004"
     weights = nanochat.hf.load_model(folder, CPU)
     assert models[2].n_bytes(torch.bfloat16) == 2 * sum(p.numel() for p in weights.parameters())

@@ -23,17 +23,20 @@ from nanochat.hf.tokenizer import HFTokenizer
 if TYPE_CHECKING:
     import jinja2
 
-# For models without a template, which continue text: only the last message counts.
-CONTINUE_TEMPLATE = "{{ bos_token }}{{ messages[-1].content }}"
 # A noncharacter, which no text holds. It marks what looks like a special token in somebody's message.
 BREAK = "\ufdd0"
 HARMONY_SYSTEM = """You are ChatGPT, a large language model trained by OpenAI.
 Knowledge cutoff: 2024-06
 Current date: {date}
 
-Reasoning: medium
+Reasoning: {effort}
 
 # Valid channels: analysis, commentary, final. Channel must be included for every message."""
+HARMONY_EFFORTS = ("low", "medium", "high")
+# What transformers takes from tokenizer_config.json and gives to a template, where it is set.
+TOKEN_VARIABLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+# What a template is given by the code that renders it, and never by a request.
+RESERVED = frozenset({"messages", "tools", "add_generation_prompt", *TOKEN_VARIABLES})
 
 
 def chat_format(folder: Path | str, tokenizer: HFTokenizer) -> ChatFormat:
@@ -53,7 +56,16 @@ def chat_format(folder: Path | str, tokenizer: HFTokenizer) -> ChatFormat:
     if isinstance(source, list):
         by_name = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
         source = by_name.get("default")
-    return TemplateFormat(source if isinstance(source, str) else CONTINUE_TEMPLATE, tokenizer)
+    return TemplateFormat(source, tokenizer) if isinstance(source, str) else ContinueFormat(tokenizer)
+
+
+class ContinueFormat(ChatFormat):
+    """The format of a model that has none: it continues the text of the last message."""
+
+    def encode(self, messages: list[Message]) -> list[int]:
+        """Return the ids of the last message, after those that begin a document. Raises ValueError as others do."""
+        validate({"messages": messages}, allow_empty_reply=True)
+        return self.tokenizer.encode(plain_text(messages[-1]), prepend=self.tokenizer.get_bos_token_id())
 
 
 # --- templates
@@ -64,19 +76,16 @@ class TemplateFormat(ChatFormat):
 
     def __init__(self, source: str, tokenizer: HFTokenizer) -> None:
         super().__init__(tokenizer)
-        self._template = compile_template(source)
+        self._template, self.argument_names = compile_template(source)
         # The longest first: where one name begins with another, a regex takes the alternative that stands first.
         names = sorted(filter(None, tokenizer.special_tokens), key=len, reverse=True)
         never = "(?!)"
         self._special = re.compile("|".join(re.escape(name) for name in names) or never)
-        # Templates may use bos_token, eos_token and so on, from tokenizer_config.json.
-        self._variables: dict[str, str | None] = {}
-        for name, value in tokenizer.settings.items():
-            if name.endswith("_token"):
-                self._variables[name] = value.get("content") if isinstance(value, dict) else value
-        if not self._variables.get("bos_token"):
-            bos = tokenizer.get_bos_token_id()
-            self._variables["bos_token"] = "" if bos is None else tokenizer.decode([bos])
+        self._tokens: dict[str, str] = {}
+        for name in TOKEN_VARIABLES:
+            token = tokenizer.settings.get(name)
+            if token is not None:
+                self._tokens[name] = token["content"] if isinstance(token, dict) else token
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
         """Return the ids of the conversation, ending where the assistant's next turn begins.
@@ -85,9 +94,12 @@ class TemplateFormat(ChatFormat):
         messages or fails.
         """
         validate({"messages": messages}, allow_empty_reply=True)
-        plain = [{"role": each["role"], "content": self._break_special(plain_text(each))} for each in messages]
+        plain = [{"role": each["role"], "content": plain_text(each)} for each in messages]
+        # What a caller may leave out is None in transformers, and some templates ask for just that.
+        variables = {"tools": None, "documents": None, "add_generation_prompt": True, **self._tokens}
+        variables |= self._break_special({**self.arguments, "messages": plain})
         try:
-            text = self._template.render(messages=plain, add_generation_prompt=True, **self._variables)
+            text = self._template.render(variables)
         except Exception as error:  # a template can fail in any way that Python code can
             reason = str(error) or type(error).__name__
             raise ValueError(f"the model's chat template refuses this conversation: {reason}") from error
@@ -100,14 +112,21 @@ class TemplateFormat(ChatFormat):
                 ids += self.tokenizer.encode_marked(piece)
         return ids
 
-    def _break_special(self, text: str) -> str:
+    def _break_special(self, value: Any) -> Any:
         """Put marks into what looks like a special token: "<|end|>" becomes "<", mark, "|end|>", mark.
 
         The template may move the text about or cut it; the marks go with it, and tell `encode` what came from a
-        message. Otherwise a message could open a turn of its own and speak for the assistant.
+        message. Otherwise a message could open a turn of its own and speak for the assistant. `value` is a text, or a
+        JSON value with texts in it.
         """
-        text = text.replace(BREAK, "")
-        return self._special.sub(lambda match: f"{match[0][0]}{BREAK}{match[0][1:]}{BREAK}", text)
+        if isinstance(value, dict):
+            return {name: self._break_special(each) for name, each in value.items()}
+        if isinstance(value, list):
+            return [self._break_special(each) for each in value]
+        if not isinstance(value, str):
+            return value
+        value = value.replace(BREAK, "")
+        return self._special.sub(lambda match: f"{match[0][0]}{BREAK}{match[0][1:]}{BREAK}", value)
 
     def decoder(self, prompt: Sequence[int] = (), stop: Sequence[str] = ()) -> AnswerDecoder:
         """Return a decoder for the answer to `prompt`, which some templates end with an open <think>."""
@@ -116,14 +135,17 @@ class TemplateFormat(ChatFormat):
         return ThinkDecoder(self.tokenizer, stop, "reasoning" if begins_thinking else "text")
 
 
-def compile_template(source: str) -> "jinja2.Template":
-    """Compile a chat template with the settings, extensions and helper functions that transformers gives it.
+def compile_template(source: str) -> tuple["jinja2.Template", frozenset[str]]:
+    """Compile a chat template; return it with the names of the arguments that a request may give it.
+
+    Settings, extensions and helper functions are those that transformers gives to templates.
 
     Jinja's sandbox keeps a template, which is code of whoever published the model, from Python's internals and from
     changing the messages. Raises ValueError for a syntax error.
     """
     import jinja2
     from jinja2.ext import loopcontrols
+    from jinja2.meta import find_undeclared_variables
     from jinja2.nodes import Scope
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -155,7 +177,9 @@ def compile_template(source: str) -> "jinja2.Template":
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = strftime_now
     try:
-        return environment.from_string(source)
+        template = environment.from_string(source)
+        names = find_undeclared_variables(environment.parse(source))
+        return template, frozenset(names - RESERVED - environment.globals.keys())
     except (jinja2.TemplateError, RecursionError) as error:  # the second for thousands of open brackets
         raise ValueError(f"the model's chat template is broken: {error}") from error
 
@@ -211,6 +235,8 @@ class HarmonyFormat(ChatFormat):
     <|start|>role<|channel|>channel<|message|>text<|end|>
     """
 
+    argument_names = frozenset({"reasoning_effort"})
+
     def encode(self, messages: Sequence[Message]) -> list[int]:
         """Return the ids of the conversation, ending where the assistant's next turn begins.
 
@@ -218,7 +244,10 @@ class HarmonyFormat(ChatFormat):
         """
         validate({"messages": messages}, allow_empty_reply=True)
         today = datetime.date.today().isoformat()
-        ids = self._encode_message("system", HARMONY_SYSTEM.format(date=today))
+        effort = self.arguments.get("reasoning_effort") or "medium"
+        if effort not in HARMONY_EFFORTS:
+            raise ValueError(f"reasoning_effort must be one of {', '.join(HARMONY_EFFORTS)}, not {effort!r:.40}")
+        ids = self._encode_message("system", HARMONY_SYSTEM.format(date=today, effort=effort))
         for message in messages:
             role = message["role"]
             text = plain_text(message)
