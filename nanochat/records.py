@@ -81,6 +81,8 @@ class BaseEval(Stage):
 
     train_bpb: float | None
     val_bpb: float | None
+    val_loss: float | None = None  # records of older versions have bits per byte alone
+    val_perplexity: float | None = None
     core: Core
     samples: list[Continuation]
 

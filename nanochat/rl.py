@@ -131,8 +131,8 @@ def reinforce(config: RLConfig, train: Sequence[Any], test: Sequence[Any], held_
                 run.save()
             # Step 0 is evaluated too: what RL gains is the difference to the SFT model.
             if (last or step == 0 or trainer.is_due(step, config.eval_every)) and run.evaluated_step != step:
-                bpb = trainer.validation_bpb(run, val_loader)
-                run.record_evaluation({"val_bpb": bpb, "tasks": evaluate(run, config, test)})
+                scores = trainer.validation_scores(run, val_loader)
+                run.record_evaluation({**scores, "tasks": evaluate(run, config, test)})
             run.prune()
             if last:
                 break

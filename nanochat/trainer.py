@@ -24,7 +24,7 @@ from nanochat.dataloader import MicroBatch, RowLoader
 from nanochat.fp8 import weights_quantised
 from nanochat.gpt import GPT
 from nanochat.loss import IGNORED
-from nanochat.loss_eval import evaluate_bpb
+from nanochat.loss_eval import evaluate_loss
 from nanochat.recipe import TrainConfig
 from nanochat.run import Run, stop_on_signals
 from nanochat.token_shards import PackedRows
@@ -85,7 +85,7 @@ def train(run: Run, train_rows: PackedRows, val_rows: PackedRows, prompts: Seque
 
             # A resumed run does not evaluate again what its checkpoint has a score for.
             if (last or is_due(step, config.eval_every)) and run.evaluated_step != step:
-                run.record_evaluation({"val_bpb": validation_bpb(run, val_loader)})
+                run.record_evaluation(validation_scores(run, val_loader))
             run.prune()
             if prompts and (last or is_due(step, config.sample_every)):
                 print_samples(run, prompts)
@@ -181,8 +181,8 @@ def validation_loader(val_rows: PackedRows, device_rows: int, compute: Compute) 
     )
 
 
-def validation_bpb(run: Run, val_loader: RowLoader) -> float:
-    """Return the bits per byte of the validation rows. Raises ValueError when they are not finite."""
+def validation_scores(run: Run, val_loader: RowLoader) -> dict[str, float]:
+    """Return what an evaluation logs of the validation rows. Raises ValueError when it is not finite."""
     wanted_rows = math.ceil(run.config.eval_tokens / val_loader.sequence_len)
     micro_batches = until_stopped(run, val_loader.first_rows(min(wanted_rows, val_loader.rows_in_epoch)))
     # On CPU compiling one more graph, for this batch without gradients, takes longer than all evaluations gain by it.
@@ -190,11 +190,15 @@ def validation_bpb(run: Run, val_loader: RowLoader) -> float:
     was_training = run.model.training
     run.model.eval()
     with torch.compiler.set_stance(stance):
-        bpb = evaluate_bpb(run.model, micro_batches, run.tokenizer.token_bytes, run.compute)
+        loss = evaluate_loss(run.model, micro_batches, run.tokenizer.token_bytes, run.compute)
     run.model.train(was_training)
-    if not math.isfinite(bpb):
-        raise run.diverged(f"validation bits per byte are {bpb} after step {run.step}")
-    return bpb
+    if not math.isfinite(loss.nats_per_token):
+        raise run.diverged(f"the validation loss is {loss.nats_per_token} after step {run.step}")
+    return {
+        "val_bpb": loss.bits_per_byte,
+        "val_loss": loss.nats_per_token,
+        "val_perplexity": loss.perplexity,
+    }
 
 
 def until_stopped(run: Run, micro_batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:

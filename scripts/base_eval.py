@@ -1,4 +1,4 @@
-"""Bits per byte, CORE and samples of a checkpoint, or of open weights: python -m scripts.base_eval
+"""Loss on text, CORE and samples of a checkpoint, or of open weights: python -m scripts.base_eval
 
 Prints a line per measure and writes evals/base_eval_<stage>_<tag>.json, which the report reads.
 """
@@ -19,7 +19,7 @@ from nanochat.compute import Compute
 from nanochat.core_eval import BUNDLE_URL, download_bundle, evaluate_core
 from nanochat.dataloader import RowLoader
 from nanochat.engine import Engine
-from nanochat.loss_eval import evaluate_bpb
+from nanochat.loss_eval import TextLoss, evaluate_loss
 from nanochat.token_shards import TextRows
 from nanochat.world_core import core_bundle
 
@@ -121,11 +121,15 @@ def main() -> None:
     print0(f"{stage} {tag}" + ("" if config.hf else f" step {identity['step']}"))
 
     dataset = config.dataset or identity["dataset"]
-    bits: dict[str, float | None] = {"train": None, "val": None}
-    for split in bits if dataset else ():
+    losses: dict[str, TextLoss] = {}
+    for split in ("train", "val") if dataset else ():
         batches = text_batches(config, dataset, split, model, tokenizer, compute)
-        bits[split] = evaluate_bpb(model, batches, tokenizer.token_bytes, compute)
-        print0(f"bits per byte of {dataset}, {split}: {bits[split]:.4f}")
+        loss = evaluate_loss(model, batches, tokenizer.token_bytes, compute)
+        losses[split] = loss
+        print0(
+            f"{dataset}, {split}: {loss.bits_per_byte:.4f} bits per byte, {loss.nats_per_token:.4f} nats per token, "
+            f"perplexity {loss.perplexity:.2f}"
+        )
 
     core = evaluate_core(model, tokenizer, find_bundle(config.bundle, compute), config.max_per_task, compute)
     if core["core_metric"] is not None:
@@ -141,12 +145,16 @@ def main() -> None:
             "tag": tag,
             "step": identity["step"],
             "dataset": dataset,
-            "train_bpb": bits["train"],
-            "val_bpb": bits["val"],
+            "train_bpb": None,
+            "val_bpb": None,
             "bundle": config.bundle,
             "core": core,
             "samples": samples,
         }
+        for split, loss in losses.items():
+            record[f"{split}_bpb"] = loss.bits_per_byte
+            record[f"{split}_loss"] = loss.nats_per_token
+            record[f"{split}_perplexity"] = loss.perplexity
         path = get_base_dir() / "evals" / f"base_eval_{stage}_{tag}.json"
         write_record(path, record)
         print0(f"written: {path}")

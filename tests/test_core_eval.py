@@ -38,7 +38,7 @@ from nanochat.core_eval import (
     read_tasks,
     scored_spans,
 )
-from nanochat.loss_eval import evaluate_bpb
+from nanochat.loss_eval import evaluate_loss
 from nanochat.spans import Score, score_questions
 from nanochat.tokenizer import Tokenizer
 
@@ -317,9 +317,9 @@ def ranks():
         patch.setattr(core_eval, "ROWS_AT_ONCE", 3)
         result = evaluate_core(tiny_model(265, 64), tokenizer, os.environ["BUNDLE"], compute=compute)
     rows = torch.arange(12 * 65).remainder(265).view(12, 65)[compute.rank :: compute.world_size]
-    bpb = evaluate_bpb(tiny_model(265, 64), [(rows[:, :-1], rows[:, 1:])], tokenizer.token_bytes, compute)
+    loss = evaluate_loss(tiny_model(265, 64), [(rows[:, :-1], rows[:, 1:])], tokenizer.token_bytes, compute)
     compute.close()
-    return {"core": result, "bpb": round(bpb, 4)}
+    return {"core": result, "bpb": round(loss.bits_per_byte, 4), "loss": round(loss.nats_per_token, 4)}
 
 
 def test_any_number_of_ranks_agrees_with_one(tmp_path, monkeypatch):

@@ -62,8 +62,8 @@ def test_training_stays_on_the_gpu(gpu_name, depth, rows, steps, recompute, fp8,
         assert all(p.device == gpu.device and p.grad is None for p in model.parameters())
         # The table of bytes per token, from a list.
         assert gpu.watch.on_cpu == ["aten.lift_fresh.default"]
-        # The loss of each step, and the two sums of the evaluation: nothing else may make Python wait for the GPU.
-        assert len(gpu.watch.reads) == steps + 2, gpu.watch.reads
+        # The loss of each step, and the four sums of the evaluation: nothing else may make Python wait for the GPU.
+        assert len(gpu.watch.reads) == steps + 4, gpu.watch.reads
         # Products in fp32 would take a GPU many times as long.
         short = {BF16, torch.float8_e4m3fn, torch.float8_e5m2} if fp8 else {BF16}
         assert gpu.watch.products == short

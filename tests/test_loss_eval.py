@@ -1,4 +1,4 @@
-"""Bits per byte against closed forms and against plain sums of log-probabilities."""
+"""Loss on text against closed forms and against plain sums of log-probabilities."""
 
 import math
 import types
@@ -9,7 +9,7 @@ import torch
 from nanochat import dataset
 from nanochat.compute import Compute
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.loss_eval import evaluate_bpb
+from nanochat.loss_eval import evaluate_loss
 from nanochat.tokenizer import Tokenizer
 from scripts.base_eval import Config, text_batches
 
@@ -43,28 +43,38 @@ def test_a_uniform_model_needs_log2_vocabulary_bits_a_token():
     targets = torch.cat([t.flatten() for _, t in batches])
     text = [i for i in targets.tolist() if i >= 2]
     expected = len(text) * math.log2(VOCAB) / sum(TOKEN_BYTES[i] for i in text)
-    assert evaluate_bpb(uniform, batches, TOKEN_BYTES) == pytest.approx(expected, rel=1e-6)
+    loss = evaluate_loss(uniform, batches, TOKEN_BYTES)
+    assert loss.bits_per_byte == pytest.approx(expected, rel=1e-6)
+    assert loss.nats_per_token == pytest.approx(math.log(VOCAB), rel=1e-6)
+    assert loss.perplexity == pytest.approx(VOCAB, rel=1e-6)
 
 
 def test_a_model_agrees_with_its_own_logits_summed_one_by_one():
     model, batches = tiny_model(), random_batches()
-    bits = count = 0
+    bits = nats = count = n_tokens = 0
     for idx_BT, targets_BT in batches:
         for idx_T, targets_T in zip(idx_BT, targets_BT):
             logp_TV = model(idx_T[None])[0].double().log_softmax(-1)
             for t, target in enumerate(targets_T.tolist()):
+                if target >= 0:
+                    nats -= logp_TV[t, target].item()
+                    n_tokens += 1
                 if target >= 0 and TOKEN_BYTES[target]:
                     bits -= logp_TV[t, target].item() / math.log(2)
                     count += TOKEN_BYTES[target]
-    assert evaluate_bpb(model, batches, TOKEN_BYTES) == pytest.approx(bits / count, rel=1e-5)
+    loss = evaluate_loss(model, batches, TOKEN_BYTES)
+    assert loss.bits_per_byte == pytest.approx(bits / count, rel=1e-5)
+    assert loss.nats_per_token == pytest.approx(nats / n_tokens, rel=1e-5)
+    assert loss.perplexity == pytest.approx(math.exp(nats / n_tokens), rel=1e-4)
 
 
-def test_special_tokens_do_not_count_even_with_infinite_loss():
+def test_special_tokens_do_not_count_in_bits_even_with_infinite_loss():
     def infinite_on_specials(idx_BT, targets_BT, loss_reduction):
         return uniform(idx_BT, targets_BT, loss_reduction).masked_fill(targets_BT < 2, math.inf)
 
     batches = random_batches()
-    assert evaluate_bpb(infinite_on_specials, batches, TOKEN_BYTES) == evaluate_bpb(uniform, batches, TOKEN_BYTES)
+    expected = evaluate_loss(uniform, batches, TOKEN_BYTES).bits_per_byte
+    assert evaluate_loss(infinite_on_specials, batches, TOKEN_BYTES).bits_per_byte == expected
 
 
 def test_the_division_into_batches_and_the_form_of_the_byte_table_do_not_matter():
@@ -72,15 +82,16 @@ def test_the_division_into_batches_and_the_form_of_the_byte_table_do_not_matter(
     whole = [(torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches]))]
     compute = Compute(torch.device("cpu"), torch.float32)
     table = torch.tensor(TOKEN_BYTES)
-    assert evaluate_bpb(model, whole, table, compute) == pytest.approx(
-        evaluate_bpb(model, iter(batches), TOKEN_BYTES), rel=1e-6
-    )
+    one = evaluate_loss(model, whole, table, compute)
+    other = evaluate_loss(model, iter(batches), TOKEN_BYTES)
+    assert one.bits_per_byte == pytest.approx(other.bits_per_byte, rel=1e-6)
+    assert one.nats_per_token == pytest.approx(other.nats_per_token, rel=1e-6)
 
 
 @pytest.mark.parametrize("batches", [[], [(torch.zeros(1, 4).long(), torch.tensor([[-1, -1, 0, 1]]))]])
 def test_nothing_to_score_is_an_error(batches):
     with pytest.raises(ValueError, match="not one byte"):
-        evaluate_bpb(uniform, batches, TOKEN_BYTES)
+        evaluate_loss(uniform, batches, TOKEN_BYTES)
 
 
 def test_no_graph_is_built():
@@ -90,7 +101,7 @@ def test_no_graph_is_built():
         seen.append(model(*args, **kwargs))
         return seen[-1]
 
-    evaluate_bpb(spy, random_batches(), TOKEN_BYTES)
+    evaluate_loss(spy, random_batches(), TOKEN_BYTES)
     assert seen and not any(loss.requires_grad for loss in seen)
 
 

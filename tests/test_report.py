@@ -47,7 +47,7 @@ def write_run(base, stage, steps, date):
         )
         lines[-1] |= {"mfu": None, "dt": 0.7, "peak_mem_bytes": 3 << 30, "lr_mult": 1.0, "epoch": 0}
         if step % 25 == 24:
-            lines.append({"step": step, "val_bpb": 3.5 - step / 100})
+            lines.append({"step": step, "val_bpb": 3.5 - step / 100, "val_loss": 8.5 - step / 100})
     folder = base / "runs" / stage / "d4"
     config = {"depth": 4, "device_batch_size": 16, "run": None}
     model = {"sequence_len": 512, "n_layer": 4, "window_pattern": "L"}
@@ -93,6 +93,7 @@ def base(tmp_path):
     core |= {"details": {"world_cloze": score(0.4, n=100), "world_schema": score(0.6, n=100, baseline=0.5)}}
     samples = [{"prompt": "The capital of France is", "text": " Paris."}]
     evaluation = {"stage": "base", "tag": "d4", "step": 120, "train_bpb": 1.2345, "val_bpb": 1.3456, "bundle": "world"}
+    evaluation |= {"val_loss": 2.9876, "val_perplexity": 19.8381}
     write_json(
         base / "evals" / "base_eval_base_d4.json", {**evaluation, "core": core, "samples": samples, **PROVENANCE}
     )
@@ -124,7 +125,7 @@ def test_the_numbers_of_the_records_are_in_the_report(base):
     assert row(text, "choice")[1:] == ["200", "25", "25.0 ± 3.1", "50.0 ± 3.5 (+25.0)", "65.0 ± 3.4 (+15.0)"]
     assert row(text, "identity")[3:] == ["–", "–", "95.0 ± 1.5"]
     assert row(text, "**ChatCORE**")[3:] == ["0.000 ± 0.010", "0.617 ± 0.010 (+0.617)", "0.819 ± 0.010 (+0.203)"]
-    assert ["base", "1.2345", "1.3456", "0.1234 ± 0.0200", "world", "gone"] in [
+    assert ["base", "1.2345", "1.3456", "2.9876", "19.838", "0.1234 ± 0.0200", "world", "gone"] in [
         [cell.strip() for cell in line.strip("|").split(" | ")] for line in text.splitlines()
     ]
     assert row(text, "world_cloze")[1:] == ["100", "0", "40.0 ± 4.9"]
@@ -134,10 +135,10 @@ def test_the_numbers_of_the_records_are_in_the_report(base):
     assert row(text, "**total**")[1:] == ["1:00:00", "100 %", "$ 24.00"]
     losses = [json.loads(line).get("loss") for line in (base / "runs/mid/d4/metrics.jsonl").read_text().splitlines()]
     last = [loss for loss in losses if loss is not None][-1]
-    expected = ["–", "5,000,000", "119", "983,040", f"{last:.5g}", "2.51"]
+    expected = ["–", "5,000,000", "119", "983,040", f"{last:.5g}", "2.51", "7.51"]
     cells = [line.strip("| ").split(" | ") for line in text.splitlines() if "5,000,000" in line]
-    assert [c[0] for c in cells] == ["base", "mid", "sft"] and cells[1][1:7] == expected
-    assert cells[1][8:] == ["–", "3.0 GiB", "0:05:12", "0:05:05"]
+    assert [c[0] for c in cells] == ["base", "mid", "sft"] and cells[1][1:8] == expected
+    assert cells[1][10:] == ["–", "3.0 GiB", "0:05:12", "0:05:05"]
     assert row(text, "depth")[1:] == ["4", "4", "4"]
     assert row(text, "n_layer")[1:] == ["4", "4", "4"]
     assert "| run |" not in text  # unset everywhere
@@ -210,10 +211,11 @@ def test_a_model_card_lists_the_data_of_its_runs_alone(base):
 def test_open_weights_models_have_a_table_of_their_own(base):
     record = json.loads((base / "evals" / "base_eval_base_d4.json").read_text())
     foreign = {**record, "stage": "hf", "tag": "gpt2", "train_bpb": None, "val_bpb": None, "bundle": "core"}
+    del foreign["val_loss"], foreign["val_perplexity"]  # as in records of older versions
     write_json(base / "evals" / "base_eval_hf_gpt2.json", foreign)
     text = write_report(base, base / "report").read_text()
     assert "## Model gpt2" not in text
-    assert row(text, "gpt2") == ["gpt2", "–", "–", "0.1234 ± 0.0200", "core", "gone"]
+    assert row(text, "gpt2") == ["gpt2", "–", "–", "–", "–", "0.1234 ± 0.0200", "core", "gone"]
 
 
 def test_runs_that_were_set_aside_do_not_count(base):

@@ -75,7 +75,9 @@ def test_the_evaluations_run_on_every_stage(finished):
     record = json.loads((base / "evals" / "base_eval_base_d2.json").read_text())
     assert (record["stage"], record["tag"], record["step"]) == ("base", "d2", 6)
     assert record["val_bpb"] > 0 and record["samples"]
-    assert "bits per byte" in out
+    assert record["val_perplexity"] == pytest.approx(math.exp(record["val_loss"]))
+    for name in ("val_bpb", "val_loss"):
+        assert f"{record[name]:.4f}" in out
     for stage in ("mid", "sft"):
         run("scripts.chat_eval", "--stage", stage, "--model-tag", "d2", "--max-problems", "2", "--max-new-tokens", "8")
         record = json.loads((base / "evals" / f"chat_eval_{stage}_d2.json").read_text())

@@ -153,7 +153,7 @@ def test_told_to_stop_it_saves_and_can_go_on(tiny_world, signum):
 
 def test_a_second_signal_ends_at_once(tiny_world, monkeypatch):
     """The first one is held up by an evaluation that takes for ever."""
-    monkeypatch.setattr(trainer, "evaluate_bpb", lambda *arguments: time.sleep(60))
+    monkeypatch.setattr(trainer, "evaluate_loss", lambda *arguments: time.sleep(60))
     signals = iter((signal.SIGINT, signal.SIGINT))
     old = signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), next(signals)))
     signal.setitimer(signal.ITIMER_REAL, 3, 0.2)
@@ -193,7 +193,7 @@ def test_a_crash_in_evaluation_costs_nothing(tiny_world, monkeypatch):
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="out of memory"):
-        patch.setattr(trainer, "evaluate_bpb", crash)
+        patch.setattr(trainer, "evaluate_loss", crash)
         train_here(eval_every=3)
     assert checkpoint.newest("base", "t")["step"] == 3
     train_here(eval_every=3, resume="newest")
@@ -352,7 +352,7 @@ def test_every_line_of_the_metrics_has_its_keys(trained_world):
         keys = {"step", "loss", "lr_mult", "tokens", "tok_per_sec", "mfu", "dt", "peak_mem_bytes", "epoch"}
         assert [line["step"] for line in lines] == [1, 2, 3, 3, 4, 5, 6, 6]
         for line in lines:
-            assert line.keys() == (keys if "loss" in line else {"step", "val_bpb"})
+            assert line.keys() == (keys if "loss" in line else {"step", "val_bpb", "val_loss", "val_perplexity"})
         steps = [line for line in lines if "loss" in line]
         assert all(line["mfu"] is None for line in steps), "unknown on a CPU, not 0 %"
         assert all(10**7 < line["peak_mem_bytes"] < 10**11 for line in steps)
