@@ -17,7 +17,7 @@ Training calls `render`, which also returns the loss mask. It is 1 on the tokens
 
 The terminal chat and the server use a `ChatFormat`: `prompt` renders the messages up to the next answer, without the
 oldest turns if they do not fit, and `decoder` reads that answer. Open-weights models bring formats of their own, which
-subclass it (hf/chat.py).
+subclass it (hf/chat.py). `TextFormat` is for models that only continue text.
 
 A row starts with <|bos|> because pretraining put it in front of every document: it says that nothing comes before.
 Special tokens cannot be typed: the tokenizer reads `<|user_end|>` inside a message as plain characters.
@@ -152,7 +152,15 @@ def _encode_turns(messages: list[Message], tokenizer: Tokenizer) -> Rendered:
     return ids, mask
 
 
-# --- chatting
+# --- chatting, and continuing a text
+
+
+def text_prompt(text: str, tokenizer: Any) -> list[int]:
+    """Return the ids of a text for the model to continue. It is all text: special tokens in it are plain characters."""
+    # Models are trained on documents that begin with <|bos|>; some tokenizers of others have no such token.
+    bos = tokenizer.get_bos_token_id()
+    ids = tokenizer.encode(text)
+    return ids if bos is None else [bos, *ids]
 
 
 class ChatFormat:
@@ -160,6 +168,7 @@ class ChatFormat:
 
     # What a request may set beside its messages, such as reasoning_effort: nothing in our own format.
     argument_names: frozenset[str] = frozenset()
+    can_chat = True  # False: the model only continues texts
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer  # a Tokenizer; in the formats of open-weights models an HFTokenizer
@@ -237,3 +246,14 @@ class ChatFormat:
     def decoder(self, prompt: Sequence[int] = (), stop: Sequence[str] = ()) -> AnswerDecoder:
         """Return a new decoder for the answer to `prompt`. The answer ends at the first of the texts in `stop`."""
         return AnswerDecoder(self.tokenizer, stop)
+
+
+class TextFormat(ChatFormat):
+    """For models that were not trained to chat: the last message is continued like any text, without the others."""
+
+    can_chat = False
+
+    def encode(self, messages: list[Message]) -> list[int]:
+        """Return the ids of the last message. Raises ValueError as other formats do."""
+        validate({"messages": messages}, allow_empty_reply=True)
+        return text_prompt(plain_text(messages[-1]), self.tokenizer)

@@ -1,4 +1,4 @@
-"""Chat in the terminal: `python -m scripts.chat_cli`, or `-p "..."` for one answer.
+"""Chat in the terminal: `python -m scripts.chat_cli`, or `-p "..."` for one answer; `--raw` continues a text instead.
 
 `main` loads a model by its name (nanochat/hf/store.py), then a `Chat` goes through the lines that the user types:
 commands that begin with a slash, and messages, each of which becomes a request to the engine, whose answer is shown as
@@ -26,15 +26,15 @@ from nanochat import cli
 from nanochat.cli import option
 from nanochat.common import STAGES, atomic_write_json, get_base_dir, print0, read_json
 from nanochat.compute import Compute
-from nanochat.conversation import ChatFormat, Message, plain_text, validate
-from nanochat.detokenizer import Event, Reasoning, ToolCall, content_of
+from nanochat.conversation import ChatFormat, Message, plain_text, text_prompt, validate
+from nanochat.detokenizer import AnswerDecoder, Event, Reasoning, ToolCall, content_of
 from nanochat.engine import Engine, Request
 from nanochat.hf import store
 
 HELP = (
-    "Type a message; Ctrl-C stops an answer. /reset forgets the conversation, /system TEXT instructs the model, "
-    "/temp NUMBER sets the temperature, /save FILE and /load FILE keep a conversation, /quit or Ctrl-D ends, "
-    "/help says this."
+    "Type a message, or with --raw the beginning of a text; Ctrl-C stops an answer. /reset forgets the conversation, "
+    "/system TEXT instructs the model, /temp NUMBER sets the temperature, /save FILE and /load FILE keep a "
+    "conversation, /quit or Ctrl-D ends, /help says this."
 )
 # Control characters, without tab and newline. A model that prints escape sequences could set the window's title, move
 # the cursor or write to the clipboard, so they are removed from what a terminal is shown.
@@ -50,6 +50,7 @@ class Config:
     """The model to chat with, and how it answers."""
 
     prompt: str | None = option(None, "answer this and exit", flag="-p")
+    raw: bool = option(False, "continue each prompt as a text, without a chat: for base models, and any other")
     model: str | None = option(None, "any model by its name or folder: see python -m scripts.models list")
     stage: str = option("sft", "training stage of a model of your own", choices=STAGES)
     model_tag: str | None = option(None, "which model of that stage; unset: the newest")
@@ -70,6 +71,8 @@ class Config:
     def __post_init__(self) -> None:
         """Raise ValueError for a setting that is out of range: here, and not after minutes of loading a model."""
         Request([0], **self.settings())
+        if self.raw and self.system is not None:
+            raise ValueError("--system is for a chat: with --raw, put that text before the prompt")
 
     def settings(self) -> dict[str, Any]:
         """Return the settings of each answer, as fields of a Request."""
@@ -102,7 +105,7 @@ class Chat:
                 if not text:
                     continue
                 if not text.startswith("/"):
-                    self.ask(text)
+                    self.ask(line if self.config.raw else text)
                 elif name in ("quit", "exit"):
                     return
                 else:
@@ -144,7 +147,13 @@ class Chat:
         self._write(f"[{n_tokens} tokens{speed}]\n", aside=True)
 
     def request(self, messages: list[Message]) -> Request:
-        """Return the request for the next answer of a conversation, without its oldest turns if it is too long."""
+        """Return the request for the next answer of a conversation, without its oldest turns if it is too long.
+
+        With --raw, that is the continuation of the last message. Raises ValueError if it is too long by itself.
+        """
+        if self.config.raw:
+            prompt = text_prompt(messages[-1]["content"], self.engine.tokenizer)
+            return Request(prompt, decoder=AnswerDecoder(self.engine.tokenizer), **self.config.settings())
         prompt = self.form.prompt(self._system() + messages, self.engine.context, self.config.max_tokens)
         return Request(prompt, decoder=self.form.decoder(prompt), **self.config.settings())
 
@@ -280,6 +289,8 @@ def main() -> None:
     print0(model.placement, file=sys.stderr)
     engine, form = model.load(compute.device, max_batch=1, int8=config.int8, ranks=ranks)
     torch.set_num_threads(engine.threads)
+    if not form.can_chat and not config.raw:
+        raise ValueError(f"{model.name} has no chat format, it only continues text: add --raw")
     chat = Chat(engine, form, config, compute, live)
 
     if config.prompt is not None:

@@ -1,6 +1,5 @@
 """The terminal chat and the server's script as a user runs them: processes, pipes, a terminal, a real checkpoint."""
 
-import dataclasses
 import itertools
 import json
 import os
@@ -8,17 +7,16 @@ import pty
 import re
 import select
 import signal
-import subprocess
 import sys
 import time
 import types
 from pathlib import Path
 
 import pytest
+import tiny_run
 import torch
-from tiny_chat import INJECTION, STORY, tiny_chat
+from tiny_chat import INJECTION, STORY, save_tiny_chat, tiny_chat
 
-from nanochat import checkpoint
 from nanochat.compute import Compute
 from nanochat.conversation import ChatFormat
 from nanochat.detokenizer import Reasoning, ToolCall
@@ -30,64 +28,60 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="module")
 def base_dir(tmp_path_factory):
-    """A base directory with the tiny model as its fine-tuned checkpoint."""
-    folder = tmp_path_factory.mktemp("base")
-    model, tokenizer = tiny_chat()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NANOCHAT_BASE_DIR", str(folder))
-        tokenizer.save(folder / "tokenizer")
-        meta = {"model_config": dataclasses.asdict(model.config), "tokenizer_hash": tokenizer.hash}
-        checkpoint.save("sft", "tiny", 7, model, None, meta, Compute.create("cpu"))
-    return folder
+    """A base directory with the tiny model as its fine-tuned checkpoint, and as its base model."""
+    return save_tiny_chat(tmp_path_factory.mktemp("base"), "sft", "base")
 
 
-def command(base_dir, script, *flags):
-    """(argv, environment) of a script run on `base_dir`."""
-    environment = {
-        **os.environ,
-        "NANOCHAT_BASE_DIR": str(base_dir),
-        "NANOCHAT_DTYPE": "float32",
-        "OMP_NUM_THREADS": "1",
-    }
-    return [sys.executable, "-m", f"scripts.{script}", "--device-type", "cpu", *flags], environment
-
-
-def run(base_dir, *flags, stdin=""):
-    argv, environment = command(base_dir, "chat_cli", *flags)
-    return subprocess.run(argv, cwd=ROOT, env=environment, input=stdin, capture_output=True, text=True, timeout=120)
+def run(base_dir, *flags, script="chat_cli", stdin=b""):
+    with tiny_run.base_dir(base_dir):
+        return tiny_run.script(
+            f"scripts.{script}", "--device-type", "cpu", *flags, stdin=stdin, NANOCHAT_DTYPE="float32"
+        )
 
 
 def test_one_answer(base_dir):
     result = run(base_dir, "-p", "What is 37*48?")
-    assert (result.returncode, result.stdout) == (0, "37*48 is 1776.\n")
+    assert (result.code, result.out) == (0, "37*48 is 1776.\n")
 
 
 def test_a_session_through_a_pipe(base_dir):
     lines = ["Hello", "", "What is 37*48?", "/what", "/clear", "/temp 0.0", "Inject something", "/quit", "Hello"]
-    result = run(base_dir, "--seed", "1", stdin="\n".join(lines))
+    result = run(base_dir, "--seed", "1", stdin="\n".join(lines).encode())
     answers = ["Hello! Grüße 🎉 from a tiny model.", "37*48 is 1776.", f"unknown command /what. {HELP}"]
     answers += ["temperature 0", INJECTION]
-    assert result.returncode == 0 and result.stdout.splitlines() == answers
+    assert result.code == 0 and result.out.splitlines() == answers
 
 
 @pytest.mark.parametrize("script", ["chat_cli", "chat_web"])
 def test_without_a_checkpoint(tmp_path, base_dir, script):
-    argv, environment = command(tmp_path if script == "chat_cli" else base_dir, script, "--stage", "rl")
-    result = subprocess.run(argv, cwd=ROOT, env=environment, input="", capture_output=True, text=True, timeout=120)
-    assert result.returncode == 2 and result.stdout == ""
-    assert (
-        result.stderr.startswith("error: ") and result.stderr.count("\n") == 1 and "python -m scripts." in result.stderr
-    )
+    result = run(tmp_path / "base" if script == "chat_cli" else base_dir, "--stage", "rl", script=script)
+    assert result.out == "" and "python -m scripts." in result.error_line
+
+
+def test_bytes_that_are_no_text_do_not_end_a_session(base_dir):
+    result = run(base_dir, "--max-tokens", "3", stdin=b"\xff\n/what\n")
+    assert result.code == 0 and "unknown command /what" in result.out
+
+
+def test_a_base_model_continues_texts(base_dir):
+    """Those of a pipe, line by line, as they are; and an error names the flag that is missing."""
+    texts = ["Once there was", "  On day ", "On day 2 it"]
+    result = run(base_dir, "--stage", "base", "--raw", "--max-tokens", "8", stdin="\n".join(texts).encode())
+    assert (result.code, result.out.split("\n")) == (0, [*map(continuation, texts), ""])
+    result = run(base_dir, "--stage", "base", "-p", "Once")
+    assert result.code == 2 and "--raw" in result.err.splitlines()[-1] and result.out == ""
 
 
 class Terminal:
-    """A process on a pseudo-terminal."""
+    """chat_cli on a pseudo-terminal."""
 
-    def __init__(self, argv, environment):
+    def __init__(self, base_dir):
+        argv = [sys.executable, "-m", "scripts.chat_cli", "--device-type", "cpu"]
+        own = {"NANOCHAT_BASE_DIR": str(base_dir), "NANOCHAT_DTYPE": "float32", "OMP_NUM_THREADS": "1"}
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
             os.chdir(ROOT)
-            os.execvpe(argv[0], argv, environment)
+            os.execvpe(argv[0], argv, {**os.environ, **own})
         self.seen = ""
 
     def expect(self, text, seconds=30):
@@ -117,7 +111,7 @@ class Terminal:
 
 def test_a_session_on_a_terminal(base_dir):
     """A tool call is shown; Ctrl-C ends an answer and keeps the session, at the prompt it ends the session with 130."""
-    terminal = Terminal(*command(base_dir, "chat_cli"))
+    terminal = Terminal(base_dir)
     terminal.expect("sft/tiny, step 000007: 0.00 GB of weights")
     terminal.expect("> ")
     terminal.send("What is 37*48?\n")
@@ -143,7 +137,7 @@ def test_a_session_on_a_terminal(base_dir):
     terminal.send("\x03")
     assert terminal.exit_code() == 130
     assert "Tell me a story" in (base_dir / "chat_history").read_text().splitlines()
-    terminal = Terminal(*command(base_dir, "chat_cli"))
+    terminal = Terminal(base_dir)
     terminal.expect("> ")
     terminal.send("\x1b[A")
     terminal.expect("What is 37*48?")  # from the session before
@@ -174,15 +168,6 @@ class OneEvent(ChatFormat):
         return types.SimpleNamespace(feed=lambda token: [], finish=lambda: self.events, stopped=False)
 
 
-def test_bytes_that_are_no_text_do_not_end_a_session(base_dir):
-    argv, environment = command(base_dir, "chat_cli", "--max-tokens", "3")
-    environment["PYTHONIOENCODING"] = "utf-8:strict"  # as in most locales
-    result = subprocess.run(
-        argv, cwd=ROOT, env=environment, input=b"\xff\n/what\n", stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-    )
-    assert result.returncode == 0 and b"unknown command /what" in result.stdout
-
-
 def test_the_speed_is_that_of_tokens(monkeypatch, capsys):
     """From the first token on, however late its text can be shown: here, at the end."""
     chat = new_chat(max_tokens=9)
@@ -199,6 +184,30 @@ def test_the_speed_is_that_of_tokens(monkeypatch, capsys):
     monkeypatch.setattr(chat.engine, "step", tick)
     chat.ask("Hello")
     assert capsys.readouterr() == ("all of it\n", "[9 tokens, 1.0 tokens/s]\n")
+
+
+def continuation(text, n=8):
+    """The n likeliest tokens after a text, by whole forwards of the model."""
+    model, tokenizer = tiny_chat()
+    ids = tokenizer.encode(text, prepend="<|bos|>")
+    for _ in range(n):
+        likeliest = int(model(torch.tensor([ids]))[0, -1].argmax())
+        if likeliest in tokenizer.special_tokens.values():  # which end an answer
+            break
+        ids.append(likeliest)
+    return tokenizer.decode(ids)[len("<|bos|>") + len(text) :]
+
+
+def test_raw_continues_a_text(capsys):
+    """Any model, whatever it was trained for. Special tokens in the text are text, and "" begins a document."""
+    chat = new_chat(raw=True, max_tokens=8)
+    for text in ("Once there", "<|user_start|>On day", ""):
+        chat.ask(text)
+        assert capsys.readouterr().out == f"{continuation(text)}\n"
+    with pytest.raises(ValueError, match="leaves no room"):
+        chat.ask("Hello " * 900)
+    with pytest.raises(ValueError, match="--raw"):
+        Config(raw=True, system="Be brief.")
 
 
 @pytest.mark.parametrize("live", [True, False])

@@ -18,10 +18,10 @@ from hub_server import HubServer
 
 import nanochat.hf
 from nanochat.compute import Compute
-from nanochat.conversation import ChatFormat
+from nanochat.conversation import ChatFormat, TextFormat
 from nanochat.engine import Engine
 from nanochat.hf import download, store
-from nanochat.hf.chat import ContinueFormat, TemplateFormat
+from nanochat.hf.chat import TemplateFormat
 from nanochat.hf.tokenizer import HFTokenizer
 from scripts.chat_cli import Chat, Config
 
@@ -314,9 +314,9 @@ def test_own_checkpoints_and_folders(module_trained, folder):
     assert [model.name for model in models] == ["base/d2", "mid/d2", "tiny-qwen"]
     lines = [model.placement for model in models]
     assert len(lines) == 3 and "step 000008" in lines[0] and "GB are free" in lines[2]
-    for model in models:
+    for model, form_class in zip(models, (TextFormat, ChatFormat, TextFormat), strict=True):
         engine, form = model.load(CPU, 2)
-        assert type(form) is (ChatFormat if model.own else ContinueFormat) and engine.max_batch == 2
+        assert type(form) is form_class and engine.max_batch == 2
     assert store.find("base/d2", 4).folder.name == "step_000004"
     weights = nanochat.hf.load_model(folder, CPU)
     assert models[2].n_bytes(torch.bfloat16) == 2 * sum(p.numel() for p in weights.parameters())

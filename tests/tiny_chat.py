@@ -1,6 +1,7 @@
 """A real model, trained here in seconds to know a handful of conversations by heart: the chat tests talk to it."""
 
 import contextlib
+import dataclasses
 import functools
 import http.client
 import json
@@ -8,10 +9,14 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import tiny_run
 import torch
 
+from nanochat import checkpoint
+from nanochat.compute import Compute
 from nanochat.conversation import ChatFormat, render
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
@@ -72,6 +77,17 @@ def tiny_chat() -> tuple[GPT, Tokenizer]:
         optimizer.step()
         loss = loss_.item()
     return model.eval(), tokenizer
+
+
+def save_tiny_chat(base_dir: Path, *stages: str) -> Path:
+    """Save the model as the checkpoint "tiny" of these stages, and its tokenizer, in a base directory."""
+    model, tokenizer = tiny_chat()
+    meta = {"model_config": dataclasses.asdict(model.config), "tokenizer_hash": tokenizer.hash}
+    with tiny_run.base_dir(base_dir):
+        tokenizer.save(base_dir / "tokenizer")
+        for stage in stages:
+            checkpoint.save(stage, "tiny", 7, model, None, meta, Compute.create("cpu"))
+    return base_dir
 
 
 @contextlib.contextmanager

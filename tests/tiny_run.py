@@ -90,13 +90,16 @@ def _start_server() -> None:
         os.environ["OMP_NUM_THREADS"] = before
 
 
-def _child(environment: dict[str, str], out: Path, err: Path, target: Callable[..., None], args: tuple) -> None:
+def _child(
+    environment: dict[str, str], files: tuple[Path, Path, Path], target: Callable[..., None], args: tuple
+) -> None:
     os.environ.clear()
     os.environ.update(environment)
-    for fd, path in ((1, out), (2, err)):
-        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for fd, path in enumerate(files):
+        file = os.open(path, os.O_RDONLY if fd == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, fd)
         os.close(file)
+    sys.stdin = os.fdopen(0, encoding="utf-8")  # multiprocessing has replaced it
     target(*args)
 
 
@@ -106,27 +109,29 @@ def _run_module(module: str, argv: list[str]) -> None:
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
-def start(target: Callable[..., None], *args: Any, **environment: str) -> Running:
+def start(target: Callable[..., None], *args: Any, stdin: bytes = b"", **environment: str) -> Running:
     """Start `target(*args)`, a function of a module, in a process of its own, with more variables if given."""
     _start_server()
     folder = Path(os.environ["NANOCHAT_BASE_DIR"]).parent / "output"
     folder.mkdir(exist_ok=True)
     number = next(_NUMBERS)
     out, err = folder / f"{number}.out", folder / f"{number}.err"
+    given = folder / f"{number}.in"
+    given.write_bytes(stdin)
     variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    process = _FORK.Process(target=_child, args=(variables, out, err, target, args))
+    process = _FORK.Process(target=_child, args=(variables, (given, out, err), target, args))
     process.start()
     return Running(process, out, err)
 
 
-def start_script(module: str, *argv: str, **environment: str) -> Running:
+def start_script(module: str, *argv: str, stdin: bytes = b"", **environment: str) -> Running:
     """Start `python -m module argv`."""
-    return start(_run_module, module, list(argv), **environment)
+    return start(_run_module, module, list(argv), stdin=stdin, **environment)
 
 
-def script(module: str, *argv: str, **environment: str) -> Result:
+def script(module: str, *argv: str, stdin: bytes = b"", **environment: str) -> Result:
     """`python -m module argv`, to its end."""
-    return start_script(module, *argv, **environment).wait()
+    return start_script(module, *argv, stdin=stdin, **environment).wait()
 
 
 def call(module: str, *argv: str) -> Result:

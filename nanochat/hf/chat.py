@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanochat.common import read_json
-from nanochat.conversation import ChatFormat, Message, plain_text, validate
+from nanochat.conversation import ChatFormat, Message, TextFormat, plain_text, validate
 from nanochat.detokenizer import AnswerDecoder, Event, Reasoning
 from nanochat.hf.tokenizer import HFTokenizer
 
@@ -42,7 +42,7 @@ RESERVED = frozenset({"messages", "tools", "add_generation_prompt", *TOKEN_VARIA
 def chat_format(folder: Path | str, tokenizer: HFTokenizer) -> ChatFormat:
     """Return the format in which the model in `folder` was trained to chat.
 
-    A model without a template continues the last message. Raises ValueError for a template with a syntax error.
+    A model without a template only continues text. Raises ValueError for a template with a syntax error.
     """
     folder = Path(folder)
     config_path = folder / "config.json"
@@ -56,16 +56,7 @@ def chat_format(folder: Path | str, tokenizer: HFTokenizer) -> ChatFormat:
     if isinstance(source, list):
         by_name = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
         source = by_name.get("default")
-    return TemplateFormat(source, tokenizer) if isinstance(source, str) else ContinueFormat(tokenizer)
-
-
-class ContinueFormat(ChatFormat):
-    """The format of a model that has none: it continues the text of the last message."""
-
-    def encode(self, messages: list[Message]) -> list[int]:
-        """Return the ids of the last message, after those that begin a document. Raises ValueError as others do."""
-        validate({"messages": messages}, allow_empty_reply=True)
-        return self.tokenizer.encode(plain_text(messages[-1]), prepend=self.tokenizer.get_bos_token_id())
+    return TemplateFormat(source, tokenizer) if isinstance(source, str) else TextFormat(tokenizer)
 
 
 # --- templates

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from nanochat import checkpoint
 from nanochat.common import STAGES, get_base_dir
 from nanochat.compute import free_memory, pick_dtype
-from nanochat.conversation import ChatFormat
+from nanochat.conversation import ChatFormat, TextFormat
 from nanochat.engine import Engine
 from nanochat.hf.chat import chat_format
 from nanochat.hf.load import FAMILIES, load, read_config, skeleton, stored_tensors, weight_files
@@ -120,7 +120,9 @@ def find_folder(name: str) -> tuple[str, Path]:
     folder = snapshot(repo, revision)  # a commit has no ref, and is not in the list
     if is_complete(folder):
         return full_name, folder
-    there = f"there are {', '.join(matches)}" if matches else f"here are {', '.join(here) or 'none'}"
+    there = (
+        f"there are {', '.join(matches)}" if matches else f"here are {', '.join([*own_checkpoints(), *here]) or 'none'}"
+    )
     raise ValueError(f"no model {name!r} here: {there}; python -m scripts.models download ORG/NAME fetches one")
 
 
@@ -185,7 +187,9 @@ class NamedModel:
                 raise ValueError(f"--tensor-parallel: {self.name} is a model of this project, which runs on one device")
             stage, tag = self.name.split("/")
             own_model, own_tokenizer, _ = checkpoint.load_model(stage, device, tag, self.step)
-            return Engine(own_model, own_tokenizer, max_batch, int8=int8), ChatFormat(own_tokenizer)
+            # A base model has seen documents alone: the marks of turns are in its vocabulary, but mean nothing to it.
+            form = TextFormat(own_tokenizer) if stage == "base" else ChatFormat(own_tokenizer)
+            return Engine(own_model, own_tokenizer, max_batch, int8=int8), form
         dtype = pick_dtype(device)
         tokenizer: Any
         if ranks > 1:

@@ -30,7 +30,7 @@ from typing import Any
 import flask
 from werkzeug.exceptions import HTTPException
 
-from nanochat.conversation import ChatFormat, Message
+from nanochat.conversation import ChatFormat, Message, text_prompt
 from nanochat.detokenizer import AnswerDecoder
 from nanochat.engine import Engine, Request
 from nanochat.serve.answers import ChatAnswer, TextAnswer
@@ -301,13 +301,10 @@ def make_requests(
     if n > limit:
         raise ApiError(400, f"{n} answers at once: this server makes at most {limit}", "n")
     sampling = body.sampling(model.engine.vocab_size, model.config.temperature)
-    bos = model.tokenizer.get_bos_token_id()
     requests = []
     for prompt in prompts:
         if isinstance(prompt, str):
-            # Models are trained on documents that begin with <|bos|>; some tokenizers of others have no such token.
-            ids = model.tokenizer.encode(prompt)
-            prompt = ids if bos is None else [bos, *ids]
+            prompt = text_prompt(prompt, model.tokenizer)
         for sample in range(body.n or 1):
             request = Request(
                 prompt, max_tokens=longest_answer(model, body), sample=sample, logprobs=logprobs, **sampling
