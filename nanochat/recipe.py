@@ -107,22 +107,34 @@ class TrainConfig:
 
 
 def model_config(
-    depth: int, vocab_size: int, sequence_len: int, aspect_ratio: int = 64, head_dim: int = 128, **fields: Any
+    depth: int,
+    vocab_size: int,
+    sequence_len: int,
+    aspect_ratio: int = 64,
+    head_dim: int = 128,
+    n_kv_head: int | None = None,
+    **fields: Any,
 ) -> GPTConfig:
     """Return the config of a depth: width = aspect_ratio · depth, rounded up to whole heads.
 
-    model_config(5, ...) has 384 channels: 64 · 5 = 320 is two and a half heads of 128. `fields` are further fields of
-    `GPTConfig`. Raises ValueError when depth, aspect ratio or head dim make no model.
+    model_config(5, ...) has 384 channels: 64 · 5 = 320 is two and a half heads of 128. n_kv_head: None = one for each
+    query head. `fields` are further fields of `GPTConfig`. Raises ValueError when depth, aspect ratio, head dim or kv
+    heads make no model.
     """
     if min(depth, aspect_ratio, head_dim) < 1:
         raise ValueError(f"--depth {depth}, --aspect-ratio {aspect_ratio} and --head-dim {head_dim} must be positive")
     heads = math.ceil(depth * aspect_ratio / head_dim)
+    if n_kv_head is None:
+        n_kv_head = heads
+    if n_kv_head < 1 or heads % n_kv_head:
+        possible = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+        raise ValueError(f"--n-kv-head {n_kv_head} does not divide the model's {heads} heads: choose from {possible}")
     return GPTConfig(
         sequence_len=sequence_len,
         vocab_size=vocab_size,
         n_layer=depth,
         n_head=heads,
-        n_kv_head=heads,
+        n_kv_head=n_kv_head,
         n_embd=heads * head_dim,
         **fields,
     )

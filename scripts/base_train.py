@@ -30,6 +30,9 @@ class BaseTrain(TrainConfig):
     dataset: str = cli.option("builtin", "dataset to learn from: its name, or the folder it was made from")
     aspect_ratio: int = cli.option(64, "width for each layer of depth")
     head_dim: int = cli.option(128, "channels of an attention head")
+    n_kv_head: int | None = cli.option(
+        None, "kv heads, which query heads share (GQA): fewer need a smaller cache; unset = one for each query head"
+    )
     max_seq_len: int = cli.option(2048, "context in tokens")
     window_pattern: str = cli.option("SSSL", "attention windows tiled over layers: S a quarter of the context, L all")
     norm_scales: bool = cli.option(False, "learn scales of the channels that the MLPs and the head read")
@@ -39,7 +42,7 @@ class BaseTrain(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        cli.require_positive(self, "depth", "aspect_ratio", "head_dim", "max_seq_len")
+        cli.require_positive(self, "depth", "aspect_ratio", "head_dim", "n_kv_head", "max_seq_len")
         cli.require_positive(self, "target_flops", "target_param_data_ratio")
 
 
@@ -55,6 +58,7 @@ def main() -> None:
         sequence_len=config.max_seq_len,
         aspect_ratio=config.aspect_ratio,
         head_dim=config.head_dim,
+        n_kv_head=config.n_kv_head,
         window_pattern=config.window_pattern,
         norm_scales=config.norm_scales,
         dropout=config.dropout,

@@ -102,9 +102,13 @@ def test_depth_gives_width_and_heads(depth, aspect_ratio, head_dim, width, heads
     assert (config.n_layer, config.n_embd, config.n_head, config.n_kv_head) == (depth, width, heads, heads)
     assert (config.head_dim, config.vocab_size, config.sequence_len) == (head_dim, 32768, 2048)
     assert config.window_pattern == "L"
+    assert {recipe.model_config(12, 100, 64, n_kv_head=n).n_kv_head for n in (1, 2, 3, 6)} == {1, 2, 3, 6}
 
 
-@pytest.mark.parametrize("wrong", [{"depth": 0}, {"aspect_ratio": 0}, {"head_dim": -2}, {"head_dim": 127}])
+WRONG = [{"depth": 0}, {"aspect_ratio": 0}, {"head_dim": -2}, {"head_dim": 127}, {"n_kv_head": 0}, {"n_kv_head": 3}]
+
+
+@pytest.mark.parametrize("wrong", WRONG)
 def test_a_depth_that_makes_no_model_is_refused(wrong):
     with pytest.raises(ValueError, match="--"):
         recipe.model_config(**{"depth": 4, "vocab_size": 1000, "sequence_len": 128, **wrong})

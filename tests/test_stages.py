@@ -4,10 +4,13 @@ import json
 import math
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from tiny_run import BASE, SKILLS, STEPS, losses, metrics, run
 
 from nanochat import checkpoint
+from nanochat.engine import Engine
+from nanochat.hf.convert import export_checkpoint
 
 SCRIPTS = {"base": "scripts.base_train", "mid": "scripts.mid_train", "sft": "scripts.chat_sft"}
 
@@ -103,3 +106,28 @@ def test_skills_take_up_where_they_are_trained(module_world):
     run("scripts.mid_train", *SKILLS, *STEPS, *first)
     loss = list(losses("mid", "taught").values())
     assert sum(loss[-5:]) < 0.8 * sum(loss[:5])
+
+
+def test_a_model_with_shared_kv_heads_goes_all_the_way(module_world, tmp_path, monkeypatch):
+    """Trained, resumed, fine-tuned, in the engine, and exported: transformers finds the same logits."""
+    monkeypatch.setenv("NANOCHAT_DTYPE", "float32")
+    flags = [*BASE, *STEPS, "--num-iterations", "6", "--save-every", "3", "--n-kv-head", "1", "--model-tag"]
+    run("scripts.base_train", *flags, "gqa")
+    expected = losses("base", "gqa")
+    run("scripts.base_train", *flags, "gqa", "--resume", "3")
+    assert losses("base", "gqa") == expected
+    run("scripts.mid_train", *SKILLS, *STEPS, "--num-iterations", "1", "--source-tag", "gqa")
+
+    model, tokenizer, meta = checkpoint.load_model("mid", "cpu", "gqa")
+    assert (meta["model_config"]["n_head"], meta["model_config"]["n_kv_head"]) == (2, 1)
+    ids = tokenizer.encode("The capital of", prepend="<|bos|>")
+    [answer] = Engine(model, tokenizer).complete([ids], max_tokens=8)
+    for token in answer:
+        assert model(torch.tensor([ids]))[0, -1].argmax() == token
+        ids.append(token)
+
+    transformers = pytest.importorskip("transformers")
+    export_checkpoint(tmp_path / "bundle", "mid", "gqa")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "bundle", trust_remote_code=True)
+    idx_BT = torch.tensor([ids])
+    torch.testing.assert_close(theirs.float()(idx_BT).logits, model(idx_BT), rtol=1e-4, atol=1e-4)
