@@ -24,7 +24,7 @@ from nanochat.detokenizer import AnswerDecoder, Event
 from nanochat.kv_cache import BLOCK, CacheBatch, KVCache, Part
 from nanochat.language_model import LanguageModel
 from nanochat.packed import decode_threads, prepack
-from nanochat.sampling import sample, score
+from nanochat.sampling import sample, score, score_prompt
 from nanochat.scheduler import Request, Scheduler
 from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
 from nanochat.tools import calculate
@@ -128,9 +128,9 @@ class Engine:
         Its prompt leaves no room in the context or the cache, or has tokens that the model does not know.
         """
         n = len(request.tokens)
-        if n >= self.context:
+        if n + (request.max_tokens != 0) > self.context:
             raise ValueError(f"a prompt of {n} tokens leaves no room in the context of {self.context}")
-        longest = min(self.context, n + (request.max_tokens or self.context))
+        longest = self.context if request.max_tokens is None else min(self.context, n + request.max_tokens)
         if not self.cache.fits([longest]):
             raise ValueError(f"{longest} tokens do not fit in a cache of {self.cache.max_tokens}: lower max_tokens")
         for token in (min(request.tokens), max(request.tokens), *request.logit_bias):
@@ -165,7 +165,7 @@ class Engine:
             return []
         # Requests that read a single token come first, because a CUDA graph or a trace may do that part (`_forward`).
         # Neighbouring rows stand together, because they attend together (`_read`).
-        work.sort(key=lambda item: (item[1] > 1, item[0].row))
+        work.sort(key=lambda item: (item[1] > 1 or item[0].scores_prompt, item[0].row))
         # Run.
         self.cache.reserve(len(self.running), max(request.size for request in self.running))
         with self._on_device:
@@ -188,7 +188,7 @@ class Engine:
 
         On a GPU a CUDA graph reads the single tokens, and on CPU a trace, if nothing else is to be read.
         """
-        n_single = sum(n == 1 for _, n in work)
+        n_single = sum(n == 1 and not request.scores_prompt for request, n in work)
         if self.graphs is not None and n_single > 0:
             # All running requests take part, because the rows of a graph have no gaps. What it writes for one that is
             # still in prefill is overwritten later.
@@ -213,7 +213,8 @@ class Engine:
         previous: list[int] = []
         positions: list[int] = []
         rows: list[int] = []
-        ends: list[int] = []  # where the last token of each request is in `tokens`
+        wanted: list[int] = []  # where the tokens whose logits are used are in `tokens`
+        ends: list[int] = []  # where the last token of each request is in `wanted`
         parts: list[Part] = []
         for request, n in work:
             start = request.n_read
@@ -222,7 +223,9 @@ class Engine:
             previous += [request.previous, *new[:-1]]
             positions += range(start, start + n)
             rows += [request.row] * n
-            ends.append(len(tokens) - 1)
+            n_wanted = n if request.scores_prompt else 1
+            wanted += range(len(tokens) - n_wanted, len(tokens))
+            ends.append(len(wanted) - 1)
             last = parts[-1] if parts else None
             if last is not None and last.n_tokens == n and last.first_row + last.n_rows == request.row:
                 # Neighbouring rows that read equally many tokens attend together.
@@ -233,8 +236,12 @@ class Engine:
         inputs_4N = torch.tensor([tokens, previous, positions, rows]).to(device, non_blocking=True)
         idx_N, previous_N, positions_N, rows_N = inputs_4N.unbind()
         context = CacheBatch(self.cache.layers, parts, rows_N, positions_N, previous_N)
-        wanted_R = None if len(ends) == len(tokens) else torch.tensor(ends, device=device)
-        return self.model(idx_N, context=context, wanted_R=wanted_R)
+        wanted_R = None if len(wanted) == len(tokens) else torch.tensor(wanted, device=device)
+        logits_RV = self.model(idx_N, context=context, wanted_R=wanted_R)
+        for (request, n), end in zip(work, ends, strict=True):
+            if request.scores_prompt:
+                score_prompt(request, logits_RV[end + 1 - n : end + 1])
+        return logits_RV if len(wanted) == len(work) else logits_RV[ends]
 
     def run(self, requests: Iterable[Request]) -> None:
         """Finish all of `requests`, in batches; results are in their `output`, `mask` and `finish_reason`."""
@@ -335,7 +342,10 @@ class Engine:
         updates = []
         for request, token, token_score in zip(requests, tokens, scores, strict=True):
             new = self._accept(request, token)
-            if new and token_score is not None:
+            # Where the prompt is scored, so is the token that ended the answer: clients that score a text ask for one
+            # token after it, and count on its entry (lm-evaluation-harness, `local-completions`).
+            is_end = request.stop_token is not None and request.prompt_logprobs
+            if token_score is not None and (new or is_end):
                 request.scores.append(token_score)
             events = self._decode(request, new) if request.decoder is not None else []
             self.n_output_tokens += len(new)
@@ -344,11 +354,12 @@ class Engine:
 
     def _accept(self, request: Request, token: int) -> list[int]:
         """Append a sampled token and what a tool answers to it; return what was appended."""
-        if token in self._stop_tokens:
+        limit = self.context if request.max_tokens is None else request.max_tokens
+        room = min(limit, self.context - len(request.tokens)) - len(request.output)
+        if room > 0 and token in self._stop_tokens:
             request.finish_reason = "stop"
             request.stop_token = token
             return []
-        room = min(request.max_tokens or self.context, self.context - len(request.tokens)) - len(request.output)
         new = [token, *self._use_tool(request, token)][:room]
         request.output += new
         request.mask += [1] + [0] * (len(new) - 1)

@@ -153,9 +153,31 @@ def score(logits_BV: torch.Tensor, requests: Sequence[Request], tokens: Sequence
     for row, request in enumerate(requests):
         if request.logprobs is None:
             scores.append(None)
-            continue
-        logprobs_V = logits_BV[row].float().log_softmax(dim=-1)
-        top = logprobs_V.topk(min(request.logprobs, len(logprobs_V)))
-        likeliest = dict(zip(top.indices.tolist(), top.values.tolist(), strict=True))
-        scores.append(TokenScore(token=tokens[row], logprob=logprobs_V[tokens[row]].item(), top=likeliest))
+        else:
+            scores += score_tokens(logits_BV[row : row + 1], tokens[row : row + 1], request.logprobs)
     return scores
+
+
+def score_prompt(request: Request, logits_NV: torch.Tensor) -> None:
+    """Append the scores of the next prompt tokens: the logits after a token score the one after it.
+
+    logits_NV: after the tokens that are read now, from `request.n_read` on.
+    """
+    if not request.scores:
+        request.scores.append(TokenScore(request.tokens[0], None, {}))
+    next_tokens = request.tokens[request.n_read + 1 : request.n_read + 1 + len(logits_NV)]
+    if next_tokens:
+        request.scores += score_tokens(logits_NV[: len(next_tokens)], next_tokens, request.logprobs or 0)
+
+
+def score_tokens(logits_NV: torch.Tensor, tokens: Sequence[int], n_top: int) -> list[TokenScore]:
+    """Return the log-probability of one token per row of logits, and of the `n_top` likeliest at its place."""
+    logprobs_NV = logits_NV.float().log_softmax(dim=-1)
+    tokens_N1 = torch.tensor(tokens, device=logits_NV.device)[:, None]
+    logprobs = logprobs_NV.gather(1, tokens_N1)[:, 0].tolist()
+    top = logprobs_NV.topk(min(n_top, logits_NV.size(1)))
+    likeliest = [
+        dict(zip(indices, values, strict=True))
+        for indices, values in zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    ]
+    return [TokenScore(*each) for each in zip(tokens, logprobs, likeliest, strict=True)]

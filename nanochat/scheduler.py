@@ -23,10 +23,13 @@ from nanochat.kv_cache import BLOCK, Block, KVCache
 
 @dataclass(frozen=True)
 class TokenScore:
-    """Log-probabilities (nats) by the model's own distribution, before temperature and all other settings."""
+    """Log-probabilities (nats) by the model's own distribution, before temperature and all other settings.
+
+    The first token of a prompt follows on nothing: it has none, and no likeliest tokens.
+    """
 
     token: int
-    logprob: float
+    logprob: float | None
     top: dict[int, float]  # the likeliest tokens and their log-probabilities, likeliest first
 
 
@@ -41,7 +44,7 @@ class Request:
 
     tokens: Sequence[int]
     _: KW_ONLY
-    max_tokens: int | None = None  # None = up to the end of the context
+    max_tokens: int | None = None  # None = up to the end of the context; 0 = the prompt is read and scored, no more
 
     # How to sample (sampling.py).
     temperature: float = 1.0  # 0 = always the likeliest token
@@ -57,13 +60,14 @@ class Request:
 
     # How to report and to stop.
     logprobs: int | None = None  # report log-probabilities: of each token, and of this many likeliest ones
+    prompt_logprobs: bool = False  # with `logprobs`: those of the prompt's tokens, too
     stop: Sequence[str] = ()  # texts that end the answer; they are not part of it
     decoder: Any = None  # turns its tokens into text and tool calls (detokenizer.py); made by the engine for `stop`
 
     # The result.
     output: list[int] = field(default_factory=list)  # without the token that ended it
     mask: list[int] = field(default_factory=list)  # per token of `output`: 1 = sampled, 0 = forced by a tool
-    scores: list[TokenScore] = field(default_factory=list)  # per token of `output`, if `logprobs` is set
+    scores: list[TokenScore] = field(default_factory=list)  # of prompt and sampled tokens, as `logprobs` asks for them
     finish_reason: str | None = None  # "stop" | "length" | "abort" | "error"; None while it waits or runs
     stop_token: int | None = None  # the token that ended it, if a token did
 
@@ -82,7 +86,7 @@ class Request:
             raise ValueError("the prompt is empty: begin it with <|bos|>")
         if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
             raise ValueError(f"stop {self.stop!r} must be a list of texts, none empty")
-        _check_range("max_tokens", self.max_tokens, 1)
+        _check_range("max_tokens", self.max_tokens, 0)
         _check_range("temperature", self.temperature, 0)
         _check_range("top_k", self.top_k, 0)
         _check_range("top_p", self.top_p, 0, 1)
@@ -93,6 +97,8 @@ class Request:
         for token, bias in self.logit_bias.items():
             _check_range(f"logit_bias of token {token}", bias, -100, 100)
         _check_range("logprobs", self.logprobs, 0)
+        if self.prompt_logprobs and self.logprobs is None:
+            raise ValueError("prompt_logprobs needs logprobs: say of how many likeliest tokens")
         self.rng = random.Random(f"{self.seed}:{self.sample}")  # a text, because integer seeds lose their sign
 
     @property
@@ -111,6 +117,11 @@ class Request:
         if first >= 0:
             return self.output[first : first + n]
         return [*self.tokens[self.n_read : self.n_read + n], *self.output[: max(0, first + n)]]
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Are tokens of the prompt still to be scored? Then all of it must be read, also what a cache knows of it."""
+        return self.prompt_logprobs and len(self.scores) < len(self.tokens)
 
     @property
     def previous(self) -> int:
@@ -202,6 +213,8 @@ class Scheduler:
 
     def _twin(self, request: Request) -> Request | None:
         """Return the running request with the same prompt that has read most: samples of one prompt read it once."""
+        if request.scores_prompt:
+            return None
         twins = [other for other in self.running if other.tokens is request.tokens or other.tokens == request.tokens]
         return max(twins, key=lambda twin: twin.n_read, default=None)
 
@@ -221,6 +234,9 @@ class Scheduler:
         if twin is not None and self.cache.can_truncate(twin.n_read, shared):
             self.cache.copy_row(twin.row, request.row, shared)
             request.chain = twin.chain[: shared // BLOCK]
+        elif request.scores_prompt:
+            request.chain = []
+            shared = 0
         else:
             request.chain = self.cache.prefixes.load(request.row, request.pending(limit))
             shared = BLOCK * len(request.chain)
@@ -233,6 +249,8 @@ class Scheduler:
         assert len(self.running) > 1, "a single request fits, or the engine would have refused it"
         self.n_preempted += 1
         self._free_row(request)
+        if request.scores_prompt:
+            request.scores.clear()  # its prompt is read and scored from the beginning again
         self._wait(request)
 
     def _free_row(self, request: Request) -> None:

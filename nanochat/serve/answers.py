@@ -22,19 +22,15 @@ import flask
 from nanochat.detokenizer import Event, Reasoning, ToolCall, content_of
 from nanochat.engine import Request
 from nanochat.scheduler import TokenScore
+from nanochat.serve.logprobs import ChatLogprobs, TextLogprobs, TextScorer, chat_logprobs
 from nanochat.serve.loop import Delivery, EngineLoop, Model
 from nanochat.serve.schema import (
     ApiError,
-    ChatLogprobs,
     Parameters,
-    ScoredToken,
     SessionInfo,
-    TextLogprobs,
-    TokenLogprob,
     Usage,
 )
 from nanochat.serve.sessions import SessionTurn
-from nanochat.tokenizer import Tokenizer
 
 POLL_SECONDS = 0.25  # how often a handler that waits for tokens looks whether its client is still there
 
@@ -43,6 +39,7 @@ class Answer:
     """The answer to one HTTP request while it is made: `submit` it, then `respond`.
 
     key: its place in the response cache; None: it need not come out the same again. turn: of a session, if it has one.
+    echoes: a text for each choice to begin with.
     """
 
     object: str
@@ -50,19 +47,25 @@ class Answer:
     id_prefix: str
 
     def __init__(
-        self, model: Model, requests: Sequence[Request], key: str | None, turn: SessionTurn | None = None
+        self,
+        model: Model,
+        requests: Sequence[Request],
+        key: str | None,
+        turn: SessionTurn | None = None,
+        echoes: Sequence[str] = (),
     ) -> None:
         self.model = model
         self.requests = requests
         self.key = key
         self.turn = turn
+        self.echoes = echoes
         self.session_info: SessionInfo | None = None  # of the session after this answer
         self.outbox: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
         self.kept: Any | None = None  # what the response cache has of it
         self.loop: EngineLoop | None = None  # the engine that makes it
         self.said: list[list[Delivery]] = [[] for _ in requests]  # by choice
         self.usage: Usage | None = None
-        self.offsets = [0 for _ in requests]  # by choice: length of the text of the tokens scored so far
+        self.scorers = [TextScorer(model.tokenizer) for _ in requests]  # by choice
         # For the access log.
         self.facts: dict[str, Any] = {}
         # Every chunk of a stream repeats these.
@@ -98,6 +101,8 @@ class Answer:
             self.kept = self.model.responses.get(self.key)
         self.facts["cached"] = self.kept is not None
         if self.kept is None:
+            for choice, text in enumerate(self.echoes):
+                self.outbox.put(Delivery(choice, [text], [], finish_reason=None))
             self.loop = self.model.submit(self.requests, self.outbox)
             self.facts["replica"] = self.loop.replica
 
@@ -304,12 +309,7 @@ class ChatAnswer(Answer):
         return {"message": _collect({"role": "assistant"}, "content", events)}
 
     def logprobs(self, index: int, scores: Sequence[TokenScore]) -> ChatLogprobs:
-        tokenizer = self.model.tokenizer
-        content: list[ScoredToken] = []
-        for score in scores:
-            top = [_token_logprob(tokenizer, token, logprob) for token, logprob in score.top.items()]
-            content.append({**_token_logprob(tokenizer, score.token, score.logprob), "top_logprobs": top})
-        return {"content": content, "refusal": None}
+        return chat_logprobs(self.model.tokenizer, scores)
 
 
 class TextAnswer(Answer):
@@ -329,17 +329,7 @@ class TextAnswer(Answer):
         return _collect({}, "text", events)
 
     def logprobs(self, index: int, scores: Sequence[TokenScore]) -> TextLogprobs:
-        tokenizer = self.model.tokenizer
-        logprobs: TextLogprobs = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-        for score in scores:
-            text = _token_text(tokenizer, score.token)
-            top = {_token_text(tokenizer, token): logprob for token, logprob in score.top.items()}
-            logprobs["tokens"].append(text)
-            logprobs["token_logprobs"].append(score.logprob)
-            logprobs["top_logprobs"].append(top)
-            logprobs["text_offset"].append(self.offsets[index])
-            self.offsets[index] += len(text)
-        return logprobs
+        return self.scorers[index].write(scores)
 
 
 def _collect(fields: dict[str, Any], text: str, events: Sequence[Event]) -> dict[str, Any]:
@@ -353,19 +343,6 @@ def _collect(fields: dict[str, Any], text: str, events: Sequence[Event]) -> dict
         else:
             fields[text] += event
     return fields
-
-
-def _token_text(tokenizer: Tokenizer, token: int) -> str:
-    # A token may be a part of a character, which alone is no valid UTF-8.
-    return tokenizer.decode_bytes([token]).decode("utf-8", "replace")
-
-
-def _token_logprob(tokenizer: Tokenizer, token: int, logprob: float) -> TokenLogprob:
-    return {
-        "token": _token_text(tokenizer, token),
-        "logprob": logprob,
-        "bytes": list(tokenizer.decode_bytes([token])),
-    }
 
 
 def usage_of(requests: Sequence[Request]) -> Usage:

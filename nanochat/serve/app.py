@@ -249,9 +249,24 @@ def text_completions() -> flask.Response:
     model = flask.g.models.get_for_answer(body.model)
     with refuse_mistakes("prompt"):
         requests = text_requests(model, body)
-    answer = TextAnswer(model, requests, cache_key(model, body, requests))
+    answer = TextAnswer(model, requests, cache_key(model, body, requests), echoes=echoes_of(model, body))
     answer.submit()
     return answer.respond(body)
+
+
+def echoes_of(model: Model, body: CompletionRequest) -> list[str]:
+    """Return the text with which each choice begins: its prompt, if the body asks for `echo`."""
+    if not body.echo:
+        return []
+    texts = []
+    for prompt in body.prompts():
+        if not isinstance(prompt, str):
+            # As an answer of these tokens would be shown: without special ones.
+            decoder = AnswerDecoder(model.tokenizer)
+            events = [event for token in prompt for event in decoder.feed(token)]
+            prompt = "".join(event for event in [*events, *decoder.finish()] if isinstance(event, str))
+        texts += [prompt] * (body.n or 1)
+    return texts
 
 
 @contextlib.contextmanager
@@ -283,14 +298,19 @@ def chat_requests(model: Model, body: ChatRequest, messages: list[Message]) -> l
 
 def text_requests(model: Model, body: CompletionRequest) -> list[Request]:
     """Return `n` engine requests for each prompt of the body. Raises ValueError if one can never run."""
-    requests = make_requests(model, body, body.prompts(), body.logprobs)
+    prompt_logprobs = bool(body.echo) and body.logprobs is not None
+    requests = make_requests(model, body, body.prompts(), body.logprobs, prompt_logprobs)
     for request in requests:
         request.decoder = AnswerDecoder(model.tokenizer, request.stop)  # a continued text has no reasoning
     return requests
 
 
 def make_requests(
-    model: Model, body: Parameters, prompts: Sequence[str | list[int]], logprobs: int | None
+    model: Model,
+    body: Parameters,
+    prompts: Sequence[str | list[int]],
+    logprobs: int | None,
+    prompt_logprobs: bool = False,
 ) -> list[Request]:
     """Return `n` engine requests for each prompt, prompt by prompt.
 
@@ -307,7 +327,12 @@ def make_requests(
             prompt = text_prompt(prompt, model.tokenizer)
         for sample in range(body.n or 1):
             request = Request(
-                prompt, max_tokens=longest_answer(model, body), sample=sample, logprobs=logprobs, **sampling
+                prompt,
+                max_tokens=longest_answer(model, body),
+                sample=sample,
+                logprobs=logprobs,
+                prompt_logprobs=prompt_logprobs,
+                **sampling,
             )
             # Checked here and not on the engine's thread, where an error could only end the engine. `check` reads
             # nothing that changes, so any thread may call it.
@@ -318,7 +343,9 @@ def make_requests(
 
 def longest_answer(model: Model, body: Parameters) -> int | None:
     """Return the smaller of the request's and the server's limits; None means to the end of the context."""
-    return min(filter(None, (body.max_tokens, model.config.max_tokens)), default=None)
+    asked = None if body.max_tokens == -1 else body.max_tokens
+    limits = [limit for limit in (asked, model.config.max_tokens) if limit is not None]
+    return min(limits, default=None)
 
 
 def cache_key(model: Model, body: Parameters, requests: Sequence[Request]) -> str | None:

@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from typing_extensions import NotRequired, TypedDict  # pydantic does not take typing's own before Python 3.12
 
 from nanochat.scheduler import Request
+from nanochat.serve.logprobs import ChatLogprobs, TextLogprobs
 
 
 class ApiError(Exception):
@@ -131,7 +132,9 @@ class Parameters(Strict):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: int | None = Field(None, ge=1, le=16, description="Number of answers; the prompt is read once for all of them.")
-    max_tokens: int | None = Field(None, ge=1, le=2**31)
+    max_tokens: int | None = Field(
+        None, ge=-1, le=2**31, description="-1: no limit. 0, for texts alone: the prompt is read, and nothing is added."
+    )
     temperature: float | None = Field(
         None, ge=0, le=2, description="0: always the likeliest token. If absent: the server's --temperature, usually 0."
     )
@@ -181,7 +184,7 @@ class ChatRequest(Parameters):
     """The body of /v1/chat/completions."""
 
     messages: Annotated[list[Message], NONEMPTY]
-    max_completion_tokens: int | None = Field(None, ge=1, le=2**31, description="The newer name of max_tokens.")
+    max_completion_tokens: int | None = Field(None, ge=-1, le=2**31, description="The newer name of max_tokens.")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     response_format: ResponseFormat | None = None
@@ -191,10 +194,13 @@ class ChatRequest(Parameters):
 
     @model_validator(mode="after")
     def _check_chat(self) -> "ChatRequest":
-        # From here on there is one name for the limit.
-        self.max_tokens = self.max_tokens or self.max_completion_tokens
-        if self.max_completion_tokens not in (None, self.max_tokens):
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             raise ApiError(400, "'max_tokens' and 'max_completion_tokens' differ: give one", "max_tokens")
+        # From here on there is one name for the limit.
+        if self.max_tokens is None:
+            self.max_tokens = self.max_completion_tokens
+        if self.max_tokens == 0:
+            raise ApiError(400, "'max_tokens' must be at least 1 in a chat: an answer has a token", "max_tokens")
         if self.top_logprobs is not None and not self.logprobs:
             raise ApiError(400, "'top_logprobs' needs 'logprobs': true", "top_logprobs")
         # A session goes on from one answer; which of several would it be?
@@ -210,6 +216,7 @@ class CompletionRequest(Parameters):
 
     prompt: str | Annotated[list[str], NONEMPTY] | Tokens | Annotated[list[Tokens], NONEMPTY]
     logprobs: int | None = Field(None, ge=0, le=20)
+    echo: bool | None = Field(None, description="Begin the text with the prompt, and `logprobs` with those of it.")
 
     def prompts(self) -> list[Any]:
         """Return the prompts one by one, each as text or as token ids."""
@@ -256,36 +263,6 @@ def _refusal(error: ValidationError, kind: type[Parameters]) -> ApiError:
 
 
 # ---- Answers
-
-
-class TokenLogprob(TypedDict):
-    """A token and its log-probability; `bytes` because a token may end in the middle of a character."""
-
-    token: str
-    logprob: float
-    bytes: list[int]
-
-
-class ScoredToken(TokenLogprob):
-    """A token of the answer, and the likeliest tokens at its position."""
-
-    top_logprobs: list[TokenLogprob]
-
-
-class ChatLogprobs(TypedDict):
-    """Log-probabilities of a chat's answer."""
-
-    content: list[ScoredToken]
-    refusal: None
-
-
-class TextLogprobs(TypedDict):
-    """Log-probabilities of a text completion: lists with one entry per token."""
-
-    tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
-    text_offset: list[int]
 
 
 class ChatAnswer(TypedDict):
