@@ -1,6 +1,7 @@
 """Chat formats: templates as transformers renders them, what a template may not do, harmony and its channels."""
 
 import datetime
+import json
 
 import pytest
 
@@ -99,16 +100,21 @@ def test_arguments_of_a_template(tokenizer):
 
 
 def test_where_a_template_is_found(folder, tokenizer):
-    plain = chat_format(folder, tokenizer).encode(TALK)
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+
+    def prompt(**changes):
+        path.write_text(json.dumps({**settings, **changes}))
+        return chat_format(folder, HFTokenizer.from_directory(folder)).encode(TALK)
+
+    plain = prompt()
     assert plain == [0, *tokenizer.encode("Grüße")], "a model that only continues text"
-    tokenizer.settings["bos_token"] = None
-    assert chat_format(folder, tokenizer).encode(TALK) == plain
-    tokenizer.settings["chat_template"] = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": "y"}]
-    assert tokenizer.decode(chat_format(folder, tokenizer).encode(TALK)) == "y"
-    tokenizer.settings["chat_template"] = "z"
-    assert tokenizer.decode(chat_format(folder, tokenizer).encode(TALK)) == "z"
+    assert prompt(bos_token=None) == plain
+    named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": "y"}]
+    assert tokenizer.decode(prompt(chat_template=named)) == "y"
+    assert tokenizer.decode(prompt(chat_template="z")) == "z"
     (folder / "chat_template.jinja").write_text(CHATML)
-    assert "Grüße" in tokenizer.decode(chat_format(folder, tokenizer).encode(TALK))
+    assert "Grüße" in tokenizer.decode(prompt(chat_template="z"))
 
 
 def test_a_message_cannot_open_a_turn(tokenizer):

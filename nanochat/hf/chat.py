@@ -48,15 +48,7 @@ def chat_format(folder: Path | str, tokenizer: HFTokenizer) -> ChatFormat:
     config_path = folder / "config.json"
     if config_path.is_file() and read_json(config_path).get("model_type") == "gpt_oss":
         return HarmonyFormat(tokenizer)
-    template_path = folder / "chat_template.jinja"
-    if template_path.is_file():
-        return TemplateFormat(template_path.read_text(encoding="utf-8"), tokenizer)
-    source = tokenizer.settings.get("chat_template")
-    # A list has several templates by name, such as default and tool_use.
-    if isinstance(source, list):
-        by_name = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
-        source = by_name.get("default")
-    return TemplateFormat(source, tokenizer) if isinstance(source, str) else TextFormat(tokenizer)
+    return TemplateFormat(tokenizer.chat_template, tokenizer) if tokenizer.chat_template else TextFormat(tokenizer)
 
 
 # --- templates
@@ -69,7 +61,7 @@ class TemplateFormat(ChatFormat):
         super().__init__(tokenizer)
         self._template, self.argument_names = compile_template(source)
         # The longest first: where one name begins with another, a regex takes the alternative that stands first.
-        names = sorted(filter(None, tokenizer.special_tokens), key=len, reverse=True)
+        names = sorted(tokenizer.marks, key=len, reverse=True)
         never = "(?!)"
         self._special = re.compile("|".join(re.escape(name) for name in names) or never)
         self._tokens: dict[str, str] = {}
@@ -77,6 +69,7 @@ class TemplateFormat(ChatFormat):
             token = tokenizer.settings.get(name)
             if token is not None:
                 self._tokens[name] = token["content"] if isinstance(token, dict) else token
+        self._end_mark = self._find_end_mark()
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
         """Return the ids of the conversation, ending where the assistant's next turn begins.
@@ -85,15 +78,7 @@ class TemplateFormat(ChatFormat):
         messages or fails.
         """
         validate({"messages": messages}, allow_empty_reply=True)
-        plain = [{"role": each["role"], "content": plain_text(each)} for each in messages]
-        # What a caller may leave out is None in transformers, and some templates ask for just that.
-        variables = {"tools": None, "documents": None, "add_generation_prompt": True, **self._tokens}
-        variables |= self._break_special({**self.arguments, "messages": plain})
-        try:
-            text = self._template.render(variables)
-        except Exception as error:  # a template can fail in any way that Python code can
-            reason = str(error) or type(error).__name__
-            raise ValueError(f"the model's chat template refuses this conversation: {reason}") from error
+        text = self._render([{"role": each["role"], "content": plain_text(each)} for each in messages])
         ids: list[int] = []
         # Broken special tokens are the pieces that a pair of marks encloses: see _break_special.
         for piece in re.split(f"([^{BREAK}]{BREAK}[^{BREAK}]*{BREAK})", text):
@@ -102,6 +87,34 @@ class TemplateFormat(ChatFormat):
             elif piece:
                 ids += self.tokenizer.encode_marked(piece)
         return ids
+
+    def _render(self, messages: list[dict[str, str]]) -> str:
+        """Return the text of the template, with what looks like a special token in the messages broken."""
+        # What a caller may leave out is None in transformers, and some templates ask for just that.
+        variables = {"tools": None, "documents": None, "add_generation_prompt": True, **self._tokens}
+        variables |= self._break_special({**self.arguments, "messages": messages})
+        try:
+            return self._template.render(variables)
+        except Exception as error:  # a template can fail in any way that Python code can
+            reason = str(error) or type(error).__name__
+            raise ValueError(f"the model's chat template refuses this conversation: {reason}") from error
+
+    def _find_end_mark(self) -> str | None:
+        """Return the special token that the template writes after what the assistant said, if there is one.
+
+        Each of the files that name the tokens at which a model stops may be wrong or silent, but the model was trained
+        on conversations that this template wrote.
+        """
+        probe = "what the assistant said"
+        roles = ("user", "assistant", "user")
+        try:
+            text = self._render([{"role": role, "content": probe} for role in roles])
+        except ValueError:
+            return None
+        after = text.split(probe)
+        # A template may write a message twice, or not at all.
+        mark = self._special.match(after[2].lstrip()) if len(after) == len(roles) + 1 else None
+        return mark[0] if mark else None
 
     def _break_special(self, value: Any) -> Any:
         """Put marks into what looks like a special token: "<|end|>" becomes "<", mark, "|end|>", mark.
@@ -123,7 +136,7 @@ class TemplateFormat(ChatFormat):
         """Return a decoder for the answer to `prompt`, which some templates end with an open <think>."""
         # "<think>\n" is two tokens in most vocabularies; four leave room for another spelling of the line's end.
         begins_thinking = self.tokenizer.decode(prompt[-4:]).rstrip().endswith("<think>")
-        return ThinkDecoder(self.tokenizer, stop, "reasoning" if begins_thinking else "text")
+        return ThinkDecoder(self.tokenizer, stop, "reasoning" if begins_thinking else "text", self._end_mark)
 
 
 def compile_template(source: str) -> tuple["jinja2.Template", frozenset[str]]:
@@ -199,22 +212,31 @@ class ChannelDecoder(AnswerDecoder):
 
 
 class ThinkDecoder(ChannelDecoder):
-    """Decodes an answer in which reasoning stands between <think> and </think>."""
+    """Decodes an answer in which reasoning stands between <think> and </think>, up to the mark that ends a turn."""
 
-    def __init__(self, tokenizer: HFTokenizer, stop: Sequence[str], channel: str) -> None:
+    def __init__(self, tokenizer: HFTokenizer, stop: Sequence[str], channel: str, end_mark: str | None) -> None:
         marks = {}
-        for name in ("<think>", "</think>"):  # added tokens in most models, but seldom special ones
+        for name in ("<think>", "</think>", end_mark or ""):  # added tokens in most models, but not always special ones
             token = tokenizer.backend.token_to_id(name)
             if token is not None:
                 marks[token] = name
         super().__init__(tokenizer, stop, more_marks=marks)
         self.channel = channel
+        self._end_mark = end_mark
+        self._ended = False
+
+    @property
+    def stopped(self) -> bool:
+        """True after a stop text or the end of the turn has ended the answer."""
+        return self._ended or super().stopped
 
     def switch(self, name: str) -> None:
         if name == "<think>":
             self.channel = "reasoning"
         elif name == "</think>":
             self.channel = "text"
+        elif name == self._end_mark:
+            self._ended = True
 
 
 # --- harmony

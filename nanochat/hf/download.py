@@ -32,6 +32,8 @@ FILES = (
     INDEX,
     "generation_config.json",
     "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
     "chat_template.jinja",
 )
 

@@ -14,34 +14,49 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nanochat.common import read_json
+from nanochat.hf.added_tokens import LARGEST_ID, add_described_tokens, make_special, read_object
 from nanochat.tokenizer import Codec, replace_surrogates
 
 if TYPE_CHECKING:
     import tokenizers
 
-LARGEST_ID = 1 << 22  # a file with larger ids would ask for tables of any size
 BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class HFTokenizer(Codec):
     """Encodes and decodes as the model was trained, over a `tokenizers.Tokenizer`.
 
-    `settings` is the folder's tokenizer_config.json; `stop_tokens` are the ids that end an answer.
+    `settings` is the folder's tokenizer_config.json, with what an older special_tokens_map.json adds to it;
+    `stop_tokens` are the ids that end an answer. `special_tokens` are those that some file calls special: they are no
+    text. `marks` are the names that are never read from what a user typed: of these and of what the template writes.
     """
 
     def __init__(
-        self, backend: "tokenizers.Tokenizer", bos: int | None, stop_tokens: Sequence[int], settings: dict[str, Any]
+        self,
+        backend: "tokenizers.Tokenizer",
+        bos: int | None,
+        stop_tokens: Sequence[int],
+        settings: dict[str, Any],
+        chat_template: str | None,
     ) -> None:
         self.backend = backend
-        # The package's name for "special tokens spelled out in a text are encoded like the rest of the text".
-        backend.encode_special_tokens = True
         self.settings = settings
+        self.chat_template = chat_template
         self.stop_tokens = frozenset(stop_tokens)
         self._bos = bos
         self._vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self._added_tokens = backend.get_added_tokens_decoder()
         self.special_tokens = {token.content: i for i, token in sorted(self._added_tokens.items()) if token.special}
+        # An added token need not be called special. The template's own are marks all the same: whoever could type one
+        # could open a turn and speak for the assistant. Whitespace is none, as templates write it as plain text.
+        in_template = []
+        for token in self._added_tokens.values():
+            if not token.special and token.content in (chat_template or "") and not token.content.isspace():
+                in_template.append(token)
+        self.marks = [*self.special_tokens, *(token.content for token in in_template)]
+        make_special(backend, in_template)
+        # The package's name for "special tokens spelled out in a text are encoded like the rest of the text".
+        backend.encode_special_tokens = True
         if bos is not None:
             self.special_tokens["<|bos|>"] = bos  # the name under which the rest of the project asks for it
 
@@ -49,7 +64,8 @@ class HFTokenizer(Codec):
     def from_directory(cls, folder: Path | str) -> "HFTokenizer":
         """Read the tokenizer of a model's folder. Raises ValueError, which names the file, if it is missing or damaged.
 
-        Which ids begin a document and end an answer is spread over three more files, each of which may be absent.
+        Which tokens are special, begin a document or end an answer is spread over five more files, each of which may be
+        absent: tokenizer_config.json, special_tokens_map.json, added_tokens.json, generation_config.json, config.json.
         """
         import tokenizers
 
@@ -61,20 +77,32 @@ class HFTokenizer(Codec):
             backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the package raises nothing narrower
             raise ValueError(f"{path} is damaged or of a kind that is not supported ({error})") from error
-        config = _read_object(folder / "config.json")
-        settings = _read_object(folder / "tokenizer_config.json")
-        generation = _read_object(folder / "generation_config.json")
+        # Both are settings of whatever call the file was saved after, such as one of training.
+        backend.no_truncation()
+        backend.no_padding()
+
+        config = read_object(folder / "config.json")
+        generation = read_object(folder / "generation_config.json")
+        settings = read_object(folder / "tokenizer_config.json")
+        special_map = read_object(folder / "special_tokens_map.json")
+        # As in transformers: the older file has the last word, unless the newer describes every token by itself.
+        settings = {**special_map, **settings} if "added_tokens_decoder" in settings else {**settings, **special_map}
+        add_described_tokens(backend, folder, settings)
+        if max(backend.get_vocab(with_added_tokens=True).values(), default=-1) >= LARGEST_ID:
+            raise ValueError(f"{path} has ids above {LARGEST_ID}, which no model has")
 
         # The tokenizer's own settings come first. Older folders have the id in config.json alone, or nowhere.
         bos_ids = _token_ids(backend, settings.get("bos_token"), config.get("bos_token_id"), "<|endoftext|>")
         # A chat model ends its turn with another token than a document. Which of the files knows that one differs.
         end_ids = _token_ids(
-            backend, settings.get("eos_token"), config.get("eos_token_id"), generation.get("eos_token_id")
+            backend,
+            settings.get("eos_token"),
+            special_map.get("eos_token"),
+            config.get("eos_token_id"),
+            generation.get("eos_token_id"),
         )
-        tokenizer = cls(backend, bos_ids[0] if bos_ids else None, end_ids, settings)
-        if tokenizer.get_vocab_size() > LARGEST_ID:
-            raise ValueError(f"{path} has ids above {LARGEST_ID}, which no model has")
-        return tokenizer
+        bos = bos_ids[0] if bos_ids else None
+        return cls(backend, bos, end_ids, settings, _read_template(folder, settings))
 
     def get_vocab_size(self) -> int:
         """Return one more than the largest id; the model may have more rows."""
@@ -134,12 +162,17 @@ class HFTokenizer(Codec):
         return result
 
 
-def _read_object(path: Path) -> dict[str, Any]:
-    """Return the JSON object in `path`, or an empty one where there is no such file."""
-    values = read_json(path) if path.is_file() else {}
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold an object")
-    return values
+def _read_template(folder: Path, settings: dict[str, Any]) -> str | None:
+    """Return the Jinja template of a model's folder, from its own file or from the settings, if it has one."""
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    source = settings.get("chat_template")
+    # A list has several templates by name, such as default and tool_use.
+    if isinstance(source, list):
+        by_name = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
+        source = by_name.get("default")
+    return source if isinstance(source, str) else None
 
 
 def _token_ids(backend: "tokenizers.Tokenizer", *tokens: Any) -> list[int]:
