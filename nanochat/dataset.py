@@ -12,6 +12,7 @@ may begin with the first shards (token_shards.py waits for the others), in the o
 import hashlib
 import itertools
 import platform
+import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,15 @@ from typing import Any
 
 from nanochat import cli, world
 from nanochat.common import atomic_write, atomic_write_json, read_json, sha256_file
-from nanochat.documents import REMOTES, Manifest, dataset_dir, iterate_documents, parquet_errors, read_manifest
+from nanochat.documents import (
+    REMOTES,
+    Manifest,
+    damage_named,
+    dataset_dir,
+    file_kind,
+    iterate_documents,
+    read_manifest,
+)
 from nanochat.hub import HubFile, fetch_dataset_files, hub_address, list_dataset
 
 DEFAULT_SHARDS = 8
@@ -60,12 +69,13 @@ def prepare(name: str, n: int | None = None, *, mirror: str | None = None, worke
         manifest = _prepare_folder(Path(name).resolve(), n)
     else:
         raise ValueError(f"--name {name}: no such folder, and not one of builtin, {', '.join(REMOTES)}")
-    train = sum(entry["split"] == "train" for entry in manifest["shards"])
+    splits = Counter(entry["split"] for entry in manifest["shards"])
     counts = manifest["counts"]
-    print(f"dataset {manifest['name']}: {train} training shards and one for validation in {dataset_dir(name)}")
+    shards = f"{splits['train']} training shards and {splits['val']} for validation"
+    print(f"dataset {manifest['name']}: {shards} in {dataset_dir(name)}")
     print(f"licence: {manifest['licence']}")
     if any(counts.values()):
-        print(f"documents skipped as empty: {counts['empty']}, cleaned: {counts['cleaned']}")
+        print(f"documents without text, skipped: {counts['skipped']}, cleaned: {counts['cleaned']}")
     return manifest
 
 
@@ -156,14 +166,25 @@ def _remote_entries(folder: Path, files: list[HubFile]) -> list[dict[str, Any]]:
 
 # --- a folder of your own files
 
+# What a file is for, by a word in its name or in that of a folder it is in: train-00000-of-00001.parquet, Dev/1.txt
+ROLES = re.compile(
+    r"(?<![^\W\d_])"  # no letter before it: contest.txt is no test
+    r"(?:(?P<train>train|training)|(?P<val>val|valid|validation|dev|eval|evaluation)|(?P<test>test|testing))"
+    r"(?![^\W\d_])",  # and none after it
+    re.IGNORECASE,
+)
+
 
 def _prepare_folder(source: Path, n: int | None) -> Manifest:
-    """Gather the documents of a user's folder into at most `n` training shards, and one for validation."""
+    """Gather the documents of a user's folder into at most `n` training shards, and at least one for validation."""
     folder = dataset_dir(str(source))
     files = _text_files(source)
+    if files["test"]:
+        print(f"left out, for you to test with: {_name_files(files['test'], source)}")
     sources = [
-        {"file": str(path.relative_to(source)), "bytes": path.stat().st_size, "sha256": sha256_file(path)}
-        for path in files
+        {"file": str(path.relative_to(source)), "role": role, "bytes": path.stat().st_size, "sha256": sha256_file(path)}
+        for role in ("train", "val")
+        for path in files[role]
     ]
     if (folder / "manifest.json").exists():
         before = read_manifest(str(source))
@@ -178,66 +199,97 @@ def _prepare_folder(source: Path, n: int | None) -> Manifest:
     _start_anew(folder)
     counts: Counter[str] = Counter()
     train = ShardWriter(folder, "train", shard_bytes=SHARD_BYTES, max_shards=n)
-    val = ShardWriter(folder, "val")
-    if len(files) > 1 and all(path.suffix.lower() != ".txt" for path in files):
-        _keep_shards(files, train, val, counts)
+    val = ShardWriter(folder, "val", shard_bytes=SHARD_BYTES)
+    for text in iterate_documents(files["val"], counts):
+        val.add(text)
+    val.end_shard()
+    if val.entries:
+        validation = _name_files(files["val"], source)
+        for text in iterate_documents(files["train"], counts):
+            train.add(text)
     else:
-        _split_documents(files, train, val, counts)
+        validation = f"one document in {VALIDATION_SHARE}, by its hash"
+        _split_documents(files["train"], train, val, counts)
     train.end_shard()
     val.end_shard()
     for writer, purpose in ((train, "training"), (val, "validation")):
         if not writer.entries:
             raise ValueError(f"--name {source}: no text for {purpose}: add documents")
+    print(f"validation: {validation}")
     return _save(
         folder,
         source=str(source),
         licence=f"that of your own files in {source}",
         sources=sources,
         n=n,
-        counts={"empty": counts["empty"], "cleaned": counts["cleaned"]},
+        counts={"skipped": counts["skipped"], "cleaned": counts["cleaned"]},
         shards=train.entries + val.entries,
     )
 
 
-def _text_files(source: Path) -> list[Path]:
-    """Return the files of a folder that hold text, sorted. Hidden files and folders are left out."""
-    files = []
+def _text_files(source: Path) -> dict[str, list[Path]]:
+    """Return the files of a folder that hold text, sorted, by their role: "train", "val" or "test".
+
+    Hidden files and folders are left out. Raises ValueError if there is no text file.
+    """
+    files: dict[str, list[Path]] = {"train": [], "val": [], "test": []}
+    others = []
     for path in sorted(source.rglob("*")):
-        is_hidden = any(part.startswith(".") for part in path.relative_to(source).parts)
-        if path.suffix.lower() in (".parquet", ".jsonl", ".txt") and path.is_file() and not is_hidden:
-            files.append(path)
-    if not files:
+        place = path.relative_to(source)
+        is_hidden = any(part.startswith(".") for part in place.parts)
+        if is_hidden or not path.is_file():
+            continue
+        if file_kind(path) in (".parquet", ".jsonl", ".txt"):
+            files[_role(place)].append(path)
+        else:
+            others.append(path)
+    if not any(files.values()):
         raise ValueError(f"--name {source}: no .parquet, .jsonl or .txt file in this folder: put your text there")
+    if others:
+        print(f"left out, neither .parquet, .jsonl nor .txt: {_name_files(others, source)}")
     return files
 
 
-def _keep_shards(files: list[Path], train: "ShardWriter", val: "ShardWriter", counts: Counter[str]) -> None:
-    """Copy files that are shards already: each stays one, in its order, and the last one validates."""
-    for path in files[:-1]:
-        for text in iterate_documents([path], counts):
-            train.add(text)
-        train.end_shard()
-        if train.is_full():
-            break
-    for text in iterate_documents(files[-1:], counts):
-        val.add(text)
+def _role(place: Path) -> str:
+    """Return what a file is for: the innermost folder that says so decides, else its name; without either, training."""
+    for name in (*reversed(place.parts[:-1]), place.name):
+        found = ROLES.search(name)
+        if found:
+            return str(found.lastgroup)
+    return "train"
+
+
+def _name_files(files: list[Path], source: Path) -> str:
+    """Return the names of the first files, and how many there are beside them."""
+    names = [str(path.relative_to(source)) for path in files[:5]]
+    if len(files) > len(names):
+        names.append(f"and {len(files) - len(names)} more")
+    return ", ".join(names)
 
 
 def _split_documents(files: list[Path], train: "ShardWriter", val: "ShardWriter", counts: Counter[str]) -> None:
     """Let about one document in twenty validate, by its hash, but at least one on each side."""
-    hashes = {_hash(text) for text in iterate_documents(files)}
-    if len(hashes) == 1:  # a book in one file: its last twentieth validates
+    smallest = 1 << 64
+    largest = 0
+    sides = set()
+    for text in iterate_documents(files):
+        value = _hash(text)
+        smallest = min(smallest, value)
+        largest = max(largest, value)
+        sides.add(value % VALIDATION_SHARE == 0)
+
+    if smallest == largest:  # a book in one file: its last twentieth validates
         text, *_ = iterate_documents(files, counts)
         cut = len(text) * (VALIDATION_SHARE - 1) // VALIDATION_SHARE
         cut = text.rfind("\n", 0, cut) + 1 or cut  # after a line, if there is more than one
         train.add(text[:cut])
         val.add(text[cut:])
         return
-    chosen = {value for value in hashes if value % VALIDATION_SHARE == 0}
-    if not chosen or chosen == hashes:
-        chosen = {min(hashes, default=0)}
+    has_both = len(sides) == 2
     for text in iterate_documents(files, counts):
-        if _hash(text) in chosen:
+        value = _hash(text)
+        validates = value % VALIDATION_SHARE == 0 if has_both else value == smallest
+        if validates:
             val.add(text)
         else:
             train.add(text)
@@ -281,7 +333,9 @@ class ShardWriter:
 
         if not self.texts:
             return
-        number = "val" if self.split == "val" else f"{len(self.entries):05d}"
+        number = f"{len(self.entries):05d}"
+        if self.split == "val":
+            number = f"val_{number}" if self.entries else "val"
         path = self.folder / f"shard_{number}.parquet"
         table = pa.table({"text": pa.array(self.texts, pa.large_string())})
         content = pa.BufferOutputStream()
@@ -298,13 +352,13 @@ def _entry(path: Path, split: str, sha256: str, size: int) -> dict[str, Any]:
 
     documents = None
     if path.exists():
-        with parquet_errors(path):
+        with damage_named(path):
             documents = parquet.read_metadata(path).num_rows
     return {"file": path.name, "sha256": sha256, "bytes": size, "documents": documents, "split": split}
 
 
 def _save(folder: Path, **facts: Any) -> Manifest:
-    manifest = {"name": folder.name, "complete": True, "counts": {"empty": 0, "cleaned": 0}, **facts}
+    manifest = {"name": folder.name, "complete": True, "counts": {"skipped": 0, "cleaned": 0}, **facts}
     atomic_write_json(folder / "manifest.json", manifest)
     return manifest
 

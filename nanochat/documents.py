@@ -12,7 +12,9 @@ The validation shard is chosen once and fixed in the manifest by its hash. If it
 error, because losses on another validation set could not be compared.
 """
 
+import codecs
 import contextlib
+import io
 import json
 import re
 from collections import Counter
@@ -99,25 +101,54 @@ def list_shards(name: str, split: str) -> list[Path]:
 
 # --- texts
 
+COMPRESSED = (".gz", ".zst")  # .jsonl and .txt are read from these, too
+# How a text file may begin if it is not UTF-8. UTF-32 first: its mark begins as that of UTF-16 does.
+ENCODING_MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+NAMED = 5  # documents without text that are named, before they are only counted
+
 
 def iterate_documents(paths: Iterable[Path], counts: Counter[str] | None = None) -> Iterator[str]:
     """Yield the documents of .parquet (column `text`), .jsonl (key `text`) and .txt (one each) files.
 
-    NULs are removed, and surrogates and undecodable bytes become U+FFFD; empty documents are skipped. Both are
-    counted in `counts` as "cleaned" and "empty". Raises ValueError if a file cannot be read.
+    NULs are removed, and surrogates and undecodable bytes become U+FFFD. Lines and rows without text are skipped.
+    counts: counts both, as "cleaned" and "skipped"; the first that are skipped are then printed, with file and line.
+    Raises ValueError if a file as a whole cannot be read.
     """
     readers = {".parquet": _read_parquet, ".jsonl": _read_jsonl, ".txt": _read_txt}
     for path in paths:
         if not path.exists():
             raise ValueError(f"{path} is not there (yet): let its download end, or prepare the dataset again")
-        for text in readers[path.suffix.lower()](path):
+        kind = file_kind(path)
+        unit = "row" if kind == ".parquet" else "line"
+        number = 0
+        for number, text in readers[kind](path):
             clean = _cleaned(text)
-            if counts is not None and not clean:
-                counts["empty"] += 1
-            elif counts is not None and clean != text:
-                counts["cleaned"] += 1
             if clean:
                 yield clean
+            if counts is None:
+                continue
+            if not clean:
+                counts["skipped"] += 1
+                if counts["skipped"] <= NAMED:
+                    print(f"skipped {path}, {unit} {number}: no text", flush=True)
+            elif clean != text:
+                counts["cleaned"] += 1
+        if number == 0 and counts is not None:
+            print(f"skipped {path}: it is empty", flush=True)
+
+
+def file_kind(path: Path) -> str:
+    """Return a file's suffix in small letters, such as .jsonl, also for .jsonl.gz and .jsonl.zst."""
+    name = path.name.lower()
+    for ending in COMPRESSED:
+        if name.endswith((f".jsonl{ending}", f".txt{ending}")):
+            name = name.removesuffix(ending)
+    return Path(name).suffix
 
 
 def _cleaned(text: str | None) -> str:
@@ -130,51 +161,80 @@ def _cleaned(text: str | None) -> str:
     return clean if clean.strip() else ""
 
 
-# The readers decode bytes that are not UTF-8 to lone surrogates, which `_cleaned` replaces.
+# The readers yield the number of each row or line, and its text: None if it has none. Bytes that are not UTF-8 become
+# lone surrogates, which `_cleaned` replaces.
+
+Numbered = Iterator[tuple[int, str | None]]
 
 
-def _read_txt(path: Path) -> Iterator[str]:
-    yield path.read_bytes().decode("utf-8", "surrogateescape").removeprefix("\ufeff")
+def _read_txt(path: Path) -> Numbered:
+    with _open_text(path) as file:
+        yield 1, file.read().replace("\r\n", "\n")
 
 
-def _read_jsonl(path: Path) -> Iterator[str]:
-    with open(path, encoding="utf-8", errors="surrogateescape", newline="\n") as lines:
+def _read_jsonl(path: Path) -> Numbered:
+    with _open_text(path) as lines:
         for number, line in enumerate(lines, start=1):
-            if not line.strip():
+            line = line.removeprefix("\ufeff").strip()
+            if not line:
                 continue
             try:
-                row = json.loads(line.removeprefix("\ufeff"))
+                row = json.loads(line)
             except (ValueError, RecursionError):
                 row = None
-            if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-                raise ValueError(f'{path}, line {number}, is not a JSON object with a string "text": mend or remove it')
-            yield row["text"]
-
-
-def _read_parquet(path: Path) -> Iterator[str | None]:
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    with parquet_errors(path):
-        file = parquet.ParquetFile(path)
-        kinds = dict(zip(file.schema_arrow.names, file.schema_arrow.types))
-        if kinds.get("text") not in (pa.string(), pa.large_string()):
-            raise ValueError(f"{path} has no column 'text' of strings (it has {', '.join(kinds)}): rename or convert")
-        for batch in file.iter_batches(1024, columns=["text"]):
-            try:
-                yield from batch["text"].to_pylist()
-            except UnicodeDecodeError:
-                for raw in batch["text"].cast(pa.large_binary()).to_pylist():
-                    yield raw and raw.decode("utf-8", "surrogateescape")
+            text = row.get("text") if isinstance(row, dict) else None
+            yield number, text if isinstance(text, str) else None
 
 
 @contextlib.contextmanager
-def parquet_errors(path: Path) -> Iterator[None]:
+def _open_text(path: Path) -> Iterator[io.TextIOWrapper]:
+    """Open a text file, compressed or not. It is UTF-8 unless it begins with the mark of UTF-16 or UTF-32."""
+    import pyarrow as pa
+
+    with damage_named(path), pa.input_stream(path) as stream:
+        buffered = io.BufferedReader(stream)
+        start = buffered.peek(4)
+        encoding = "utf-8-sig"
+        errors = "surrogateescape"
+        for mark, name in ENCODING_MARKS.items():
+            if start.startswith(mark):
+                encoding = name
+                errors = "replace"  # bytes below 128 cannot be escaped
+                break
+        yield io.TextIOWrapper(buffered, encoding=encoding, errors=errors, newline="\n")
+
+
+def _read_parquet(path: Path) -> Numbered:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    if path.stat().st_size == 0:
+        return
+    with damage_named(path):
+        file = parquet.ParquetFile(path)
+        names = file.schema_arrow.names
+        problem = f"{path} has no column 'text' of strings (it has {', '.join(names)}): rename or convert"
+        if "text" not in names:
+            raise ValueError(problem)
+        number = 0
+        for batch in file.iter_batches(1024, columns=["text"]):
+            # Every kind of strings and bytes can be cast to this one (views, dictionaries, ...), and nothing else can.
+            try:
+                raw = batch["text"].cast(pa.large_binary())
+            except pa.ArrowNotImplementedError as error:
+                raise ValueError(problem) from error
+            for value in raw.to_pylist():
+                number += 1
+                yield number, None if value is None else value.decode("utf-8", "surrogateescape")
+
+
+@contextlib.contextmanager
+def damage_named(path: Path) -> Iterator[None]:
     """Turn what pyarrow raises about a damaged file into a ValueError that names it."""
     import pyarrow as pa
 
     try:
         yield
     except (pa.ArrowException, OSError) as error:
-        message = f"{path} is not a whole Parquet file ({error}): delete or replace it, then prepare the dataset again"
+        message = f"{path} is damaged ({error}): delete or replace it, then prepare the dataset again"
         raise ValueError(message) from error

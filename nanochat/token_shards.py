@@ -245,7 +245,7 @@ def _pack_text(path: Path, sha256: str, folder: Path, tokenizer: Tokenizer, row_
     with tempfile.TemporaryDirectory(prefix=".new-", dir=folder.parent) as temporary:
         meta = write_rows(Path(temporary), documents, row_tokens, _dtype(tokenizer), tokenizer.get_bos_token_id())
         _rename(Path(temporary, "rows"), folder)
-    skipped = f" ({counts['empty']} empty skipped, {counts['cleaned']} cleaned)" if counts.total() else ""
+    skipped = f" ({counts['skipped']} skipped, {counts['cleaned']} cleaned)" if counts.total() else ""
     print(
         f"packed {path.name}: {meta['documents']:,} documents{skipped}, {meta['tokens']:,} tokens "
         f"in {meta['rows']:,} rows of {row_tokens - 1}, {time.monotonic() - began:.1f} s",

@@ -28,10 +28,11 @@ def session_world(tmp_path_factory):
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("world")
     (folder / "corpus").mkdir()
-    for i in range(3):
+    for i, name in enumerate(("train-0", "train-1", "val")):
         lines = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS[i::3])
-        (folder / "corpus" / f"{i}.jsonl").write_text(lines)
-    with tiny_run.base_dir(folder / "base") as base:
+        (folder / "corpus" / f"{name}.jsonl").write_text(lines)
+    with tiny_run.base_dir(folder / "base") as base, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dataset, "SHARD_BYTES", 50_000)
         dataset.prepare(str(folder / "corpus"))
         Tokenizer.train_from_iterator(TEXTS, 600).save(base / "tokenizer")
     return base

@@ -34,8 +34,9 @@ def corpus(tmp_path, monkeypatch):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
     folder = tmp_path / "corpus"
     folder.mkdir()
-    for i in range(4):
-        write_jsonl(folder / f"{i}.jsonl", TEXTS[60 * i : 60 * i + 60])
+    write_jsonl(folder / "train.jsonl", TEXTS[:180])
+    write_jsonl(folder / "val.jsonl", TEXTS[180:])
+    monkeypatch.setattr("nanochat.dataset.SHARD_BYTES", sum(map(len, TEXTS[:180])) // 3 + 1)
     prepare(str(folder))
     return "corpus"
 

@@ -1,10 +1,12 @@
 """Datasets from folders, from the built-in world and from a hub; what is validation stays validation."""
 
+import gzip
 import hashlib
 import io
 import json
 import sys
 from collections import Counter
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
@@ -15,6 +17,8 @@ from nanochat import cli, dataset, world
 from nanochat.dataset import prepare
 from nanochat.documents import REMOTES, Remote, dataset_dir, iterate_documents, list_shards, read_manifest
 
+CASES = Path(__file__).parents[2] / "shared" / "cases" / "files"  # small inputs that once failed elsewhere
+needs_cases = pytest.mark.skipif(not CASES.is_dir(), reason="no ../shared/cases here")
 TEXTS = [f"Document number {i} says hello to document {i + 1}.\n" for i in range(200)]
 
 
@@ -46,21 +50,110 @@ def documents(name, split):
 # --- folders
 
 
-@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
-def test_last_of_several_shards_validates(folder, kind):
-    for i in range(4):
-        part = TEXTS[50 * i : 50 * i + 50]
-        if kind == "parquet":
-            (folder / f"part_{i}.parquet").write_bytes(parquet_bytes(part))
-        else:
-            write_jsonl(folder / f"part_{i}.jsonl", part)
+def write_file(path, texts):
+    """Write texts in the format that the name asks for."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    name = path.name.lower()
+    if name.endswith(".parquet"):
+        path.write_bytes(parquet_bytes(texts))
+        return
+    as_json = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    data = (as_json if ".jsonl" in name else "".join(texts)).encode()
+    if name.endswith(".gz"):
+        data = gzip.compress(data)
+    if name.endswith(".zst"):
+        data = pa.compress(data, codec="zstd", asbytes=True)
+    path.write_bytes(data)
+
+
+LAYOUTS = [
+    {"train": ["train.jsonl"], "val": ["validation.jsonl"], "test": ["test.jsonl"]},
+    {"train": ["train.txt"], "val": ["val.txt"]},
+    {"train": ["TRAIN.Parquet"], "val": ["Dev.JSONL"], "test": ["Test.TXT"]},
+    {"train": ["a.jsonl", "z.jsonl"], "val": ["dev.txt"]},
+    {
+        "train": ["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet"],
+        "val": ["data/validation-00000-of-00001.parquet"],
+        "test": ["data/test-00000-of-00001.parquet"],
+    },
+    {"train": ["train/0.parquet", "train/1.parquet"], "val": ["valid/0.parquet"], "test": ["test/0.parquet"]},
+    {"train": ["en/partial-train/0000.parquet"], "val": ["en/validation/0000.parquet"], "test": ["en/test/0.parquet"]},
+    {"train": ["c4-train.00000-of-01024.jsonl.gz"], "val": ["c4-validation.00000-of-00008.jsonl.gz"]},
+    {"train": ["train/00.jsonl.zst"], "val": ["val.jsonl.zst"], "test": ["test.txt.gz"]},
+    {"train": ["Stories-V2-train.txt"], "val": ["Stories-V2-valid.txt"], "test": ["Stories_test_1.txt"]},
+    {"train": ["training/dev-tools.jsonl"], "val": ["eval/train-or-bus.txt"], "test": ["testing/validation.txt"]},
+    {"train": ["contest.jsonl", "latest.txt", "devotion.txt", "training.txt", "interval.txt"], "val": ["val1.txt"]},
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout["val"][0])
+def test_names_of_files_and_folders_give_their_roles(folder, capsys, layout):
+    wanted = {"train": [], "val": [], "test": []}
+    for role, names in layout.items():
+        for name in names:
+            texts = [f"{name}, document {i}: it is here to {role} with.\n" for i in range(9)]
+            write_file(folder / name, texts)
+            wanted[role] += ["".join(texts)] if ".txt" in name.lower() else texts
     manifest = prepare(str(folder))
-    assert manifest["name"] == "my-texts"
-    assert documents("my-texts", "train") == TEXTS[:150]
-    assert documents(str(folder), "val") == TEXTS[150:], "the path is as good as the name"
-    assert len(list_shards("my-texts", "train")) == 3
+    assert sorted(documents("my-texts", "train")) == sorted(wanted["train"])
+    assert sorted(documents(str(folder), "val")) == sorted(wanted["val"]), "the path is as good as the name"
+    out = capsys.readouterr().out
+    assert all(name in out for name in layout.get("test", [])), "what is left out is said to be"
     sources = {entry["file"]: entry["sha256"] for entry in manifest["sources"]}
-    assert sources == {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir()}
+    used = [name for role in ("train", "val") for name in layout[role]]
+    assert sources == {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in used}
+
+
+@needs_cases
+def test_training_and_test_files_alone_are_split_by_hash(capsys):
+    """Four fifths of a data set in Hugging Face's layout train and validate; the test file does neither."""
+    prepare(str(CASES / "hf_layout_test"))
+    train, val = documents("hf_layout_test", "train"), documents("hf_layout_test", "val")
+    texts = parquet.read_table(CASES / "hf_layout_test" / "data" / "train-00000-of-00001.parquet")["text"].to_pylist()
+    assert sorted(train + val) == sorted(texts)
+    assert 1 <= len(val) <= 20
+    assert "test-00000-of-00001.parquet" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl", "jsonl.gz", "txt"])
+def test_the_split_does_not_depend_on_files(folder, tmp_path, kind):
+    """The same documents validate, whichever files they are in, and in whatever order."""
+    if kind == "txt":
+        for i, text in enumerate(reversed(TEXTS)):
+            write_file(folder / f"{i}.txt", [text])
+    else:
+        for i in range(4):
+            write_file(folder / f"part_{i}.{kind}", TEXTS[i::4])
+    write_jsonl(tmp_path / "all.jsonl", TEXTS)
+    (tmp_path / "one").mkdir()
+    write_jsonl(tmp_path / "one" / "all.jsonl", TEXTS)
+    prepare(str(folder))
+    prepare(str(tmp_path / "one"))
+    for split in ("train", "val"):
+        assert sorted(documents("my-texts", split)) == sorted(documents("one", split))
+
+
+def test_a_validation_file_without_text_leaves_the_split_to_hashes(folder, capsys):
+    write_jsonl(folder / "train.jsonl", TEXTS)
+    (folder / "validation.jsonl").write_text("")
+    prepare(str(folder))
+    assert sorted(documents("my-texts", "train") + documents("my-texts", "val")) == sorted(TEXTS)
+    out = capsys.readouterr().out
+    assert "validation.jsonl: it is empty" in out and "by its hash" in out
+
+
+def test_what_is_no_text_file_is_said_to_be_left_out(folder, capsys):
+    write_jsonl(folder / "train.jsonl", TEXTS)
+    (folder / "README.md").write_text("It is about numbers.")
+    (folder / "more.csv").write_text("text\nnumbers\n")
+    prepare(str(folder))
+    assert "README.md, more.csv" in capsys.readouterr().out
+
+
+def test_only_test_files(folder):
+    write_jsonl(folder / "test.jsonl", TEXTS)
+    with pytest.raises(ValueError, match="no text for training"):
+        prepare(str(folder))
 
 
 def test_manifest_names_every_shard(folder):
@@ -105,15 +198,29 @@ def test_a_single_book_gives_its_last_twentieth(folder):
     assert train[0].endswith("\n"), "cut between lines"
 
 
-def test_n_limits_and_grows(folder):
+def test_n_limits_and_grows(folder, monkeypatch):
+    monkeypatch.setattr(dataset, "SHARD_BYTES", sum(map(len, TEXTS)) // 5)
     for i in range(4):
         write_jsonl(folder / f"{i}.jsonl", TEXTS[50 * i : 50 * i + 50])
     prepare(str(folder), 1)
     val = list_shards("my-texts", "val")[0].read_bytes()
-    assert documents("my-texts", "train") == TEXTS[:50]
+    some = documents("my-texts", "train")
     prepare(str(folder), 3)
-    assert documents("my-texts", "train") == TEXTS[:150]
+    more = documents("my-texts", "train")
+    assert len(list_shards("my-texts", "train")) == 3
+    assert more[: len(some)] == some and len(some) < len(more) < 0.8 * len(TEXTS)
+    prepare(str(folder))
+    assert sorted(documents("my-texts", "train") + documents("my-texts", "val")) == sorted(TEXTS)
     assert list_shards("my-texts", "val")[0].read_bytes() == val
+
+
+def test_much_validation_text_is_several_shards(folder, monkeypatch):
+    monkeypatch.setattr(dataset, "SHARD_BYTES", 1000)
+    write_jsonl(folder / "train.jsonl", TEXTS[:9])
+    write_jsonl(folder / "val.jsonl", TEXTS[9:])
+    prepare(str(folder))
+    assert len(list_shards("my-texts", "val")) > 3
+    assert documents("my-texts", "val") == TEXTS[9:]
 
 
 def test_preparing_again_changes_nothing_until_the_folder_does(folder):
@@ -174,8 +281,8 @@ def test_surrogates_nuls_and_empty_documents_are_mended_and_counted(folder, caps
     manifest = prepare(str(folder))
     texts = documents("my-texts", "train") + documents("my-texts", "val")
     assert sorted(texts) == sorted([*TEXTS, "a\ufffdb", "null"])
-    assert manifest["counts"] == {"empty": 3, "cleaned": 2}
-    assert "skipped as empty: 3, cleaned: 2" in capsys.readouterr().out
+    assert manifest["counts"] == {"skipped": 3, "cleaned": 2}
+    assert "skipped: 3, cleaned: 2" in capsys.readouterr().out
 
 
 def test_bytes_that_are_not_utf8(tmp_path):
@@ -189,42 +296,114 @@ def test_bytes_that_are_not_utf8(tmp_path):
     assert counts["cleaned"] == 3
 
 
-def test_null_rows_and_other_columns(tmp_path):
-    table = pa.table({"id": [1, 2, 3], "text": ["one", None, "three"]})
-    parquet.write_table(table, tmp_path / "a.parquet")
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32", "utf-16-be", "utf-32-be"])
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_encodings_and_line_ends(tmp_path, encoding, newline):
+    """Files of Windows: Notepad's "Unicode" is UTF-16 with a byte order mark. A mark says the order where none is."""
+    mark = "\ufeff" if encoding.endswith("-be") else ""
+    lines = ["naïve café\n", "日本語 and 😀\n", "end"]
+    as_json = [json.dumps({"text": line}, ensure_ascii=False) + newline for line in lines]
+    (tmp_path / "a.txt").write_bytes((mark + "".join(lines).replace("\n", newline)).encode(encoding))
+    (tmp_path / "b.jsonl").write_bytes((mark + "".join(as_json)).encode(encoding))
     counts = Counter()
-    assert list(iterate_documents([tmp_path / "a.parquet"], counts)) == ["one", "three"]
-    assert counts["empty"] == 1
+    assert list(iterate_documents([tmp_path / "a.txt"], counts)) == ["".join(lines)]
+    assert list(iterate_documents([tmp_path / "b.jsonl"], counts)) == lines
+    assert not counts
+
+
+KINDS = [
+    *(pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary(), pa.binary_view(), pa.binary(5)),
+    *(pa.dictionary(pa.int32(), pa.string()), pa.dictionary(pa.int8(), pa.binary())),
+]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_every_arrow_kind_of_strings_and_bytes(tmp_path, kind, capsys):
+    (tmp_path / "a.parquet").write_bytes(parquet_bytes(["first", None, "thé!"], kind=kind))
+    counts = Counter()
+    assert list(iterate_documents([tmp_path / "a.parquet"], counts)) == ["first", "thé!"]
+    assert counts == {"skipped": 1}
+    assert "a.parquet, row 2" in capsys.readouterr().out
+
+
+@needs_cases
+@pytest.mark.parametrize(
+    ("name", "n_texts", "says"),
+    [
+        ("jsonl_null", 200, "a.jsonl, line 51"),
+        ("parquet_no_rows", 200, "a.parquet: it is empty"),
+        ("parquet_string_view", 200, ""),
+    ],
+)
+def test_cases_of_other_projects(name, n_texts, says, capsys):
+    prepare(str(CASES / name))
+    train, val = documents(name, "train"), documents(name, "val")
+    wanted = [
+        f"Document {i}: the cat number {i} sat on mat {7 * i % 13} and looked at the moon." for i in range(n_texts)
+    ]
+    assert sorted(train + val) == sorted(wanted)
+    assert 2 <= len(val) <= 25
+    assert says in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    "line", ["{", "[]", '"text"', "{}", '{"text": 3}', '{"text": null}', "[" * 100_000], ids=lambda line: line[:12]
+    "line",
+    ["{", "[]", '"text"', "{}", '{"text": 3}', '{"text": null}', "[" * 100_000, "9" * 5000, '{"text": "cut sh', "\x00"],
+    ids=lambda line: line[:12],
 )
-def test_jsonl_line_that_is_no_document(folder, line):
-    (folder / "a.jsonl").write_text('{"text": "fine"}\n' + line + "\n")
-    with pytest.raises(ValueError, match=r"a\.jsonl, line 2, is not a JSON object"):
-        prepare(str(folder))
+@pytest.mark.parametrize("end", ["\n", ""])
+def test_a_line_that_is_no_document_is_skipped_by_its_number(tmp_path, capsys, line, end):
+    """Also at the end of the file, where a writer that was killed left it."""
+    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n\n' + line + end)
+    counts = Counter()
+    assert list(iterate_documents([tmp_path / "a.jsonl"], counts)) == ["fine"]
+    assert counts == {"skipped": 1}
+    assert "a.jsonl, line 3: no text" in capsys.readouterr().out
+
+
+def test_only_the_first_skipped_lines_are_named(tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text("{}\n" * 100)
+    counts = Counter()
+    assert list(iterate_documents([tmp_path / "a.jsonl"], counts)) == []
+    assert counts == {"skipped": 100}
+    assert capsys.readouterr().out.count("\n") == 5
+
+
+@pytest.mark.parametrize("name", ["b.parquet", "b.jsonl", "b.txt"])
+def test_an_empty_file_is_named(folder, capsys, name):
+    write_jsonl(folder / "a.jsonl", TEXTS)
+    (folder / name).write_bytes(b"")
+    prepare(str(folder))
+    assert sorted(documents("my-texts", "train") + documents("my-texts", "val")) == sorted(TEXTS)
+    assert f"skipped {folder / name}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    "data",
-    [b"", b"PAR1", parquet_bytes(TEXTS)[:-100], parquet_bytes(TEXTS)[:300], b"x" * 3000],
-    ids=["empty", "magic", "tail", "head", "noise"],
+    ("name", "data"),
+    [
+        ("a.parquet", b"PAR1"),
+        ("a.parquet", parquet_bytes(TEXTS)[:-100]),
+        ("a.parquet", parquet_bytes(TEXTS)[:300]),
+        ("a.parquet", b"x" * 3000),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "hello"}\n' * 99)[:-9]),
+        ("a.txt.zst", b"x" * 3000),
+    ],
+    ids=["magic", "tail", "head", "noise", "gz", "zst"],
 )
-def test_broken_parquet(folder, data):
-    (folder / "a.parquet").write_bytes(data)
-    with pytest.raises(ValueError, match=r"a\.parquet is not a whole Parquet file") as caught:
+def test_a_broken_file(folder, name, data):
+    (folder / name).write_bytes(data)
+    with pytest.raises(ValueError, match=rf"{name} is damaged.*delete or replace"):
         prepare(str(folder))
-    assert "delete or replace" in str(caught.value)
 
 
 def test_parquet_without_text(folder):
     (folder / "a.parquet").write_bytes(parquet_bytes(TEXTS, name="content"))
     with pytest.raises(ValueError, match=r"a\.parquet has no column 'text' of strings \(it has content\)"):
         prepare(str(folder))
-    (folder / "a.parquet").write_bytes(parquet_bytes([1, 2], kind=pa.int64()))
-    with pytest.raises(ValueError, match="no column 'text' of strings"):
-        prepare(str(folder))
+    for kind, value in ((pa.int64(), 1), (pa.list_(pa.string()), ["a"]), (pa.bool_(), True)):
+        (folder / "a.parquet").write_bytes(parquet_bytes([value], kind=kind))
+        with pytest.raises(ValueError, match="no column 'text' of strings"):
+            prepare(str(folder))
 
 
 def test_folders_without_text(folder, tmp_path):

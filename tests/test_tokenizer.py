@@ -339,8 +339,8 @@ def test_long_documents_give_more_where_others_have_no_more(tmp_path, monkeypatc
     folder = tmp_path / "texts"
     folder.mkdir()
     documents = ["a" * 900, "b" * 50, "c" * 120]
-    (folder / "0.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
-    (folder / "1.jsonl").write_text('{"text": "validation"}\n')
+    (folder / "train.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    (folder / "val.jsonl").write_text('{"text": "validation"}\n')
     dataset.prepare(str(folder))
 
     def given(max_chars):
