@@ -95,28 +95,42 @@ case $PROFILE-$DATASET in
     gpu-climbmix | gpu-fineweb-edu | node-climbmix | node-fineweb-edu) NETWORK=1 ;;
     *) NETWORK= ;;
 esac
+# All of a folder is used, and so many shards of what this project makes or downloads.
+case $DATASET in
+    builtin | climbmix | fineweb-edu) LIMIT="-n $SHARDS" ;;
+    *) LIMIT= ;;
+esac
+DATASET_DIR=$(python -c 'import sys; from nanochat import documents; print(documents.dataset_dir(sys.argv[1]))' "$DATASET")
 echo "profile $PROFILE: depth $DEPTH, dataset $DATASET, $GPUS GPUs; everything is written to $NANOCHAT_BASE_DIR"
 
 # ---------------------------------------------------------------------------------------------------------------------
 # How a stage is run
 
-# written NAME: print a hash of the files that stage NAME leaves for later stages.
+# written NAME: print a hash of the files that stage NAME leaves.
 written() {
     local files=()
     case $1 in
         # A download goes on while later stages run, so its manifest grows; its text is fixed by the dataset's name.
-        dataset) [ -n "$NETWORK" ] || files=("$NANOCHAT_BASE_DIR/datasets/$(basename "$DATASET")/manifest.json") ;;
+        dataset) [ -n "$NETWORK" ] || files=("$DATASET_DIR/manifest.json") ;;
         tokenizer) files=("$NANOCHAT_BASE_DIR"/tokenizer/*) ;;
+        tok_eval) files=("$NANOCHAT_BASE_DIR/evals/tok_eval.json") ;;
         base_train) files=("$NANOCHAT_BASE_DIR/checkpoints/base/$TAG"/*/meta.json) ;;
         mid_train) files=("$NANOCHAT_BASE_DIR/checkpoints/mid/$TAG"/*/meta.json) ;;
         chat_sft) files=("$NANOCHAT_BASE_DIR/checkpoints/sft/$TAG"/*/meta.json) ;;
+        base_eval) files=("$NANOCHAT_BASE_DIR/evals/base_eval_base_$TAG.json") ;;
+        chat_eval_*) files=("$NANOCHAT_BASE_DIR/evals/$1_$TAG.json") ;;
     esac
     { cat /dev/null ${files[@]+"${files[@]}"} 2> /dev/null || true; } | git hash-object --stdin
 }
 
+# contents FOLDER: print a hash of the names and bytes of a folder's files; of what is no folder, that of nothing.
+contents() {
+    { [ ! -d "$1" ] || find -L "$1" -type f -print -exec git hash-object --no-filters {} + | sort; } | git hash-object --stdin
+}
+
 # stage NAME COMMAND...: run it once. All runs share dataset and tokenizer, and another run may have replaced them.
 # So a stage is done only if its mark holds this command, what the stages before it wrote, and what it wrote itself.
-READ=
+READ=$(contents "$DATASET")
 stage() {
     local name=$1 mark="$NANOCHAT_BASE_DIR/runs/.done-$TAG-$1" began=$SECONDS
     shift
@@ -128,7 +142,10 @@ stage() {
         echo "{\"stage\": \"$name\", \"tag\": \"$TAG\", \"seconds\": $((SECONDS - began))}" >> "$NANOCHAT_BASE_DIR/runs/stages.jsonl"
         echo "$*$READ $(written "$name")" > "$mark"
     fi
-    READ="$READ $(written "$name")"
+    case $name in
+        *eval*) ;; # no stage reads what an evaluation writes
+        *) READ="$READ $(written "$name")" ;;
+    esac
 }
 
 # train NAME MODULE FLAGS...: a training stage on all GPUs, resumed where it was left
@@ -137,13 +154,14 @@ RUN="python -m"
 train() {
     stage "$1" $RUN "$2" "${@:3}" --model-tag "$TAG" --resume auto ${WANDB_RUN:+--run "$WANDB_RUN-$1"}
 }
-tasks="${TASKS_DIR:+--tasks-dir $TASKS_DIR}"
+tasks=()
+[ -z "${TASKS_DIR:-}" ] || tasks=(--tasks-dir "$TASKS_DIR")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Text and a tokenizer made for it; conversations and tasks to train on and to be measured by
 
 if [ -z "$NETWORK" ]; then
-    stage dataset python -m nanochat.dataset --name "$DATASET" -n "$SHARDS"
+    stage dataset python -m nanochat.dataset --name "$DATASET" $LIMIT
 else
     # Eight shards are enough for the tokenizer. The others arrive while the model trains, which waits where it must.
     stage dataset python -m nanochat.dataset --name "$DATASET" -n 8
@@ -153,7 +171,7 @@ fi
 stage tokenizer python -m scripts.tok_train --dataset "$DATASET" --vocab-size "$VOCAB"
 stage tok_eval python -m scripts.tok_eval --dataset "$DATASET"
 if [ -n "$NETWORK" ]; then
-    log="$NANOCHAT_BASE_DIR/runs/download.log" manifest="$NANOCHAT_BASE_DIR/datasets/$DATASET/manifest.json"
+    log="$NANOCHAT_BASE_DIR/runs/download.log" manifest="$DATASET_DIR/manifest.json"
     python -m nanochat.dataset --name "$DATASET" -n "$SHARDS" > "$log" 2>&1 &
     download=$!
     trap 'kill $download 2> /dev/null || true' EXIT
@@ -169,19 +187,20 @@ fi
 
 train base_train scripts.base_train --depth "$DEPTH" --dataset "$DATASET" $BASE
 stage base_eval $RUN scripts.base_eval --model-tag "$TAG" $EVAL
-stage chat_eval_base $RUN scripts.chat_eval --stage base --model-tag "$TAG" $CHAT $tasks
+READ="$READ $(contents "${TASKS_DIR:-}")"
+stage chat_eval_base $RUN scripts.chat_eval --stage base --model-tag "$TAG" $CHAT ${tasks[@]+"${tasks[@]}"}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Midtraining: the form of a conversation, tools and multiple choice
 
-train mid_train scripts.mid_train --source-tag "$TAG" $MID $tasks
-stage chat_eval_mid $RUN scripts.chat_eval --stage mid --model-tag "$TAG" $CHAT $tasks
+train mid_train scripts.mid_train --source-tag "$TAG" $MID ${tasks[@]+"${tasks[@]}"}
+stage chat_eval_mid $RUN scripts.chat_eval --stage mid --model-tag "$TAG" $CHAT ${tasks[@]+"${tasks[@]}"}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Fine-tuning: the conversations it should lead, and who it is
 
-train chat_sft scripts.chat_sft --source-tag "$TAG" $SFT $tasks
-stage chat_eval_sft $RUN scripts.chat_eval --stage sft --model-tag "$TAG" $CHAT $tasks
+train chat_sft scripts.chat_sft --source-tag "$TAG" $SFT ${tasks[@]+"${tasks[@]}"}
+stage chat_eval_sft $RUN scripts.chat_eval --stage sft --model-tag "$TAG" $CHAT ${tasks[@]+"${tasks[@]}"}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What came of it

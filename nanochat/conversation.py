@@ -15,6 +15,8 @@ Training calls `render`, which also returns the loss mask. It is 1 on the tokens
 * not the tool's output: when the model chats, the engine evaluates the expression and inserts the result. A model
   trained on results would learn to invent them instead of waiting for the tool.
 
+A turn with `"weight": 0`, as OpenAI's fine-tuning format has it, is not learned at all: it is context for the others.
+
 The terminal chat and the server use a `ChatFormat`: `prompt` renders the messages up to the next answer, without the
 oldest turns if they do not fit, and `decoder` reads that answer. Open-weights models bring formats of their own, which
 subclass it (hf/chat.py). `TextFormat` is for models that only continue text.
@@ -48,9 +50,10 @@ Rendered = tuple[list[int], list[int]]  # ids and mask, of equal length
 def validate(conversation: dict[str, Any], allow_empty_reply: bool = False) -> None:
     """Check that `conversation` is {"messages": [...]}: an optional system message, then user and assistant in turns.
 
-    Content is text or a list of parts {"type", "text"}; `python` and `python_output` are the assistant's alone. Raises
-    ValueError, which names the message and the problem, if not, or if content is empty. With `allow_empty_reply`, an
-    assistant message may be empty: a chat's history can hold one, training data must not.
+    Content is text or a list of parts {"type", "text"}; `python` and `python_output` are the assistant's alone. Its
+    messages may have a weight, 0 or 1. Raises ValueError, which names the message and the problem, if not, or if
+    content is empty. With `allow_empty_reply`, an assistant message may be empty: a chat's history can hold one,
+    training data must not.
     """
     messages = conversation.get("messages") if isinstance(conversation, dict) else None
     if not isinstance(messages, list) or not messages:
@@ -66,7 +69,9 @@ def validate(conversation: dict[str, Any], allow_empty_reply: bool = False) -> N
         expected = ROLES[(i - first_turn) % 2]
         if i >= first_turn and role != expected:
             raise ValueError(f"message {i}: role {role!r} where {expected!r} must come (optional system, then turns)")
-        problem = _content_problem(message["content"], is_assistant=role == "assistant", may_be_empty=allow_empty_reply)
+        is_assistant = role == "assistant"
+        problem = _content_problem(message["content"], is_assistant, may_be_empty=allow_empty_reply)
+        problem = problem or _weight_problem(message.get("weight"), is_assistant)
         if problem:
             raise ValueError(f"message {i} ({role}): {problem}")
 
@@ -87,6 +92,17 @@ def _content_problem(content: Any, is_assistant: bool, may_be_empty: bool) -> st
         if not part["text"] and kind != "python_output":  # a program may print nothing
             return f"a {kind} part is empty"
     return None
+
+
+def _weight_problem(weight: Any, is_assistant: bool) -> str | None:
+    """Return what is wrong with a message's weight, or None. Null counts as absent: so Parquet files write it."""
+    if weight is None or (type(weight) is int and weight == 0):
+        return None
+    if not is_assistant:
+        return f"weight must be 0 or absent, not {weight!r:.80}: only the assistant's turns are learned"
+    if type(weight) is int and weight == 1:
+        return None
+    return f"weight must be 0 or 1, not {weight!r:.80}"
 
 
 def _parts(content: str | list[Part]) -> list[Part]:
@@ -144,11 +160,12 @@ def _encode_turns(messages: list[Message], tokenizer: Tokenizer) -> Rendered:
             turn = tokenizer.encode(plain_text(message), prepend="<|user_start|>", append="<|user_end|>")
             add(turn, trained=False)
             continue
+        is_learned = message.get("weight") != 0
         add([tokenizer.encode_special("<|assistant_start|>")], trained=False)
         for part in _parts(message["content"]):
             start, end, trained = PARTS[part["type"]]
-            add(tokenizer.encode(part["text"], prepend=start, append=end), trained=trained)
-        add([tokenizer.encode_special("<|assistant_end|>")], trained=True)
+            add(tokenizer.encode(part["text"], prepend=start, append=end), trained=trained and is_learned)
+        add([tokenizer.encode_special("<|assistant_end|>")], trained=is_learned)
     return ids, mask
 
 

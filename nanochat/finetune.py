@@ -98,7 +98,8 @@ def finetune(
         f"{stage} from {source.name}: {len(train_on):,} conversations in {rows_in_epoch:,} rows of {T}; "
         f"{num_iterations} steps of {total_batch_size:,} tokens"
     )
-    run = continue_from(source, stage, config, compute, total_batch_size, num_iterations, more_facts={})
+    facts = {"data_hash": train_rows.data_hash()}
+    run = continue_from(source, stage, config, compute, total_batch_size, num_iterations, more_facts=facts)
     train(run, train_rows, val_rows)
     compute.close()
 

@@ -35,7 +35,16 @@ from nanochat.tokenizer import Tokenizer
 WARMUP_STEPS = 10  # compile kernels and wait for the first rows; the reference's clock leaves them out
 
 # A checkpoint must share these with the run that goes on from it; the rest, such as learning rates, may change.
-IDENTITY = ("model_config", "tokenizer_hash", "total_batch_size", "num_iterations", "dataset", "source", "rollouts")
+IDENTITY = (
+    "model_config",
+    "tokenizer_hash",
+    "total_batch_size",
+    "num_iterations",
+    "dataset",
+    "data_hash",
+    "source",
+    "rollouts",
+)
 
 
 @dataclass
@@ -117,14 +126,15 @@ class Run:
         """Say in which part of its identity a checkpoint differs from this run; "" if in none."""
         mine = self.meta
         for name in IDENTITY:
-            if meta.get(name) != mine.get(name):
-                return f"this run began with {name} {meta.get(name)}, now it is {mine.get(name)}"
+            # A checkpoint of an older version does not say everything.
+            if name in meta and meta[name] != mine.get(name):
+                return f"this run began with {name} {meta[name]}, now it is {mine.get(name)}"
         return ""
 
     def _load(self, meta: dict[str, Any]) -> None:
         checkpoint.check_tokenizer(meta, self.tokenizer)
         if difference := self._difference(meta):
-            raise ValueError(f"--resume: {difference}: give the same flags")
+            raise ValueError(f"--resume: {difference}: give the same flags and text")
         step = meta["step"]
         checkpoint.load_weights(self.stage, self.tag, step, self.model)
         shares = checkpoint.load_optimizer_shares(self.stage, self.tag, step, self.compute.device)

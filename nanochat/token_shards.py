@@ -137,8 +137,9 @@ class PackedRows:
     make the rows that are not there yet. Threads may share it: at worst, two of them look up the same number.
     """
 
-    def __init__(self, folders: Sequence[Path], sequence_len: int, group_shards: int) -> None:
+    def __init__(self, folders: Sequence[Path], sequence_len: int, group_shards: int, may_grow: bool = False) -> None:
         self.folders = list(folders)
+        self.may_grow = may_grow  # a download may get further shards after these
         self.sequence_len = sequence_len
         shards = range(len(self.folders))
         self.groups = [shards[first : first + group_shards] for first in shards[::group_shards]]
@@ -162,6 +163,11 @@ class PackedRows:
     def total(self) -> int:
         """Return the number of rows of all shards, which are all packed for that."""
         return sum(self.count(shard) for shard in range(len(self.folders)))
+
+    def data_hash(self) -> str:
+        """Return a hash that changes when the text does: that of the folders' names, which hold hashes of it."""
+        folders = self.folders[:1] if self.may_grow else self.folders
+        return hashlib.sha256("".join(folder.name for folder in folders).encode()).hexdigest()
 
     def open(self, shard: int) -> RowFile:
         """Map the rows of a shard. Raises ValueError if a file is missing or its hash is not what meta.json says."""
@@ -191,6 +197,7 @@ class TextRows(PackedRows):
         if not records:
             raise ValueError(f"dataset '{dataset}' has no shard for '{split}': prepare it again")
         root = _rows_folder(dataset, tokenizer, sequence_len)
+        is_download = manifest.get("shuffled", False)
         self.tokenizer = tokenizer
         self.paths = [path for path, _ in records]
         self.hashes = [entry["sha256"] for _, entry in records]
@@ -198,7 +205,8 @@ class TextRows(PackedRows):
             folders=[root / f"{path.stem}_{entry['sha256'][:12]}" for path, entry in records],
             sequence_len=sequence_len,
             # A dataset of the hub is shuffled already. One shard at a time lets a run start when the first has come.
-            group_shards=1 if manifest.get("shuffled") else GROUP_SHARDS,
+            group_shards=1 if is_download else GROUP_SHARDS,
+            may_grow=is_download,
         )
 
     def make(self, shard: int) -> None:

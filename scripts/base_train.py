@@ -98,7 +98,11 @@ def main() -> None:
         compute=compute,
         total_batch_size=plan.batch,
         num_iterations=plan.steps,
-        facts={"dataset": dataset_name(config.dataset), "depth": config.depth},
+        facts={
+            "dataset": dataset_name(config.dataset),
+            "data_hash": train_rows.data_hash(),
+            "depth": config.depth,
+        },
     )
     train(run, train_rows, val_rows, prompts=PROMPTS)
     compute.close()

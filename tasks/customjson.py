@@ -2,6 +2,8 @@
 
 {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
 
+An answer with `"weight": 0` beside its role and content, as OpenAI's fine-tuning format has it, is context only.
+
 An answer that uses the calculator is a list of parts. What the tool returned is one of them, and is not learned; a
 message of role "tool", as OpenAI's API has, is refused. It must be one line, and is only broken here to be read:
 

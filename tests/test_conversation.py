@@ -1,5 +1,7 @@
 """Oracle: the chat format written a second time, as a table of (text, supervised) spans."""
 
+import re
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -71,9 +73,34 @@ def test_ids_are_those_of_the_pieces(tokenizer):
     assert mask == [0] * len(start) + [1] * (len(five) + 1)
 
 
+def test_turns_of_weight_0_are_context_alone(tokenizer):
+    """OpenAI's fine-tuning format: weight 0 turns a message off, 1 is what it is without a weight."""
+    messages = [user("two"), {**assistant(TOOL), "weight": 0}, {**user("and"), "weight": 0}, assistant("five")]
+    ids, mask = render({"messages": messages}, tokenizer)
+    assert ids == render({"messages": [user("two"), assistant(TOOL), user("and"), assistant("five")]}, tokenizer)[0]
+    learned = [token for token, flag in zip(ids, mask) if flag]
+    assert tokenizer.decode(learned) == "five<|assistant_end|>"
+    only = {"messages": messages[:2]}
+    assert list(render_all([only, CHAT], tokenizer, max_tokens=99)) == [render(CHAT, tokenizer)], "nothing to learn"
+
+
+@pytest.mark.parametrize("weight", [2, -1, 0.5, "0", "1", True, False, [], {}])
+def test_other_weights_are_refused_by_name(weight):
+    for place, messages in (
+        ("message 1 (assistant)", [user("two"), {**assistant("five"), "weight": weight}]),
+        ("message 0 (user)", [{**user("two"), "weight": weight}, assistant("five")]),
+    ):
+        with pytest.raises(ValueError, match=rf"{re.escape(place)}: weight must be 0 or "):
+            validate({"messages": messages})
+    with pytest.raises(ValueError, match=r"message 0 \(user\): weight must be 0 or absent, not 1"):
+        validate({"messages": [{**user("two"), "weight": 1}, assistant("five")]})
+
+
 WORDS = st.one_of(st.text(min_size=1, max_size=12), st.sampled_from([*SPECIAL_TOKENS, "the sum", " five ", "\ud800"]))
 PARTS = st.lists(st.builds(part, st.sampled_from(["text", "python", "python_output"]), WORDS), min_size=1, max_size=5)
-TURNS = st.tuples(WORDS.map(user), st.one_of(WORDS, PARTS).map(assistant))
+WEIGHTS = st.sampled_from([{}, {}, {"weight": 0}, {"weight": 1}, {"weight": None}])
+ANSWERS = st.builds(lambda content, weight: {**assistant(content), **weight}, st.one_of(WORDS, PARTS), WEIGHTS)
+TURNS = st.tuples(WORDS.map(user), ANSWERS)
 
 
 @st.composite
@@ -97,11 +124,12 @@ def expected(conversation: dict, tokenizer: Tokenizer) -> tuple[list[int], list[
             table.append((["<|user_start|>"], prefix + content, ["<|user_end|>"], 0))
             prefix = ""
         else:
+            learned = int(message.get("weight") != 0)
             table.append((["<|assistant_start|>"], "", [], 0))
             for piece in [part("text", content)] if isinstance(content, str) else content:
                 before, after = marks[piece["type"]]
-                table.append((before, piece["text"], after, int(piece["type"] != "python_output")))
-            table.append(([], "", ["<|assistant_end|>"], 1))
+                table.append((before, piece["text"], after, learned * (piece["type"] != "python_output")))
+            table.append(([], "", ["<|assistant_end|>"], learned))
     ids, mask = [], []
     for before, text, after, flag in table:
         row = [tokenizer.special_tokens[n] for n in before] + tokenizer.encode(text)
