@@ -2,6 +2,7 @@
 
     python dev/reference.py nanochat CHECKOUT '{"n_layer": ..., "dtype": ..., ...}'      decode: see PeerSide
     python dev/reference.py transformers '' '{...}'
+    python dev/reference.py steps CHECKOUT '{"start": FILE, ...}'      training steps on demand: see nanochat_trainer
     python dev/reference.py train CHECKOUT '{"val": FILE, ...}' [flags of scripts.base_train]      see compare.py
 
 It runs as a file, not as a module, so that `nanochat` means the checkout's package. No file of the checkout is changed:
@@ -27,12 +28,19 @@ import torch
 Run = Callable[[list[int], int, int], None]  # (prompt, samples, new tokens)
 
 
+ROOT = Path(__file__).resolve().parent.parent
+
+
 class PeerSide:
-    """This file in a process of its own, as a side of scripts.infer_bench: a batch size in, two durations out."""
+    """This file in a process of its own: a line of JSON in, a line of JSON out.
+
+    As a side of scripts.infer_bench it is sent batch sizes, and answers two durations; for `steps` see serve_steps.
+    """
 
     def __init__(self, kind: str, dtype: str, root: str, settings: dict[str, Any]) -> None:
         self.name = f"{kind} {dtype}"
-        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        environment = dict(os.environ)
+        environment["PYTHONPATH"] = str(ROOT)  # for dev.train_clock; use_checkout takes it away
         environment["NANOCHAT_DTYPE"] = dtype
         environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())
         self.process = subprocess.Popen(
@@ -43,15 +51,24 @@ class PeerSide:
             text=True,
         )
 
-    def batch(self, size: int) -> tuple[float, float]:
-        """Return the seconds to the first token and those after it. Raises ValueError when the process has ended."""
-        assert self.process.stdin is not None and self.process.stdout is not None
+    def send(self, message: Any) -> None:
+        """Send a message, which it begins to work on while we do other things."""
+        assert self.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
-            print(size, file=self.process.stdin, flush=True)
+            print(json.dumps(message), file=self.process.stdin, flush=True)
+
+    def receive(self) -> Any:
+        """Wait for the answer to the oldest message. Raises ValueError when the process has ended."""
+        assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
             raise ValueError(f"{self.name} ended with status {self.process.wait()}: see what it wrote above")
-        first_token, rest = json.loads(line)
+        return json.loads(line)
+
+    def batch(self, size: int) -> tuple[float, float]:
+        """Return the seconds to the first token and those after it."""
+        self.send(size)
+        first_token, rest = self.receive()
         return first_token, rest
 
     def close(self) -> None:
@@ -61,9 +78,8 @@ class PeerSide:
 
 def use_checkout(root: str) -> None:
     """Make `import nanochat` find the checkout; our own packages must not hide those without __init__.py."""
-    own = Path(__file__).resolve().parent.parent
     sys.dont_write_bytecode = True
-    sys.path = [root, *(path for path in sys.path[1:] if Path(path or ".").resolve() != own)]
+    sys.path = [root, *(path for path in sys.path[1:] if Path(path or ".").resolve() != ROOT)]
 
 
 # --- decoding ---------------------------------------------------------------------------------------------------------
@@ -198,6 +214,11 @@ def match_scalars(lr: float, eps: float) -> None:
     GPT.setup_optimizer = setup_optimizer
 
 
+def compile_nothing() -> None:
+    """Make torch.compile return what it is given."""
+    torch.compile = lambda function=None, **options: function or (lambda later: later)
+
+
 def train(root: str, given: dict[str, Any], flags: list[str]) -> None:
     """Run scripts.base_train of `root` (ours, too) with what is given held equal.
 
@@ -207,7 +228,7 @@ def train(root: str, given: dict[str, Any], flags: list[str]) -> None:
     use_checkout(root)
     sys.argv = ["scripts.base_train", *flags]
     if "eager" in given:
-        torch.compile = lambda function=None, **options: function or (lambda later: later)
+        compile_nothing()
     if "val" in given or "train" in given:
         data = importlib.import_module("nanochat.dataloader")
         if "val" in given:
@@ -222,15 +243,91 @@ def train(root: str, given: dict[str, Any], flags: list[str]) -> None:
     runpy.run_module("scripts.base_train", run_name="__main__", alter_sys=True)
 
 
+# --- single steps of training -----------------------------------------------------------------------------------------
+
+
+def nanochat_trainer(root: str, given: dict[str, Any]) -> Any:
+    """Build the checkout's model and optimizer as its base_train does, as a `train_clock.Trainable`.
+
+    given: `shape` of the model, `start`, a file of weights, `rates` and decay for its setup_optimizer, `momentum` of
+    Muon, `scalars`, see match_scalars, `device`, `fp8` and `compile`.
+    """
+    from dev.train_clock import Trainable
+
+    if not given["compile"]:
+        compile_nothing()
+    use_checkout(root)
+    from nanochat.gpt import GPT, GPTConfig
+
+    device = torch.device(given["device"])
+    torch.set_float32_matmul_precision("high")
+    match_scalars(*given["scalars"])
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**given["shape"]))
+    model.to_empty(device=device)
+    model.init_weights()  # sets what no state dict holds
+    model.load_state_dict(torch.load(given["start"]), strict=True)
+    if given["fp8"]:
+        from nanochat.fp8 import convert_to_float8_training
+
+        convert_to_float8_training(model, module_filter_fn=large_enough_for_fp8)
+    compiled = torch.compile(model, dynamic=False)
+    optimizer = model.setup_optimizer(**given["rates"])
+    for group in optimizer.param_groups:
+        if group["kind"] == "muon":
+            group["momentum"] = given["momentum"]
+
+    def update() -> None:
+        optimizer.step()
+        model.zero_grad(set_to_none=True)
+
+    flash = importlib.import_module("nanochat.flash_attention")
+    kernels = "attention flash-attention-3" if flash.USE_FA3 else "attention sdpa, with masks for windows"
+    return Trainable(device, kernels, compiled, update)
+
+
+def large_enough_for_fp8(module: torch.nn.Module, name: str) -> bool:
+    """Return whether its base_train gives a matrix to fp8: sides are multiples of 16, and 128 or more."""
+    if not isinstance(module, torch.nn.Linear):
+        return False
+    sides = (module.in_features, module.out_features)
+    return min(sides) >= 128 and not any(side % 16 for side in sides)
+
+
+def serve_steps(side: Any, batch: str) -> None:
+    """For each number of steps read from stdin, train so many on the micro-batches in a file, and print their times.
+
+    For 0 print how long the GPU is busy in a step.
+    """
+    from dev.train_clock import busy_milliseconds, facts, measure
+
+    batches = itertools.repeat(torch.load(batch, map_location=side.device))
+    for line in sys.stdin:
+        steps = int(line)
+        if steps:
+            found = {**measure(side, batches, steps), **facts(side)}
+        else:
+            found = {"busy ms": busy_milliseconds(side, batches)}
+        print(json.dumps(found), file=sys.__stdout__, flush=True)
+
+
 def main() -> None:
     kind, root, settings, *flags = sys.argv[1:]
     given = json.loads(settings)
     if kind == "train":
         train(root, given, flags)
-    elif kind == "nanochat":
-        serve_decoding(nanochat_decoder(root, given), given)
-    else:
-        serve_decoding(transformers_decoder(root, given), given)
+        return
+    with contextlib.redirect_stdout(sys.stderr):  # answers alone go to stdout
+        if kind == "nanochat":
+            serve_decoding(nanochat_decoder(root, given), given)
+        elif kind == "steps":
+            try:
+                serve_steps(nanochat_trainer(root, given), given["batch"])
+            except Exception as error:  # out of memory, say
+                print(json.dumps({"failed": f"{type(error).__name__}: {error}"}), file=sys.__stdout__, flush=True)
+                raise
+        else:
+            serve_decoding(transformers_decoder(root, given), given)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,134 @@
+"""dev.gpu_check, rehearsed on a CPU: every row is there; what fails or is late becomes a row, too."""
+
+import io
+import json
+import math
+import os
+import runpy
+import signal
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import tiny_run
+import torch
+from torch.autograd import DeviceType
+
+from dev import gpu_check, train_clock
+from dev.gpu_bench import REHEARSAL, Bench, Check
+from nanochat.compute import Compute
+
+# What the machine that is lent lacks of our dependencies; nor does it have a network.
+ABSENT = ("cachetools", "flask", "kernels", "liger_kernel", "pydantic", "rustbpe", "waitress", "wandb")
+
+ROWS = """bf16 128x128x128|bf16 256x128x512|bf16 256x512x128|bf16 512x256x128
+fp8 128x128x128|fp8 256x128x512|fp8 256x512x128|fp8 512x256x128|memory, copy|memory, read
+attention blocks, window 256|attention blocks, window 128|attention sdpa, window 256|attention sdpa, window 128
+head's loss, compiled|head's loss, fp8|MLP, compiled|fp8 linear, q, k, v|fp8 linear, up|fp8 linear, down|norm|Muon|AdamW
+d2 bf16, ours|d2 fp8, ours
+decoding batch 1, graphs on|decoding batch 32, graphs on|decoding batch 1, graphs off|decoding batch 32, graphs off
+engine against model|loader under compute|accumulation against rows at once|recomputation against rows at once"""
+
+
+def no_network(event, arguments):
+    assert event != "socket.connect", arguments
+
+
+def rehearse(out):
+    for name in ABSENT:
+        sys.modules[name] = None
+    sys.addaudithook(no_network)
+    sys.argv = ["dev.gpu_check", "--device-type=cpu", f"--out={out}"]
+    runpy.run_module("dev.gpu_check", run_name="__main__")
+
+
+def test_rehearsal_measures_every_row(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
+    monkeypatch.setenv("NANOCHAT_DTYPE", "bfloat16")
+    out = tmp_path / "gpu_check.jsonl"
+    result = tiny_run.start(rehearse, str(out)).wait()
+    assert result.code == 0, result
+    machine, *rows = map(json.loads, out.read_text().splitlines())
+    assert machine["versions"]["torch"] == torch.__version__
+    assert [row["row"] for row in rows] == ROWS.replace("\n", "|").split("|")
+    for row in rows:
+        assert "failed" not in row and "skipped" not in row, row
+        assert all(math.isfinite(value) for value in row.values() if isinstance(value, float | int)), row
+        # Of bf16, of fp8, and of the inverse roots that Muon computes in bf16.
+        assert row.get("error", 0) < 0.1 and row.get("gradient error", 0) < 0.1, row
+        assert f"| {row['row']} |" in result.out
+    bf16, in_fp8 = (row for row in rows if "tokens/s" in row and "first loss" in row)
+    for row in (bf16, in_fp8):
+        assert row["last loss"] < row["first loss"]
+        assert row["forward ms"] + row["backward ms"] + row["optimizer ms"] <= 1.001 * row["ms"]
+        assert row["tokens/s"] * row["ms"] / 1e3 == pytest.approx(2 * 256 * (2 if row is bf16 else 1))
+        assert f"{row['row']} ran with {row['kernels']}" in result.out
+    assert in_fp8["first loss"] == pytest.approx(bf16["first loss"], rel=1e-2)
+
+
+@pytest.fixture
+def bench(tmp_path):
+    return Bench(Compute(torch.device("cpu"), torch.float32), REHEARSAL, tmp_path, None)
+
+
+def good(bench):
+    return [{"ms": 1.0}]
+
+
+def out_of_memory(bench):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+
+def interrupted(bench):
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+
+
+def late(bench):
+    time.sleep(60)
+
+
+def run(bench, *measures, minutes=1.0):
+    file = io.StringIO()
+    checks = [Check(measure.__name__, measure) for measure in measures]
+    rows, ended = gpu_check.run(checks, bench, minutes, file)
+    assert rows == [json.loads(line) for line in file.getvalue().splitlines()]
+    gpu_check.show(rows)
+    return [(row["row"], row.get("failed") or row.get("skipped")) for row in rows], ended
+
+
+def test_a_failed_row_says_why_and_the_rest_goes_on(bench, capsys):
+    rows, ended = run(bench, good, out_of_memory, good)
+    failed = "OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 MiB"
+    assert rows == [("good", None), ("out_of_memory", failed), ("good", None)]
+    assert ended is None
+    assert failed in capsys.readouterr().out.split("| row |")[1]
+
+
+@pytest.mark.parametrize("measure, minutes, why", [(late, 5e-3, "time is up"), (interrupted, 1.0, "SIGTERM")])
+def test_what_there_is_no_time_for_is_named(bench, measure, minutes, why, capsys):
+    before = signal.getsignal(signal.SIGTERM)
+    rows, ended = run(bench, good, measure, good, minutes=minutes)
+    assert rows == [("good", None), (measure.__name__, why), ("good", why)]
+    assert ended == why
+    assert signal.getsignal(signal.SIGTERM) == before and signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
+def test_idle_time_counts_kernels_at_once_one_time_and_named_ranges_not_at_all():
+    def event(began, ended, device=DeviceType.CUDA, named=False):
+        span = SimpleNamespace(start=began, end=ended)
+        return SimpleNamespace(time_range=span, device_type=device, is_user_annotation=named)
+
+    events = [event(0, 1000), event(500, 700), event(900, 1500), event(3000, 4000)]
+    events += [event(0, 9000, DeviceType.CPU), event(0, 9000, named=True)]
+    assert train_clock.covered_milliseconds(events) == 2.5
+
+
+def test_bad_flags(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
+    cpu = "--device-type=cpu"
+    assert "--parts" in tiny_run.call("dev.gpu_check", cpu, "--parts=6").error_line
+    assert "--reference" in tiny_run.call("dev.gpu_check", cpu, f"--reference={tmp_path / 'none'}").error_line
+    (tmp_path / "text.tar.gz").write_text("no archive")
+    assert "--reference" in tiny_run.call("dev.gpu_check", cpu, f"--reference={tmp_path / 'text.tar.gz'}").error_line
