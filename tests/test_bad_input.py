@@ -9,7 +9,7 @@ import pytest
 from pyarrow import parquet
 from tiny_run import BASE, SKILLS, STEPS, call, losses, run, script
 
-from nanochat import checkpoint
+from nanochat import checkpoint, dataset
 from nanochat.documents import iterate_documents, list_shards
 from nanochat.tokenizer import Tokenizer
 
@@ -156,6 +156,17 @@ def test_resuming_with_other_flags(shared, flags, named):
     line = call(*TRAIN, "--num-iterations", "8", "--model-tag", "d2", "--resume", *flags).error_line
     assert "--resume" in line and named in line
     assert checkpoint.list_steps("base", "d2") == [4, 8], "and nothing was moved"
+
+
+def test_resuming_on_another_text(trained_world, tmp_path):
+    """The same name and the same tokenizer are not enough: a changed document is another run."""
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    shutil.rmtree(list_shards("corpus", "train")[0].parent)
+    dataset.prepare(str(folder))
+    line = call(*TRAIN, "--num-iterations", "8", "--model-tag", "d2", "--resume").error_line
+    assert "--resume" in line and "data_hash" in line
 
 
 def test_wandb_that_cannot_be_reached(shared, tmp_path):
