@@ -47,13 +47,13 @@ Part = dict[str, str]
 Rendered = tuple[list[int], list[int]]  # ids and mask, of equal length
 
 
-def validate(conversation: dict[str, Any], allow_empty_reply: bool = False) -> None:
+def validate(conversation: dict[str, Any], allow_empty: bool = False) -> None:
     """Check that `conversation` is {"messages": [...]}: an optional system message, then user and assistant in turns.
 
     Content is text or a list of parts {"type", "text"}; `python` and `python_output` are the assistant's alone. Its
     messages may have a weight, 0 or 1. Raises ValueError, which names the message and the problem, if not, or if
-    content is empty. With `allow_empty_reply`, an assistant message may be empty: a chat's history can hold one,
-    training data must not.
+    content is empty. With `allow_empty`, an assistant message may be empty, and a user message that was answered: a
+    chat's history can hold such, training data must not.
     """
     messages = conversation.get("messages") if isinstance(conversation, dict) else None
     if not isinstance(messages, list) or not messages:
@@ -70,7 +70,8 @@ def validate(conversation: dict[str, Any], allow_empty_reply: bool = False) -> N
         if i >= first_turn and role != expected:
             raise ValueError(f"message {i}: role {role!r} where {expected!r} must come (optional system, then turns)")
         is_assistant = role == "assistant"
-        problem = _content_problem(message["content"], is_assistant, may_be_empty=allow_empty_reply)
+        may_be_empty = allow_empty and (is_assistant or (role == "user" and i < len(messages) - 1))
+        problem = _content_problem(message["content"], is_assistant, may_be_empty)
         problem = problem or _weight_problem(message.get("weight"), is_assistant)
         if problem:
             raise ValueError(f"message {i} ({role}): {problem}")
@@ -81,7 +82,7 @@ def _content_problem(content: Any, is_assistant: bool, may_be_empty: bool) -> st
     if not isinstance(content, (str, list)):
         return f"content must be text or a list of parts, not {type(content).__name__}"
     if not content:
-        return None if is_assistant and may_be_empty else "content is empty"
+        return None if may_be_empty else "content is empty"
     known = PARTS if is_assistant else ("text",)
     for part in _parts(content):
         if not isinstance(part, dict) or not isinstance(part.get("text"), str):
@@ -135,7 +136,7 @@ def render_for_completion(conversation: dict[str, Any], tokenizer: Tokenizer) ->
 
     Raises ValueError if the conversation is malformed.
     """
-    validate(conversation, allow_empty_reply=True)
+    validate(conversation, allow_empty=True)
     messages = conversation["messages"]
     if messages[-1]["role"] == "assistant":
         messages = messages[:-1]
@@ -207,8 +208,13 @@ class ChatFormat:
     def encode(self, messages: list[Message]) -> list[int]:
         """Return the ids of the conversation, ending where the assistant's next turn begins.
 
-        Raises ValueError if the messages are malformed.
+        A last message of the assistant is the beginning of that turn (prefill), which the model continues. Raises
+        ValueError if the messages are malformed.
         """
+        if messages and messages[-1]["role"] == "assistant":
+            validate({"messages": messages}, allow_empty=True)
+            ids, _ = _encode_turns(messages, self.tokenizer)
+            return ids[:-1]  # without <|assistant_end|>: the answer has begun, and goes on
         return render_for_completion({"messages": messages}, self.tokenizer)
 
     def prompt(self, messages: list[Message], context: int, max_tokens: int | None = None) -> list[int]:
@@ -225,32 +231,36 @@ class ChatFormat:
 
         Pairs of question and answer are dropped, the oldest first; the system message stays. If the last question alone
         is too long, its end is kept. If the system message leaves that question less than a quarter of the budget, it
-        is dropped, too. Raises ValueError if the messages are malformed.
+        is dropped, too. A last message of the assistant stays: it is the beginning of the answer. Raises ValueError if
+        the messages are malformed.
         """
-        validate({"messages": messages}, allow_empty_reply=True)
+        validate({"messages": messages}, allow_empty=True)
         has_system = messages[0]["role"] == "system"
         system = messages[:has_system]
         turns = messages[has_system:]
-        if turns[-1]["role"] == "assistant":
-            turns = turns[:-1]
+        begun = turns[-1:] if turns[-1]["role"] == "assistant" else []
+        question = turns[-1 - len(begun)]
 
         def fits_without(n_pairs: int) -> bool:
             return len(self.encode(system + turns[2 * n_pairs :])) <= budget
 
         # Fewer pairs are fewer tokens, so bisection finds how many must go.
-        all_pairs = len(turns) // 2
+        all_pairs = (len(turns) - 1) // 2
         n_dropped = bisect_left(range(all_pairs), True, key=fits_without)
         if n_dropped < all_pairs or fits_without(all_pairs):
             return system + turns[2 * n_dropped :]
-        return self._fit_question(system, plain_text(turns[-1]), budget)
+        return self._fit_question(system, plain_text(question), begun, budget)
 
-    def _fit_question(self, system: list[Message], text: str, budget: int) -> list[Message]:
-        """Return a question that alone is too long, without as much of its beginning as must go."""
+    def _fit_question(self, system: list[Message], text: str, begun: list[Message], budget: int) -> list[Message]:
+        """Return a question that alone is too long, without as much of its beginning as must go.
+
+        begun: the beginning of its answer, if there is one.
+        """
 
         def size(question: str) -> int:
-            return len(self.encode([*system, {"role": "user", "content": question}]))
+            return len(self.encode([*system, {"role": "user", "content": question}, *begun]))
 
-        if budget - size(text[-1]) < budget // 4:
+        if budget - size(text[-1:]) < budget // 4:
             system = []
         while len(text) > 1 and (excess := size(text) - budget) > 0:
             # The first token that stays may begin inside a character (U+FFFD once decoded): that character goes, too.
@@ -258,7 +268,7 @@ class ChatFormat:
             if not 0 < len(shorter) < len(text):  # nothing is left of it, or nothing went: halve it
                 shorter = text[(len(text) + 1) // 2 :]
             text = shorter
-        return [*system, {"role": "user", "content": text}]
+        return [*system, {"role": "user", "content": text}, *begun]
 
     def decoder(self, prompt: Sequence[int] = (), stop: Sequence[str] = ()) -> AnswerDecoder:
         """Return a new decoder for the answer to `prompt`. The answer ends at the first of the texts in `stop`."""
@@ -272,5 +282,5 @@ class TextFormat(ChatFormat):
 
     def encode(self, messages: list[Message]) -> list[int]:
         """Return the ids of the last message. Raises ValueError as other formats do."""
-        validate({"messages": messages}, allow_empty_reply=True)
+        validate({"messages": messages}, allow_empty=True)
         return text_prompt(plain_text(messages[-1]), self.tokenizer)

@@ -356,7 +356,7 @@ class Engine:
         """Append a sampled token and what a tool answers to it; return what was appended."""
         limit = self.context if request.max_tokens is None else request.max_tokens
         room = min(limit, self.context - len(request.tokens)) - len(request.output)
-        if room > 0 and token in self._stop_tokens:
+        if room > 0 and (token in self._stop_tokens or token in request.stop_token_ids):
             request.finish_reason = "stop"
             request.stop_token = token
             return []

@@ -44,7 +44,7 @@ class Request:
 
     tokens: Sequence[int]
     _: KW_ONLY
-    max_tokens: int | None = None  # None = up to the end of the context; 0 = the prompt is read and scored, no more
+    max_tokens: int | None = None  # None = up to the end of the context; 0, with `prompt_logprobs` = only score
 
     # How to sample (sampling.py).
     temperature: float = 1.0  # 0 = always the likeliest token
@@ -62,6 +62,7 @@ class Request:
     logprobs: int | None = None  # report log-probabilities: of each token, and of this many likeliest ones
     prompt_logprobs: bool = False  # with `logprobs`: those of the prompt's tokens, too
     stop: Sequence[str] = ()  # texts that end the answer; they are not part of it
+    stop_token_ids: Sequence[int] = ()  # tokens that do so, beside the model's own
     decoder: Any = None  # turns its tokens into text and tool calls (detokenizer.py); made by the engine for `stop`
 
     # The result.
@@ -86,7 +87,7 @@ class Request:
             raise ValueError("the prompt is empty: begin it with <|bos|>")
         if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
             raise ValueError(f"stop {self.stop!r} must be a list of texts, none empty")
-        _check_range("max_tokens", self.max_tokens, 0)
+        _check_range("max_tokens", self.max_tokens, 0 if self.prompt_logprobs else 1)
         _check_range("temperature", self.temperature, 0)
         _check_range("top_k", self.top_k, 0)
         _check_range("top_p", self.top_p, 0, 1)

@@ -213,7 +213,7 @@ class Chat:
     def _load(self, path: str) -> None:
         # os.path.expanduser leaves "~nobody" as it is, where Path.expanduser raises RuntimeError.
         conversation = read_json(Path(os.path.expanduser(path)))
-        validate(conversation, allow_empty_reply=True)
+        validate(conversation, allow_empty=True)
         messages = conversation["messages"]
         system = None
         if messages[0]["role"] == "system":

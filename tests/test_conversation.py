@@ -258,7 +258,8 @@ def test_dropping_is_no_more_than_needed_and_keeps_the_system_text(tokenizer):
     assert kept[0] == messages[0] and kept[1:] == turns[-len(kept) + 1 :] and 1 < len(kept) < len(messages)
     one_more = [messages[0], *turns[-len(kept) - 1 :]]
     assert len(render_for_completion({"messages": one_more}, tokenizer)) > 200
-    assert ChatFormat(tokenizer).fit([*messages, assistant("an answer")], 200) == kept
+    begun = ChatFormat(tokenizer).fit([*messages, assistant("an answer")], 200)
+    assert begun[-2:] == [turns[-1], assistant("an answer")] and begun[0] == messages[0] and len(begun) > 1
 
 
 @pytest.mark.parametrize(

@@ -208,7 +208,7 @@ def test_bad_requests_are_refused(tokenizer):
     engine = scripted_engine(tokenizer, {}, sequence_len=40)
     for refused in (
         {"tokens": []},
-        {"max_tokens": -1},
+        {"max_tokens": 0},
         {"temperature": -1},
         {"temperature": float("nan")},
         {"top_k": -1},

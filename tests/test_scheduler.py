@@ -282,7 +282,7 @@ def test_a_request_too_large_for_its_neighbours_waits_and_is_not_overtaken():
     assert drain(queue, {first: 5, large: 2, small: 1}) == [first, large, small]
 
 
-@pytest.mark.parametrize("bad", [{"tokens": []}, {"max_tokens": -1}, {"temperature": -1}, {"temperature": math.inf}])
+@pytest.mark.parametrize("bad", [{"tokens": []}, {"max_tokens": 0}, {"temperature": -1}, {"temperature": math.inf}])
 def test_requests_that_make_no_sense_are_refused(bad):
     with pytest.raises(ValueError):
         Request(**{"tokens": [1], **bad})

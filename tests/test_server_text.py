@@ -77,12 +77,11 @@ def test_echo_of_texts_and_lists(server):
         assert offsets[:2] == [0, 0] and offsets == sorted(offsets)
         for token, start in zip(logprobs["tokens"][1:], offsets[1:], strict=True):
             assert token.startswith("bytes:") or choice["text"][start:].startswith(token)
-    assert complete(server, "Hello", echo=True, max_tokens=0)[0] == {
-        "index": 0,
-        "text": "Hello",
-        "logprobs": None,
-        "finish_reason": "length",
-    }
+    (plain,) = complete(server, "Hello", echo=True, max_tokens=4)
+    assert plain == {**choices[2], "index": 0, "logprobs": None}
+    for options_of_nothing in ({"max_tokens": 0}, {"max_tokens": 0, "echo": True}, {"max_tokens": 0, "logprobs": 1}):
+        status, _, text = server.ask("POST", "/v1/completions", {"prompt": "Hello", **options_of_nothing})
+        assert status == 400 and json.loads(text)["error"]["param"] == "max_tokens"
     assert complete(server, "Hello", **options)[0] == {**choices[2], "index": 0}
     whole = complete(server, "Hello", max_tokens=4)[0]["text"]
     assert choices[2]["text"] == "Hello" + whole

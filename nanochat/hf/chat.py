@@ -77,7 +77,7 @@ class TemplateFormat(ChatFormat):
         What looks like a special token in a message is encoded as text. Raises ValueError if the template refuses the
         messages or fails.
         """
-        validate({"messages": messages}, allow_empty_reply=True)
+        validate({"messages": messages}, allow_empty=True)
         text = self._render([{"role": each["role"], "content": plain_text(each)} for each in messages])
         ids: list[int] = []
         # Broken special tokens are the pieces that a pair of marks encloses: see _break_special.
@@ -255,7 +255,7 @@ class HarmonyFormat(ChatFormat):
 
         What an API calls the system message becomes the developer's; old reasoning is left out.
         """
-        validate({"messages": messages}, allow_empty_reply=True)
+        validate({"messages": messages}, allow_empty=True)
         today = datetime.date.today().isoformat()
         effort = self.arguments.get("reasoning_effort") or "medium"
         if effort not in HARMONY_EFFORTS:

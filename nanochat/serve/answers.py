@@ -24,12 +24,8 @@ from nanochat.engine import Request
 from nanochat.scheduler import TokenScore
 from nanochat.serve.logprobs import ChatLogprobs, TextLogprobs, TextScorer, chat_logprobs
 from nanochat.serve.loop import Delivery, EngineLoop, Model
-from nanochat.serve.schema import (
-    ApiError,
-    Parameters,
-    SessionInfo,
-    Usage,
-)
+from nanochat.serve.objects import SessionInfo, Usage
+from nanochat.serve.schema import ApiError, Parameters
 from nanochat.serve.sessions import SessionTurn
 
 POLL_SECONDS = 0.25  # how often a handler that waits for tokens looks whether its client is still there

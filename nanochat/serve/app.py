@@ -36,6 +36,7 @@ from nanochat.engine import Engine, Request
 from nanochat.serve.answers import ChatAnswer, TextAnswer
 from nanochat.serve.information import information
 from nanochat.serve.loop import Model, Models, ServerConfig
+from nanochat.serve.messages import mend
 from nanochat.serve.schema import ApiError, ChatRequest, CompletionRequest, Parameters, read_body
 
 access_log = logging.getLogger("nanochat.access")
@@ -224,6 +225,8 @@ def chat_completions() -> flask.Response:
     body = read_body(json_body(), ChatRequest)
     model = flask.g.models.get_for_answer(body.model)
     messages = [message.as_turn() for message in body.messages]
+    with refuse_mistakes("chat_template_kwargs" if body.chat_template_kwargs else "reasoning_effort"):
+        chat_format = model.chat_format.with_arguments(body.template_arguments())
     turn = None
     try:
         with refuse_mistakes("messages"):
@@ -231,7 +234,9 @@ def chat_completions() -> flask.Response:
                 # The owner is part of the key: the holder of one API key cannot read on in another's conversation.
                 turn = model.sessions.begin((flask.g.owner, body.session_id), messages)
                 messages = turn.messages
-            requests = chat_requests(model, body, messages)
+            else:
+                messages = mend(messages)
+            requests = chat_requests(model, body, messages, chat_format)
         answer = ChatAnswer(model, requests, cache_key(model, body, requests), turn)
         answer.submit()
     except BaseException:
@@ -275,7 +280,7 @@ def refuse_mistakes(param: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise ApiError(400, str(error), param) from error
+        raise ApiError(400, f"'{param}': {error}", param) from error
 
 
 def json_body() -> bytes:
@@ -286,20 +291,19 @@ def json_body() -> bytes:
     return flask.request.get_data(cache=False)
 
 
-def chat_requests(model: Model, body: ChatRequest, messages: list[Message]) -> list[Request]:
+def chat_requests(model: Model, body: ChatRequest, messages: list[Message], chat_format: ChatFormat) -> list[Request]:
     """Return `n` engine requests for the next answer of a chat. Raises ValueError if it cannot be made."""
     # The oldest turns are dropped where the whole conversation would leave no room for an answer.
-    prompt = model.chat_format.prompt(messages, model.engine.context, longest_answer(model, body))
+    prompt = chat_format.prompt(messages, model.engine.context, longest_answer(model, body))
     requests = make_requests(model, body, [prompt], (body.top_logprobs or 0) if body.logprobs else None)
     for request in requests:
-        request.decoder = model.chat_format.decoder(prompt, request.stop)
+        request.decoder = chat_format.decoder(prompt, request.stop)
     return requests
 
 
 def text_requests(model: Model, body: CompletionRequest) -> list[Request]:
     """Return `n` engine requests for each prompt of the body. Raises ValueError if one can never run."""
-    prompt_logprobs = bool(body.echo) and body.logprobs is not None
-    requests = make_requests(model, body, body.prompts(), body.logprobs, prompt_logprobs)
+    requests = make_requests(model, body, body.prompts(), body.logprobs, body.scores_prompt)
     for request in requests:
         request.decoder = AnswerDecoder(model.tokenizer, request.stop)  # a continued text has no reasoning
     return requests
@@ -343,8 +347,7 @@ def make_requests(
 
 def longest_answer(model: Model, body: Parameters) -> int | None:
     """Return the smaller of the request's and the server's limits; None means to the end of the context."""
-    asked = None if body.max_tokens == -1 else body.max_tokens
-    limits = [limit for limit in (asked, model.config.max_tokens) if limit is not None]
+    limits = [limit for limit in (body.max_tokens, model.config.max_tokens) if limit is not None]
     return min(limits, default=None)
 
 

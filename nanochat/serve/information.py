@@ -16,16 +16,8 @@ from prometheus_client import generate_latest
 from pydantic import TypeAdapter
 
 from nanochat.serve.loop import Model
-from nanochat.serve.schema import (
-    ApiError,
-    ChatCompletion,
-    ChatRequest,
-    CompletionRequest,
-    ModelInfo,
-    Parameters,
-    SessionContent,
-    TextCompletion,
-)
+from nanochat.serve.objects import ChatCompletion, ModelInfo, SessionContent, TextCompletion
+from nanochat.serve.schema import ApiError, ChatRequest, CompletionRequest, Parameters
 
 information = flask.Blueprint("information", __name__)
 

@@ -1,14 +1,10 @@
-"""The wire format: what the API accepts and what it answers.
+"""What the API accepts: the bodies of its requests, and the shape of its refusals.
 
-Requests are pydantic models. Each parameter is honoured or refused by its name, never ignored; null counts as absent.
-Only `tool_trace` and `reasoning_content` of a message are accepted and not read, so that an answer can be sent back as
-it came.
+Requests are pydantic models. Each parameter is honoured or refused by its name, never ignored. A parameter that is not
+known here is honoured, too, where its value asks for nothing: null and empty values, and those of `NOTHING`.
 
     >>> read_body(b'{"messages": [{"role": "user", "content": "Hi"}], "stop": ""}', ChatRequest)
     ApiError: 'stop' is not right: stop.str: String should have at least 1 character; or ...
-
-Answers are typed dicts, because this server makes them itself and need not validate them. pydantic turns both into the
-JSON schemas of /openapi.json (information.py).
 
 Names and shapes are OpenAI's (platform.openai.com/docs/api-reference/chat/create); `top_k`, `min_p` and
 `repetition_penalty` are vLLM's; `session_id` and `tool_trace` are our own.
@@ -19,11 +15,10 @@ import json
 import random
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from typing_extensions import NotRequired, TypedDict  # pydantic does not take typing's own before Python 3.12
+from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from nanochat.scheduler import Request
-from nanochat.serve.logprobs import ChatLogprobs, TextLogprobs
+from nanochat.serve.messages import EMPTY, Message, Strict
 
 
 class ApiError(Exception):
@@ -53,56 +48,67 @@ def unavailable(message: str) -> ApiError:
 # ---- Requests
 
 
-class Strict(BaseModel):
-    """A model that refuses unknown fields, conversions ("1" for 1) and NaN."""
+# Parameters that this server does not have, at the values that ask for nothing: their defaults where they come from.
+# Clients send them with all their other settings.
+NOTHING: dict[str, tuple[Any, ...]] = {
+    # OpenAI
+    "best_of": (1,),
+    "echo": (False,),
+    "function_call": ("none", "auto"),
+    "modalities": (["text"],),
+    "parallel_tool_calls": (True, False),
+    "response_format": ({"type": "text"},),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+    "tool_choice": ("none", "auto"),
+    "verbosity": ("medium",),
+    # vLLM
+    "ignore_eos": (False,),
+    "include_stop_str_in_output": (False,),
+    "length_penalty": (1,),
+    "min_tokens": (0,),
+    "priority": (0,),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "use_beam_search": (False,),
+    # llama.cpp
+    "cache_prompt": (True,),
+    "dry_multiplier": (0,),
+    "dynatemp_range": (0,),
+    "id_slot": (-1,),
+    "mirostat": (0,),
+    "n_keep": (0,),
+    "n_predict": (-1,),
+    "repeat_penalty": (1,),
+    "tfs_z": (1,),
+    "timings_per_token": (False,),
+    "typical_p": (1,),
+    "xtc_probability": (0,),
+}
 
-    # A parameter that is dropped without a word, or misspelled, gives answers that nobody can explain.
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_nulls(cls, fields: Any) -> Any:
-        # Clients send an answer back with its empty fields ("refusal": null and others that we do not know).
-        if isinstance(fields, dict):
-            return {name: value for name, value in fields.items() if value is not None}
-        return fields
+def asks_for_nothing(name: str, value: Any) -> bool:
+    """Return whether an unknown parameter has a value of `NOTHING`."""
+    # Python takes True for 1, JSON does not.
+    return any(value == nothing and isinstance(value, bool) == isinstance(nothing, bool) for nothing in NOTHING[name])
 
 
-class ToolTrace(TypedDict):
-    """One use of the calculator. `result` is null when the expression was not valid."""
-
-    expression: str
-    result: str | None
+def describe_nothing(schema: dict[str, Any]) -> None:
+    """Add `NOTHING` to the JSON schema of a body."""
+    schema["additionalProperties"] = {"enum": list(EMPTY)}
+    known = schema["properties"]
+    schema["patternProperties"] = {
+        f"^{name}$": {"enum": [*EMPTY, *values]} for name, values in NOTHING.items() if name not in known
+    }
 
 
 class StreamOptions(Strict):
     """`include_usage`: send one more chunk, with the token counts, before the end of the stream."""
 
     include_usage: bool | None = None
-
-
-class Part(Strict):
-    """A piece of a message. `python` and `python_output` belong to the assistant: a calculation and its result."""
-
-    type: Literal["text", "python", "python_output"]
-    text: str
-
-
-class Message(Strict):
-    """One turn. An answer may be sent back as it came; with its parts as `content` the model sees its calculations."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part] | None = None
-    tool_trace: list[ToolTrace] | None = Field(None, description="Accepted and ignored: parts in `content` are read.")
-    reasoning_content: str | None = Field(
-        None, description="Accepted and ignored: models are not shown their old reasoning."
-    )
-
-    def as_turn(self) -> dict[str, Any]:
-        """Return the message in the form of conversation.py."""
-        role = "system" if self.role == "developer" else self.role
-        content = self.model_dump(include={"content"})["content"]
-        return {"role": role, "content": content or ""}
+    include_obfuscation: bool | None = Field(None, description="Only false: chunks are never padded.")
 
 
 class ResponseFormat(Strict):
@@ -112,6 +118,7 @@ class ResponseFormat(Strict):
 
 
 Bias = Annotated[float, Field(ge=-100, le=100)]
+Name = Annotated[str, Field(max_length=256)]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 # Validation of a list stops at its first mistake: one body has room for half a million of them.
 NONEMPTY = Field(min_length=1, fail_fast=True)
@@ -126,20 +133,24 @@ class Parameters(Strict):
     # A parameter of the same name as a field of `Request` (nanochat/scheduler.py) is handed on to it by `sampling`.
     # None is the default of all; what it stands for is said by ServerConfig (loop.py) for temperature and max_tokens,
     # and by `Request` for the others. The ranges of temperature, top_p, the two penalties, biases and `stop` are
-    # OpenAI's, so that a client's mistake is refused here as there. The others are our own: vLLM, for one, also takes
-    # -1 as `top_k`.
+    # OpenAI's, so that a client's mistake is refused here as there. `top_p` 0 and the values of -1 are those of vLLM,
+    # TGI and llama.cpp.
+    model_config = ConfigDict(json_schema_extra=describe_nothing)
+
     model: str | None = Field(None, description="One of /v1/models; if absent, the first of them.")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: int | None = Field(None, ge=1, le=16, description="Number of answers; the prompt is read once for all of them.")
     max_tokens: int | None = Field(
-        None, ge=-1, le=2**31, description="-1: no limit. 0, for texts alone: the prompt is read, and nothing is added."
+        None, ge=-1, le=2**31, description="-1: no limit. 0: with `echo` and `logprobs`, to score a text alone."
     )
     temperature: float | None = Field(
         None, ge=0, le=2, description="0: always the likeliest token. If absent: the server's --temperature, usually 0."
     )
-    top_p: float | None = Field(None, gt=0, le=1, description=NEEDS_TEMPERATURE)
-    top_k: int | None = Field(None, ge=0, le=2**31, description=f"0: off. {NEEDS_TEMPERATURE}")
+    top_p: float | None = Field(
+        None, ge=0, le=1, description=f"0: always the likeliest token, at any temperature. {NEEDS_TEMPERATURE}"
+    )
+    top_k: int | None = Field(None, ge=-1, le=2**31, description=f"0 or -1: off. {NEEDS_TEMPERATURE}")
     min_p: float | None = Field(None, ge=0, le=1, description=NEEDS_TEMPERATURE)
     repetition_penalty: float | None = Field(None, ge=0.01, le=10)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
@@ -150,29 +161,58 @@ class Parameters(Strict):
         None,
         ge=-(2**63),
         le=2**63 - 1,
-        description="The same seed gives the same answer in any company; on a GPU except for rounding.",
+        description="The same seed gives the same answer in any company; on a GPU except for rounding. -1: none.",
     )
     stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
-    user: Annotated[str, Field(max_length=256)] | None = Field(None, description="Noted in the access log.")
+    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=64)] | None = Field(
+        None, description="Tokens that end the answer and are not part of it."
+    )
+    user: Name | None = Field(None, description="Noted in the access log.")
+    safety_identifier: Name | None = Field(None, description="The newer name of user.")
+    prompt_cache_key: Name | None = Field(None, description="Accepted: what prompts share is read once in any case.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_what_asks_for_nothing(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict):
+            return fields
+        return {
+            name: value
+            for name, value in fields.items()
+            if name in cls.model_fields or name not in NOTHING or not asks_for_nothing(name, value)
+        }
 
     # Validators that run after the fields' own raise ApiError, which pydantic lets through as it is: a ValueError would
     # be reported without the name of the parameter.
     @model_validator(mode="after")
-    def _check_stream_options(self) -> "Parameters":
-        if self.stream_options is not None and not self.stream:
+    def _check(self) -> "Parameters":
+        if self.stream_options is not None and self.stream_options.include_usage and not self.stream:
             raise ApiError(400, "'stream_options' needs 'stream': true", "stream_options")
+        if self.stream_options is not None and self.stream_options.include_obfuscation:
+            raise ApiError(
+                400, "'stream_options': chunks are not padded here, leave include_obfuscation out", "stream_options"
+            )
+        # From here on there is one way to say that something is not set.
+        self.max_tokens = _unless_minus_one(self.max_tokens)
+        self.top_k = _unless_minus_one(self.top_k)
+        self.seed = _unless_minus_one(self.seed)
+        self.user = self.user or self.safety_identifier
         return self
 
     def sampling(self, vocab_size: int, default_temperature: float) -> dict[str, Any]:
-        """Return the sampling arguments of a Request. Raises ApiError 400 if a token of `logit_bias` does not exist."""
+        """Return the sampling arguments of a Request. Raises ApiError 400 if a token that is named does not exist."""
         bias = {int(token): value for token, value in (self.logit_bias or {}).items()}
-        for token in bias:
-            if token >= vocab_size:
-                raise ApiError(400, f"'logit_bias': there is no token {token}, only {vocab_size}", "logit_bias")
+        for name, tokens in (("logit_bias", list(bias)), ("stop_token_ids", self.stop_token_ids or [])):
+            largest = max(tokens, default=0)
+            if largest >= vocab_size:
+                raise ApiError(400, f"'{name}': there is no token {largest}, only {vocab_size}", name)
         # By name, so that none can be forgotten. Only those that are given: the engine has defaults of its own.
         names = Parameters.model_fields.keys() & {field.name for field in dataclasses.fields(Request)}
         settings = self.model_dump(include=names - {"max_tokens"}, exclude_none=True)  # max_tokens: see app.py
         settings.setdefault("temperature", default_temperature)
+        if self.top_p == 0:
+            # No share of the probability leaves the likeliest token alone.
+            settings["temperature"] = 0.0
         # Without a seed every answer gets one of its own, or all clients would draw the same.
         settings.setdefault("seed", random.getrandbits(32))
         settings["logit_bias"] = bias
@@ -188,27 +228,51 @@ class ChatRequest(Parameters):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     response_format: ResponseFormat | None = None
+    reasoning_effort: str | None = Field(None, description="For models whose chat format has it, such as gpt-oss.")
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        None, description="Arguments of the model's chat template, such as enable_thinking; others are refused."
+    )
+    continue_final_message: bool | None = Field(None, description="Always so if the last message is the assistant's.")
+    add_generation_prompt: bool | None = Field(None, description="Always so if the last message is the user's.")
     session_id: Annotated[str, Field(pattern="^[A-Za-z0-9_-]{1,64}$")] | None = Field(
         None, description="The server keeps the conversation under this name; `messages` holds only the new ones."
     )
 
     @model_validator(mode="after")
     def _check_chat(self) -> "ChatRequest":
-        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+        newer = _unless_minus_one(self.max_completion_tokens)
+        if None not in (self.max_tokens, newer) and self.max_tokens != newer:
             raise ApiError(400, "'max_tokens' and 'max_completion_tokens' differ: give one", "max_tokens")
         # From here on there is one name for the limit.
         if self.max_tokens is None:
-            self.max_tokens = self.max_completion_tokens
-        if self.max_tokens == 0:
-            raise ApiError(400, "'max_tokens' must be at least 1 in a chat: an answer has a token", "max_tokens")
-        if self.top_logprobs is not None and not self.logprobs:
+            self.max_tokens = newer
+        if self.top_logprobs and not self.logprobs:
             raise ApiError(400, "'top_logprobs' needs 'logprobs': true", "top_logprobs")
         # A session goes on from one answer; which of several would it be?
         if self.session_id is not None and self.n not in (None, 1):
             raise ApiError(400, "'n' must be 1 in a session: it continues with one answer", "n")
-        if self.messages[-1].role != "user":
-            raise ApiError(400, "the last message must be the user's", "messages")
+        if self.max_tokens == 0:
+            raise ApiError(400, "'max_tokens' must be at least 1 in a chat", "max_tokens")
+        # vLLM's clients say that the last message is to be continued, others let it speak for itself.
+        prefill = self.messages[-1].role == "assistant"
+        if prefill and self.session_id is not None:
+            raise ApiError(400, "'messages' must end with the user's in a session", "messages")
+        if self.continue_final_message not in (None, prefill):
+            raise ApiError(
+                400, "'continue_final_message' goes with a last message of the assistant", "continue_final_message"
+            )
+        if self.add_generation_prompt not in (None, not prefill):
+            raise ApiError(400, "'add_generation_prompt' goes with a last message of the user", "add_generation_prompt")
         return self
+
+    def template_arguments(self) -> dict[str, Any]:
+        """Return what the model's chat format is told beside the messages."""
+        effort = {"reasoning_effort": self.reasoning_effort} if self.reasoning_effort is not None else {}
+        return {**(self.chat_template_kwargs or {}), **effort}
+
+
+def _unless_minus_one(value: int | None) -> int | None:
+    return None if value == -1 else value
 
 
 class CompletionRequest(Parameters):
@@ -217,6 +281,17 @@ class CompletionRequest(Parameters):
     prompt: str | Annotated[list[str], NONEMPTY] | Tokens | Annotated[list[Tokens], NONEMPTY]
     logprobs: int | None = Field(None, ge=0, le=20)
     echo: bool | None = Field(None, description="Begin the text with the prompt, and `logprobs` with those of it.")
+
+    @model_validator(mode="after")
+    def _check_text(self) -> "CompletionRequest":
+        if self.max_tokens == 0 and not self.scores_prompt:
+            raise ApiError(400, "'max_tokens' 0 scores a text: give 'echo' and 'logprobs' with it", "max_tokens")
+        return self
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Are the log-probabilities of the prompt asked for?"""
+        return bool(self.echo) and self.logprobs is not None
 
     def prompts(self) -> list[Any]:
         """Return the prompts one by one, each as text or as token ids."""
@@ -260,101 +335,3 @@ def _refusal(error: ValidationError, kind: type[Parameters]) -> ApiError:
     reasons = [f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in of_name[:4]]
     distinct = dict.fromkeys(reasons)  # keeps the order
     return ApiError(400, f"'{name}' is not right: {'; or '.join(distinct)}", name)
-
-
-# ---- Answers
-
-
-class ChatAnswer(TypedDict):
-    """The assistant's message. `reasoning_content` is what a model says to itself before it answers."""
-
-    role: Literal["assistant"]
-    content: str
-    reasoning_content: NotRequired[str]
-    tool_trace: NotRequired[list[ToolTrace]]
-
-
-class ChatChoice(TypedDict):
-    """One of the `n` answers of a chat."""
-
-    index: int
-    message: ChatAnswer
-    logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length"]
-
-
-class TextChoice(TypedDict):
-    """One continuation of one prompt."""
-
-    index: int
-    text: str
-    tool_trace: NotRequired[list[ToolTrace]]
-    logprobs: TextLogprobs | None
-    finish_reason: Literal["stop", "length"]
-
-
-class CachedTokens(TypedDict):
-    """Prompt tokens that were found in the prefix cache and not computed again."""
-
-    cached_tokens: int
-
-
-class Usage(TypedDict):
-    """Token counts. The prompt is counted once, however many answers are made to it."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    prompt_tokens_details: CachedTokens
-
-
-class SessionInfo(TypedDict):
-    """The state of a session after its last answer. `dropped_turns` no longer fitted the context."""
-
-    id: str
-    model: str
-    turns: int
-    dropped_turns: int
-    tokens: int
-    context: int
-    expires_in: float
-    cached_tokens: int
-
-
-class SessionContent(SessionInfo):
-    """A session with its conversation."""
-
-    messages: list[dict[str, Any]]
-
-
-class ChatCompletion(TypedDict):
-    """The answer of /v1/chat/completions."""
-
-    id: str
-    object: Literal["chat.completion"]
-    created: int
-    model: str
-    choices: list[ChatChoice]
-    usage: Usage
-    session: NotRequired[SessionInfo]
-
-
-class TextCompletion(TypedDict):
-    """The answer of /v1/completions."""
-
-    id: str
-    object: Literal["text_completion"]
-    created: int
-    model: str
-    choices: list[TextChoice]
-    usage: Usage
-
-
-class ModelInfo(TypedDict):
-    """A model that this server offers."""
-
-    id: str
-    object: Literal["model"]
-    created: int
-    owned_by: str
-    context_length: int

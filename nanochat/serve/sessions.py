@@ -19,7 +19,9 @@ from typing import Any
 from cachetools import TTLCache
 
 from nanochat.conversation import ChatFormat, Message
-from nanochat.serve.schema import ApiError, SessionContent
+from nanochat.serve.messages import mend
+from nanochat.serve.objects import SessionContent
+from nanochat.serve.schema import ApiError
 
 Key = tuple[int, str]  # the owner (the number of an API key) and the session's name: keys do not see each other's
 
@@ -69,12 +71,10 @@ class Sessions:
             turn = SessionTurn(key, [], content["dropped_turns"] if content else 0)
             self._answering[key] = turn
         before = content["messages"] if content else []
-        conversation = [*before, *new]
-        if new[0]["role"] == "system":
-            # A system message stands first, also when a later turn brings it.
-            turns = [message for message in before if message["role"] != "system"]
-            conversation = [new[0], *turns, *new[1:]]
+        if any(message["role"] == "system" for message in new):
+            before = [message for message in before if message["role"] != "system"]
         try:
+            conversation = mend([*before, *new])
             turn.messages = self.chat_format.fit(conversation, self.budget)
         except BaseException:
             self.end(turn)
