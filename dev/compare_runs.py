@@ -122,7 +122,7 @@ def train(side: Side, config: Compare, steps: int, eval_tokens: int, eval_every:
         for line in process.stdout:
             lines.append((time.monotonic() - began, line))
     log.parent.mkdir(parents=True, exist_ok=True)
-    log.write_text("".join(line for _, line in lines))
+    log.write_text("".join(line for _, line in lines), encoding="utf-8")
     if process.returncode:
         raise ValueError(f"{side.name} ended with status {process.returncode}: see {log}")
     curve = read_ours(side, lines) if side.root == ROOT else read_reference(lines)

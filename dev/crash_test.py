@@ -91,7 +91,7 @@ class Stage:
         self.save_seconds = self._watch_a_save(process)
         process.join()
         if process.exitcode:
-            raise ValueError(f"the {name} stage fails by itself: {Path(self.log).read_text()[-2000:]}")
+            raise ValueError(f"the {name} stage fails by itself: {Path(self.log).read_text(encoding='utf-8')[-2000:]}")
         self.seconds = time.monotonic() - began
         self.expected = self._result("whole")
 
@@ -155,7 +155,9 @@ class Stage:
         process.join()
         killed = process.exitcode == -signal.SIGKILL
         if process.exitcode not in (0, -signal.SIGKILL):
-            raise AssertionError(f"{self.name}/{tag} did not go on: {Path(self.log).read_text()[-2000:]}")
+            raise AssertionError(
+                f"{self.name}/{tag} did not go on: {Path(self.log).read_text(encoding='utf-8')[-2000:]}"
+            )
         self.counts["kills"] += killed
         self.counts["while saving"] += killed and self._saving(tag)
         self.counts["resumes"] += bool(before)

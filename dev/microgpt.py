@@ -414,7 +414,7 @@ def train_command(config: Train) -> None:
     folder = Path(config.out) if config.out else get_base_dir() / "microgpt"
     saved = {"shape": asdict(model.shape), "alphabet": alphabet, "weights": model.plain_weights()}
     atomic_write_json(folder / "model.json", saved)
-    with open(folder / "losses.csv", "w", newline="") as f:
+    with open(folder / "losses.csv", "w", encoding="utf-8", newline="") as f:
         writer = csv.DictWriter(f, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)

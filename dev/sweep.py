@@ -181,7 +181,7 @@ def start(run: Run, slot: int, jobs: int, folder: Path) -> subprocess.Popen:
     log = folder / "logs" / f"{run.id}.log"
     log.parent.mkdir(exist_ok=True)
     print(f"{run}: log in {log}", flush=True)
-    with open(log, "a") as file:
+    with open(log, "a", encoding="utf-8") as file:
         command = [sys.executable, "-m", run.script, *run.argv]
         # a session of its own: Ctrl-C reaches this process alone, which then interrupts each run once
         return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file, start_new_session=True)
@@ -294,7 +294,7 @@ def write_results(folder: Path, records: list[Record], config: Config) -> None:
     for each in records:
         plain = {name: value for name, value in each.items() if isinstance(value, int | float | str)}
         lines.append({**each["point"], **plain})
-    with open(folder / "results.csv", "w", newline="") as file:
+    with open(folder / "results.csv", "w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(name for line in lines for name in line)))
         writer.writeheader()
         writer.writerows(lines)

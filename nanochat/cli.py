@@ -15,6 +15,7 @@ by the same parser. `run` wraps a script's main and turns its end into an exit c
 
 import argparse
 import dataclasses
+import io
 import os
 import sys
 import types
@@ -155,6 +156,10 @@ def run(main: Callable[[], None]) -> typing.NoReturn:
 
     A user's mistake (ValueError, a missing file, a full disk) becomes one line on stderr; a bug keeps its traceback.
     """
+    # A character that cannot be read or shown must not end a command. Pipes of Windows know 256 of them.
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         main()
         sys.stdout.flush()

@@ -10,6 +10,7 @@ import os
 import platform
 import re
 import subprocess
+import sys
 import time
 from importlib import metadata
 from pathlib import Path
@@ -34,6 +35,8 @@ def print0(*args: Any, **kwargs: Any) -> None:
 
 def fsync_dir(path: Path) -> None:
     """Make a rename inside `path` durable: a name belongs to its directory's data, not to the file's."""
+    if sys.platform == "win32":
+        return  # which opens no directories
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -105,7 +108,7 @@ def git_commit() -> str:
 def read_if_there(path: Path | str) -> str:
     """Return the text of a file, or "" when it cannot be read, as /proc on another system."""
     try:
-        return Path(path).read_text()
+        return Path(path).read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
 

@@ -10,6 +10,7 @@ import os
 import platform
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -119,10 +120,14 @@ class Compute:
         """Return the most bytes held so far: device memory on CUDA, resident memory of the process elsewhere."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
-        import resource  # not on Windows
+        if sys.platform == "win32":
+            import psutil  # which only Windows needs
+
+            return psutil.Process().memory_info().peak_wset
+        import resource  # which Windows lacks
 
         used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return used if platform.system() == "Darwin" else used * 1024  # Linux counts in KiB
+        return used if sys.platform == "darwin" else used * 1024  # Linux counts in KiB
 
     def barrier(self) -> None:
         """Wait for every rank."""
@@ -244,7 +249,7 @@ def cpu_has_bf16() -> bool:
 
 def usable_cores() -> int:
     """Return how many cores this process may run on."""
-    if hasattr(os, "sched_getaffinity"):  # Linux; a container or taskset may allow fewer than there are
+    if sys.platform == "linux":  # where a container or taskset may allow fewer than there are
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
@@ -279,7 +284,12 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
-    room = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]  # all that is installed
+    if sys.platform == "win32":
+        import psutil
+
+        room = [psutil.virtual_memory().available]
+    else:
+        room = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]  # all that is installed
     available = re.search(r"MemAvailable:\s+(\d+) kB", read_if_there("/proc/meminfo"))
     if available:
         room.append(int(available[1]) * 1024)

@@ -51,7 +51,12 @@ def check(
     stays on its side. prelude: source that the test needs, such as the helpers in HumanEval's prompt, which the program
     then cannot redefine. timeout: seconds, without Python's start.
     Raises ValueError if this machine cannot isolate programs, unless `unsafe`: then they run as isolated as it can.
+    Windows, which cannot fork, runs none.
     """
+    if sys.platform == "win32":
+        raise ValueError(
+            "Windows cannot run model-written code (humaneval) as this does: use WSL, or leave humaneval out"
+        )
     task = {"program": program, "entry_point": entry_point, "test": test, "prelude": prelude}
     # -I and -S: no PYTHON* variables, no site-packages, nothing of this project on the path. -u: nothing that was
     # printed before a crash is lost.

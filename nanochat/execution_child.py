@@ -15,7 +15,6 @@ import contextlib
 import ctypes
 import json
 import os
-import resource
 import signal
 import struct
 import sys
@@ -81,6 +80,8 @@ def end_with_parent() -> None:
 
 def limit_resources() -> None:
     """Bound memory and output. The hard limits are lowered too, so that the program cannot raise them again."""
+    import resource  # Windows lacks it, where this file is imported and not run
+
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_FSIZE, (OUTPUT_BYTES, OUTPUT_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash leaves no file

@@ -275,7 +275,7 @@ class RunLog:
         self.wandb = start_wandb(run.config.run, run.meta, run.folder) if run.config.run else None
         self.live = sys.stdout.isatty()
         # Line buffering: a killed run loses at most the line in hand.
-        self.file = open(run.folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
+        self.file = open(run.folder / "metrics.jsonl", "a", encoding="utf-8", buffering=1)  # noqa: SIM115
 
     def write(self, line: dict[str, Any]) -> None:
         """Append a line to metrics.jsonl and wandb."""
@@ -329,7 +329,7 @@ def drop_lines_after(path: Path, step: int, evaluated: bool) -> None:
 
     evaluated: the checkpoint has the evaluation of its step; otherwise that will be repeated too.
     """
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     kept = []
     for text in lines:
         try:

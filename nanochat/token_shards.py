@@ -20,8 +20,6 @@ among them, whose mask is 1 throughout. There nothing is split: each document st
 """
 
 import bisect
-import contextlib
-import fcntl
 import hashlib
 import itertools
 import os
@@ -35,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 
 from nanochat.common import atomic_write_json, fsync_dir, read_json, sha256_file
 from nanochat.documents import dataset_dir, iterate_documents, read_manifest, shard_records
@@ -219,7 +218,9 @@ class TextRows(PackedRows):
         if folder.exists():
             return
         _wait_for(self.paths[shard])
-        with _lock(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # One process or thread works on a folder at a time. The system frees the lock of a process that dies.
+        with FileLock(folder.with_name(f".{folder.name}.lock")):
             if not folder.exists():  # another process may have made it while this one waited for the lock
                 _pack_text(self.paths[shard], self.hashes[shard], folder, self.tokenizer, self.sequence_len + 1)
 
@@ -401,12 +402,3 @@ def _rename(temporary: Path, folder: Path) -> None:
             raise
         shutil.rmtree(temporary)
     fsync_dir(folder.parent)
-
-
-@contextlib.contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """Let one process or thread at a time work on `folder`. The system frees the lock of a process that dies."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_name(f".{folder.name}.lock"), "w") as f:
-        fcntl.flock(f, fcntl.LOCK_EX)
-        yield

@@ -257,6 +257,9 @@ def typed_lines(compute: Compute, prompt: str = "") -> Iterator[str]:
 @contextlib.contextmanager
 def line_editing() -> Iterator[None]:
     """Give input() arrow keys and a history that is kept from session to session."""
+    if sys.platform == "win32":
+        yield  # its console has arrow keys and a history of its own, and Python no readline
+        return
     import readline
 
     path = get_base_dir() / "chat_history"
@@ -275,9 +278,6 @@ def main() -> None:
     config = cli.parse(Config, description=__doc__.split("\n\n")[0])
     # A shell may have started us with SIGINT ignored, as it does for jobs in the background.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    # A character that cannot be read or shown must not end the conversation.
-    for stream in (sys.stdin, sys.stdout):
-        stream.reconfigure(errors="replace")  # type: ignore[union-attr]
     compute = Compute.create(config.device_type)
     ranks = compute.world_size
     if config.tensor_parallel != (ranks > 1) or (config.devices and ranks > 1):

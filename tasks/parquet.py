@@ -7,10 +7,11 @@ A download keeps the hub's file names and writes `<split>.manifest.json` last, w
 manifest the files count as not there, so that a download that was cut off is continued and never read.
 """
 
-import fcntl
 import re
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 from nanochat.common import atomic_write_json, get_base_dir, read_json, sha256_file
 from nanochat.conversation import validate
@@ -110,8 +111,7 @@ class ParquetTask(Task):
         """
         folder = cls.folder(None)
         folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / f".{split}.lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed
+        with FileLock(folder / f".{split}.lock"):
             found = cls.local(split)
             return found or cls._download(split, folder)
 

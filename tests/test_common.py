@@ -45,7 +45,7 @@ def test_atomic_write_writes_and_replaces(data, tmp_path):
 def test_a_reader_sees_the_old_file_or_the_new_one(tmp_path):
     path = tmp_path / "meta.json"
     common.atomic_write(path, "old")
-    with open(path) as reader:
+    with open(path, encoding="utf-8") as reader:
         common.atomic_write(path, "new")
         assert reader.read() == "old"  # replaced by a rename, not written over
     assert path.read_text() == "new"

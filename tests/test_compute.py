@@ -51,7 +51,7 @@ def test_without_a_wish_the_processor_decides(empty, monkeypatch):
 
 def test_a_bf16_processor_is_one_whose_flags_say_so():
     try:
-        flags = Path("/proc/cpuinfo").read_text().split()
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
     except OSError:
         pytest.skip("no /proc/cpuinfo here")
     assert cpu_has_bf16() == bool({"avx512_bf16", "amx_bf16", "bf16"} & set(flags))

@@ -185,7 +185,7 @@ class Outside:
 
 def children():
     """Process ids of this process's children; orphans of our checks become our children."""
-    return set(Path(f"/proc/self/task/{os.getpid()}/children").read_text().split())
+    return set(Path(f"/proc/self/task/{os.getpid()}/children").read_text(encoding="utf-8").split())
 
 
 @pytest.fixture
@@ -254,7 +254,7 @@ def test_the_same_programs_escape_a_naive_grader(name, escapes, world, monkeypat
 
 def descendants(process):
     """Process ids of all that a process has started, and that have started since."""
-    found = set(Path(f"/proc/{process}/task/{process}/children").read_text().split())
+    found = set(Path(f"/proc/{process}/task/{process}/children").read_text(encoding="utf-8").split())
     return found.union(*map(descendants, found))
 
 
@@ -319,7 +319,7 @@ def test_without_landlock_nothing_runs_unless_unsafe(number, lacking):
 def test_numbers_of_system_calls_are_the_kernels(header, column):
     if not Path(header).exists():
         pytest.skip(f"{header} is not here")
-    numbers = dict(re.findall(r"#define __NR(?:3264)?_(\w+)\s+(\d+)", Path(header).read_text()))
+    numbers = dict(re.findall(r"#define __NR(?:3264)?_(\w+)\s+(\d+)", Path(header).read_text(encoding="utf-8")))
     aliases = {"newfstatat": "fstatat"} if column == 2 else {}
     for entry in ", ".join(execution_child.SYSTEM_CALLS.values()).split(", "):
         words = entry.split()

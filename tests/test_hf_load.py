@@ -326,7 +326,7 @@ def test_memory_is_flat_over_many_loads(saved):
         model(torch.tensor([tokenizer.encode("Once upon a time")]))
 
     def resident():
-        return int(Path("/proc/self/statm").read_text().split()[1]) * 4  # kB
+        return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * 4  # kB
 
     for _ in range(10):
         cycle()

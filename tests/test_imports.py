@@ -94,8 +94,14 @@ def python(code, cwd, **env):
 
 
 IMPORT_ALL = """
-import importlib, logging, os, sys
+import builtins, importlib, logging, os, sys
 import torch
+usual_import = builtins.__import__
+def import_as_windows_does(name, globals=None, *arguments):
+    if name in POSIX_ONLY and (globals or {}).get("__name__") in NAMES:
+        raise ModuleNotFoundError(f"{globals['__name__']} imports {name}, which Windows lacks")
+    return usual_import(name, globals, *arguments)
+builtins.__import__ = import_as_windows_does
 done = []
 def audit(event, arguments):
     if event in ("socket.connect", "subprocess.Popen", "os.mkdir", "os.remove", "os.rename"):
@@ -115,12 +121,30 @@ assert not torch.distributed.is_initialized()
 """
 
 
-def test_importing_every_module_does_nothing(tmp_path):
+# https://docs.python.org/3/library/unix.html, and readline
+POSIX_ONLY = [
+    "crypt",
+    "fcntl",
+    "grp",
+    "nis",
+    "posix",
+    "pty",
+    "pwd",
+    "readline",
+    "resource",
+    "spwd",
+    "syslog",
+    "termios",
+]
+POSIX_ONLY += ["tty"]
+
+
+def test_importing_every_module_does_nothing_and_takes_no_posix(tmp_path):
     home = tmp_path / "home"
     home.mkdir()
     # modeling_nanochat.py is copied into bundles and runs where transformers is installed, which here is optional.
     names = sorted(set(MODULES) - {"nanochat.hf.modeling_nanochat"})
-    code = f"NAMES = {names!r}\n{IMPORT_ALL}"
+    code = f"NAMES = {names!r}\nPOSIX_ONLY = {POSIX_ONLY!r}\n{IMPORT_ALL}"
     result = python(code, tmp_path, HOME=str(home), NANOCHAT_BASE_DIR=str(tmp_path / "base"))
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
     assert not (tmp_path / "base").exists()

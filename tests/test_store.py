@@ -265,7 +265,7 @@ def test_prompts_one_after_another_leave_memory_flat(server):
     chat = session(download.download(NAME), temperature=0.0, max_tokens=4)
 
     def resident():
-        return int(Path("/proc/self/statm").read_text().split()[1]) * 4  # kB
+        return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * 4  # kB
 
     for _ in range(10):
         chat.ask("again")
