@@ -177,7 +177,10 @@ def main() -> None:
     config = cli.parse(Config, description=__doc__)
     compute = Compute.create(config.device_type)
     config.path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="nanochat-gpu-") as temporary, open(config.path, "a") as file:
+    with (
+        tempfile.TemporaryDirectory(prefix="nanochat-gpu-") as temporary,
+        open(config.path, "a", encoding="utf-8") as file,
+    ):
         bench = Bench(
             compute=compute,
             sizes=ON_GPU if compute.device.type == "cuda" else REHEARSAL,

@@ -17,7 +17,7 @@ def write(path: str, *read: str) -> None:
         with open(name, "rb") as file:
             digest.update(os.path.basename(name).encode() + file.read())
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(path, "w") as file:
+    with open(path, "w", encoding="utf-8") as file:
         file.write(f"{' '.join(sys.argv[2:])} {digest.hexdigest()}")
 
 
@@ -29,7 +29,7 @@ def main() -> None:
     module = sys.argv[2]
     if module in ("pip", "scripts.chat_cli"):
         return
-    with open(f"{base}/calls", "a") as calls:
+    with open(f"{base}/calls", "a", encoding="utf-8") as calls:
         calls.write(f"{module}\n")
     if os.path.exists(f"{base}/stop-{module}"):
         os.remove(f"{base}/stop-{module}")
