@@ -6,21 +6,13 @@ import os
 import pickle
 
 import pytest
-import tiny_run
 import torch
-from random_model import random_model
 
 pytest.importorskip("transformers", reason="the oracle, transformers, is not installed")
-import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from nanochat import checkpoint
-from nanochat.compute import Compute
-from nanochat.conversation import render_for_completion
-from nanochat.engine import Engine
-from nanochat.gpt import GPT, GPTConfig
 from nanochat.hf import convert
-from nanochat.hf.modeling_nanochat import NanochatGPT, NanochatGPTConfig
 from nanochat.hf.tokenizer_convert import find_tokenizer, from_tokenizer_json, read_pickled, to_tokenizer_json
 from nanochat.tokenizer import Tokenizer, load_tokenizer
 
@@ -277,146 +269,6 @@ def forge(state):
     return b"\x80\x02ctiktoken.core\nEncoding\n)\x81" + content + b"b."
 
 
-def greedy(model, prompt, count):
-    row = model.generate(torch.tensor([prompt]), max_new_tokens=count, do_sample=False, eos_token_id=None)[0]
-    return row[len(prompt) :].tolist()
-
-
-def prompts(vocab_size, *lengths):
-    generator = torch.Generator().manual_seed(5)
-    return [torch.randint(vocab_size, (n,), generator=generator).tolist() for n in lengths]
-
-
-def same(ours, tokenizer, theirs, tolerance=1e-4):
-    """Equal logits, and equal greedy tokens from the engine here and from generate there."""
-    batch = prompts(ours.config.vocab_size, 7, 160)
-    for prompt in batch:
-        wanted = theirs(torch.tensor([prompt])).logits
-        assert (ours(torch.tensor([prompt])) - wanted).abs().max() / wanted.abs().max() < tolerance
-    engine = Engine(ours, tokenizer)
-    engine._stop_tokens = set()
-    assert engine.complete(batch, 20) == [greedy(theirs, prompt, 20) for prompt in batch]
-
-
-@torch.no_grad()
-def test_transformers_nanochat_and_back(base, tmp_path, tokenizer):
-    """A folder that transformers saved becomes a checkpoint; exported again, it is the same for transformers."""
-    config = transformers.NanoChatConfig(
-        vocab_size=tokenizer.get_vocab_size(),
-        hidden_size=64,
-        intermediate_size=256,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-    )
-    theirs = transformers.NanoChatForCausalLM(config).eval()
-    for value in theirs.parameters():
-        value.copy_(torch.randn(value.shape, generator=torch.Generator().manual_seed(value.numel())) * 0.15)
-    theirs.save_pretrained(tmp_path / "theirs", max_shard_size="100KB")
-    (tmp_path / "theirs" / "tokenizer.json").write_text(to_tokenizer_json(tokenizer))
-    convert.import_checkpoint(tmp_path / "theirs", "sft", "theirs")
-    model, ours, _ = checkpoint.load_model("sft", "cpu", "theirs")
-    assert ours.get_vocab_size() == tokenizer.get_vocab_size()
-    assert [ours.encode(text) for text in TEXTS[:3]] == [tokenizer.encode(text) for text in TEXTS[:3]]
-    same(model, ours, theirs)
-    convert.export_checkpoint(tmp_path / "again", "sft", "theirs")
-    assert json.loads((tmp_path / "again" / "config.json").read_text())["model_type"] == "nanochat"
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float32)
-    assert type(again) is type(theirs)
-    same(model, ours, again)
-
-
-@pytest.fixture
-def exported(trained_world, monkeypatch, tmp_path):
-    """A trained model of the present architecture, and its bundle."""
-    monkeypatch.setenv("NANOCHAT_DTYPE", "float32")
-    convert.export_checkpoint(tmp_path / "bundle", "mid", None)
-    return tmp_path / "bundle"
-
-
-def from_bundle(folder):
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
-
-
-@torch.no_grad()
-def test_bundle_with_its_own_code(exported, monkeypatch, tmp_path):
-    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
-    model, tokenizer, meta = checkpoint.load_model("mid", "cpu")
-    theirs = from_bundle(exported)
-    batch = prompts(model.config.vocab_size, 5, 30)
-    for prompt in batch:
-        wanted = theirs(torch.tensor([prompt])).logits
-        assert (model(torch.tensor([prompt])) - wanted).abs().max() / wanted.abs().max() < 1e-4
-    engine = Engine(model, tokenizer)
-    engine._stop_tokens = set()
-    assert engine.complete(batch, 20) == [greedy(theirs, prompt, 20) for prompt in batch]
-    padded = torch.tensor([[0] * 25 + batch[0], batch[1]])
-    mask = torch.tensor([[0] * 25 + [1] * 5, [1] * 30])
-    logits = theirs(padded, attention_mask=mask).logits[0, 25:]
-    torch.testing.assert_close(logits, theirs(torch.tensor([batch[0]])).logits[0], atol=1e-4, rtol=1e-4)
-    hashes = json.loads((exported / "hashes.json").read_text())
-    assert hashes["step"] == meta["step"] and "model.safetensors" in hashes["sha256"]
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "elsewhere"))
-    convert.import_checkpoint(exported, "sft", "back")
-    back, tokenizer_back, _ = checkpoint.load_model("sft", "cpu", "back")
-    assert tokenizer_back.hash == tokenizer.hash
-    assert all(torch.equal(value, model.state_dict()[name]) for name, value in back.state_dict().items())
-
-
-@torch.no_grad()
-def test_random_weights_of_the_present_architecture(base, tmp_path, tokenizer):
-    """As above, but every switch on and every weight large, past short windows."""
-    where, _, _ = write_original(tmp_path / "theirs", tokenizer, True)
-    convert.import_checkpoint(where, "base", "x")
-    convert.export_checkpoint(tmp_path / "bundle", "base", "x")
-    model, tokenizer, _ = checkpoint.load_model("base", "cpu", "x")
-    same(model, tokenizer, NanochatGPT.from_pretrained(tmp_path / "bundle", dtype=torch.float32))
-
-
-@torch.no_grad()
-def test_scales_of_norms_need_a_bundle_with_code(base, tmp_path, tokenizer):
-    """transformers' class has no such scales: it is refused even where all else is of 2025; our own code has them."""
-    plain = {**convert.PLAIN_SWITCHES, "window_pattern": "L"}
-    model = random_model(tokenizer.get_vocab_size(), **SHAPE, **plain, norm_scales=True)
-    model.resid_scale.fill_(1.0)
-    model.embed_skip.fill_(0.0)
-    tokenizer.save(base / "tokenizer")
-    meta = {"model_config": dataclasses.asdict(model.config), "tokenizer_hash": tokenizer.hash}
-    compute = Compute(torch.device("cpu"), torch.float32)
-    checkpoint.save("base", "x", step=1, model=model, optimizer_state=None, meta=meta, compute=compute)
-    with pytest.raises(ValueError, match="--format code"):
-        convert.export_checkpoint(tmp_path / "refused", "base", "x", format="nanochat")
-    convert.export_checkpoint(tmp_path / "bundle", "base", "x")
-    same(model, tokenizer, NanochatGPT.from_pretrained(tmp_path / "bundle", dtype=torch.float32))
-
-
-def test_modeling_loss_is_that_of_the_next_token():
-    """Against torch's cross-entropy over the model's own logits; -100 is ignored, as transformers' trainers expect."""
-    gpt = dataclasses.asdict(GPTConfig(**SHAPE, vocab_size=300))
-    model = NanochatGPT(NanochatGPTConfig(gpt=gpt)).eval()
-    ids = torch.randint(300, (2, 20), generator=torch.Generator().manual_seed(1))
-    labels = ids.clone()
-    labels[0, :7] = -100
-    out = model(ids, labels=labels)
-    wanted = torch.nn.functional.cross_entropy(out.logits[:, :-1].transpose(1, 2), labels[:, 1:])
-    torch.testing.assert_close(out.loss, wanted)
-
-
-def test_tokenizer_and_template_of_a_bundle(exported):
-    ours, theirs = load_tokenizer(), transformers.AutoTokenizer.from_pretrained(exported)
-    for text in [*TEXTS[:3], "<b> & '12345'", " " * 300 + "x", "\n\n\n  a"]:
-        assert theirs.encode(text, add_special_tokens=False) == ours.encode(text)
-        assert theirs.decode(ours.encode(text)) == text
-    for messages in (TALK, TALK[1:2], TALK[1:]):
-        ids = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        assert ids == render_for_completion({"messages": messages}, ours)
-    assert theirs.eos_token_id == ours.encode_special("<|assistant_end|>")
-
-
 def test_tokenizers_convert_both_ways(tmp_path, tokenizer):
     (tmp_path / "tokenizer.json").write_text(to_tokenizer_json(tokenizer))
     back = from_tokenizer_json(tmp_path / "tokenizer.json")
@@ -434,30 +286,3 @@ def test_tokenizers_convert_both_ways(tmp_path, tokenizer):
         (tmp_path / "tokenizer.json").write_text(text)
         with pytest.raises(ValueError, match=r"tokenizer\.json"):
             from_tokenizer_json(tmp_path / "tokenizer.json")
-
-
-def test_what_cannot_be_exported_is_said(trained_world, tmp_path):
-    with pytest.raises(ValueError, match=r"llama\.cpp"):
-        convert.export_checkpoint(tmp_path / "x", "mid", None, format="gguf")
-    with pytest.raises(ValueError, match="--format code"):
-        convert.export_checkpoint(tmp_path / "x", "mid", None, format="nanochat")
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "file").write_text("mine")
-    with pytest.raises(ValueError, match="not empty"):
-        convert.export_checkpoint(tmp_path / "full", "mid", None)
-    assert os.listdir(tmp_path / "full") == ["file"]
-
-
-def test_command_line(trained_world, tmp_path):
-    out = tiny_run.run("scripts.models", "export", str(tmp_path / "bundle"), "--stage", "mid").out
-    assert "trust_remote_code=True" in out
-    tiny_run.run("scripts.models", "import", str(tmp_path / "bundle"), "--stage", "sft", "--tag", "back")
-    assert checkpoint.list_steps("sft", "back") == [0]
-    line = tiny_run.script("scripts.models", "import", str(tmp_path), "--stage", "sft", "--tag", "no").error_line
-    assert "nothing to import" in line
-    assert (
-        load_file(tmp_path / "bundle" / "model.safetensors").keys()
-        == GPT(GPTConfig.from_dict(json.loads((tmp_path / "bundle" / "config.json").read_text())["gpt"]))
-        .state_dict()
-        .keys()
-    )

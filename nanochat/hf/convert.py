@@ -12,29 +12,25 @@ which they rotate: the mirror image of a vector turned by -θ is the mirrored ve
 """
 
 import dataclasses
-import json
-import shutil
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field, StringConstraints
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from nanochat import checkpoint
-from nanochat.common import atomic_write, atomic_write_json, get_base_dir, read_json, sha256_file
+from nanochat.common import get_base_dir, read_json
 from nanochat.compute import Compute
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.hf.bundle import BUNDLE_TYPE, write_bundle
 from nanochat.hf.load import stored_tensors
 from nanochat.hf.open_model import Count, Heads, Layers, OpenConfig, Positive
-from nanochat.hf.tokenizer_convert import find_tokenizer, to_tokenizer_json
-from nanochat.tokenizer import FILE_NAME, Tokenizer, kept_name
+from nanochat.hf.tokenizer_convert import find_tokenizer
+from nanochat.tokenizer import FILE_NAME, kept_name
 
 State = dict[str, torch.Tensor]
-
-BUNDLE_TYPE = "nanochat_gpt"  # model_type in the config.json of a bundle with its own code
-HERE = Path(__file__).parent
 
 # Their names -> ours; "{i}" is the number of a layer. Names that are the same on both sides are not listed.
 ORIGINAL_NAMES = {
@@ -157,11 +153,9 @@ def build_model(config: GPTConfig, state: State, origin: Path) -> GPT:
     state.setdefault("embed_skip", torch.zeros(config.n_layer))
     padding = config.padded_vocab_size - config.vocab_size
     for name, value in state.items():
-        is_table = name.startswith(("embed.", "head.", "value_embeds."))
-        if (
-            is_table and value.dim() == 2 and len(value) == config.vocab_size
-        ):  # ours are padded to a multiple of 64 tokens
-            state[name] = F.pad(value, (0, 0, 0, padding))
+        is_table = name.startswith(("embed.", "head.", "value_embeds.")) and value.dim() == 2
+        if is_table and len(value) == config.vocab_size:
+            state[name] = F.pad(value, (0, 0, 0, padding))  # ours have a multiple of 64 rows
         elif name in ("smear_scale", "backout") and value.numel() == 1:  # vectors of one number in the original
             state[name] = value.reshape(())
     with torch.device("meta"):  # no memory for values that are replaced at once
@@ -297,7 +291,7 @@ def is_expressible(model: GPT) -> bool:
 
 
 def export_checkpoint(folder: Path, stage: str, tag: str | None, step: int | None = None, format: str = "auto") -> str:
-    """Write a checkpoint to `folder` as a bundle: safetensors, config, tokenizer, chat template, hashes, model card.
+    """Write a checkpoint to `folder` as a bundle (hf/bundle.py) that transformers loads.
 
     `format` is "nanochat" for transformers' own class, "code" for a bundle with its own code, or "auto" for the first
     that works. Returns the line of Python that loads it. Raises ValueError if the folder is not empty or the model
@@ -313,24 +307,10 @@ def export_checkpoint(folder: Path, stage: str, tag: str | None, step: int | Non
     if format == "nanochat" and with_code:
         raise ValueError("transformers' NanoChat class cannot express this model: use --format code")
 
-    folder.mkdir(parents=True, exist_ok=True)
-    write_config(folder, model.config, tokenizer, with_code)
-    write_tokenizer(folder, tokenizer, model.config.sequence_len)
-    if with_code:
-        shutil.copy(HERE / "modeling_nanochat.py", folder)
-        state = model.state_dict()
-    else:
-        state = transformers_state(model)
-    state = {name: value.detach().float().contiguous() for name, value in state.items()}
-    save_file(state, folder / "model.safetensors", {"format": "pt"})
-
-    trust = ", trust_remote_code=True" if with_code else ""
+    state = model.state_dict() if with_code else transformers_state(model)
     facts = {name: meta.get(name) for name in ("stage", "tag", "step", "val_bpb", "dataset", "source")}
-    write_card(folder, model, facts, trust)
-    # The hashes come last: they are those of all other files.
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    hashes = {path.relative_to(folder).as_posix(): sha256_file(path) for path in files}
-    atomic_write_json(folder / "hashes.json", {"sha256": hashes, "tokenizer_hash": tokenizer.hash, **facts})
+    write_bundle(folder, model.config, state, tokenizer, facts, with_code)
+    trust = ", trust_remote_code=True" if with_code else ""
     return f"{folder}: AutoModelForCausalLM.from_pretrained({str(folder)!r}{trust})"
 
 
@@ -343,74 +323,3 @@ def transformers_state(model: GPT) -> State:
     names = all_names(TRANSFORMERS_NAMES, model.config.n_layer)
     # resid_scale and embed_skip have no name there, and change nothing in a model that `is_expressible`.
     return {theirs: ours[name] for theirs, name in names.items()}
-
-
-def write_config(folder: Path, config: GPTConfig, tokenizer: Tokenizer, with_code: bool) -> None:
-    """Write config.json and generation_config.json for transformers' own class, or for modeling_nanochat.py."""
-    if with_code:
-        kind = {
-            "architectures": ["NanochatGPT"],
-            "model_type": BUNDLE_TYPE,
-            "auto_map": {
-                "AutoConfig": "modeling_nanochat.NanochatGPTConfig",
-                "AutoModelForCausalLM": "modeling_nanochat.NanochatGPT",
-            },
-            "use_cache": False,
-            "gpt": dataclasses.asdict(config),
-        }
-    else:
-        kind = {
-            "architectures": ["NanoChatForCausalLM"],
-            "model_type": "nanochat",
-            "hidden_act": "relu2",
-            "intermediate_size": 4 * config.n_embd,
-            "num_key_value_heads": config.n_kv_head,
-            "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_base},
-            "rms_norm_eps": torch.finfo(torch.float32).eps,
-            "final_logit_softcapping": config.softcap,
-        }
-    # Generation ends with the assistant's turn, or where another document would begin.
-    bos = tokenizer.get_bos_token_id()
-    end = tokenizer.encode_special("<|assistant_end|>")
-    special_ids = {"bos_token_id": bos, "eos_token_id": [end, bos]}
-    values = {
-        **kind,
-        **special_ids,
-        "vocab_size": config.vocab_size,
-        "max_position_embeddings": config.sequence_len,
-        "hidden_size": config.n_embd,
-        "num_hidden_layers": config.n_layer,
-        "num_attention_heads": config.n_head,
-        "tie_word_embeddings": False,
-        "dtype": "float32",
-    }
-    atomic_write_json(folder / "config.json", values)
-    atomic_write_json(folder / "generation_config.json", {**special_ids, "use_cache": not with_code})
-
-
-def write_tokenizer(folder: Path, tokenizer: Tokenizer, context: int) -> None:
-    """Write the tokenizer for transformers with its chat template, and in our own form, for the way back."""
-    atomic_write(folder / "tokenizer.json", to_tokenizer_json(tokenizer))
-    tokenizer.save(folder / "tokenizer")
-    settings = {
-        "bos_token": "<|bos|>",
-        "eos_token": "<|assistant_end|>",
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": context,
-        "clean_up_tokenization_spaces": False,
-    }
-    atomic_write_json(folder / "tokenizer_config.json", settings)
-    shutil.copy(HERE / "chat_template.jinja", folder)
-
-
-def write_card(folder: Path, model: GPT, facts: dict[str, Any], trust: str) -> None:
-    """Write README.md, the bundle's model card, from bundle_card.txt."""
-    template = (HERE / "bundle_card.txt").read_text(encoding="utf-8")
-    text = template.format(
-        name=f"{facts['stage']}/{facts['tag']}",
-        size=sum(parameter.numel() for parameter in model.parameters()) / 1e6,
-        facts="\n".join(f"* {name}: {value}" for name, value in facts.items() if value is not None),
-        trust=trust,
-        config=json.dumps(dataclasses.asdict(model.config), indent=1),
-    )
-    atomic_write(folder / "README.md", text)

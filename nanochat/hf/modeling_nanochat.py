@@ -15,6 +15,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutput
 
 
@@ -30,7 +31,8 @@ class NanochatGPTConfig(PretrainedConfig):
 
 def norm(x):
     """Apply RMSNorm without parameters over the last dimension."""
-    return F.rms_norm(x, (x.size(-1),))
+    # Without this epsilon PyTorch takes that of the input's dtype, which in bf16 (0.008) is far from the training's.
+    return F.rms_norm(x, (x.size(-1),), eps=torch.finfo(torch.float32).eps)
 
 
 def rotate(x_BTHD, cos_BT1D, sin_BT1D):
@@ -95,8 +97,11 @@ class MLP(nn.Module):
         return self.down(F.relu(self.up(x_BTC)).square())
 
 
-class Block(nn.Module):
-    """One layer: attention, then MLP, each on the normed residual."""
+class Block(GradientCheckpointingLayer):
+    """One layer: attention, then MLP, each on the normed residual.
+
+    After `model.gradient_checkpointing_enable()` its base class recomputes it in the backward pass.
+    """
 
     def __init__(self, gpt, gated):
         super().__init__()
@@ -112,10 +117,12 @@ class NanochatGPT(PreTrainedModel, GenerationMixin):
     """The model; its parameters have the names of nanochat's own checkpoints."""
 
     config_class = NanochatGPTConfig
+    supports_gradient_checkpointing = True
     _no_split_modules = ["Block"]  # noqa: RUF012 (as its base class has it)
 
     def __init__(self, config):
         super().__init__(config)
+        self.loss_type = "ForCausalLM"  # which loss of transformers' `loss_function` is, and Trainer counts for
         gpt = SimpleNamespace(**config.gpt)
         self.gpt = gpt
         n_layer = gpt.n_layer
@@ -181,18 +188,41 @@ class NanochatGPT(PreTrainedModel, GenerationMixin):
         angles_BT1D = positions_BT[:, :, None, None].float() * frequencies
         return angles_BT1D.cos().to(self.dtype), angles_BT1D.sin().to(self.dtype)
 
-    def forward(self, input_ids, attention_mask=None, labels=None, **kwargs):
-        """Return logits (B, T, V) in fp32, and the mean loss of predicting `labels` if given (-100 is ignored).
+    def tokens_of(self, embeds_BTC):
+        """Return the token (B, T) of which each vector is the embedding, or -1 where it is that of none."""
+        ids_BT = torch.full(embeds_BTC.shape[:2], -1, device=embeds_BTC.device)
+        table_VC = self.embed.weight
+        for ids_T, embeds_TC in zip(ids_BT, embeds_BTC, strict=True):
+            # Few rows of the table have the same first channel: only those are compared whole.
+            positions, tokens = (embeds_TC[:, :1] == table_VC[:, 0]).nonzero(as_tuple=True)
+            same = (embeds_TC[positions] == table_VC[tokens]).all(-1)
+            ids_T[positions[same]] = tokens[same]
+        return ids_BT
+
+    def value_embedding(self, i, ids_BT):
+        """Return the value embeddings of layer i, zero where a vector is no token's (-1), or None if it has none."""
+        if str(i) not in self.value_embeds:
+            return None
+        return self.value_embeds[str(i)](ids_BT.clamp(min=0)) * (ids_BT >= 0).unsqueeze(-1)
+
+    def forward(self, input_ids=None, attention_mask=None, labels=None, inputs_embeds=None, **kwargs):
+        """Return logits (B, T, V) in fp32, and the loss of predicting `labels` if given (-100 is ignored).
 
         `attention_mask` is 0 at padding, which generation puts on the left; positions count real tokens only.
+        `inputs_embeds` may stand in for `input_ids`. The loss is a mean, over `num_items_in_batch` tokens where
+        transformers' Trainer says how many there are in all micro-batches of a step.
         """
         gpt = self.gpt
+        if inputs_embeds is None:
+            inputs_embeds = self.embed(input_ids)
+        elif input_ids is None:
+            input_ids = self.tokens_of(inputs_embeds)
         real_BT = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         positions_BT = (real_BT.cumsum(-1) - 1).clamp(min=0)
         visible_BTT, distance_BTT = self.visibility(real_BT, positions_BT)
         cos_BT1D, sin_BT1D = self.rotation(positions_BT)
 
-        x_BTC = norm(self.embed(input_ids))
+        x_BTC = norm(inputs_embeds)
         if gpt.smear_channels:
             # Smear: each token gets a gated bit of the embedding of the token before it.
             previous_BTC = F.pad((x_BTC * real_BT[..., None])[:, :-1], (0, 0, 1, 0))
@@ -202,7 +232,7 @@ class NanochatGPT(PreTrainedModel, GenerationMixin):
         middle_BTC = x_BTC
         norm_scales = self.norm_scale if gpt.norm_scales else [1.0] * (gpt.n_layer + 1)
         for i, block in enumerate(self.blocks):
-            ve_BTC = self.value_embeds[str(i)](input_ids) if str(i) in self.value_embeds else None
+            ve_BTC = self.value_embedding(i, input_ids)
             in_window_BTT = visible_BTT & (distance_BTT < self.windows[i])
             x_BTC = self.resid_scale[i] * x_BTC + self.embed_skip[i] * x0_BTC
             x_BTC = block(x_BTC, ve_BTC, norm_scales[i], cos_BT1D, sin_BT1D, in_window_BTT)
@@ -217,5 +247,5 @@ class NanochatGPT(PreTrainedModel, GenerationMixin):
             logits_BTV = gpt.softcap * torch.tanh(logits_BTV / gpt.softcap)
         loss = None
         if labels is not None:  # the logits at each position are those of the next token
-            loss = F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+            loss = self.loss_function(logits_BTV, labels, gpt.vocab_size, **kwargs)
         return CausalLMOutput(loss=loss, logits=logits_BTV)

@@ -107,7 +107,7 @@ def from_tokenizer_json(path: Path) -> Tokenizer:
 def to_tokenizer_json(tokenizer: Tokenizer) -> str:
     """Return the text of a tokenizer.json that encodes as `tokenizer` does; raises ValueError if there is none."""
     import tokenizers
-    from tokenizers import decoders, models, pre_tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, processors
 
     letters = {byte: letter for letter, byte in byte_alphabet().items()}
 
@@ -130,6 +130,11 @@ def to_tokenizer_json(tokenizer: Tokenizer) -> str:
     # Ids are given in the order of this list, from the end of the vocabulary on.
     names = sorted(special, key=special.__getitem__)
     backend.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False) for name in names])
+    # Every document that the model has seen began with <|bos|>. Programs call the tokenizer on plain text and expect
+    # it to put that in front; a chat template writes its own.
+    backend.post_processor = processors.TemplateProcessing(
+        single="<|bos|> $A", pair="<|bos|> $A <|bos|> $B", special_tokens=[("<|bos|>", special["<|bos|>"])]
+    )
 
     same_text = all(backend.encode(text, add_special_tokens=False).ids == tokenizer.encode(text) for text in SAMPLES)
     same_special = all(backend.token_to_id(name) == i for name, i in special.items())
