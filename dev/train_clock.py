@@ -99,12 +99,12 @@ def facts(side: Trainable) -> dict[str, Any]:
 
 def busy_milliseconds(side: Trainable, batches: Batches) -> float | None:
     """Return how long the GPU was computing in one step, as the profiler sees it; None on a CPU."""
-    if side.device.type != "cuda":
+    on_gpu = side.device.type == "cuda"
+    activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA] if on_gpu else [ProfilerActivity.CPU]
+    with profile(activities=activities) as profiler:
         measure(side, batches, steps=1)
-        return None
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        measure(side, batches, steps=1)
-    return covered_milliseconds(profiler.events())
+    busy = covered_milliseconds(profiler.events())
+    return busy if on_gpu else None
 
 
 def covered_milliseconds(events: Any) -> float:

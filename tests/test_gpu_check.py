@@ -1,5 +1,7 @@
 """dev.gpu_check, rehearsed on a CPU: every row is there; what fails or is late becomes a row, too."""
 
+import contextlib
+import dataclasses
 import io
 import json
 import math
@@ -9,11 +11,15 @@ import signal
 import sys
 import time
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import tiny_run
 import torch
+from fake_gpu import FakeGpu
+from null_cuda import on_null_cuda
 from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity
 
 from dev import gpu_check, train_clock
 from dev.gpu_bench import REHEARSAL, Bench, Check
@@ -115,14 +121,18 @@ def test_what_there_is_no_time_for_is_named(bench, measure, minutes, why, capsys
     assert signal.getsignal(signal.SIGTERM) == before and signal.getitimer(signal.ITIMER_REAL) == (0, 0)
 
 
-def test_idle_time_counts_kernels_at_once_one_time_and_named_ranges_not_at_all():
-    def event(began, ended, device=DeviceType.CUDA, named=False):
-        span = SimpleNamespace(start=began, end=ended)
-        return SimpleNamespace(time_range=span, device_type=device, is_user_annotation=named)
+def event(began, ended, device=DeviceType.CUDA, named=False):
+    """As the profiler lists one; times are microseconds."""
+    span = SimpleNamespace(start=began, end=ended)
+    return SimpleNamespace(time_range=span, device_type=device, is_user_annotation=named)
 
-    events = [event(0, 1000), event(500, 700), event(900, 1500), event(3000, 4000)]
-    events += [event(0, 9000, DeviceType.CPU), event(0, 9000, named=True)]
-    assert train_clock.covered_milliseconds(events) == 2.5
+
+EVENTS = [event(0, 1000), event(500, 700), event(900, 1500), event(3000, 4000)]
+EVENTS += [event(0, 9000, DeviceType.CPU), event(0, 9000, named=True)]
+
+
+def test_idle_time_counts_kernels_at_once_one_time_and_named_ranges_not_at_all():
+    assert train_clock.covered_milliseconds(EVENTS) == 2.5
 
 
 def test_bad_flags(tmp_path, monkeypatch):
@@ -132,3 +142,47 @@ def test_bad_flags(tmp_path, monkeypatch):
     assert "--reference" in tiny_run.call("dev.gpu_check", cpu, f"--reference={tmp_path / 'none'}").error_line
     (tmp_path / "text.tar.gz").write_text("no archive")
     assert "--reference" in tiny_run.call("dev.gpu_check", cpu, f"--reference={tmp_path / 'text.tar.gz'}").error_line
+
+
+class Event:
+    """Stands in for torch.cuda.Event: whatever happens between two of them takes a millisecond."""
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        pass
+
+    def synchronize(self):
+        pass
+
+    def elapsed_time(self, end):
+        return 1.0
+
+
+@contextlib.contextmanager
+def profiled(activities):
+    """Stands in for torch.profiler.profile."""
+    assert ProfilerActivity.CUDA in activities
+    yield SimpleNamespace(events=lambda: EVENTS)
+
+
+@on_null_cuda
+def test_what_only_a_gpu_runs(tmp_path):
+    """On paper: attention and training, timed by events and profiled."""
+    with FakeGpu() as gpu, gpu.watch, mock.patch.object(torch.cuda, "Event", Event):
+        torch.compile = lambda function, **options: function  # what it makes of our code: test_cuda_graphs.py
+        torch.nn.Module.compile = lambda module, **options: None
+        sizes = dataclasses.replace(REHEARSAL, rounds=1)
+        bench = Bench(Compute(gpu.device, torch.bfloat16), sizes, tmp_path, None)
+        checks = [*gpu_check.kernels(bench)[:6], gpu_check.training(bench)[0]]
+        with mock.patch.object(gpu_check.gc, "collect"), mock.patch.object(train_clock, "profile", profiled):
+            rows = [row for check in checks for row in gpu_check.attempt(check, bench)]
+    assert not [row for row in rows if "failed" in row]
+    *attention, training = rows
+    forms = ["flash-attention-3", "flash-attention-3", "flex", "cudnn", "sdpa", "sdpa"]
+    assert [row["row"].split()[1].strip(",") for row in attention] == forms
+    assert training["row"] == "d2 bf16, ours"
+    assert training["ms"] == 6.0  # of rows, forward and backward twice, and optimizer
+    assert training["idle share"] == pytest.approx(1 - 2.5 / 6)
+    assert training["MFU"] > 0 and "attention flash-attention-3" in training["kernels"]
