@@ -26,21 +26,25 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from nanochat import recipe, trainer
+from nanochat.attention import BLOCK
 from nanochat.chat_eval import Sampling, evaluate_task, pass_rates
 from nanochat.cli import option, require_positive
 from nanochat.common import print0
 from nanochat.compute import Compute
 from nanochat.conversation import render_for_completion
+from nanochat.device_batch import DeviceBatch, choose_device_batch, explain_out_of_memory
 from nanochat.engine import Engine, Request
 from nanochat.finetune import Conversations, SourceConfig, continue_from, conversation_rows, load_source
 from nanochat.loss import IGNORED
-from nanochat.run import Run, stop_on_signals
+from nanochat.run import Run, abandoned_on_signal, stop_if_requested, stop_on_signals
 from nanochat.tokenizer import Tokenizer
 
 PASS_AT = (1, 4, 8)  # the last is the number of answers sampled to each test problem
+PROGRESS_LINES = 4  # in the evaluation of a task
 
 MicroBatch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # inputs_BT, targets_BT, weights_BT
 Problem = tuple[Any, int]  # a tasks.common.Task and the place of one of its conversations
@@ -115,50 +119,50 @@ def reinforce(config: RLConfig, train: Sequence[Any], test: Sequence[Any], held_
         source, "rl", config, compute, most_tokens, config.num_iterations, more_facts={"rollouts": rollouts}
     )
     share = config.problems * config.samples // compute.world_size
-    batch = trainer.choose_device_batch(model, config, compute, share)
+    batch = choose_device_batch(model, config, compute, share)
     val_rows = conversation_rows("rl_val", held_out, source.tokenizer, T, compute)
     val_loader = trainer.validation_loader(val_rows, batch.rows, compute)
 
     run.start_or_resume()
     model.eval()  # and so it stays: what is trained must be what has sampled, without dropout
-    with stop_on_signals(run), trainer.explain_out_of_memory(batch.rows), contextlib.closing(run):
+    with stop_on_signals(run), explain_out_of_memory(batch.rows), contextlib.closing(run):
         while True:
             step = run.step
             last = step == run.num_iterations
 
-            # As in pretraining (trainer.py says why): save, evaluate, prune, and stop between two steps.
+            # As in pretraining (trainer.py says why): save, evaluate, prune.
             if last or trainer.is_due(step, config.save_every or config.eval_every):
                 run.save()
             # Step 0 is evaluated too: what RL gains is the difference to the SFT model.
             if (last or step == 0 or trainer.is_due(step, config.eval_every)) and run.evaluated_step != step:
-                scores = trainer.validation_scores(run, val_loader)
-                run.record_evaluation({**scores, "tasks": evaluate(run, config, test)})
+                with abandoned_on_signal(run):
+                    scores: dict[str, Any] = {**trainer.validation_scores(run, val_loader)}
+                    scores["tasks"] = evaluate(run, config, test)
+                run.record_evaluation(scores)
             run.prune()
             if last:
                 break
-            trainer.stop_if_requested(run)
 
             began = time.perf_counter()
-            chosen = problems_of_step(problems, config, step)
-            groups = sample_groups(run, config, chosen, config.samples)
-            totals = count(groups, compute)
-            metrics = describe(totals, config, step)
-            metrics["sampling_dt"] = time.perf_counter() - began
-
             lr_mult = recipe.learning_rate_multiplier(step, run.num_iterations, config)
             mean_loss = 0.0
-            # Where no group's rewards differ, on any rank, the step changes nothing.
+            with abandoned_on_signal(run):
+                chosen = problems_of_step(problems, config, step)
+                groups = sample_groups(run, config, chosen, config.samples)
+                totals = count(groups, compute)
+                metrics = describe(totals, config, step)
+                metrics["sampling_dt"] = time.perf_counter() - began
+                stop_if_requested(run)
+                # Where no group's rewards differ, on any rank, the step changes nothing.
+                if totals["useful"]:
+                    sums_2 = accumulate_policy_gradients(run, groups, totals, batch)
             if totals["useful"]:
-                mean_loss = accumulate_policy_gradients(run, groups, totals, batch, metrics)
-                grad_norm = run.optimizer.step(
-                    step,
-                    lr_mult=lr_mult,
-                    momentum=recipe.muon_momentum(step, run.num_iterations, config),
-                    wd_mult=recipe.weight_decay_multiplier(step, run.num_iterations),
-                    clip=config.grad_clip,
-                )
+                grad_norm = trainer.update_weights(run, lr_mult)
                 if grad_norm is not None:
                     metrics["grad_norm"] = grad_norm
+                # Read when the update is under way, as in pretraining.
+                mean_loss, nll = read_sums(run, sums_2)
+                metrics["nll"] = nll / totals["trained_tokens"]
             compute.synchronize()
             run.record_step(
                 loss=mean_loss,
@@ -274,31 +278,38 @@ def describe(totals: dict[str, float], config: RLConfig, step: int) -> dict[str,
 
 
 def accumulate_policy_gradients(
-    run: Run, groups: Sequence[Group], totals: dict[str, float], batch: trainer.DeviceBatch, metrics: dict[str, Any]
-) -> float:
-    """Run forward and backward over this rank's answers in micro-batches; return the loss, and add nll to `metrics`.
-
-    Raises ValueError when the loss is not finite.
-    """
+    run: Run, groups: Sequence[Group], totals: dict[str, float], batch: DeviceBatch
+) -> torch.Tensor:
+    """Run forward and backward over this rank's answers in micro-batches; return its parts of loss and likelihood."""
     sums_2 = torch.zeros(2, device=run.compute.device)  # loss, and negative log-likelihood of what is trained
+    # Lengths vary, and each would be compiled anew, and leave memory of its own size with a GPU's allocator.
+    multiple_of = BLOCK if run.config.compile or run.compute.device.type == "cuda" else 1
+    micro_batches = make_micro_batches(groups, totals["tokens"], batch.rows, run.compute.device, multiple_of)
     # A rank that has nothing to learn from skips this loop; the optimizer takes its gradients for zeros.
-    for idx_BT, targets_BT, weights_BT in make_micro_batches(groups, totals["tokens"], batch.rows, run.compute.device):
+    for idx_BT, targets_BT, weights_BT in micro_batches:
         nll_BT = run.model(idx_BT, targets_BT, loss_reduction="none", recompute=batch.recompute)
         # -A · log p summed over tokens. Weights are divided by all ranks' tokens, so gradients only add up.
         loss = (nll_BT * weights_BT).sum()
         loss.backward()
         sums_2 += torch.stack([loss.detach(), nll_BT.detach().sum()])
+    return sums_2
+
+
+def read_sums(run: Run, sums_2: torch.Tensor) -> tuple[float, float]:
+    """Return loss and negative log-likelihood over all ranks. Raises ValueError when the loss is not finite."""
     mean_loss, nll = run.compute.all_reduce_sum(sums_2).tolist()
     if not math.isfinite(mean_loss):
         raise run.diverged(f"loss is {mean_loss} at step {run.step}")
-    metrics["nll"] = nll / totals["trained_tokens"]
-    return mean_loss
+    return mean_loss, nll
 
 
-def make_micro_batches(groups: Sequence[Group], n_tokens: float, rows: int, device: torch.device) -> list[MicroBatch]:
+def make_micro_batches(
+    groups: Sequence[Group], n_tokens: float, rows: int, device: torch.device, multiple_of: int = 1
+) -> list[MicroBatch]:
     """Return all answers that have an advantage as (inputs_BT, targets_BT, weights_BT), `rows` of them at a time.
 
     A weight is the answer's advantage over `n_tokens`; the target of a token that was not sampled is IGNORED.
+    multiple_of: rows are padded to a length that is a multiple of so many tokens.
     """
     answers = []
     for group in groups:
@@ -316,6 +327,10 @@ def make_micro_batches(groups: Sequence[Group], n_tokens: float, rows: int, devi
         idx_BT = pad_sequence(list(inputs), batch_first=True)
         targets_BT = pad_sequence(list(targets), batch_first=True, padding_value=IGNORED)
         weights_BT = pad_sequence(list(weights), batch_first=True)
+        missing = (0, -idx_BT.size(1) % multiple_of)
+        idx_BT = F.pad(idx_BT, missing)
+        targets_BT = F.pad(targets_BT, missing, value=IGNORED)
+        weights_BT = F.pad(weights_BT, missing)
         micro_batches.append((idx_BT.to(device), targets_BT.to(device), weights_BT.to(device)))
     return micro_batches
 
@@ -340,6 +355,7 @@ def evaluate(run: Run, config: RLConfig, test: Sequence[Any]) -> dict[str, Any]:
     records = {}
     for task in test:
         n = min(config.eval_problems, len(task))
+        print0(f"step {run.step}: {task.name}, greedy answers to {n} problems")
         record = evaluate_task(
             task,
             run.model,
@@ -351,12 +367,13 @@ def evaluate(run: Run, config: RLConfig, test: Sequence[Any]) -> dict[str, Any]:
         )
         del record["samples"]
 
-        # The same problems with sampled answers, judged as in training. Each rank knows those of its own problems.
-        problems = {f"test {task.name} {i}": (task, i) for i in range(n)}
-        groups = sample_groups(run, config, problems, PASS_AT[-1])
-        right_N = torch.zeros(n, device=compute.device)
-        right_N[compute.rank :: compute.world_size] = torch.tensor([sum(group.rewards) for group in groups])
-        rights = compute.all_reduce_sum(right_N).int().tolist()
+        # The same problems with sampled answers, judged as in training, and a line now and then: it may take minutes.
+        rights: list[int] = []
+        at_once = math.ceil(n / PROGRESS_LINES)
+        for start in range(0, n, at_once):
+            print0(f"step {run.step}: {task.name}, {PASS_AT[-1]} answers sampled to {start} of {n} problems")
+            stop_if_requested(run)
+            rights += count_right(run, config, task, range(start, min(start + at_once, n)))
         record["pass_at_k"] = pass_rates(rights, PASS_AT[-1], PASS_AT)
 
         shown = [f"accuracy {percent(record)}"]
@@ -364,6 +381,15 @@ def evaluate(run: Run, config: RLConfig, test: Sequence[Any]) -> dict[str, Any]:
         print0(f"step {run.step}: {task.name}, {n} problems: {', '.join(shown)}")
         records[task.name] = record
     return records
+
+
+def count_right(run: Run, config: RLConfig, task: Any, places: Sequence[int]) -> list[int]:
+    """Return how many of PASS_AT[-1] sampled answers to each of these problems are right; ranks share the problems."""
+    compute = run.compute
+    groups = sample_groups(run, config, {f"test {task.name} {i}": (task, i) for i in places}, PASS_AT[-1])
+    right_N = torch.zeros(len(places), device=compute.device)
+    right_N[compute.rank :: compute.world_size] = torch.tensor([sum(group.rewards) for group in groups])
+    return compute.all_reduce_sum(right_N).int().tolist()
 
 
 def percent(score: dict[str, Any]) -> str:

@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from nanochat import checkpoint
 from nanochat.common import atomic_write, get_base_dir, print0, write_record
 from nanochat.compute import Compute
@@ -70,6 +72,7 @@ class Run:
     evaluated_step: int | None = None
     val_bpb: float | None = None  # of the newest evaluation
     stop_requested: bool = False  # by a signal
+    abandonable: bool = False  # what is being computed may be given up at any moment: see `abandoned_on_signal`
     log: "RunLog | None" = None  # rank 0 has one, between start_or_resume and close
 
     @property
@@ -344,18 +347,21 @@ def drop_lines_after(path: Path, step: int, evaluated: bool) -> None:
 
 @contextlib.contextmanager
 def stop_on_signals(run: Run) -> Iterator[None]:
-    """Let the first SIGINT or SIGTERM ask the run to stop after the step in hand; a second one ends at once.
+    """Let the first SIGINT or SIGTERM ask the run to save and stop; a second one ends it without saving.
 
-    The handler only sets a flag, which the loop reads between two steps: a signal may come in the middle of an update,
-    when the weights are those of no step, and reaches each rank at another moment.
+    The handler sets a flag, which the loop reads where it can stop: a signal may come in the middle of an update, when
+    the weights are those of no step, and reaches each rank at another moment. Where there is nothing to lose but time
+    (`abandoned_on_signal`), it stops the run right away.
     """
 
     def handle(signum: int, frame: Any) -> None:
         # torchrun sends its workers a signal twice, which is not the user's impatience
         if run.stop_requested and "TORCHELASTIC_RUN_ID" not in os.environ:
             raise KeyboardInterrupt
+        print0(f"\n{signal.Signals(signum).name}: saving and stopping, once more stops unsaved", file=sys.stderr)
         run.stop_requested = True
-        print0(f"\n{signal.Signals(signum).name}: saving after this step, once more ends at once", file=sys.stderr)
+        if run.abandonable:
+            raise KeyboardInterrupt
 
     previous = {signum: signal.signal(signum, handle) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -363,3 +369,34 @@ def stop_on_signals(run: Run) -> Iterator[None]:
     finally:
         for signum, handler in previous.items():
             signal.signal(signum, handler)
+
+
+def stop_if_requested(run: Run) -> None:
+    """Save and raise KeyboardInterrupt if a signal has reached any rank. Every rank calls this at the same places.
+
+    A signal reaches ranks at different times. They agree here, and so stop at the same step.
+    """
+    if run.compute.any_rank(run.stop_requested):
+        run.save()
+        raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def abandoned_on_signal(run: Run) -> Iterator[None]:
+    """Give up what the block computes when a signal comes or memory runs out, and save the last whole step.
+
+    The block must change neither weights nor the optimizer's state. A step of a large model takes minutes on a CPU, and
+    the user who pressed Ctrl-C is waiting. Several ranks cannot stop at any moment, because the others would wait for
+    them: they look for signals where all of them pass (`stop_if_requested`), and save nothing when memory runs out.
+    """
+    stop_if_requested(run)
+    run.abandonable = run.compute.world_size == 1
+    try:
+        yield
+    except (KeyboardInterrupt, torch.OutOfMemoryError):
+        if run.abandonable:
+            run.abandonable = False  # saving is not to be given up, unless by a second signal
+            run.save()
+        raise
+    finally:
+        run.abandonable = False

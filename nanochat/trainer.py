@@ -13,7 +13,6 @@ import math
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 
@@ -21,18 +20,14 @@ from nanochat import recipe
 from nanochat.common import print0
 from nanochat.compute import Compute
 from nanochat.dataloader import MicroBatch, RowLoader
+from nanochat.device_batch import DeviceBatch, choose_device_batch, explain_out_of_memory
 from nanochat.fp8 import weights_quantised
-from nanochat.gpt import GPT
 from nanochat.loss import IGNORED
 from nanochat.loss_eval import evaluate_loss
 from nanochat.recipe import TrainConfig
-from nanochat.run import Run, stop_on_signals
+from nanochat.run import Run, abandoned_on_signal, stop_if_requested, stop_on_signals
 from nanochat.token_shards import PackedRows
 
-# Rows that a device takes at once unless it is told. A GPU is busy with 2^16 tokens, so more rows gain nothing; on a
-# CPU more rows only need more memory.
-CPU_ROWS = 32
-CUDA_TOKENS = 2**16
 ASSUMED_MFU = 0.4  # of a GPU's peak, for the estimate before the first step
 CUDA_SAVE_STEPS = 1000  # fewest steps between checkpoints on CUDA, unless --save-every says otherwise
 TIMED_STEPS = 10  # steps after which the estimate is replaced by a measurement; the first ones compile and warm up
@@ -85,7 +80,9 @@ def train(run: Run, train_rows: PackedRows, val_rows: PackedRows, prompts: Seque
 
             # A resumed run does not evaluate again what its checkpoint has a score for.
             if (last or is_due(step, config.eval_every)) and run.evaluated_step != step:
-                run.record_evaluation(validation_scores(run, val_loader))
+                with abandoned_on_signal(run):
+                    scores = validation_scores(run, val_loader)
+                run.record_evaluation(scores)
             run.prune()
             if prompts and (last or is_due(step, config.sample_every)):
                 print_samples(run, prompts)
@@ -93,20 +90,13 @@ def train(run: Run, train_rows: PackedRows, val_rows: PackedRows, prompts: Seque
             # The last step has been saved and evaluated like any other; only now does the loop end.
             if last:
                 break
-            stop_if_requested(run)
 
             began = time.perf_counter()  # waiting for rows is part of a step
-            _, micro_batches = next(steps)
-            part_losses = accumulate_gradients(run, micro_batches, batch.recompute)
-            # The schedules of learning rate, momentum and weight decay are in recipe.py.
+            with abandoned_on_signal(run):
+                _, micro_batches = next(steps)
+                part_losses = accumulate_gradients(run, micro_batches, batch.recompute)
             lr_mult = recipe.learning_rate_multiplier(step, run.num_iterations, config)
-            grad_norm = run.optimizer.step(
-                step,
-                lr_mult=lr_mult,
-                momentum=recipe.muon_momentum(step, run.num_iterations, config),
-                wd_mult=recipe.weight_decay_multiplier(step, run.num_iterations),
-                clip=config.grad_clip,
-            )
+            grad_norm = update_weights(run, lr_mult)
             # Reading a number waits for the GPU, so the loss is read when the update is under way. One that is not
             # finite has spoilt the weights by then, but only in memory: it ends the run before the next save.
             mean_loss = read_loss(run, part_losses)
@@ -156,16 +146,6 @@ def steps_between_checkpoints(config: TrainConfig, compute: Compute) -> int:
     if compute.device.type != "cuda" or config.eval_every == 0:
         return config.eval_every
     return config.eval_every * math.ceil(CUDA_SAVE_STEPS / config.eval_every)
-
-
-def stop_if_requested(run: Run) -> None:
-    """Save and raise KeyboardInterrupt if a signal has reached any rank. Every rank calls this between two steps.
-
-    A signal reaches ranks at different times. They agree here, and so stop at the same step.
-    """
-    if run.compute.any_rank(run.stop_requested):
-        run.save()
-        raise KeyboardInterrupt
 
 
 def validation_loader(val_rows: PackedRows, device_rows: int, compute: Compute) -> RowLoader:
@@ -252,10 +232,27 @@ def accumulate_gradients(run: Run, micro_batches: list[MicroBatch], recompute: b
     part_losses = []
     with weights_quantised(model):  # for --fp8: once for all micro-batches
         for idx_BT, targets_BT in micro_batches:
+            # On a GPU asking all ranks would wait for the micro-batch before, and there a step takes seconds.
+            if compute.device.type == "cpu":
+                stop_if_requested(run)
             part_loss = model(idx_BT, targets_BT, loss_reduction="sum", recompute=recompute) / n_targets
             part_loss.backward()  # adds to the gradients of the micro-batches before
             part_losses.append(part_loss.detach())
     return torch.stack(part_losses)
+
+
+def update_weights(run: Run, lr_mult: float) -> float | None:
+    """Take the optimizer's step; return the norm of the gradient if --grad-clip asks for it.
+
+    The schedules of learning rate, momentum and weight decay are in recipe.py.
+    """
+    return run.optimizer.step(
+        run.step,
+        lr_mult=lr_mult,
+        momentum=recipe.muon_momentum(run.step, run.num_iterations, run.config),
+        wd_mult=recipe.weight_decay_multiplier(run.step, run.num_iterations),
+        clip=run.config.grad_clip,
+    )
 
 
 def read_loss(run: Run, part_losses: torch.Tensor) -> float:
@@ -293,97 +290,6 @@ def garbage_collector_restored() -> Iterator[None]:
     finally:
         gc.unfreeze()
         gc.enable()
-
-
-# --- how many rows a device takes at once
-
-
-@dataclass(frozen=True)
-class DeviceBatch:
-    """How a device takes its share of a step: `accumulation` micro-batches of `rows` rows."""
-
-    rows: int
-    accumulation: int
-    recompute: bool  # activations, in the backward pass (arXiv 1604.06174)
-    peak: int | None  # bytes, measured on CUDA; None elsewhere
-
-
-def choose_device_batch(model: GPT, config: TrainConfig, compute: Compute, share: int) -> DeviceBatch:
-    """Choose how many of its `share` of a step's rows each device takes at once.
-
-    A given --device-batch-size is taken as it is if it fits. On CUDA the choice is tried: rows are halved until a
-    forward and backward pass fits, then once more with recomputation. A step that ran out of memory on one rank would
-    leave the others waiting for it, so all ranks agree here. Raises ValueError if nothing fits.
-    """
-    cuda = compute.device.type == "cuda"
-    most_rows = max(1, CUDA_TOKENS // model.config.sequence_len) if cuda else CPU_ROWS
-    if config.device_batch_size is None:
-        candidates = halvings(share, most_rows)
-    else:
-        candidates = [config.device_batch_size, *halvings(share, config.device_batch_size // 2)]
-    recompute_options = [False, True] if config.activation_checkpointing is None else [config.activation_checkpointing]
-    for recompute in recompute_options:
-        for rows in candidates:
-            peak = try_device_batch(model, compute, rows, recompute) if cuda else None
-            # Memory may differ between devices, but the number of rows must not.
-            if not compute.any_rank(cuda and peak is None):
-                return DeviceBatch(rows=rows, accumulation=max(1, share // rows), recompute=recompute, peak=peak)
-    raise out_of_memory(candidates[-1])
-
-
-def halvings(share: int, most: int) -> list[int]:
-    """Return divisors of `share`: the largest up to `most`, then each time the largest up to half the one before.
-
-    halvings(24, 32) -> [24, 12, 6, 3, 1]
-    """
-    result = []
-    while most >= 1:
-        rows = next(n for n in range(min(share, most), 0, -1) if share % n == 0)
-        result.append(rows)
-        most = rows // 2
-    return result
-
-
-def try_device_batch(model: GPT, compute: Compute, rows: int, recompute: bool) -> int | None:
-    """Run two forward and backward passes on `rows` rows; return the peak in bytes, or None when out of memory."""
-    n_parameters = sum(p.numel() for p in model.parameters())
-    if compute.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(compute.device)
-    model.train()
-    try:
-        # It stands in for the copies of this rank's parameters, in fp32, that the optimizer's step makes for a moment.
-        copies = torch.empty(8 * n_parameters // compute.world_size, dtype=torch.uint8, device=compute.device)
-        idx_BT = torch.zeros(rows, model.config.sequence_len, dtype=torch.int64, device=compute.device)
-        # The second pass runs beside the gradients of the first, as it does when micro-batches accumulate.
-        with weights_quantised(model):
-            for _ in range(2):
-                model(idx_BT, idx_BT, loss_reduction="sum", recompute=recompute).backward()
-        compute.synchronize()
-        peak = compute.peak_memory()
-        del copies, idx_BT
-    except torch.OutOfMemoryError:
-        peak = None
-    for parameter in model.parameters():
-        parameter.grad = None
-    if compute.device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(compute.device)
-    return peak
-
-
-def out_of_memory(rows: int) -> ValueError:
-    """Return the error for a device that cannot take `rows` rows at once."""
-    less = "--device-batch-size, --depth or --max-seq-len, or --activation-checkpointing"
-    return ValueError(f"out of memory with {rows} rows at once: try a smaller {less}")
-
-
-@contextlib.contextmanager
-def explain_out_of_memory(rows: int) -> Iterator[None]:
-    """Turn the device's out-of-memory error into a ValueError that names the remedy."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise out_of_memory(rows) from error
 
 
 # --- what a run prints about its size, time and cost

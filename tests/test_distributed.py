@@ -127,7 +127,8 @@ def wait_for(job, condition, seconds=120):
 
 
 def test_torchrun_told_to_stop_saves(tiny_world):
-    job = torchrun(2, *BASE, *STEPS, "--num-iterations", "4000", "--eval-every", "0")
+    """Each in the middle of a step of four micro-batches, which both discard."""
+    job = torchrun(2, *BASE, *STEPS, "--num-iterations", "4000", "--eval-every", "0", "--device-batch-size", "1")
     try:
         wait_for(job, lambda: len(metrics("base", "d2")) >= 5)
         job.send_signal(signal.SIGTERM)

@@ -292,6 +292,12 @@ def test_rows_and_lengths_of_micro_batches(world):
     batches = make_micro_batches([equal, group, Group([], [])], 60, 2, torch.device("cpu"))
     assert [tuple(idx_BT.shape) for idx_BT, _, _ in batches] == [(2, 23), (2, 7), (2, 4)]
     assert sum(int((targets_BT >= 0).sum()) for _, targets_BT, _ in batches) == 3 + 9 + 1 + 20 + 4 + 5 + 1
+    padded = make_micro_batches([equal, group, Group([], [])], 60, 2, torch.device("cpu"), multiple_of=16)
+    for batch, longer in zip(batches, padded, strict=True):
+        for tensor_BT, longer_BT, value in zip(batch, longer, (0, -1, 0.0), strict=True):
+            T = tensor_BT.size(1)
+            assert longer_BT.size(1) == -(-T // 16) * 16
+            assert longer_BT[:, :T].equal(tensor_BT) and (longer_BT[:, T:] == value).all()
 
 
 # --- a step that teaches nothing
@@ -363,6 +369,25 @@ def test_killed_and_resumed_to_the_bit(base):
     assert end[0] == end[1]
     before = weights("d2", 1, "sft")
     assert any(not torch.equal(before[name], value) for name, value in weights("whole", 12).items())
+
+
+@pytest.mark.parametrize("where", ["judge", "accumulate_policy_gradients"])
+def test_a_signal_in_the_middle_of_a_step_discards_it(base, monkeypatch, where):
+    learn(num_iterations=3, model_tag="whole")
+    function = getattr(rl, where)
+
+    def interrupted(*arguments):
+        if len(losses("rl", "t")) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+            raise AssertionError("it goes on")
+        return function(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(rl, where, interrupted)
+        learn(num_iterations=3, model_tag="t")
+    assert checkpoint.list_steps("rl", "t") == [2]
+    learn(num_iterations=3, model_tag="t", resume="newest")
+    assert steps("t") == steps("whole")
 
 
 def test_other_flags_do_not_resume(base):

@@ -1,6 +1,7 @@
 """The one loop: killed, told to stop, diverging and resumed; and what it writes down."""
 
 import gc
+import itertools
 import json
 import math
 import os
@@ -15,7 +16,7 @@ import pytest
 import torch
 from tiny_run import BASE, SKILLS, STEPS, losses, metrics, run, run_ranks, script, start_script, wait_for
 
-from nanochat import checkpoint, recipe, trainer
+from nanochat import checkpoint, device_batch, optim, recipe, trainer
 from nanochat.compute import Compute, can_compile
 from nanochat.dataloader import RowLoader
 from nanochat.gpt import build_model
@@ -152,18 +153,45 @@ def test_told_to_stop_it_saves_and_can_go_on(tiny_world, signum):
 
 
 def test_a_second_signal_ends_at_once(tiny_world, monkeypatch):
-    """The first one is held up by an evaluation that takes for ever."""
-    monkeypatch.setattr(trainer, "evaluate_loss", lambda *arguments: time.sleep(60))
-    signals = iter((signal.SIGINT, signal.SIGINT))
-    old = signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), next(signals)))
-    signal.setitimer(signal.ITIMER_REAL, 3, 0.2)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            train_here(eval_every=2)
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, old)
-    assert checkpoint.list_steps("base", "t") == [2]
+    """The first one is held up by a checkpoint that takes for ever."""
+    begun = []
+
+    def slow(*arguments):
+        begun.append(1)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+
+    monkeypatch.setattr(checkpoint, "save", slow)
+    train_interrupted(monkeypatch, at_forward=5)
+    assert begun and checkpoint.list_steps("base", "t") == []
+
+
+def train_interrupted(monkeypatch, at_forward, **flags):
+    """Six steps of two micro-batches, with a signal in the middle of this forward pass."""
+    model = make_model()
+    forward = model.forward
+    passes = itertools.count(1)
+
+    def interrupted(*arguments, **options):
+        loss = forward(*arguments, **options)
+        if next(passes) == at_forward:
+            os.kill(os.getpid(), signal.SIGINT)
+            raise AssertionError("it goes on")
+        return loss
+
+    monkeypatch.setattr(model, "forward", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train_here(model=model, eval_every=0, **flags)
+
+
+@pytest.mark.parametrize("at_forward, step", [(1, 0), (8, 3)])
+def test_a_signal_in_the_middle_of_a_step_discards_it(tiny_world, monkeypatch, at_forward, step):
+    train_here(tag="whole", eval_every=0)
+    train_interrupted(monkeypatch, at_forward)
+    assert checkpoint.list_steps("base", "t") == ([step] if step else [])
+    assert list(losses("base", "t")) == list(range(1, step + 1))
+    train_here(eval_every=0, resume="auto")
+    assert losses("base", "t") == losses("base", "whole")
 
 
 def test_a_signal_during_a_long_evaluation(tiny_world, monkeypatch):
@@ -315,14 +343,27 @@ def test_weights_that_are_not_finite(trained_world):
     assert checkpoint.list_steps("mid", "new") == []
 
 
-def test_memory_that_runs_out_after_all(tiny_world, monkeypatch):
-    def forward(*args, **kwargs):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-
+@pytest.mark.parametrize("where, call, saved", [("forward", 8, [2, 3]), ("update", 27, [2])])
+def test_memory_that_runs_out_in_the_middle(tiny_world, monkeypatch, where, call, saved):
+    """In the fourth step: the third is saved, unless the update has begun to change the weights."""
     model = make_model()
-    monkeypatch.setattr(model, "forward", forward)
-    with pytest.raises(ValueError, match="out of memory with 4 rows at once: try a smaller --device-batch-size"):
-        train_here(model=model)
+    owner, name = (model, "forward") if where == "forward" else (optim, "adamw_update")  # of which a step has 2, or 8
+    function = getattr(owner, name)
+    calls = itertools.count(1)
+
+    def full(*arguments, **options):
+        if next(calls) == call:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return function(*arguments, **options)
+
+    train_here(tag="whole", eval_every=0)
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, full)
+        with pytest.raises(ValueError, match=r"4 rows at once: try a smaller --device-batch-size.*--resume auto"):
+            train_here(model=model, eval_every=0, save_every=2)
+    assert checkpoint.list_steps("base", "t") == saved
+    train_here(eval_every=0, resume="auto", device_batch_size=2)
+    assert list(losses("base", "t").values()) == pytest.approx(list(losses("base", "whole").values()), rel=1e-5)
 
 
 def test_no_search_for_garbage_between_steps(tiny_world, monkeypatch):
@@ -487,7 +528,7 @@ def test_it_learns(tiny_world, monkeypatch, dtype):
 
 def choose(share, model=None, compute=CPU, **flags):
     """The rows that a device takes at once of its share of a step."""
-    return trainer.choose_device_batch(model or make_model(), TrainConfig(**flags), compute, share)
+    return device_batch.choose_device_batch(model or make_model(), TrainConfig(**flags), compute, share)
 
 
 @pytest.mark.parametrize(("share", "rows"), [(8, 8), (24, 24), (64, 32), (96, 32), (37, 1), (93, 31)])
@@ -523,7 +564,7 @@ def test_on_a_gpu_rows_are_halved_until_they_fit_and_then_activations_recomputed
     def attempt(model, compute, rows, recompute):
         return 1000 if rows <= (fits_recomputing if recompute else fits) else None
 
-    monkeypatch.setattr(trainer, "try_device_batch", attempt)
+    monkeypatch.setattr(device_batch, "try_device_batch", attempt)
     if expected is None:
         with pytest.raises(ValueError, match="out of memory with 1 rows at once: try a smaller --device-batch-size"):
             choose(24, model, cuda)
@@ -548,7 +589,7 @@ def test_all_ranks_take_the_rows_of_the_one_with_the_least_memory(tiny_world, mo
         tried.append(rows)
         return 1000 if rows <= 12 else None
 
-    monkeypatch.setattr(trainer, "try_device_batch", attempt)
+    monkeypatch.setattr(device_batch, "try_device_batch", attempt)
     compute = BesideAFullGPU(torch.device("cuda"), torch.bfloat16, rank=0, world_size=2)
     batch = choose(48, make_model(), compute, device_batch_size=given)
     assert (batch.rows, batch.recompute) == ((6, False) if given is None else (4, False))
@@ -566,8 +607,8 @@ def test_an_attempt_leaves_no_gradients_and_reports_running_out(tiny_world, monk
 
     monkeypatch.setattr(model, "forward", limited)
     weights = {name: value.clone() for name, value in model.state_dict().items()}
-    assert trainer.try_device_batch(model, CPU, 2, recompute=False) > 0
-    assert trainer.try_device_batch(model, CPU, 4, recompute=True) is None
+    assert device_batch.try_device_batch(model, CPU, 2, recompute=False) > 0
+    assert device_batch.try_device_batch(model, CPU, 4, recompute=True) is None
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
