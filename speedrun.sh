@@ -112,7 +112,7 @@ written() {
     case $1 in
         # A download goes on while later stages run, so its manifest grows; its text is fixed by the dataset's name.
         dataset) [ -n "$NETWORK" ] || files=("$DATASET_DIR/manifest.json") ;;
-        tokenizer) files=("$NANOCHAT_BASE_DIR"/tokenizer/*) ;;
+        tokenizer) files=("$NANOCHAT_BASE_DIR/tokenizer/tokenizer.json") ;;
         tok_eval) files=("$NANOCHAT_BASE_DIR/evals/tok_eval.json") ;;
         base_train) files=("$NANOCHAT_BASE_DIR/checkpoints/base/$TAG"/*/meta.json) ;;
         mid_train) files=("$NANOCHAT_BASE_DIR/checkpoints/mid/$TAG"/*/meta.json) ;;

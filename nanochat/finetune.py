@@ -20,7 +20,7 @@ from nanochat.gpt import GPT
 from nanochat.optim import MuonAdamW
 from nanochat.recipe import TrainConfig
 from nanochat.run import Run
-from nanochat.token_shards import PackedRows, pack_masked
+from nanochat.token_shards import PackedRows, data_hash, pack_masked
 from nanochat.tokenizer import Tokenizer
 from nanochat.trainer import rows_per_step, train
 
@@ -98,7 +98,7 @@ def finetune(
         f"{stage} from {source.name}: {len(train_on):,} conversations in {rows_in_epoch:,} rows of {T}; "
         f"{num_iterations} steps of {total_batch_size:,} tokens"
     )
-    facts = {"data_hash": train_rows.data_hash()}
+    facts = {"data_hash": data_hash(train_rows, val_rows)}
     run = continue_from(source, stage, config, compute, total_batch_size, num_iterations, more_facts=facts)
     train(run, train_rows, val_rows)
     compute.close()

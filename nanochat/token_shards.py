@@ -163,11 +163,6 @@ class PackedRows:
         """Return the number of rows of all shards, which are all packed for that."""
         return sum(self.count(shard) for shard in range(len(self.folders)))
 
-    def data_hash(self) -> str:
-        """Return a hash that changes when the text does: that of the folders' names, which hold hashes of it."""
-        folders = self.folders[:1] if self.may_grow else self.folders
-        return hashlib.sha256("".join(folder.name for folder in folders).encode()).hexdigest()
-
     def open(self, shard: int) -> RowFile:
         """Map the rows of a shard. Raises ValueError if a file is missing or its hash is not what meta.json says."""
         if shard not in self._files:
@@ -184,6 +179,15 @@ class PackedRows:
             mask_RT1 = np.memmap(folder / "mask.bin", "uint8", "r", shape=shape) if masked else None
             self._files[shard] = RowFile(rows_RT1, mask_RT1, meta["padding"])
         return self._files[shard]
+
+
+def data_hash(*rows: PackedRows) -> str:
+    """Return a hash that changes when the text does: that of the folders' names, which hold hashes of it."""
+    names = []
+    for each in rows:
+        folders = each.folders[:1] if each.may_grow else each.folders
+        names += [folder.name for folder in folders]
+    return hashlib.sha256(" ".join(names).encode()).hexdigest()
 
 
 class TextRows(PackedRows):

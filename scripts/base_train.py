@@ -14,7 +14,7 @@ from nanochat.gpt import build_model
 from nanochat.optim import MuonAdamW
 from nanochat.recipe import TrainConfig
 from nanochat.run import Run
-from nanochat.token_shards import TextRows
+from nanochat.token_shards import TextRows, data_hash
 from nanochat.tokenizer import load_tokenizer
 from nanochat.trainer import train
 
@@ -100,7 +100,7 @@ def main() -> None:
         num_iterations=plan.steps,
         facts={
             "dataset": dataset_name(config.dataset),
-            "data_hash": train_rows.data_hash(),
+            "data_hash": data_hash(train_rows, val_rows),
             "depth": config.depth,
         },
     )

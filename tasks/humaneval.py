@@ -71,15 +71,34 @@ def program(prompt: str, entry_point: str, completion: str) -> str:
     The code is the fenced block that defines the function, else the first block, else all of the completion. If it
     defines the function, the imports and helpers before it in the prompt are kept; else it is the function's body.
     """
-    # A block that is never closed ends with the completion.
-    fence = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
-    blocks = fence.findall(completion) or [completion]
-    code = next((block for block in blocks if _definition(entry_point, block)), blocks[0])
+    blocks = fenced_blocks(completion) or [completion]
     head = _definition(entry_point, prompt)
-    if head and _definition(entry_point, code):
-        return prompt[: head.start()] + code
+    for code in (*blocks, *map(textwrap.dedent, blocks)):
+        if head and _definition(entry_point, code):
+            return prompt[: head.start()] + code
+    code = blocks[0]
     is_indented = code.lstrip("\n")[:1].isspace()
     return prompt + (code if is_indented else textwrap.indent(code, "    "))
+
+
+# Three or more ` or ~, perhaps in a list. A block that is never closed ends with the text.
+FENCE = re.compile(
+    r"^(?P<before>[ \t]*(?:(?:[-*+]|\d+[.)])[ \t]+)?)(?P<mark>`{3,}|~{3,})[^\n`]*\n"
+    r"(?P<code>.*?)(?:^[ \t]*(?P=mark)|\Z)",
+    re.DOTALL | re.MULTILINE,
+)
+
+
+def fenced_blocks(text: str) -> list[str]:
+    """Return the code blocks of a Markdown text. Where a fence is indented, as in a list, so is its code."""
+    blocks = []
+    for fence in FENCE.finditer(text):
+        code = fence["code"]
+        indent = re.sub(r"\S", " ", fence["before"])
+        if indent and code.startswith(indent):
+            code = re.sub(f"^{indent}", "", code, flags=re.MULTILINE)
+        blocks.append(code)
+    return blocks
 
 
 def _definition(name: str, code: str) -> re.Match[str] | None:

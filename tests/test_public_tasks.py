@@ -168,7 +168,9 @@ def test_gsm8k_references_are_right_and_perturbed_ones_wrong():
         for wrong in (value + 1, -value if value else 5, value * 10 + 5):
             assert not task.evaluate(conversation, f"{body}#### {wrong}"), reference
         assert not task.evaluate(conversation, body) and not task.evaluate(conversation, "")
-        assert not task.evaluate(conversation, f"{reference}\n#### {value + 1}")  # the last one counts
+        assert not task.evaluate(conversation, f"{body}#### {value + 1}\n{reference}"), "the first one counts"
+        # A model that does not stop goes on with another problem.
+        assert task.evaluate(conversation, f"{reference}\n\nAnn has 3 pears.\n#### {value + 1}")
 
 
 @needs_real_rows
@@ -254,7 +256,45 @@ def test_humaneval_judges_by_running(right):
         ("#### .5", Fraction(1, 2)),
         ("#### 3/4", Fraction(3, 4)),
         ("#### 50%", 50),
-        ("#### 7\n#### 8", 8),
+        ("#### 7\n#### 8", 7),
+        ("#### 7#### 8", 7),
+        ("#### 7####", 7),
+        ("####\n#### 7", 7),
+        ("#### Step 1: add\n2+5 is 7.\n#### 7 apples", 7),
+        ("#### Step 1\n#### The answer is 7", 1),
+        ("#### The answer is 7", 7),
+        ("#### 2 1/2", Fraction(5, 2)),
+        ("#### -2 1/2", Fraction(-5, 2)),
+        ("#### $2 and 3/4", Fraction(11, 4)),
+        ("#### 2½ hours", Fraction(5, 2)),
+        ("#### ⅔", Fraction(2, 3)),
+        (r"#### $2\frac{1}{2}$", Fraction(5, 2)),
+        (r"#### \boxed{\dfrac{3}{4}}", Fraction(3, 4)),
+        (r"#### \boxed{-1{,}234}.", -1234),
+        ("#### **18**", 18),
+        ("#### 1e3", 1000),
+        ("#### 1.5E+3", 1500),
+        ("#### 5e-1", Fraction(1, 2)),
+        (r"#### 1.5 \times 10^{3}", 1500),
+        ("#### 2 x 10^3 grams", 2000),
+        ("#### 2*10**3", 2000),
+        ("#### 1e999999999", None),
+        ("#### 3 eggs", 3),
+        ("#### 3 exits", 3),
+        ("#### 8{,}000", 8000),
+        (r"#### \$8{,}000.00", 8000),
+        (r"#### -\$8\,000", -8000),
+        ("#### 8 000", 8000),
+        ("#### 8\u202f000\u00a0€", 8000),
+        ("#### 1 250 000.", 1250000),
+        ("#### 5 100-dollar bills", 5),
+        ("#### 8_000", 8000),
+        ("#### 8'000", 8000),
+        ("#### 1, 2 and 3", 1),
+        ("#### \N{EN DASH}5", -5),
+        ("#### 10-5", 10),
+        ("#### 1/2%", Fraction(1, 2)),
+        ("#### a" + " " * 100_000 + "b", None),
         ("####\n\n18\n19", 18),
         ("#### <|python_start|>9+9<|python_end|><|output_start|>18<|output_end|>18", 18),
         ("#### ten", None),
@@ -300,6 +340,19 @@ PROMPT = (
         "```python\ndef area(r):\n    return math.pi * helper(r - 1) ** 2\n```",
         "First:\n```\nprint('no')\n```\nthen\n```python\nfrom math import pi\ndef area(r):\n    return pi * r * r\n```",
         "def area(r):\n    return math.pi * helper(r - 1) ** 2",
+        "~~~python\ndef area(r):\n    return math.pi * helper(r - 1) ** 2\n~~~\nDone.",
+        "~~~\n    return math.pi * helper(r - 1) ** 2",
+        '````python\ndef area(r):\n    s = """\n```\n"""\n    return math.pi * helper(r - 1) ** 2\n````\nDone.',
+        "1. So:\n   ```python\n   def area(r):\n\n       return math.pi * helper(r - 1) ** 2\n   ```\n2. Done.",
+        "* ~~~ python\n  def area(r):\n      return math.pi * helper(r - 1) ** 2\n  ~~~",
+        "1. ```\n   def area(r):\n       return math.pi * helper(r - 1) ** 2\n   ```",
+        "\t```python\n\tdef area(r):\n\t\treturn math.pi * helper(r - 1) ** 2\n\t```",
+        "   ```python\n       return math.pi * helper(r - 1) ** 2\n   ```",
+        "   ```python\n   return math.pi * helper(r - 1) ** 2\n   ```",
+        "   ```python\ndef area(r):\n    return math.pi * helper(r - 1) ** 2\n   ```",
+        "```python\n    def area(r):\n        return math.pi * helper(r - 1) ** 2\n```",
+        "    def area(r):\n        return math.pi * helper(r - 1) ** 2",
+        "```python\r\ndef area(r):\r\n    return math.pi * helper(r - 1) ** 2\r\n```",
     ],
 )
 def test_programs_of_many_kinds_of_answers(completion):
