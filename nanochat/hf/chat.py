@@ -23,8 +23,10 @@ from nanochat.hf.tokenizer import HFTokenizer
 if TYPE_CHECKING:
     import jinja2
 
-# A noncharacter, which no text holds. It marks what looks like a special token in somebody's message.
+# Noncharacters, which no text holds. The first marks what looks like a special token in somebody's message, the second
+# the end of a message that the model goes on with; after it a space shows whether the template trims messages.
 BREAK = "\ufdd0"
+HERE = "\ufdd1 "
 HARMONY_SYSTEM = """You are ChatGPT, a large language model trained by OpenAI.
 Knowledge cutoff: 2024-06
 Current date: {date}
@@ -74,11 +76,26 @@ class TemplateFormat(ChatFormat):
     def encode(self, messages: Sequence[Message]) -> list[int]:
         """Return the ids of the conversation, ending where the assistant's next turn begins.
 
-        What looks like a special token in a message is encoded as text. Raises ValueError if the template refuses the
-        messages or fails.
+        A last message of the assistant is the beginning of that turn (prefill), and the ids end after its text. What
+        looks like a special token in a message is encoded as text. Raises ValueError if the template refuses the
+        messages, fails, or does not write that beginning as it is.
         """
         validate({"messages": messages}, allow_empty=True)
-        text = self._render([{"role": each["role"], "content": plain_text(each)} for each in messages])
+        plain = [{"role": each["role"], "content": plain_text(each)} for each in messages]
+        last = plain[-1]
+        if last["role"] == "assistant":
+            marked = {"role": "assistant", "content": last["content"] + HERE}
+            text, found, rest = self._render([*plain[:-1], marked], add_generation_prompt=False).rpartition(
+                HERE.strip()
+            )
+            if not rest.startswith(HERE[1:]):
+                text = text.rstrip()
+            if not found or self._break_special(last["content"]).strip() not in text:
+                raise ValueError(
+                    "the model's chat template cannot continue an assistant's message: end with the user's"
+                )
+        else:
+            text = self._render(plain)
         ids: list[int] = []
         # Broken special tokens are the pieces that a pair of marks encloses: see _break_special.
         for piece in re.split(f"([^{BREAK}]{BREAK}[^{BREAK}]*{BREAK})", text):
@@ -88,10 +105,10 @@ class TemplateFormat(ChatFormat):
                 ids += self.tokenizer.encode_marked(piece)
         return ids
 
-    def _render(self, messages: list[dict[str, str]]) -> str:
+    def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Return the text of the template, with what looks like a special token in the messages broken."""
         # What a caller may leave out is None in transformers, and some templates ask for just that.
-        variables = {"tools": None, "documents": None, "add_generation_prompt": True, **self._tokens}
+        variables = {"tools": None, "documents": None, "add_generation_prompt": add_generation_prompt, **self._tokens}
         variables |= self._break_special({**self.arguments, "messages": messages})
         try:
             return self._template.render(variables)
@@ -191,7 +208,7 @@ def compile_template(source: str) -> tuple["jinja2.Template", frozenset[str]]:
 class ChannelDecoder(AnswerDecoder):
     """Decodes an answer whose special tokens switch between channels: "text", "reasoning", or "hidden"."""
 
-    channel = "text"
+    channel: str
 
     def show(self, text: str) -> list[Event]:
         if self.channel == "hidden":
@@ -253,7 +270,8 @@ class HarmonyFormat(ChatFormat):
     def encode(self, messages: Sequence[Message]) -> list[int]:
         """Return the ids of the conversation, ending where the assistant's next turn begins.
 
-        What an API calls the system message becomes the developer's; old reasoning is left out.
+        A last message of the assistant is the beginning of that turn (prefill), and the ids end after its text. What an
+        API calls the system message becomes the developer's; old reasoning is left out.
         """
         validate({"messages": messages}, allow_empty=True)
         today = datetime.date.today().isoformat()
@@ -270,6 +288,8 @@ class HarmonyFormat(ChatFormat):
                 ids += self._encode_message(role, text, channel="final")
             else:
                 ids += self._encode_message(role, text)
+        if messages[-1]["role"] == "assistant":
+            return ids[:-1]  # without <|end|>
         return ids + self.tokenizer.encode("assistant", prepend="<|start|>")
 
     def _encode_message(self, role: str, text: str, channel: str | None = None) -> list[int]:
@@ -279,8 +299,11 @@ class HarmonyFormat(ChatFormat):
         return ids + self.tokenizer.encode(text, prepend="<|message|>", append="<|end|>")
 
     def decoder(self, prompt: Sequence[int] = (), stop: Sequence[str] = ()) -> AnswerDecoder:
-        """Return a decoder for the answer to `prompt`."""
-        return HarmonyDecoder(self.tokenizer, stop)
+        """Return a decoder for the answer to `prompt`, which ends inside a header, or inside a message to continue."""
+        start = self.tokenizer.encode_special("<|start|>")
+        message = self.tokenizer.encode_special("<|message|>")
+        last = next((token for token in reversed(prompt) if token in (start, message)), start)
+        return HarmonyDecoder(self.tokenizer, stop, "text" if last == message else "hidden")
 
 
 class HarmonyDecoder(ChannelDecoder):
@@ -291,8 +314,10 @@ class HarmonyDecoder(ChannelDecoder):
         <|channel|>analysis<|message|>2 and 2<|end|><|start|>assistant<|channel|>final<|message|>Four<|return|>
     """
 
-    channel = "hidden"
-    header = ""
+    def __init__(self, tokenizer: HFTokenizer, stop: Sequence[str], channel: str) -> None:
+        super().__init__(tokenizer, stop)
+        self.channel = channel
+        self.header = ""
 
     def show(self, text: str) -> list[Event]:
         if self.channel == "hidden":
