@@ -17,12 +17,15 @@ import argparse
 import dataclasses
 import io
 import os
+import re
 import sys
 import types
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
+
+from nanochat.common import is_checkout
 
 T = TypeVar("T")
 
@@ -151,6 +154,16 @@ def flags_from_file(path: str, config: type) -> list[str]:
     return flags
 
 
+def commands_here(text: str) -> str:
+    """Return `text` with its commands as they are typed here: without a checkout `python -m scripts.x` is `nanochat x`.
+
+    See nanochat/__main__.py and pyproject.toml.
+    """
+    if is_checkout():
+        return text
+    return re.sub(r"python -m (?:scripts|tasks)\.(\w+)", lambda found: f"nanochat {found[1].replace('_', '-')}", text)
+
+
 def run(main: Callable[[], None]) -> typing.NoReturn:
     """Run a script's `main` and exit with 0 when done, 2 for bad input, 130 when interrupted.
 
@@ -170,6 +183,6 @@ def run(main: Callable[[], None]) -> typing.NoReturn:
     except KeyboardInterrupt:
         code = 130
     except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {' '.join(commands_here(str(error)).split())}", file=sys.stderr)
         code = 2
     sys.exit(code)

@@ -27,6 +27,18 @@ def get_base_dir() -> Path:
     return Path.home() / ".cache" / "nanochat"
 
 
+def scripts_root() -> Path:
+    """Return the folder that holds scripts/ and tasks/: the checkout, or what pip has put in its place."""
+    package = Path(__file__).parent
+    installed = package / "tree"
+    return installed if installed.is_dir() else package.parent
+
+
+def is_checkout() -> bool:
+    """Return whether this code runs from a checkout, and not as pip has installed it."""
+    return (scripts_root() / "pyproject.toml").exists()
+
+
 def print0(*args: Any, **kwargs: Any) -> None:
     """Print on the first process of a distributed run only."""
     if int(os.environ.get("RANK", 0)) == 0:
@@ -98,6 +110,8 @@ def sha256_file(path: Path | str) -> str:
 
 def git_commit() -> str:
     """Return the commit of this checkout, with `+` when files differ from it; "unknown" outside git."""
+    if not is_checkout():
+        return "unknown"  # and not the commit of a project that has us installed in a folder of its own
     describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--exclude=*", "--abbrev=12"]
     try:
         return subprocess.run([*describe, "--dirty=+"], capture_output=True, text=True, check=True).stdout.strip()

@@ -8,7 +8,7 @@ python -m scripts.models import DIR ...        hf/convert.py, as export
 
 import argparse
 import json
-import os
+import runpy
 import sys
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from nanochat.hf import convert, download, store
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser, with one subcommand per verb."""
-    parser = cli.Parser(prog="python -m scripts.models", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = cli.Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
     verbs = parser.add_subparsers(dest="verb", required=True)
 
     def add_verb(name: str, help: str) -> argparse.ArgumentParser:
@@ -68,13 +68,13 @@ def show_list() -> None:
     for name in checkpoints:
         print(f"{name}  own checkpoint")
     if not models and not checkpoints:
-        print("nothing yet: python -m scripts.models download ORG/NAME")
+        print(cli.commands_here("nothing yet: python -m scripts.models download ORG/NAME"))
 
 
 def play(name: str, flags: list[str]) -> None:
     """Become `python -m scripts.chat_cli --model NAME`: the same terminal, signals and ranks of torchrun go on."""
-    sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, "-m", "scripts.chat_cli", "--model", name, *flags])
+    sys.argv = ["chat_cli", "--model", name, *flags]
+    runpy.run_module("scripts.chat_cli", run_name="__main__", alter_sys=True)
 
 
 def main() -> None:
@@ -99,7 +99,8 @@ def main() -> None:
             play(args.name, args.flags)
         case "import":
             where = convert.import_checkpoint(Path(args.dir), args.stage, args.tag, args.tokenizer)
-            print(f"imported as {where}: python -m scripts.chat_cli --stage {args.stage} --model-tag {args.tag}")
+            chat = cli.commands_here("python -m scripts.chat_cli")
+            print(f"imported as {where}: {chat} --stage {args.stage} --model-tag {args.tag}")
         case "export":
             print(convert.export_checkpoint(Path(args.dir), args.stage, args.tag, args.step, args.format))
 

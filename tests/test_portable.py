@@ -21,11 +21,10 @@ from nanochat.compute import Compute, free_memory, usable_cores
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.mark.parametrize("platform", ["win32", "darwin"])
-def test_every_name_exists_on(platform):
-    """Outside execution_child.py, which is a program for Linux."""
+def test_every_name_exists_on_windows():
+    """Outside execution_child.py, which is a program for Linux. What macOS lacks, Windows lacks, too."""
     # Without what is imported mypy takes two seconds, and says more than is true about types, but not about names.
-    flags = ["--platform", platform, "--follow-imports", "skip", "--cache-dir", os.devnull, "--config-file", os.devnull]
+    flags = ["--platform", "win32", "--follow-imports", "skip", "--cache-dir", os.devnull, "--config-file", os.devnull]
     command = [sys.executable, "-m", "mypy", "--ignore-missing-imports", *flags, "nanochat", "scripts", "tasks"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert re.search(r"checked \d+ source files|no issues found", result.stdout), result.stdout + result.stderr
