@@ -56,7 +56,7 @@ def make_model(bench: Bench, config: GPTConfig, in_fp8: bool) -> GPT:
     """Build a model as base_train does, with weights nowhere zero: else the first gradients are rounding noise."""
     if in_fp8 and not bench.on_gpu:
         # build_model takes fp8 for GPUs alone; on a CPU it works, too slowly for anything but a rehearsal.
-        kernels = Kernels(fp8=True, loss_sum=fp8.fp8_loss_sum, names=("fp8, not compiled",))
+        kernels = Kernels(loss="fp8", fp8=True, loss_sum=fp8.fp8_loss_sum)
         model = GPT(config, bench.compute.dtype, kernels=kernels)
     else:
         model = build_model(config, bench.device, train=True, compiled=bench.on_gpu, fp8=in_fp8)

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from nanochat.common import atomic_write_json, fsync_dir, get_base_dir, print0, read_json, sha256_file
 from nanochat.compute import Compute
 from nanochat.gpt import GPT, GPTConfig, build_model
+from nanochat.kernels import Kernels
 from nanochat.tokenizer import FILE_NAME, Tokenizer, kept_name, load_tokenizer
 
 SCRIPTS = {"base": "base_train", "mid": "mid_train", "sft": "chat_sft", "rl": "chat_rl"}  # which makes which stage
@@ -203,6 +204,15 @@ def newest(stage: str, tag: str) -> dict[str, Any]:
     raise ValueError(f"no whole checkpoint in {checkpoint_dir(stage, tag)}: start without --resume")
 
 
+def peek_meta(stage: str, tag: str, step: int | None = None) -> dict[str, Any]:
+    """Return the meta of a checkpoint, the newest where `step` is None, without checking its files; {} for none."""
+    steps = list_steps(stage, tag) if step is None else [step]
+    for candidate in reversed(steps):
+        with contextlib.suppress(ValueError, OSError):
+            return _read_meta_file(step_dir(stage, tag, candidate))
+    return {}
+
+
 def find_tag(stage: str) -> str:
     """Return the tag of the newest run of a stage. Raises ValueError that names the script to run first."""
     folder = get_base_dir() / "checkpoints" / stage
@@ -228,13 +238,12 @@ def load_model(
     tag: str | None = None,
     step: int | None = None,
     train: bool = False,
-    compiled: bool = False,
-    fp8: bool = False,
+    kernels: Kernels | None = None,
 ) -> tuple[GPT, Tokenizer, dict[str, Any]]:
     """Load a trained model, its tokenizer and its meta; tag None = the newest run, step None = its newest whole one.
 
-    train: keep matrices in the training precision; otherwise the model is in eval mode. compiled, fp8: how to train
-    it, see `gpt.build_model`. Raises ValueError, with the remedy, when something is missing, damaged, or belongs to
+    train: keep matrices in the training precision; otherwise the model is in eval mode. kernels: to train it
+    with, see `gpt.build_model`. Raises ValueError, with the remedy, when something is missing, damaged, or belongs to
     another tokenizer.
     """
     if tag is None:
@@ -245,7 +254,7 @@ def load_model(
     tokenizer = load_tokenizer(meta["tokenizer_hash"])
     check_tokenizer(meta, tokenizer)
     config = GPTConfig.from_dict(meta["model_config"])
-    model = build_model(config, device, train=train, compiled=compiled, fp8=fp8)
+    model = build_model(config, device, train=train, kernels=kernels)
     load_weights(stage, tag, meta["step"], model)
     return model.train(train), tokenizer, meta
 

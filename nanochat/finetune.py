@@ -16,10 +16,10 @@ from nanochat.common import print0
 from nanochat.compute import Compute
 from nanochat.conversation import Rendered, render
 from nanochat.documents import iterate_documents, list_shards
-from nanochat.gpt import GPT
+from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW
 from nanochat.recipe import TrainConfig
-from nanochat.run import Run
+from nanochat.run import Run, agreed_kernels
 from nanochat.token_shards import PackedRows, data_hash, pack_masked
 from nanochat.tokenizer import Tokenizer
 from nanochat.trainer import rows_per_step, train
@@ -80,7 +80,7 @@ def finetune(
     the conversations. Raises ValueError when there is no source model, or no usable conversation.
     """
     compute = Compute.create(config.device_type)
-    source = load_source(from_stage, config, compute)
+    source = load_source(from_stage, stage, config, compute)
     tokenizer = source.tokenizer
     T = source.model.config.sequence_len
 
@@ -104,16 +104,15 @@ def finetune(
     compute.close()
 
 
-def load_source(stage: str, config: SourceConfig, compute: Compute) -> Source:
-    """Load the model of `stage` to go on from. Raises ValueError, with the remedy, when there is none."""
+def load_source(stage: str, into: str, config: SourceConfig, compute: Compute) -> Source:
+    """Load the model of `stage` that stage `into` goes on from. Raises ValueError, with the remedy, for none."""
+    tag = config.source_tag or checkpoint.find_tag(stage)
+    kernels = None
+    if meta := checkpoint.peek_meta(stage, tag, config.source_step):
+        model_config = GPTConfig.from_dict(meta["model_config"])
+        kernels = agreed_kernels(into, config.model_tag or tag, config, model_config, compute)
     model, tokenizer, meta = checkpoint.load_model(
-        stage,
-        compute.device,
-        tag=config.source_tag,
-        step=config.source_step,
-        train=True,
-        compiled=config.compile,
-        fp8=config.fp8,
+        stage, compute.device, tag=tag, step=config.source_step, train=True, kernels=kernels
     )
     digest = meta["files"]["model.safetensors"][:12]
     return Source(model, tokenizer, meta, name=f"{stage}/{meta['tag']} step {meta['step']} {digest}")

@@ -5,6 +5,9 @@ products. Each has a plain form in PyTorch that is right everywhere. Faster ones
 that imports may still hold no kernel for this GPU, fail on launch, or return wrong gradients. So `choose_kernels` takes
 one only after a small forward and backward pass here has agreed with the plain form (`agrees`).
 
+Another rank, or the same run when it is resumed, might choose otherwise. So rank 0 chooses once (`agreed_kernels` in
+run.py), checkpoints record the names, and `load_kernels` makes kernels of them.
+
     attention.py    FlashAttention-3, FlexAttention, cuDNN | our blocks of queries on CPU | PyTorch's SDPA
     loss.py         the chunks compiled | liger-kernel | the chunks
     fused_mlp.py    our Triton kernel on Hopper | two products
@@ -33,17 +36,41 @@ from nanochat.loss import (
     make_chunk_gradients,
 )
 
+Record = dict[str, Any]  # of the kernels that were chosen, for checkpoints: see Kernels.record
+
 
 @dataclass(frozen=True)
 class Kernels:
     """The implementations that a model runs with. None changes the mathematics, and the defaults work on any device."""
 
-    attend: Attend = attend
-    loss_sum: LossSum = chunked_loss_sum
+    attention: str = "plain"  # name of `attend`
+    loss: str = "plain"  # name of `loss_sum`
     fused_mlp: bool = False  # the MLP by one Triton kernel
     fp8: bool = False  # the blocks' products in 8 bits, in training only; the head's are up to loss_sum
     compiled: bool = False  # torch.compile fuses what stands between the products of a block
-    names: tuple[str, ...] = ("plain",)  # for the log
+    attend: Attend = attend
+    loss_sum: LossSum = chunked_loss_sum
+
+    @property
+    def record(self) -> Record:
+        """What a checkpoint and other ranks are told: with it `load_kernels` makes the same kernels again."""
+        return {
+            "attention": self.attention,
+            "loss": self.loss,
+            "fused_mlp": self.fused_mlp,
+            "fp8": self.fp8,
+            "compiled": self.compiled,
+        }
+
+    @property
+    def names(self) -> list[str]:
+        """The kernels in words, for the log."""
+        words = [f"attention {self.attention}", f"loss {self.loss}", "compiled" if self.compiled else "eager"]
+        if self.fused_mlp:
+            words.append("MLP fused")
+        if self.fp8:
+            words.append("fp8")
+        return words
 
 
 PLAIN = Kernels()
@@ -58,80 +85,90 @@ def choose_kernels(
     windowed: bool,
     compiled: bool = False,
     fp8_products: bool = False,
+    recorded: Record | None = None,
 ) -> Kernels:
-    """Return the fastest kernels that work on this device. On CUDA that takes seconds: ask once per model.
+    """Return the fastest kernels that work on this device. On CUDA that takes seconds: ask once per run.
 
     width: channels of the model. windowed: some layers have attention windows. compiled: use torch.compile.
-    Raises ValueError where fp8 is asked for and cannot work.
+    recorded: what the run that is resumed began with. It is kept where it works: a stopwatch might choose otherwise
+    today, and other kernels round differently. Raises ValueError where fp8 is asked for and cannot work.
     """
     if fp8_products:
         fp8.check(device, width)
-    attention_name, attend_rows = choose_attention(device, dtype, head_dim, windowed)
-    if fp8_products:
-        loss_name = "fp8"
-        loss_sum: LossSum = functools.partial(fp8.fp8_loss_sum, compiled=compiled)
-    else:
-        loss_name, loss_sum = choose_loss(device, dtype, compiled)
-    mlp_is_fused = compiled and not fp8_products and fused_mlp_pays(device, dtype, width)
-    names = [f"attention {attention_name}", f"loss {loss_name}", "compiled" if compiled else "eager"]
-    if mlp_is_fused:
-        names.append("MLP fused")
-    if fp8_products:
-        names.append("fp8")
-    return Kernels(
-        attend=attend_rows,
-        loss_sum=loss_sum,
-        fused_mlp=mlp_is_fused,
-        fp8=fp8_products,
-        compiled=compiled,
-        names=tuple(names),
-    )
+    before = recorded or {}
+    record = {
+        "attention": choose_attention(device, dtype, head_dim, windowed, before.get("attention")),
+        "loss": "fp8" if fp8_products else choose_loss(device, dtype, compiled, before.get("loss")),
+        "fused_mlp": False,
+        "fp8": fp8_products,
+        "compiled": compiled,
+    }
+    if compiled and not fp8_products:
+        record["fused_mlp"] = fused_mlp_pays(device, dtype, width, before.get("fused_mlp"))
+    if recorded and recorded != record:
+        print0(f"flags or machine have changed: the run began with kernels {recorded}, and goes on with {record}")
+    return load_kernels(record, device)
+
+
+def load_kernels(record: Record, device: torch.device) -> Kernels:
+    """Return the kernels of a record. Raises ValueError where one of them is not installed."""
+    try:
+        attend_rows = load_attention(record["attention"], device)
+    except ImportError as error:
+        raise ValueError(f"attention by {record['attention']} is not installed on every machine: {error}") from error
+    return Kernels(**record, attend=attend_rows, loss_sum=load_loss(record["loss"], device, record["compiled"]))
 
 
 # --- attention
 
 
-def choose_attention(device: torch.device, dtype: torch.dtype, head_dim: int, windowed: bool) -> tuple[str, Attend]:
-    """Return the fastest form of attention that works on this device, and its name."""
-    if device.type == "cpu":
-        return "blocks", attend_blocks
-    if device.type == "cuda":
-        return choose_cuda_attention(device, dtype, head_dim, windowed)
-    return "sdpa", attend_sdpa
-
-
-def choose_cuda_attention(
-    device: torch.device, dtype: torch.dtype, head_dim: int, windowed: bool
-) -> tuple[str, Attend]:
-    """Try FlashAttention-3, then cuDNN for full attention and FlexAttention for windows; what is left is SDPA's."""
-    short = 128
-    whole = 512  # covers the probe's 300 positions
-    flash_windows = (short, whole) if windowed else (whole,)
-    if attend_flash3 := load_attention("flash-attention-3", flash3, device, dtype, head_dim, flash_windows):
-        return "flash-attention-3", attend_flash3
-    if is_hopper(device):
+def choose_attention(
+    device: torch.device, dtype: torch.dtype, head_dim: int, windowed: bool, recorded: str | None = None
+) -> str:
+    """Return the name of the fastest form of attention that works on this device, or of the recorded one if it does."""
+    names = attention_names(device, windowed)
+    if recorded in names:
+        names.insert(0, recorded)
+    name = next(name for name in names if attention_works(name, device, dtype, head_dim, windowed))
+    if is_hopper(device) and name != "flash-attention-3":
         print0(
             "ATTENTION RUNS WITHOUT FLASHATTENTION-3 on this Hopper GPU, and training 4 % slower: pip install kernels"
         )
+    return name
 
-    full_name = "sdpa"
-    attend_full: Attend = attend_sdpa
-    if attend_cudnn := load_attention("cudnn", cudnn, device, dtype, head_dim, (whole,)):
-        full_name = "cudnn"
-        attend_full = attend_cudnn
-    if not windowed:
-        return full_name, padded(attend_full)
 
-    attend_flex = load_attention("flex", flex, device, dtype, head_dim, (short,))
-    if attend_flex is None:
-        return "sdpa", padded(attend_sdpa)
+def attention_names(device: torch.device, windowed: bool) -> list[str]:
+    """Return the forms of attention for a device, the fastest first. The last one needs no probe."""
+    if device.type == "cpu":
+        return ["blocks"]
+    if device.type == "cuda" and windowed:
+        return ["flash-attention-3", "flex and cudnn", "flex and sdpa", "sdpa"]
+    if device.type == "cuda":
+        return ["flash-attention-3", "cudnn", "sdpa"]
+    return ["sdpa"]
+
+
+def load_attention(name: str, device: torch.device) -> Attend:
+    """Return a form of attention by its name. Raises ImportError where it is not installed."""
+    if name == "blocks":
+        return attend_blocks
+    if name == "flash-attention-3":
+        return flash3()
+    if name == "cudnn":
+        return padded(cudnn())
+    if name == "sdpa":
+        return padded(attend_sdpa) if device.type == "cuda" else attend_sdpa
+
+    # FlexAttention for windows, and the other one for full attention.
+    attend_windows = flex()
+    attend_full = cudnn() if name == "flex and cudnn" else attend_sdpa
 
     def attend_either(q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, window: int) -> Tensor:
         if window >= q_BTHD.size(1):
             return attend_full(q_BTHD, k_BTKD, v_BTKD, window)
-        return attend_flex(q_BTHD, k_BTKD, v_BTKD, window)
+        return attend_windows(q_BTHD, k_BTKD, v_BTKD, window)
 
-    return f"flex and {full_name}", padded(attend_either)
+    return padded(attend_either)
 
 
 def is_hopper(device: torch.device) -> bool:
@@ -139,45 +176,51 @@ def is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
-def load_attention(
-    name: str,
-    load: Callable[[], Attend],
-    device: torch.device,
-    dtype: torch.dtype,
-    head_dim: int,
-    windows: Sequence[int],
-) -> Attend | None:
-    """Load an attention kernel; return it if it agrees with the definition for all of these windows, else None."""
+def attention_works(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, windowed: bool) -> bool:
+    """Return whether a form of attention can be loaded and agrees with the definition, also for windows if asked."""
+    if name in ("blocks", "sdpa"):  # our own, and PyTorch's, which is what remains
+        return True
     try:
-        kernel = load()
+        kernel = load_attention(name, device)
     except Exception as error:  # not installed, no network, or no build for this GPU, Python or PyTorch
         refuse(f"attention by {name}", error)
-        return None
+        return False
     generator = torch.Generator().manual_seed(0)
     qkv = [torch.randn(1, 300, heads, head_dim, generator=generator).to(device, dtype) for heads in (4, 2, 2)]
-    for window in windows:
+    short = 128
+    whole = 512  # covers the probe's 300 positions
+    for window in (short, whole) if windowed else (whole,):
         if not agrees(f"attention by {name}", kernel, attend_naive, qkv, window):
-            return None
-    return kernel
+            return False
+    return True
 
 
 # --- loss
 
 
-def choose_loss(device: torch.device, dtype: torch.dtype, compiled: bool) -> tuple[str, LossSum]:
-    """Return the form of the summed loss to train with, and its name.
+def choose_loss(device: torch.device, dtype: torch.dtype, compiled: bool, recorded: str | None = None) -> str:
+    """Return the name of the form of the summed loss to train with; `recorded` is kept if it is not compiled either.
 
     compiled: have torch.compile fuse the elementwise work of a chunk. liger-kernel reads and writes the logits as
     often, but its chunks of 2,048 tokens add to the gradient of W in fp32 eight times as often: at d24 14 GB more of
     memory traffic in a micro-step (counted, not measured). It is for where nothing is compiled.
     """
     if compiled:
+        return "compiled"
+    if device.type == "cuda" and recorded != "eager" and loss_agrees(device, dtype, liger_loss_sum):
+        return "liger"
+    return "eager"
+
+
+def load_loss(name: str, device: torch.device, compiled: bool) -> LossSum:
+    """Return a form of the summed loss by its name."""
+    if name == "fp8":
+        return functools.partial(fp8.fp8_loss_sum, compiled=compiled)
+    if name == "compiled":
         fused = torch.compile(make_chunk_gradients, dynamic=False)
         chunk = CUDA_CHUNK_COMPILED if device.type == "cuda" else None
-        return "compiled", functools.partial(chunked_loss_sum, chunk=chunk, chunk_gradients=fused)
-    if device.type == "cuda" and loss_agrees(device, dtype, liger_loss_sum):
-        return "liger", liger_loss_sum
-    return "eager", chunked_loss_sum
+        return functools.partial(chunked_loss_sum, chunk=chunk, chunk_gradients=fused)
+    return liger_loss_sum if name == "liger" else chunked_loss_sum
 
 
 def loss_agrees(device: torch.device, dtype: torch.dtype, form: LossSum) -> bool:
@@ -198,12 +241,13 @@ def loss_agrees(device: torch.device, dtype: torch.dtype, form: LossSum) -> bool
 
 @torch.inference_mode(False)
 @torch.enable_grad()
-def fused_mlp_pays(device: torch.device, dtype: torch.dtype, width: int) -> bool:
+def fused_mlp_pays(device: torch.device, dtype: torch.dtype, width: int, recorded: bool | None = None) -> bool:
     """Return whether `fused_mlp` is right on this device and, at this width, not slower than the compiled definition.
 
-    False without Triton, without a Hopper GPU or later, and for fp32.
+    recorded: whether it was found faster before, which is not timed again. False without Triton, without a Hopper GPU
+    or later, and for fp32.
     """
-    if not has_kernel(device) or dtype.itemsize != 2:
+    if not has_kernel(device) or dtype.itemsize != 2 or recorded is False:
         return False
     generator = torch.Generator().manual_seed(0)
     inputs = []
@@ -212,6 +256,8 @@ def fused_mlp_pays(device: torch.device, dtype: torch.dtype, width: int) -> bool
         inputs.append(x.to(device, dtype).requires_grad_())
     if not agrees("fused MLP", fused_mlp, eager_mlp, inputs):
         return False
+    if recorded:
+        return True
     compiled_mlp = torch.compile(eager_mlp, dynamic=False)
     fused_ms = milliseconds(lambda: torch.autograd.grad(fused_mlp(*inputs), inputs, inputs[0]))
     compiled_ms = milliseconds(lambda: torch.autograd.grad(compiled_mlp(*inputs), inputs, inputs[0]))

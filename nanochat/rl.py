@@ -98,7 +98,7 @@ def reinforce(config: RLConfig, train: Sequence[Any], test: Sequence[Any], held_
     compute = Compute.create(config.device_type)
     if config.problems % compute.world_size:
         raise ValueError(f"--problems {config.problems}: make it a multiple of the {compute.world_size} processes")
-    source = load_source("sft", config, compute)
+    source = load_source("sft", "rl", config, compute)
     model = source.model
     T = model.config.sequence_len
     problems = [(task, index) for task in train for index in range(len(task))]

@@ -29,7 +29,8 @@ import torch
 from nanochat import checkpoint
 from nanochat.common import atomic_write, get_base_dir, print0, write_record
 from nanochat.compute import Compute
-from nanochat.gpt import GPT
+from nanochat.gpt import GPT, GPTConfig, training_kernels
+from nanochat.kernels import Kernels, load_kernels
 from nanochat.optim import MuonAdamW
 from nanochat.recipe import TrainConfig
 from nanochat.tokenizer import Tokenizer
@@ -88,6 +89,7 @@ class Run:
             "model_config": dataclasses.asdict(self.model.config),
             "tokenizer_hash": self.tokenizer.hash,
             "config": dataclasses.asdict(self.config),
+            "kernels": self.model.kernels.record,
             "total_batch_size": self.total_batch_size,
             "num_iterations": self.num_iterations,
         }
@@ -343,6 +345,26 @@ def drop_lines_after(path: Path, step: int, evaluated: bool) -> None:
         if line["step"] < step or (line["step"] == step and (evaluated or not is_evaluation)):
             kept.append(text + "\n")
     atomic_write(path, "".join(kept))
+
+
+def agreed_kernels(stage: str, tag: str, config: TrainConfig, model_config: GPTConfig, compute: Compute) -> Kernels:
+    """Return the kernels that all ranks of a run train with: those that it began with if it is resumed, else new ones.
+
+    Rank 0 chooses for all, because a stopwatch may say something else on each. Raises what `training_kernels` raises.
+    """
+
+    def choose() -> dict[str, Any]:
+        recorded = None
+        if config.resume is not None:
+            step = int(config.resume) if config.resume.isdigit() else None
+            # Checkpoints of older versions do not say.
+            recorded = checkpoint.peek_meta(stage, tag, step).get("kernels")
+        kernels = training_kernels(
+            model_config, compute.device, compiled=config.compile, fp8=config.fp8, recorded=recorded
+        )
+        return kernels.record
+
+    return load_kernels(compute.from_rank_0(choose), compute.device)
 
 
 @contextlib.contextmanager

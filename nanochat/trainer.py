@@ -310,7 +310,7 @@ def announce(run: Run, batch: DeviceBatch) -> None:
         f"{steps} steps of {run.total_batch_size:,} tokens = {tokens:,}"
     )
 
-    how = list(model.kernels.names)
+    how = model.kernels.names
     if batch.recompute:
         how.append("activations recomputed")
     if batch.peak is not None:

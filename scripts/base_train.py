@@ -13,7 +13,7 @@ from nanochat.documents import dataset_name
 from nanochat.gpt import build_model
 from nanochat.optim import MuonAdamW
 from nanochat.recipe import TrainConfig
-from nanochat.run import Run
+from nanochat.run import Run, agreed_kernels
 from nanochat.token_shards import TextRows, data_hash
 from nanochat.tokenizer import load_tokenizer
 from nanochat.trainer import train
@@ -63,7 +63,9 @@ def main() -> None:
         norm_scales=config.norm_scales,
         dropout=config.dropout,
     )
-    model = build_model(model_config, compute.device, train=True, compiled=config.compile, fp8=config.fp8)
+    tag = config.model_tag or f"d{config.depth}"
+    kernels = agreed_kernels("base", tag, config, model_config, compute)
+    model = build_model(model_config, compute.device, train=True, kernels=kernels)
     model.init_weights(torch.Generator(compute.device).manual_seed(config.seed))
 
     # The recipe: how many tokens, and how many of them per step. A flag overrides each.
@@ -90,7 +92,7 @@ def main() -> None:
 
     run = Run(
         stage="base",
-        tag=config.model_tag or f"d{config.depth}",
+        tag=tag,
         config=config,
         model=model,
         optimizer=optimizer,

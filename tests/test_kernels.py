@@ -1,15 +1,20 @@
 """How kernels are judged and chosen: candidates that are right, wrong in value, wrong in gradient, and broken."""
 
+import json
+import os
+import socket
 import sys
 
 import pytest
 import torch
 from test_attention import assert_same, make, masked_sdpa
+from tiny_run import BASE, STEPS, start
 
-from nanochat import attention, kernels
+from nanochat import attention, checkpoint, cli, kernels
 from nanochat.attention import attend_blocks, attend_naive, attend_sdpa, flash3, padded
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.kernels import Kernels, agrees, choose_attention, choose_cuda_attention, load_attention
+from nanochat.kernels import Kernels, agrees, attention_works, choose_attention, load_attention
+from scripts import base_train
 
 CPU = torch.device("cpu")
 
@@ -96,20 +101,29 @@ BROKEN = [
 
 
 @pytest.mark.parametrize("broken", BROKEN)
-def test_a_broken_attention_kernel_is_refused(broken, capsys):
-    assert load_attention("broken", lambda: broken, CPU, torch.float32, 16, (128, 512)) is None
+def test_a_broken_attention_kernel_is_refused(broken, monkeypatch, capsys):
+    monkeypatch.setattr(kernels, "flash3", lambda: broken)
+    assert not attention_works("flash-attention-3", CPU, torch.float32, 16, windowed=True)
     printed = capsys.readouterr().out
-    assert printed.startswith("attention by broken refused: ") and printed.count("\n") == 1
+    assert printed.startswith("attention by flash-attention-3 refused: ") and printed.count("\n") == 1
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-def test_a_right_kernel_is_taken_where_gradients_are_off_too(context):
+def test_a_right_kernel_is_taken_where_gradients_are_off_too(context, monkeypatch):
+    monkeypatch.setattr(kernels, "flash3", lambda: attend_blocks)
     with context():
-        assert load_attention("blocks", lambda: attend_blocks, CPU, torch.float32, 16, (128, 512)) is not None
+        assert attention_works("flash-attention-3", CPU, torch.float32, 16, windowed=True)
 
 
 def not_installed():
     raise ImportError("No module named 'flash_attn_interface'")
+
+
+@pytest.fixture
+def cuda_names(monkeypatch):
+    """The CPU is offered the forms of attention that a GPU has."""
+    names = kernels.attention_names
+    monkeypatch.setattr(kernels, "attention_names", lambda device, windowed: names(torch.device("cuda"), windowed))
 
 
 @pytest.mark.parametrize(
@@ -125,12 +139,11 @@ def not_installed():
         (set(), True, "sdpa"),
     ],
 )
-def test_on_cuda_the_fastest_that_works_is_chosen_and_is_right(working, windowed, name, monkeypatch):
-    """The order of choice, by stand-ins that run on CPU."""
+def test_on_cuda_the_fastest_that_works_is_chosen_and_is_right(working, windowed, name, monkeypatch, cuda_names):
     for loader in ("flash3", "cudnn", "flex"):
         monkeypatch.setattr(kernels, loader, (lambda: attend_sdpa) if loader in working else not_installed)
-    chosen, attend = choose_cuda_attention(CPU, torch.float32, 16, windowed)
-    assert chosen == name
+    assert choose_attention(CPU, torch.float32, 16, windowed) == name
+    attend = load_attention(name, torch.device("cuda"))
     for window in (128, 300) if windowed else (300,):
         assert_same(attend, masked_sdpa, *make(300), window, 2e-5)
 
@@ -139,7 +152,7 @@ def test_on_cuda_the_fastest_that_works_is_chosen_and_is_right(working, windowed
 @pytest.mark.parametrize("windowed", [True, False])
 def test_what_is_chosen_on_this_gpu_is_right(windowed):
     device = torch.device("cuda", 0)
-    _, attend = choose_attention(device, torch.bfloat16, 64, windowed)
+    attend = load_attention(choose_attention(device, torch.bfloat16, 64, windowed), device)
     q, k, v = make(300, D=64, dtype=torch.bfloat16, device=device)
     assert_same(attend, masked_sdpa, q, k, v, 128 if windowed else 300, 5e-2)
 
@@ -270,7 +283,7 @@ def test_a_window_that_covers_the_row_still_does_after_padding():
 
 @pytest.mark.parametrize("working", [{"cudnn", "flex"}, {"cudnn"}, {"flex"}, set()], ids=str)
 @pytest.mark.parametrize("windowed", [True, False])
-def test_on_cuda_rows_of_all_lengths_are_a_few_lengths(working, windowed, monkeypatch):
+def test_on_cuda_rows_of_all_lengths_are_a_few_lengths(working, windowed, monkeypatch, cuda_names):
     lengths = set()
 
     def kernel(q, k, v, window):
@@ -280,7 +293,7 @@ def test_on_cuda_rows_of_all_lengths_are_a_few_lengths(working, windowed, monkey
     for loader in ("flash3", "cudnn", "flex"):
         monkeypatch.setattr(kernels, loader, (lambda: kernel) if loader in working else not_installed)
     monkeypatch.setattr(kernels, "attend_sdpa", kernel)
-    _, attend = choose_cuda_attention(CPU, torch.float32, 16, windowed)
+    attend = load_attention(choose_attention(CPU, torch.float32, 16, windowed), torch.device("cuda"))
     lengths.clear()
     for T in (5, 100, 129, 200, 256, 257, 300):
         attend(*make(T), 128 if windowed else 300)
@@ -288,10 +301,68 @@ def test_on_cuda_rows_of_all_lengths_are_a_few_lengths(working, windowed, monkey
 
 
 @pytest.mark.parametrize("hopper, installed", [(True, False), (True, True), (False, False)])
-def test_hopper_without_flash_attention_3_says_so_in_one_line_with_the_remedy(hopper, installed, monkeypatch, capsys):
+def test_hopper_without_flash_attention_3_says_so_in_one_line(hopper, installed, monkeypatch, capsys, cuda_names):
     monkeypatch.setattr(kernels, "flash3", (lambda: attend_sdpa) if installed else not_installed)
     monkeypatch.setattr(kernels, "cudnn", lambda: attend_sdpa)
     monkeypatch.setattr(kernels, "is_hopper", lambda device: hopper)
-    choose_cuda_attention(CPU, torch.float32, 16, windowed=False)
+    choose_attention(CPU, torch.float32, 16, windowed=False)
     loud = [line for line in capsys.readouterr().out.splitlines() if "pip install kernels" in line]
     assert len(loud) == (hopper and not installed)
+
+
+# One choice for all ranks, and for the run when it is resumed.
+
+
+def test_what_a_run_began_with_is_kept_where_it_works(monkeypatch, cuda_names, capsys):
+    """Whatever a probe or a stopwatch would prefer today. Where it no longer works, the run goes on and says so."""
+    monkeypatch.setattr(kernels, "flash3", lambda: attend_sdpa)
+    monkeypatch.setattr(kernels, "cudnn", not_installed)
+    monkeypatch.setattr(kernels, "has_kernel", lambda device: True)
+    monkeypatch.setattr(kernels, "agrees", lambda *arguments: True)
+    seconds = iter([1.0, 2.0, 2.0, 1.0])
+    monkeypatch.setattr(kernels, "milliseconds", lambda run: next(seconds))
+
+    def choose(recorded):
+        shape = {"width": 64, "head_dim": 16, "windowed": False, "compiled": True, "recorded": recorded}
+        return kernels.choose_kernels(CPU, torch.bfloat16, **shape).record
+
+    faster = choose(None)
+    slower = choose(None)
+    assert (faster["attention"], faster["fused_mlp"], slower["fused_mlp"]) == ("flash-attention-3", True, False)
+    assert next(seconds, None) is None
+    assert [choose(faster), choose(slower)] == [faster, slower], "no time is taken again"
+    assert choose({**slower, "attention": "sdpa"})["attention"] == "sdpa"
+    assert "have changed" not in capsys.readouterr().out
+    assert choose({**faster, "attention": "cudnn"}) == faster
+    assert capsys.readouterr().out.count("have changed") == 1
+
+
+def train_with_a_probe(answers, flags):
+    """Pretraining where each rank's probe says something else; "liger" cannot run here."""
+    rank = int(os.environ["RANK"])
+
+    def probe(device, dtype, compiled, recorded):
+        print(f"rank {rank} chooses, recorded {recorded}")
+        return recorded or answers[rank]
+
+    kernels.choose_loss = probe
+    sys.argv = ["base_train", *flags]
+    cli.run(base_train.main)
+
+
+def test_ranks_and_resumed_runs_agree(tiny_world, monkeypatch):
+    flags = [*BASE, *STEPS, "--num-iterations", "4", "--save-every", "2"]
+    monkeypatch.setenv("NANOCHAT_DTYPE", "float32")
+    for answers, more, recorded in ((["eager", "liger"], [], None), (["liger", "liger"], ["--resume", "2"], "eager")):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+        ranks = [
+            start(train_with_a_probe, answers, [*flags, *more], **place, RANK=str(r), LOCAL_RANK=str(r))
+            for r in range(2)
+        ]
+        first, second = [rank.wait() for rank in ranks]
+        assert (first.code, second.code) == (0, 0), (first, second)
+        assert f"rank 0 chooses, recorded {recorded}\n" in first.out and "chooses" not in second.out
+        assert checkpoint.read_meta("base", "d2", 4)["kernels"]["loss"] == "eager"
+        assert json.loads((tiny_world / "runs/base/d2/run.json").read_text())["kernels"]["loss"] == "eager"

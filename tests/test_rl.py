@@ -145,7 +145,8 @@ def places(task):
 def asked(config, step, rank=0, ranks=1):
     """The run that goes on from the SFT model, a step's problems for all ranks, and what this rank answers to its."""
     compute = Compute(torch.device("cpu"), torch.float32, rank, ranks)
-    run = continue_from(load_source("sft", config, compute), "rl", config, compute, 512, 6, more_facts={})
+    source = load_source("sft", "rl", config, Compute(torch.device("cpu"), torch.float32))
+    run = continue_from(source, "rl", config, compute, 512, 6, more_facts={})
     problems = problems_of_step(places(Letters("a", "train")), config, step)
     run.model.eval()
     return run, problems, sample_groups(run, config, problems, 4)
