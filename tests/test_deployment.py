@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 import tiny_chat
+import yaml
 
 from scripts import chat_web
 
@@ -43,14 +44,18 @@ def test_names_and_flags_exist():
     names -= {"nanochat_open", "nanochat_client"}  # nginx's
     assert len(names) > 8 and all(re.search(rf"^(# TYPE )?{name}\b", exposed, re.MULTILINE) for name in names), names
     flags = {field.name.replace("_", "-") for field in dataclasses.fields(chat_web.Config)}
-    commands = [line for line in DOCUMENT.splitlines() if "scripts.chat_web" in line]
+    commands = [line for line in DOCUMENT.splitlines() if "scripts.chat_web" in line or "nanochat chat-web" in line]
     used = {flag for line in commands for flag in re.findall(r"--([a-z-]+)", line)}
     assert used and used <= flags
 
 
-def test_the_container_copies_what_is_there():
-    for line in re.findall(r"^COPY (.*)$", block("dockerfile"), re.MULTILINE):
-        assert all((ROOT / source).exists() for source in line.split()[:-1]), line
+def test_the_container_gets_what_it_needs():
+    """That it installs and serves is test_install.py's. The checkout's own names and flags, and time to drain."""
+    service = yaml.safe_load((ROOT / "dev" / "compose.yaml").read_text(encoding="utf-8"))["services"]["nanochat"]
+    build = service["build"]
+    assert (ROOT / "dev" / build["context"]).resolve() == ROOT and (ROOT / build["dockerfile"]).is_file()
+    flags, seconds = service["command"]
+    assert flags == "--drain-seconds" and int(seconds) < int(service["stop_grace_period"].removesuffix("s"))
 
 
 def test_the_unit_is_one(tmp_path):
