@@ -24,6 +24,7 @@ from nanochat.common import atomic_write_json, fsync_dir, get_base_dir, print0, 
 from nanochat.compute import Compute
 from nanochat.gpt import GPT, GPTConfig, build_model
 from nanochat.kernels import Kernels
+from nanochat.language_model import warn_if_not_finite
 from nanochat.tokenizer import FILE_NAME, Tokenizer, kept_name, load_tokenizer
 
 SCRIPTS = {"base": "base_train", "mid": "mid_train", "sft": "chat_sft", "rl": "chat_rl"}  # which makes which stage
@@ -267,6 +268,7 @@ def load_weights(stage: str, tag: str, step: int, model: GPT) -> None:
         model.load_state_dict(load_file(path))
     except RuntimeError as error:
         raise ValueError(f"{path} does not fit the model: {str(error)[:300]}") from error
+    warn_if_not_finite(model, path.parent)
 
 
 def load_optimizer_shares(stage: str, tag: str, step: int, device: torch.device) -> list[dict[str, torch.Tensor]]:

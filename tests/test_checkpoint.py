@@ -1,5 +1,6 @@
 """Checkpoints survive kills, full disks, damage and mistakes: each test looks at the files and loads them again."""
 
+import copy
 import dataclasses
 import functools
 import json
@@ -252,6 +253,21 @@ def test_a_damaged_meta_json_is_named_and_the_step_skipped(tiny_world, content):
     assert checkpoint.load_model("base", "cpu")[2]["step"] == 1
     assert checkpoint.newest("base", "t")["step"] == 1
     checkpoint.prune("base", "t", 1)
+
+
+def test_weights_that_are_not_finite_are_said(tiny_world, capsys):
+    model, _ = save(1)
+    checkpoint.load_model("base", "cpu", "t")
+    assert capsys.readouterr().err == ""
+    meta = {"model_config": dataclasses.asdict(CONFIG), "tokenizer_hash": load_tokenizer().hash}
+    diverged = copy.deepcopy(model)
+    with torch.no_grad():
+        diverged.blocks[1].mlp.up.weight[3, 3] = float("nan")
+    checkpoint.save("base", "t", 2, diverged, None, meta, CPU)
+    for train in (False, True):
+        checkpoint.load_model("base", "cpu", "t", train=train)
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and "blocks.1.mlp.up.weight" in err and "step_000002" in err
 
 
 def test_another_tokenizer(tiny_world):

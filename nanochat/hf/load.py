@@ -24,6 +24,7 @@ from nanochat.hf.gpt_oss import GptOss
 from nanochat.hf.llama import Llama
 from nanochat.hf.open_model import OpenConfig, OpenModel
 from nanochat.hf.tokenizer import HFTokenizer
+from nanochat.language_model import warn_if_not_finite
 
 # model_type in config.json -> the class that runs it.
 FAMILIES: dict[str, type[OpenModel]] = {
@@ -197,6 +198,7 @@ def load_model(folder: Path | str, device: Place, dtype: torch.dtype | None = No
     model.tie_head()
     for name, table in model.named_buffers():  # rotary frequencies: in no file, needed where tokens come in
         setattr(model, name, table.to(places[0]))
+    warn_if_not_finite(model, folder)
     return model.requires_grad_(False).eval()
 
 
