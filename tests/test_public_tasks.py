@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import tiny_run
 from hub_server import HubServer
+from record_check import check_records
 
 from nanochat.compute import usable_cores
 from nanochat.conversation import render, validate
@@ -467,6 +468,7 @@ def test_a_split_is_fetched_once_with_its_manifest(gsm8k_hub, tmp_path):
     assert [len(gsm8k_hub.files[entry["file"]]) for entry in manifest["files"]] == [
         e["bytes"] for e in manifest["files"]
     ]
+    assert check_records(tmp_path / "base") == {"tasks/NAME/SPLIT.manifest.json"}
     assert GSM8K("test", tasks_dir=tmp_path / "base" / "tasks")[0] == task[0]  # a download is a folder of tasks too
     path = folder / "main" / "test-00001-of-00003.parquet"
     path.write_bytes(path.read_bytes()[:-1] + b"X")

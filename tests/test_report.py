@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from nanochat import record_fields
 from nanochat.records import Records
 from nanochat.report import model_card, show_tool_calls, write_report
 
@@ -20,6 +21,12 @@ PROVENANCE = {
     "versions": {"python": "3.12.1", "torch": "2.13.0"},
 }
 TOOL_ANSWER = "<|python_start|>37*48<|python_end|><|output_start|>1776<|output_end|>37*48 = 1776."
+
+
+def test_the_page_of_records_is_what_the_code_says():
+    """Other tests hold the code to real records: those that call `check_records`."""
+    page = (ROOT / "dev" / "records.md").read_text(encoding="utf-8")
+    assert page == record_fields.page() + "\n", "python -m nanochat.record_fields > dev/records.md"
 
 
 def write_json(path, value):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from record_check import problem
 from test_engine import ScriptedModel
 from tiny_run import Running, losses, metrics, run, script, start, wait_for
 
@@ -22,6 +23,7 @@ from nanochat.engine import Engine, Request
 from nanochat.finetune import continue_from, load_source
 from nanochat.gpt import build_model
 from nanochat.optim import MuonAdamW
+from nanochat.record_fields import RECORDS
 from nanochat.records import Records
 from nanochat.rl import (
     Group,
@@ -499,6 +501,11 @@ def test_the_script_on_the_built_in_tasks(base):
     assert "rl from sft/d2 step 1" in out and "step 2: spellingbee, 2 problems: accuracy 0.0" in out
     assert metrics("rl", "d2")[-1]["tasks"].keys() == {"arithmetic", "spellingbee"}
     assert checkpoint.list_steps("rl", "d2") == [2]
+    for line in metrics("rl", "d2"):
+        kind = "a step of rl" if "loss" in line else "an evaluation"
+        assert not problem(line, RECORDS[f"runs/STAGE/TAG/metrics.jsonl: {kind}"])
+    record = json.loads((base / "runs" / "rl" / "d2" / "run.json").read_text())
+    assert not problem(record, RECORDS["runs/STAGE/TAG/run.json"])
 
 
 # --- hostile

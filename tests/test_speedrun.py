@@ -10,6 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from record_check import problem
+
+from nanochat.record_fields import RECORDS
 
 HERE = Path(__file__).parent
 CPU = "d6-cpu"  # the tag of a run without flags on a machine without a GPU
@@ -67,6 +70,7 @@ def test_stopped_then_smoke_then_again_then_nothing(speedrun, builtin):
     assert speedrun.results() == builtin.results()
     times = [json.loads(line) for line in (speedrun.base / "runs" / "stages.jsonl").read_text().splitlines()]
     assert {line["tag"] for line in times} == {CPU, "d2-smoke"}
+    assert not any(problem(line, RECORDS["runs/stages.jsonl"]) for line in times)
     assert speedrun.run() == ["scripts.report"], "all else was done before"
 
 

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from record_check import check_records
 from safetensors.torch import load_file
 from tiny_run import BASE, SKILLS, STEPS, losses, metrics, run
 
@@ -91,6 +92,16 @@ def test_the_evaluations_run_on_every_stage(finished):
         record = json.loads((base / "evals" / f"chat_eval_{stage}_d2.json").read_text())
         assert record["stage"] == stage and set(record["tasks"]) >= {"arithmetic", "world"}
         assert all(0 <= task["accuracy"] <= 1 and task["n"] == 2 for task in record["tasks"].values())
+    assert check_records(base) == {
+        "runs/STAGE/TAG/metrics.jsonl: a training step",
+        "runs/STAGE/TAG/metrics.jsonl: an evaluation",
+        "runs/STAGE/TAG/run.json",
+        "checkpoints/STAGE/TAG/step_N/meta.json",
+        "evals/base_eval_STAGE_TAG.json",
+        "evals/chat_eval_STAGE_TAG.json",
+        "datasets/NAME/manifest.json",
+        "datasets/NAME/rows_TOKENIZER_T/SHARD/meta.json",
+    }
 
 
 def test_the_report_tells_of_every_stage(finished):

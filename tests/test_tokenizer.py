@@ -19,6 +19,7 @@ import rustbpe
 import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from record_check import check_records
 
 from nanochat import dataset
 from nanochat.common import read_sections
@@ -332,6 +333,7 @@ def test_scripts_train_and_measure_on_a_dataset(tmp_path):
     for name, text in SAMPLES.items():
         assert texts[name]["ours"]["tokens"] == len(saved.encode(text))
         assert texts[name]["bytes"] == len(text.encode())
+    assert {"evals/tok_train.json", "evals/tok_eval.json"} <= check_records(base)
 
 
 def test_long_documents_give_more_where_others_have_no_more(tmp_path, monkeypatch):
