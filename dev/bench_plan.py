@@ -33,11 +33,12 @@ SEQUENCE = 2048
 
 # Bytes per token, layer and channel that the kernels between the products of a block move in a forward and a backward
 # pass. The reference: 291 GB for d24 and 16 rows at 92d63d4, less 6 bytes a logit. Ours: 403 GB for d22, 32 rows and
-# --norm-scales. Both are counted in what Inductor of torch 2.13 makes for sm_90 (dev/LOG.md, 2026-11-29).
+# --norm-scales. Both are counted in what Inductor of torch 2.13 makes for sm_90: `python -m dev.gpu_code` for ours.
 REFERENCE_FP8 = 235.6
-OURS_FP8 = 198.4
+OURS_FP8 = 198.5
 # Each logit is read in bf16 for the sum of exponentials, read again for the gradient, and its gradient is written. In
-# fp8 it is read a third time, for the largest gradient, which is then written, read and written again for two layouts.
+# fp8 that is read again and written in 8 bits, in two layouts; the first two reads of a logit are one there, which the
+# cache holds.
 LOGIT_BYTES = 6
 LOGIT_BYTES_FP8 = 9
 # A weight is read twice in fp32, for the largest and for the cast, and written, read and written again for two layouts.
@@ -178,10 +179,9 @@ def step_seconds(work: Work, config: GPTConfig, world_size: int, rates: Rates) -
     # so is that of the matrices, in fp32: two reads and a write.
     accumulated = micro_steps * 2 * tables + (micro_steps - 1) * (6 * tables + 12 * (blocks + head))
 
-    # Five Polar Express steps of three products. Bytes: about 50 a weight for Muon (gradient, momentum, weight, what
-    # stands between its products), about 24 for AdamW on bf16 tables (gradient, two averages, weight).
+    # Five Polar Express steps of three products.
     muon = sum(5 * polar_flops(*matrix.shape) for matrix in model.blocks.parameters()) / rates.bf16
-    states = (50 * (blocks + head) + 24 * tables) / rates.memory
+    states = optimizer_bytes(blocks, head, tables) / rates.memory
     # Reduce-scatter of the gradients, then all-gather of the weights: each rank sends all but its own share.
     sent = (4 * (blocks + head) + 2 * tables) * (world_size - 1) / world_size
     return {
@@ -193,6 +193,15 @@ def step_seconds(work: Work, config: GPTConfig, world_size: int, rates: Rates) -
         "optimizer": (muon + states) / world_size,
         "communication": 2 * sent / rates.link,
     }
+
+
+def optimizer_bytes(blocks: int, head: int, tables: int) -> int:
+    """Return the bytes that the updates of so many weights move, counted by `python -m dev.gpu_code`.
+
+    Muon: gradient, momentum and weight, and what stands between the products of its five steps. AdamW: gradient, two
+    averages and weight, in fp32 for the head and with gradient and weight in bf16 for the embedding tables.
+    """
+    return 115 * blocks + 28 * head + 22 * tables
 
 
 def polar_flops(n_out: int, n_in: int) -> int:

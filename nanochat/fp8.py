@@ -30,13 +30,18 @@ SMALLEST = 128  # rows or columns; below it the casts cost more than the product
 ROWS = 16  # the hardware multiplies matrices of which all sides are multiples of it
 
 
+def scale_of(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the scale (fp32) with which the largest magnitude of x becomes the largest that the fp8 `dtype` holds."""
+    largest = x.abs().amax().float().clamp(min=1e-30)
+    return largest / torch.finfo(dtype).max
+
+
 def quantise(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return x / scale in the fp8 `dtype`, and the scale (fp32): the largest magnitude becomes the largest that fits.
+    """Return x / scale in the fp8 `dtype`, and the scale.
 
     Zeros stay zeros. An infinity or NaN becomes NaN, so that the loss shows it: it is never rounded to a number.
     """
-    largest = x.abs().amax().float().clamp(min=1e-30)
-    scale = largest / torch.finfo(dtype).max
+    scale = scale_of(x, dtype)
     return (x.float() / scale).to(dtype), scale
 
 
@@ -56,10 +61,15 @@ class Quantised(NamedTuple):
     scale: Tensor
 
 
+def cast_both(x_MN: Tensor, scale: Tensor, dtype: torch.dtype) -> Quantised:
+    """Quantise a matrix, whose scale is known, for products from both sides."""
+    rows_MN = (x_MN.float() / scale).to(dtype)
+    return Quantised(rows_MN, rows_MN.t().contiguous().t(), scale)
+
+
 def quantise_both(x_MN: Tensor, dtype: torch.dtype) -> Quantised:
     """Quantise a matrix for products from both sides."""
-    rows_MN, scale = quantise(x_MN, dtype)
-    return Quantised(rows_MN, rows_MN.t().contiguous().t(), scale)
+    return cast_both(x_MN, scale_of(x_MN, dtype), dtype)
 
 
 def quantise_weights(weights: Sequence[Tensor]) -> Quantised:
@@ -177,10 +187,14 @@ def weights_quantised(model: Any) -> Iterator[None]:
 # --- the head
 
 
-def chunk_in_fp8(z_NV: Tensor, targets_N: Tensor, cap: float, n_vocab: int) -> tuple[Tensor, Quantised]:
-    """Return a chunk's summed loss, and its gradient by the head's raw output z, quantised."""
+def chunk_gradient(z_NV: Tensor, targets_N: Tensor, cap: float, n_vocab: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a chunk's summed loss, its gradient by the head's raw output z, and the scale of that in fp8.
+
+    The gradient is not cast to fp8 here. torch.compile would leave out its rounding to bf16 in between, and so write it
+    to memory and read it in fp32: 12 bytes a logit for the chunk, and not 8 (counted by `python -m dev.gpu_code`).
+    """
     loss, dz_NV = gradients_by_output(z_NV, targets_N, cap, n_vocab)
-    return loss, quantise_both(dz_NV, torch.float8_e5m2)
+    return loss, dz_NV, scale_of(dz_NV, torch.float8_e5m2)
 
 
 class _Fp8LossSum(torch.autograd.Function):
@@ -190,19 +204,22 @@ class _Fp8LossSum(torch.autograd.Function):
     def forward(
         ctx, x_NC: Tensor, w_VC: Tensor, targets_N: Tensor, cap: float, n_vocab: int, chunk: int, compiled: bool
     ):
-        cast: Callable[..., Quantised] = quantise_both
-        make_gradient: Callable[..., tuple[Tensor, Quantised]] = chunk_in_fp8
+        quantised: Callable[..., Quantised] = quantise_both
+        make_gradient: Callable[..., tuple[Tensor, Tensor, Tensor]] = chunk_gradient
+        cast: Callable[..., Quantised] = cast_both
         if compiled:
-            cast = torch.compile(quantise_both, dynamic=False)
-            make_gradient = torch.compile(chunk_in_fp8, dynamic=False)
-        w8 = cast(w_VC, torch.float8_e4m3fn)
+            quantised = torch.compile(quantise_both, dynamic=False)
+            make_gradient = torch.compile(chunk_gradient, dynamic=False)
+            cast = torch.compile(cast_both, dynamic=False)
+        w8 = quantised(w_VC, torch.float8_e4m3fn)
         total = torch.zeros((), device=x_NC.device)
         dx_NC = torch.empty_like(x_NC)
         dw_VC = torch.zeros_like(w_VC, dtype=torch.float32)
         for x, targets, dx in zip(x_NC.split(chunk), targets_N.split(chunk), dx_NC.split(chunk), strict=True):
-            x8 = cast(x, torch.float8_e4m3fn)
+            x8 = quantised(x, torch.float8_e4m3fn)
             z_NV = _product(x8.rows_MN, x8.scale, w8.rows_MN.t(), w8.scale, dtype=x.dtype, fast=True)
-            loss, dz8 = make_gradient(z_NV, targets, cap, n_vocab)
+            loss, dz_NV, dz_scale = make_gradient(z_NV, targets, cap, n_vocab)
+            dz8 = cast(dz_NV, dz_scale, torch.float8_e5m2)
             total += loss
             dx.copy_(_product(dz8.rows_MN, dz8.scale, w8.columns_MN, w8.scale, dtype=x.dtype, fast=False))
             dw_VC += _product(dz8.columns_MN.t(), dz8.scale, x8.columns_MN, x8.scale, dtype=torch.float32, fast=False)

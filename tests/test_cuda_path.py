@@ -9,9 +9,9 @@ from unittest import mock
 import paper_run
 import pytest
 import torch
-from fake_gpu import FakeGpu
-from null_cuda import on_null_cuda
+from on_null_cuda import on_null_cuda
 
+from dev.fake_gpu import FakeGpu
 from nanochat import gpt, recipe
 from nanochat.compute import Compute
 from nanochat.cuda_graph import CudaGraphs, Graph

@@ -12,9 +12,9 @@ from unittest import mock
 
 import paper_run
 import pytest
-from fake_gpu import FakeGpu
-from null_cuda import on_null_cuda
+from on_null_cuda import on_null_cuda
 
+from dev.fake_gpu import FakeGpu
 from nanochat import chat_eval, checkpoint, finetune, gpt, recipe, rl, trainer
 from nanochat.engine import Engine
 from scripts import base_train

@@ -1,4 +1,4 @@
-"""A GPU on paper, for the tests that `null_cuda.on_null_cuda` runs: what it says of itself, and tensors without values.
+"""A GPU on paper, in a process that has loaded null_cuda.py's library: what it says of itself, and empty tensors.
 
     with FakeGpu("H100") as gpu, gpu.watch:
         model = build_model(config, gpu.device, train=True)     # its parameters: FakeTensors on cuda:0
@@ -18,6 +18,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch._dynamo.device_interface import CudaInterface
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -26,12 +27,36 @@ from nanochat import attention
 
 DEVICE = torch.device("cuda", 0)
 
-# What our code asks a GPU for: its name (for its peak), capability (for bf16 and kernels) and memory.
-GPUS = {
-    "H100": SimpleNamespace(name="NVIDIA H100 80GB HBM3", capability=(9, 0), memory=80 << 30),
-    "RTX 4090": SimpleNamespace(name="NVIDIA GeForce RTX 4090", capability=(8, 9), memory=24 << 30),
-}
 
+def properties(
+    name: str, capability: tuple[int, int], gigabytes: int, multiprocessors: int, threads: int, shared: int, cache: int
+) -> SimpleNamespace:
+    """Return what a GPU says of itself. Name, capability and memory are for us; the rest is what Inductor asks for.
+
+    threads and shared: of one multiprocessor, KB of shared memory. cache: MB in L2.
+    """
+    return SimpleNamespace(
+        name=name,
+        major=capability[0],
+        minor=capability[1],
+        total_memory=gigabytes << 30,
+        multi_processor_count=multiprocessors,
+        max_threads_per_multi_processor=threads,
+        max_threads_per_block=1024,
+        regs_per_multiprocessor=65536,
+        warp_size=32,
+        shared_memory_per_multiprocessor=shared << 10,
+        shared_memory_per_block_optin=(shared - 1) << 10,
+        shared_memory_per_block=48 << 10,
+        L2_cache_size=cache << 20,
+        gcnArchName="",  # AMD's
+    )
+
+
+GPUS = {
+    "H100": properties("NVIDIA H100 80GB HBM3", (9, 0), 80, 132, threads=2048, shared=228, cache=50),
+    "RTX 4090": properties("NVIDIA GeForce RTX 4090", (8, 9), 24, 128, threads=1536, shared=100, cache=72),
+}
 
 aten = torch.ops.aten
 PRODUCTS = (aten.mm, aten.bmm, aten.addmm, aten.baddbmm, aten._scaled_mm, aten.linear, torch.ops.nanochat.flash3)
@@ -79,6 +104,22 @@ def scaled_dot_product_attention(q_BHTD, k_BKSD, v_BKSD, attn_mask=None, is_caus
     assert q_BHTD.shape[:2] == k_BKSD.shape[:2] == v_BKSD.shape[:2], "heads are repeated before the call"
     assert attn_mask is None or (attn_mask.device.type == "cuda" and not is_causal)
     return torch.ops.fake_gpu.attention(q_BHTD.transpose(1, 2), k_BKSD, v_BKSD)[0].transpose(1, 2)
+
+
+class NullEvent:
+    """A torch.cuda.Event: between any two of them, one millisecond passes."""
+
+    def __init__(self, enable_timing: bool) -> None:
+        pass
+
+    def record(self) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, later: "NullEvent") -> float:
+        return 1.0
 
 
 def apply_by_replacing(self: torch.nn.Module, convert: Any, recurse: bool = True) -> torch.nn.Module:
@@ -181,14 +222,24 @@ class FakeGpu(contextlib.ExitStack):
             "max_memory_allocated": lambda device=None: 0,
             "memory_allocated": lambda device=None: 0,
             "memory_reserved": lambda device=None: 0,
-            "mem_get_info": lambda device=None: (gpu.memory, gpu.memory),
+            "mem_get_info": lambda device=None: (gpu.total_memory, gpu.total_memory),
             "get_device_name": lambda device=None: gpu.name,
-            "get_device_capability": lambda device=None: gpu.capability,
+            "get_device_capability": lambda device=None: (gpu.major, gpu.minor),
+            "get_device_properties": lambda device=None: gpu,
+            "Event": NullEvent,
         }.items():
             self.enter_context(mock.patch.object(torch.cuda, attribute, value))
+        # torch.compile has copies of some of them.
+        for interface in (CudaInterface, CudaInterface.Worker):
+            for attribute, value in {
+                "is_available": lambda: True,
+                "current_device": lambda: 0,
+                "get_device_properties": lambda device=None: gpu,
+            }.items():
+                self.enter_context(mock.patch.object(interface, attribute, staticmethod(value), create=True))
         self.enter_context(mock.patch.object(torch.nn.Module, "_apply", apply_by_replacing))
         # FlashAttention-3 is installed on Hopper. Our operator around it knows the shapes, so nobody looks inside.
-        interface = ModuleType("flash_attn_interface") if gpu.capability[0] == 9 else None
+        interface = ModuleType("flash_attn_interface") if gpu.major == 9 else None
         attention.flash3_interface.cache_clear()
         for name, module in {"flash_attn_interface": interface, "kernels": None}.items():
             sys.modules[name] = module  # type: ignore[assignment]  # None: importing it raises ImportError
