@@ -7,6 +7,7 @@
 #   PROCS          processes on each host (default: one a GPU)     MIN_HOSTS     fewest hosts to go on with (default 1)
 #   MAX_RESTARTS   default 3     PORT   of the meeting, default 29400     RDZV_CONF   more settings of the meeting
 #   RUN_ON         how to run a command line on a host, default "ssh -tt"
+#   PYTHON         Python on the hosts, default: this folder's .venv where there is one, else python3
 # NANOCHAT_TIMEOUT is how many seconds a process waits for the others before it takes them for dead (default 600).
 set -euo pipefail
 if [ $# -lt 2 ]; then
@@ -19,6 +20,8 @@ shift
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # a new one for each attempt: compute.py says why
 case " $* " in *" --resume"*) ;; *) set -- "$@" --resume auto ;; esac
 
+python=python3
+[ ! -x "$root/.venv/bin/python" ] || python=.venv/bin/python
 settings=()
 while IFS='=' read -r name _; do
     settings+=("$name=${!name}")
@@ -27,7 +30,7 @@ done < <(env | grep -E '^(NANOCHAT|OMP|GLOO|NCCL|TORCH|CUDA|WANDB)_[A-Z_]*=')
 run_id=$(date +%s)
 trap 'kill $(jobs -p) 2> /dev/null || true' EXIT
 for i in "${!hosts[@]}"; do
-    command=(env "${settings[@]}" .venv/bin/python -m torch.distributed.run
+    command=(env "${settings[@]}" "${PYTHON:-$python}" -m torch.distributed.run
         --nnodes="${MIN_HOSTS:-1}:${#hosts[@]}" --nproc-per-node="${PROCS:-gpu}" --max-restarts="${MAX_RESTARTS:-3}"
         --rdzv-backend=c10d --rdzv-id="$run_id" --rdzv-endpoint="${hosts[0]#*=}:${PORT:-29400}"
         --rdzv-conf="is_host=$((i == 0))${RDZV_CONF:+,$RDZV_CONF}" --local-addr="${hosts[i]#*=}" "$@")

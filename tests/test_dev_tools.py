@@ -9,7 +9,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.utils.flop_counter import FlopCounterMode
 
-from dev import bench_plan
+from dev import bench_plan, compare
 from dev.isoflop import fit_parabola
 from dev.profile_step import profile_table
 from nanochat import recipe
@@ -59,6 +59,32 @@ def test_sweep_over_flops_draws_isoflop_curves_and_skips_what_is_finished(tiny_w
     assert (folder / "isoflop.png").read_bytes().startswith(b"\x89PNG")
     assert len(json.loads((folder / "isoflop.json").read_text())["points"]) == 3
     assert "0 of 3 runs to do" in tiny_run.run("dev.sweep", "--name=iso", space, "--", *flags).out
+
+
+@pytest.mark.parametrize("apart, code", [(0.9e-3, 0), (1.1e-3, 2), (float("nan"), 2)])
+def test_parity_fails_when_one_of_three_seeds_does(apart, code, tmp_path, monkeypatch):
+    """With losses made up: those of our second seed are that far from the reference's."""
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts" / "base_train.py").touch()
+    monkeypatch.setattr(compare, "prepare", lambda config, work: (300, 1024))
+    monkeypatch.setattr(
+        compare,
+        "parity_sides",
+        lambda config, work, model, seed: [SimpleNamespace(name=name, seed=seed) for name in ("ours", "theirs")],
+    )
+    seeds = []
+
+    def train(side, *arguments, **options):
+        seeds.append(side.seed)
+        loss = 2.0 + (apart if side.name == "ours" and len(set(seeds)) == 2 else 0.0)
+        return SimpleNamespace(curve=SimpleNamespace(losses=[2.0, loss]))
+
+    monkeypatch.setattr(compare, "train", train)
+    flags = ["--parity", "--baseline-dir", str(tmp_path), "--work-dir", str(tmp_path)]
+    result = tiny_run.call("dev.compare", *flags)
+    assert result.code == code, result
+    assert len(set(seeds)) == 3
+    assert len(json.loads((tmp_path / "compare.json").read_text())["seeds"]) == 3
 
 
 def test_parabola_finds_the_best_size():

@@ -103,8 +103,19 @@ def test_slurm_script_starts_what_torchrun_understands(tmp_path):
     assert args.training_script_args == ["--depth", "4", "--resume", "auto"]
 
 
-def test_hosts_script_starts_torchrun_on_every_host(tmp_path):
-    """With a stand-in for ssh that writes down what each host is to run."""
+@pytest.mark.parametrize(
+    "venv, given, expected",
+    [(True, None, ".venv/bin/python"), (False, None, "python3"), (True, "/opt/env/bin/python", "/opt/env/bin/python")],
+)
+def test_hosts_script_starts_torchrun_on_every_host(venv, given, expected, tmp_path):
+    """With a stand-in for ssh that writes down what each host is to run; in a tree with and without a .venv."""
+    tree = tmp_path / "tree"
+    (tree / "dev").mkdir(parents=True)
+    script = tree / "dev" / "hosts.sh"
+    script.write_text((ROOT / "dev" / "hosts.sh").read_text())
+    if venv:
+        (tree / ".venv" / "bin").mkdir(parents=True)
+        (tree / ".venv" / "bin" / "python").symlink_to(sys.executable)
     ssh = tmp_path / "ssh"
     # The script ends with its first host, so this one stays until the second has written its line.
     ssh.write_text(
@@ -115,7 +126,7 @@ def test_hosts_script_starts_torchrun_on_every_host(tmp_path):
     ssh.chmod(0o755)
     command = [
         "bash",
-        str(ROOT / "dev" / "hosts.sh"),
+        str(script),
         "node1 node2=10.0.0.2",
         "-m",
         "scripts.base_train",
@@ -123,11 +134,16 @@ def test_hosts_script_starts_torchrun_on_every_host(tmp_path):
         "4",
     ]
     environment = {**os.environ, "RUN_ON": str(ssh), "NANOCHAT_BASE_DIR": "/shared disk"}
+    environment.pop("PYTHON", None)
+    if given:
+        environment["PYTHON"] = given
     subprocess.run(command, env=environment, check=True, timeout=60)
     for host, address, first in (("node1", "node1", "1"), ("node2", "10.0.0.2", "0")):
         words = shlex.split((tmp_path / f"{host}.command").read_text())
         assert "NANOCHAT_BASE_DIR=/shared disk" in words
-        args = get_args_parser().parse_args(words[words.index("torch.distributed.run") + 1 :])
+        start = words.index("torch.distributed.run")
+        assert words[start - 2 : start] == [expected, "-m"]
+        args = get_args_parser().parse_args(words[start + 1 :])
         assert (args.nnodes, args.rdzv_endpoint, args.rdzv_conf) == ("1:2", "node1:29400", f"is_host={first}")
         assert (args.local_addr, args.training_script) == (address, "scripts.base_train")
         assert args.training_script_args == ["--depth", "4", "--resume", "auto"]
