@@ -16,6 +16,8 @@ from nanochat import cli
 from nanochat.common import STAGES
 from nanochat.hf import convert, download, store
 
+NOTHING = "nothing yet: python -m scripts.models download ORG/NAME"
+
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser, with one subcommand per verb."""
@@ -39,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_verb("remove", "delete a model").add_argument("name", metavar="ORG/NAME")
 
     # REMAINDER leaves whatever follows the name, flags included, to chat_cli.
-    play = add_verb("play", "chat with a model; without a name, list what there is")
+    play = add_verb("play", "chat with a model; without a name, choose one by its number")
     play.add_argument("name", nargs="?", metavar="NAME", help="as `list` shows it, or a folder")
     play.add_argument("flags", nargs=argparse.REMAINDER, help="those of python -m scripts.chat_cli, after the name")
 
@@ -58,17 +60,47 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def models_here() -> dict[str, str]:
+    """Return what can be played, by name, each with words about it: your own checkpoints, then downloads."""
+    about = dict.fromkeys(store.own_checkpoints(), "own checkpoint")
+    for name, folder in store.list_models().items():
+        facts = store.info(folder)
+        about[name] = f"{facts['architecture']}, {facts['parameters'] / 1e6:.1f} M, {facts['bytes'] / 1e9:.2f} GB"
+    return about
+
+
 def show_list() -> None:
     """Print the name of each model that can be played."""
-    models = store.list_models()
-    checkpoints = store.own_checkpoints()
-    for name, folder in models.items():
-        facts = store.info(folder)
-        print(f"{name}  {facts['architecture']}, {facts['parameters'] / 1e6:.1f} M, {facts['bytes'] / 1e9:.2f} GB")
-    for name in checkpoints:
-        print(f"{name}  own checkpoint")
-    if not models and not checkpoints:
-        print(cli.commands_here("nothing yet: python -m scripts.models download ORG/NAME"))
+    about = models_here()
+    for name, words in about.items():
+        print(f"{name}  {words}")
+    if not about:
+        print(cli.commands_here(NOTHING))
+
+
+def choose() -> str | None:
+    """Let the user choose a model by its number; None = the input has ended.
+
+    Raises ValueError if there is none, or if there is nobody to ask because stdin is not a terminal.
+    """
+    about = models_here()
+    names = list(about)
+    if not names:
+        raise ValueError(NOTHING)
+    if not sys.stdin.isatty():
+        raise ValueError(f"play: stdin is no terminal to choose at, so name a model: {', '.join(names)}")
+    for number, name in enumerate(names, start=1):
+        print(f"{number:3}  {name}  {about[name]}")
+    while True:
+        try:
+            answer = input(f"Which one, 1 to {len(names)}? ").strip()
+        except EOFError:
+            print()
+            return None
+        if answer in names:
+            return answer
+        if answer.isdecimal() and 1 <= int(answer) <= len(names):
+            return names[int(answer) - 1]
 
 
 def play(name: str, flags: list[str]) -> None:
@@ -93,10 +125,10 @@ def main() -> None:
             print(f"{args.name}: {download.verify(args.name)} files as they were on the hub")
         case "remove":
             print(f"{args.name} deleted, {download.remove(args.name) / 1e9:.2f} GB free again")
-        case "play" if args.name is None:
-            show_list()
         case "play":
-            play(args.name, args.flags)
+            name = args.name or choose()
+            if name:
+                play(name, args.flags)
         case "import":
             where = convert.import_checkpoint(Path(args.dir), args.stage, args.tag, args.tokenizer)
             chat = cli.commands_here("python -m scripts.chat_cli")

@@ -1,6 +1,7 @@
 """Models by their names: downloads from a local hub, folders, own checkpoints, and the verbs of `scripts.models`."""
 
 import functools
+import io
 import json
 import os
 import shutil
@@ -23,6 +24,7 @@ from nanochat.engine import Engine
 from nanochat.hf import download, store
 from nanochat.hf.chat import TemplateFormat
 from nanochat.hf.tokenizer import HFTokenizer
+from scripts import models
 from scripts.chat_cli import Chat, Config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -88,7 +90,59 @@ def test_what_transformers_has_downloaded_is_found(server):
 def test_a_page_is_a_name(server):
     assert download.download(f"{server.url}/{NAME}") == store.find(f"https://huggingface.co/{NAME}").folder
     assert store.find(f"https://huggingface.co/{NAME}/tree/{'0' * 40}").folder == store.find(NAME).folder
-    assert store.parse_name("https://hub.example/a/b/blob/v2/config.json") == ("a/b", "v2")
+
+
+HUB = "https://huggingface.co"
+PAGES = {
+    f"{HUB}/a/b": ("a/b", "main"),
+    f"  {HUB}/a/b/\n": ("a/b", "main"),
+    f"{HUB}/a/b?library=transformers#usage": ("a/b", "main"),
+    f"{HUB}/a/b.git": ("a/b", "main"),
+    f"{HUB}/a/b/tree/main": ("a/b", "main"),
+    f"{HUB}/a/b/tree/main/": ("a/b", "main"),
+    f"{HUB}/a/b/tree/v2/original?x=1": ("a/b", "v2"),
+    f"{HUB}/a/b/tree/refs%2Fpr%2F1": ("a/b", "refs/pr/1"),
+    f"{HUB}/a/b/blob/v2/config.json": ("a/b", "v2"),
+    f"{HUB}/a/b/resolve/v2/model.safetensors?download=true": ("a/b", "v2"),
+    f"{HUB}/a/b/raw/main/config.json": ("a/b", "main"),
+    f"{HUB}/a/b/commit/0123456": ("a/b", "0123456"),
+    f"{HUB}/a/b/discussions/3": ("a/b", "main"),
+    f"{HUB}/gpt2": ("gpt2", "main"),
+    f"{HUB}/gpt2/tree/v2": ("gpt2", "v2"),
+    "http://www.huggingface.co/a/b": ("a/b", "main"),
+    "HTTPS://HuggingFace.co/a/b": ("a/b", "main"),
+    "huggingface.co/a/b/tree/v2": ("a/b", "v2"),
+    "hf.co/a/b": ("a/b", "main"),
+    "a/b": ("a/b", "main"),
+    "a/b@v2": ("a/b", "v2"),
+}
+NO_PAGES = [
+    "https://hub.example/a/b",
+    "https://huggingface.co.evil.example/a/b",
+    "https://huggingface.co@evil.example/a/b",
+    "https://evil.example/huggingface.co/a/b",
+    "ftp://huggingface.co/a/b",
+    "file:///huggingface.co/a/b",
+    "https:///a/b",
+    "https://[/a/b",
+    HUB,
+    f"{HUB}/datasets/a/b",
+    f"{HUB}/spaces/a/b",
+    f"{HUB}/models?search=x",
+]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_addresses_of_a_models_pages(page):
+    assert store.parse_name(page) == PAGES[page]
+
+
+@pytest.mark.parametrize("page", NO_PAGES)
+def test_other_addresses_are_refused_before_anything_is_asked(page):
+    for ask in (store.find, download.download, download.remove):
+        with pytest.raises(ValueError) as caught:
+            ask(page)
+        assert "\n" not in str(caught.value)
 
 
 def test_include(server):
@@ -280,7 +334,8 @@ def test_command_line(server):
     run, script = (functools.partial(f, "scripts.models") for f in (tiny_run.run, tiny_run.script))
     assert "nothing yet" in run("list").out
     assert NAME in run("download", NAME).out
-    assert "qwen3" in run("list").out and "qwen3" in run("play").out
+    assert "qwen3" in run("list").out
+    assert "name a model: me/tiny" in script("play").error_line
     assert json.loads(run("info", "tiny").out)["context"] == 256
     assert "as they were" in run("verify", NAME).out
     assert "here are me/tiny" in script("info", "nobody").error_line
@@ -288,6 +343,26 @@ def test_command_line(server):
     assert "404" in script("download", "no/body").error_line
     assert "deleted" in run("remove", NAME).out
     assert "no model" in script("verify", NAME).error_line
+
+
+class Typed(io.StringIO):
+    """A terminal at which somebody types."""
+
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize(
+    ("typed", "chosen"),
+    [("2\n", "mid/d2"), ("x\n0\n4\n-1\n\n ² \n 3 \n", "me/tiny"), ("base/d2\n", "base/d2"), ("", None)],
+)
+def test_play_chooses_by_number(module_trained, server, monkeypatch, capsys, typed, chosen):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(module_trained))
+    download.download(NAME)
+    monkeypatch.setattr(sys, "stdin", Typed(typed))
+    assert models.choose() == chosen
+    out = capsys.readouterr().out
+    assert "1  base/d2" in out and "2  mid/d2" in out and "3  me/tiny  qwen3" in out
 
 
 def test_play_from_a_pipe(server):

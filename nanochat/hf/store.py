@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import torch
 import torch.distributed as dist
@@ -31,20 +31,43 @@ from nanochat.hf.parallel import layer_bytes, split_layers, tensor_parallel
 
 DEVICES = "lay an open-weights model over these, such as cuda:0,cuda:1; unset: over all GPUs if one is too small"
 NEEDED = ("config.json", "tokenizer.json")
+HUB_HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
+REVISION_PAGES = ("tree", "blob", "resolve", "raw", "commit", "commits")  # a revision follows in the address
 
 
 # --- downloads in the cache
 
 
 def parse_name(name: str) -> tuple[str, str]:
-    """Return (ORG/NAME, revision) for ORG/NAME, ORG/NAME@REVISION, or the address of the model's page on the hub."""
-    if name.startswith(("https://", "http://")):
-        # https://huggingface.co/ORG/NAME/tree/REVISION/...
-        parts = urlsplit(name).path.strip("/").split("/")
-        has_revision = len(parts) > 3 and parts[2] in ("tree", "blob", "resolve")
-        return "/".join(parts[:2]), parts[3] if has_revision else "main"
+    """Return (ORG/NAME, revision) for ORG/NAME, ORG/NAME@REVISION, or the address of a page of the model on the hub.
+
+    Raises ValueError for an address of another host, or of a page that is no model's.
+    """
+    name = name.strip()
+    if "://" in name or name.partition("/")[0] in HUB_HOSTS:
+        return _parse_address(name if "://" in name else f"https://{name}")
     repo, _, revision = name.partition("@")
     return repo, revision or "main"
+
+
+def _parse_address(address: str) -> tuple[str, str]:
+    """Return (ORG/NAME, revision) for https://HOST/ORG/NAME or a page below it, such as .../tree/REVISION/FOLDER."""
+    from huggingface_hub import constants
+
+    url = urlsplit(address)
+    endpoint = urlsplit(constants.ENDPOINT)  # HF_ENDPOINT, which may be a mirror
+    is_hub = url.netloc == endpoint.netloc or url.hostname in HUB_HOSTS
+    if not is_hub or url.scheme not in ("https", "http"):
+        raise ValueError(f"{address} is not on the hub, {endpoint.netloc}: give ORG/NAME; HF_ENDPOINT names a mirror")
+    path = url.path.removesuffix("/").removesuffix(".git")
+    parts = [unquote(part) for part in path.split("/") if part]  # a revision such as refs%2Fpr%2F1 is one part
+    # The oldest models have no ORG: https://HOST/NAME/tree/REVISION.
+    n_name = 1 if len(parts) < 2 or parts[1] in REVISION_PAGES else 2
+    if not parts or parts[0] in ("datasets", "spaces", "models"):
+        raise ValueError(f"{address} is not the page of a model: it must be like https://{endpoint.netloc}/ORG/NAME")
+    page = parts[n_name:]
+    has_revision = len(page) > 1 and page[0] in REVISION_PAGES
+    return "/".join(parts[:n_name]), page[1] if has_revision else "main"
 
 
 def cache_dir() -> Path:
