@@ -24,10 +24,10 @@ from nanochat.detokenizer import AnswerDecoder, Event
 from nanochat.kv_cache import BLOCK, CacheBatch, KVCache, Part
 from nanochat.language_model import LanguageModel
 from nanochat.packed import decode_threads, prepack
-from nanochat.sampling import sample, score, score_prompt
+from nanochat.sampling import BROKEN, sample, score, score_prompt
 from nanochat.scheduler import Request, Scheduler
-from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
-from nanochat.tools import calculate
+from nanochat.tokenizer import Tokenizer
+from nanochat.tools import Calculator
 
 __all__ = ["Engine", "Request", "Update"]
 
@@ -90,9 +90,9 @@ class Engine:
         self.scheduler = Scheduler(self.cache, max_batch, step_tokens)
         self.n_prompt_tokens = 0
         self.n_output_tokens = 0
-        # Tokenizers of other projects lack some of these.
-        self._special = {name: tokenizer.special_tokens.get(name) for name in SPECIAL_TOKENS}
-        self._stop_tokens = {self._special["<|bos|>"], *tokenizer.stop_tokens}  # a new document ends every answer
+        self._calculator = Calculator(tokenizer)
+        # A new document ends every answer. Tokenizers of other projects may lack the token.
+        self._stop_tokens = {tokenizer.special_tokens.get("<|bos|>"), *tokenizer.stop_tokens}
 
     @property
     def waiting(self) -> list[Request]:
@@ -244,7 +244,10 @@ class Engine:
         return logits_RV if len(wanted) == len(work) else logits_RV[ends]
 
     def run(self, requests: Iterable[Request]) -> None:
-        """Finish all of `requests`, in batches; results are in their `output`, `mask` and `finish_reason`."""
+        """Finish all of `requests`, in batches; results are in their `output`, `mask` and `finish_reason`.
+
+        Raises ValueError if the model's logits are not finite.
+        """
         requests = list(requests)
         for request in requests:
             self.check(request)
@@ -253,6 +256,8 @@ class Engine:
                 self.add(request)
             while any(request.finish_reason is None for request in requests):
                 self.step()
+            for request in requests:
+                request.raise_if_broken()
         finally:
             for request in requests:
                 self.abort(request)
@@ -266,6 +271,7 @@ class Engine:
                 self.step()
                 yield from request.output[n_seen:]
                 n_seen = len(request.output)
+            request.raise_if_broken()
         finally:
             self.abort(request)
 
@@ -296,7 +302,7 @@ class Engine:
             )
             for sample in range(num_samples)
         ]
-        padding = (self._special["<|assistant_end|>"] or 0, 0)
+        padding = (self.tokenizer.special_tokens.get("<|assistant_end|>", 0), 0)
         try:
             for request in requests:
                 self.add(request)
@@ -315,6 +321,7 @@ class Engine:
             if index == len(request.output):
                 break
             yield request.output[index], request.mask[index]
+        request.raise_if_broken()
         if request.stop_token is not None:
             yield request.stop_token, 1
 
@@ -354,38 +361,23 @@ class Engine:
 
     def _accept(self, request: Request, token: int) -> list[int]:
         """Append a sampled token and what a tool answers to it; return what was appended."""
+        if token == BROKEN:
+            # The request ends, and nothing else: its companions' logits are their own. What was saved of it goes.
+            request.finish_reason = "error"
+            self.forget()
+            return []
         limit = self.context if request.max_tokens is None else request.max_tokens
         room = min(limit, self.context - len(request.tokens)) - len(request.output)
         if room > 0 and (token in self._stop_tokens or token in request.stop_token_ids):
             request.finish_reason = "stop"
             request.stop_token = token
             return []
-        new = [token, *self._use_tool(request, token)][:room]
+        new = [token, *self._calculator.feed(request, token)][:room]
         request.output += new
         request.mask += [1] + [0] * (len(new) - 1)
         if len(new) == room:
             request.finish_reason = "length"
         return new
-
-    def _use_tool(self, request: Request, token: int) -> list[int]:
-        """Collect the expression between the calculator's marks; at its end return the result, if it is valid.
-
-        The model then reads the result as if it had written it.
-        """
-        if token == self._special["<|python_start|>"]:
-            request.expression = []
-        elif request.expression is not None and token == self._special["<|python_end|>"]:
-            result = calculate(self.tokenizer.decode(request.expression))
-            request.expression = None
-            if result is not None:
-                return [
-                    self._special["<|output_start|>"],
-                    *self.tokenizer.encode(result),
-                    self._special["<|output_end|>"],
-                ]
-        elif request.expression is not None:
-            request.expression.append(token)
-        return []
 
     def _decode(self, request: Request, new: Sequence[int]) -> list[Event]:
         """Return the text and tool calls that new tokens make; ends the request after one of its `stop` texts."""
@@ -398,6 +390,8 @@ class Engine:
 
     def _save_prefix(self, request: Request) -> None:
         """Copy what was read of a request to the prefix cache: all of its prompt, and its answer now and then."""
+        if request.finish_reason == "error":
+            return
         n_unsaved = request.n_read - BLOCK * len(request.chain)
         if request.state == "prefill" or n_unsaved >= SAVE_EVERY or request.finish_reason is not None:
             read = [*request.tokens, *request.output][: request.n_read]

@@ -184,6 +184,12 @@ class KVCache:
                 slots = slice(layer.ring or length)
                 memory_RSKD[target, slots] = memory_RSKD[source, slots]
 
+    def clear_row(self, row: int, length: int) -> None:
+        """Set the first `length` positions of a row to zero."""
+        for layer in self.layers:
+            for memory_RSKD in layer.memory:
+                memory_RSKD[row, slice(layer.ring or length)] = 0
+
     def can_truncate(self, read: int, length: int) -> bool:
         """Can a row of `read` tokens be cut to `length`? Not if a ring has overwritten what its window then shows."""
         return read - length <= self._spare

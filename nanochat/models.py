@@ -123,6 +123,7 @@ class TextModel:
                 event = unread.popleft()
                 if not isinstance(event, (Reasoning, ToolCall)):
                     yield event
+            request.raise_if_broken()
         finally:
             self.engine.abort(request)
             del self._unread[request]

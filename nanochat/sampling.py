@@ -16,6 +16,7 @@ nothing. To add one, copy `_min_p`, which is the simplest, and call it from `sam
 Shapes: B rows, D of them that are drawn at random (temperature above 0), V vocabulary.
 """
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 
@@ -26,19 +27,22 @@ from nanochat.scheduler import Request, TokenScore
 LARGEST_BELOW_ONE = 1 - 2**-24  # in fp32, which rounds larger doubles up to 1
 NUCLEUS = 256  # top-p looks among this many tokens first: sorting the vocabulary costs more than a small model
 MINUS_INFINITY = float("-inf")
+BROKEN = -1  # in place of a token that cannot be drawn: the row's logits are not finite
 
 
 def sample(logits_BV: torch.Tensor, requests: Sequence[Request], uniform: Sequence[float]) -> torch.Tensor:
     """Draw one token per row, (B,) int64, by the settings of its request.
 
     uniform: a random number from [0, 1) per row; the token is where the cumulative distribution passes it. At
-    temperature 0 it is the likeliest token, the first of equals.
+    temperature 0 it is the likeliest token, the first of equals. A row with NaN or infinite logits gives BROKEN: it
+    has no likeliest token, and would else be answered by the same one for ever.
     """
     logits_BV = penalise(logits_BV.float(), requests)
-    likeliest_B = logits_BV.argmax(dim=-1)
+    # `max` takes NaN for the largest of all, so the largest logit tells of the whole row. It costs no more than argmax.
+    largest_B, likeliest_B = logits_BV.max(dim=-1)
     drawn = [row for row, request in enumerate(requests) if request.temperature > 0]
     if not drawn:
-        return likeliest_B
+        return _break(likeliest_B, largest_B)
     requests = [requests[row] for row in drawn]
     rows_D = torch.tensor(drawn, device=logits_BV.device)
     scores_DV = _temperature(logits_BV[rows_D], requests)
@@ -51,7 +55,17 @@ def sample(logits_BV: torch.Tensor, requests: Sequence[Request], uniform: Sequen
     uniform_D1 = _column([uniform[row] for row in drawn], scores_DV).clamp(max=LARGEST_BELOW_ONE)
     # The sum of the distribution is 1 but for rounding.
     tokens_D1 = torch.searchsorted(cumulative_DV, uniform_D1 * cumulative_DV[:, -1:], right=True)
-    return likeliest_B.index_copy(0, rows_D, tokens_D1[:, 0])
+    return _break(likeliest_B.index_copy(0, rows_D, tokens_D1[:, 0]), largest_B)
+
+
+def _break(tokens_B: torch.Tensor, largest_B: torch.Tensor) -> torch.Tensor:
+    """Return the tokens, with BROKEN where the largest logit is not finite."""
+    # Looked at in Python, which is cheaper than two operations on a tensor of a few numbers. The tokens are wanted in
+    # Python next, so a GPU is waited for at this point in any case.
+    broken = [row for row, largest in enumerate(largest_B.tolist()) if not math.isfinite(largest)]
+    if broken:
+        tokens_B[broken] = BROKEN
+    return tokens_B
 
 
 def penalise(logits_BV: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
@@ -148,10 +162,13 @@ def _column(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
 
 
 def score(logits_BV: torch.Tensor, requests: Sequence[Request], tokens: Sequence[int]) -> list[TokenScore | None]:
-    """Return the log-probability of each row's token and of the likeliest ones; None where `logprobs` is not set."""
+    """Return the log-probability of each row's token and of the likeliest ones; None where `logprobs` is not set.
+
+    A BROKEN row has none either.
+    """
     scores: list[TokenScore | None] = []
     for row, request in enumerate(requests):
-        if request.logprobs is None:
+        if request.logprobs is None or tokens[row] == BROKEN:
             scores.append(None)
         else:
             scores += score_tokens(logits_BV[row : row + 1], tokens[row : row + 1], request.logprobs)

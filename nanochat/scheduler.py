@@ -119,6 +119,13 @@ class Request:
             return self.output[first : first + n]
         return [*self.tokens[self.n_read : self.n_read + n], *self.output[: max(0, first + n)]]
 
+    def raise_if_broken(self) -> None:
+        """Raise ValueError if it ended because the model's logits were not finite."""
+        if self.finish_reason == "error":
+            raise ValueError(
+                "the model computed NaN or infinite logits: its weights are damaged, or overflow this dtype"
+            )
+
     @property
     def scores_prompt(self) -> bool:
         """Are tokens of the prompt still to be scored? Then all of it must be read, also what a cache knows of it."""
@@ -256,9 +263,22 @@ class Scheduler:
 
     def _free_row(self, request: Request) -> None:
         """Take a request's row away; the last running request moves into it, so that rows have no gaps."""
+        self._clean_row(request)
         last = self.running.pop()
         if last is not request:
             self.cache.copy_row(last.row, request.row, last.n_read)
+            self._clean_row(last)
             self.running[request.row] = last
             last.row = request.row
         request.n_read = 0
+
+    def _clean_row(self, request: Request) -> None:
+        """Clear a row that its request leaves, if it may hold NaN.
+
+        Attention reads the slots that a later request has not written yet, too, with a weight of 0, and 0 · NaN is NaN.
+        A request that decodes has given finite logits; one whose prompt is being read, or that ended by an error, may
+        have not.
+        """
+        if request.n_pending > 1 or request.finish_reason == "error":
+            # One more, because a CUDA graph also computes for rows whose prompts are being read (engine.py).
+            self.cache.clear_row(request.row, request.n_read + 1)

@@ -13,6 +13,7 @@ import decimal
 import operator
 import re
 from fractions import Fraction
+from typing import Any
 
 MAX_LENGTH = 1000  # characters of an expression
 MAX_DEPTH = 32  # nested parentheses, signs or powers
@@ -24,6 +25,37 @@ STRING = r"'[^'\\\n]*'|\"[^\"\\\n]*\""
 NUMBER = r"[1-9][0-9]{0,2}(?:,[0-9]{3})+(?:\.[0-9]+)?(?![0-9,])|[0-9]+(?:\.[0-9]+)?|\.[0-9]+"
 # All that may stand outside of strings: no letter but those of two names.
 ALLOWED = r"(?:len|count|[-+*/%().,0-9 \t])*"
+
+
+class Calculator:
+    """Watches sampled tokens for expressions between the calculator's marks, and answers them in tokens.
+
+    The model then reads the result as if it had written it. Where a tokenizer lacks the marks, nothing is calculated.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._marks = {
+            name: tokenizer.special_tokens.get(name)
+            for name in ("<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>")
+        }
+
+    def feed(self, request: Any, token: int) -> list[int]:
+        """Collect the expression that a request's tokens open; at its end return the result, if it is valid."""
+        if token == self._marks["<|python_start|>"]:
+            request.expression = []
+        elif request.expression is not None and token == self._marks["<|python_end|>"]:
+            result = calculate(self._tokenizer.decode(request.expression))
+            request.expression = None
+            if result is not None:
+                return [
+                    self._marks["<|output_start|>"],
+                    *self._tokenizer.encode(result),
+                    self._marks["<|output_end|>"],
+                ]
+        elif request.expression is not None:
+            request.expression.append(token)
+        return []
 
 
 class _Refused(Exception):

@@ -136,6 +136,7 @@ class Chat:
             self._show(request.decoder.finish(), said)
             self.engine.abort(request)
             self._write(" [stopped]", aside=True)
+        request.raise_if_broken()
         self._write("\n")
         self.messages = [*messages, {"role": "assistant", "content": content_of(said)}]
 

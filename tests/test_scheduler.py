@@ -49,6 +49,9 @@ class Cache:
         assert self.held[source] >= length
         self.held[target] = length
 
+    def clear_row(self, row, length):
+        pass
+
 
 def schedule(scheduler):
     """The next step's work: requests that decode, and those in prefill with the tokens that they read."""
@@ -200,6 +203,7 @@ def drain(scheduler, targets):
 def scheduler(max_running=1, step_tokens=64, capacity=10**6):
     cache = Cache(capacity)
     cache.copy_row = lambda source, target, length: None
+    cache.clear_row = lambda row, length: None
     return Scheduler(cache, max_running, step_tokens)
 
 

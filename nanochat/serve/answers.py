@@ -110,7 +110,8 @@ class Answer:
     def deliveries(self, client_left: Callable[[], bool]) -> Iterator[Delivery]:
         """Iterate over the deliveries of all choices as they come; end early when the client has left.
 
-        Raises ApiError 503 when the engine dies, or the server is closed, in the middle.
+        Raises ApiError 503 when the engine dies, or the server is closed, in the middle, and 500 when this answer alone
+        cannot be made.
         """
         if self.kept is not None:
             # The cache keeps deliveries and not text, so that a kept answer streams in the same pieces as a new one.
@@ -130,8 +131,10 @@ class Answer:
                 return
             if delivery is None:
                 continue
-            if delivery.finish_reason in ("error", "abort"):
+            if delivery.finish_reason == "abort":
                 raise ApiError(503, "the engine stopped in the middle of the answer")
+            if delivery.finish_reason == "error":
+                raise ApiError(500, "the model computed NaN or infinite logits: its weights are damaged or overflow")
             self.said[delivery.choice].append(delivery)
             if delivery.finish_reason is not None:
                 n_open -= 1
@@ -184,7 +187,7 @@ class Answer:
     def respond(self, body: Parameters) -> flask.Response:
         """Return the HTTP response, whole or streamed. Whatever becomes of it, the answer is closed.
 
-        Raises ApiError 503 when the engine dies before a whole answer is made, 499 when its client has left.
+        Raises ApiError as `deliveries` does before a whole answer is made, and 499 when its client has left.
         """
         flask.g.facts = self.facts
         self.facts["stream"] = bool(body.stream)

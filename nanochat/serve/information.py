@@ -184,6 +184,7 @@ REFUSALS = {
     413: "the body is too long",
     415: "the body is not JSON",
     429: "too many answers are waited for: come back after Retry-After seconds",
+    500: "the model's numbers are not finite: its weights are damaged",
     503: "the engine has died, the model is being loaded, or the server is shutting down",
 }
 

@@ -117,7 +117,7 @@ class EngineLoop:
             self._wake.notify()
 
     def close(self) -> None:
-        """End the thread after the current step. Requests that are still open end with the reason "error"."""
+        """End the thread after the current step. Requests that are still open end with the reason "abort"."""
         with self._wake:
             self._closed = True
             self._wake.notify()
@@ -150,7 +150,7 @@ class EngineLoop:
             with self._wake:
                 self._closed = True
                 for progress in self._open.values():
-                    progress.outbox.put(Delivery(progress.choice, [], [], finish_reason="error"))
+                    progress.outbox.put(Delivery(progress.choice, [], [], finish_reason="abort"))
                     self.metrics.requests.labels(self.model_name, "error").inc()
                 self._open.clear()
 
