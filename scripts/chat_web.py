@@ -31,7 +31,6 @@ from nanochat.serve.loop import Models, ServerConfig
 class Config(ServerConfig):
     """What to serve, and where."""
 
-    host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 lets other machines in: see --api-keys")
     port: int = option(8000, "port to listen on; 0 takes any free one")
     model: tuple[str, ...] | None = option(None, "a model by its name or folder; repeat the flag for more of them")
     stage: str = option("sft", "without --model: training stage of a model of your own", choices=STAGES)
@@ -86,9 +85,21 @@ def load_models(
             engines.append(engine)
             if len(devices) > 1:
                 print(f"{each.name}: replica {len(engines) - 1} is ready on {device}", file=sys.stderr)
+        print(f"{each.name}: {kernels_of(engines[0])}", file=sys.stderr)
         models.add(each.name, engines, chat_format)
     if len(found) == 1:
         torch.set_num_threads(engines[0].threads)  # a small model gains nothing from a second thread
+
+
+def kernels_of(engine: Engine) -> str:
+    """Name what attends and what decodes, for the line at the start."""
+    prefill = "PyTorch's fused kernel" if engine.model.device.type == "cuda" else "batched products"
+    decoding = "operation by operation"
+    if engine.graphs is not None:
+        decoding = "replayed as CUDA graphs"
+    elif engine.trace is not None:
+        decoding = "replayed as a CPU trace"
+    return f"attention by {prefill} in prefill and batched products in decoding, {decoding}"
 
 
 def drain(server: Any, models: Models, seconds: float) -> bool:

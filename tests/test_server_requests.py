@@ -3,9 +3,10 @@
 import json
 
 import pytest
-from tiny_chat import running_server, text_of
+from tiny_chat import running_server, text_of, tiny_chat
 
-from nanochat.scheduler import Request
+from nanochat.conversation import ChatFormat
+from nanochat.engine import Engine, Request
 from nanochat.serve.messages import mend
 from nanochat.serve.schema import NOTHING, ChatRequest, CompletionRequest, Parameters, read_body
 
@@ -136,6 +137,35 @@ def test_the_beginning_of_an_answer_is_continued(server):
     assert server.say("What is 37*48?", begun) == "1776."
     status, reply = server.chat("Hello", whole[:8], session_id="prefill")
     assert status == 400 and reply["error"]["param"] == "messages"
+
+
+class Thinking(ChatFormat):
+    """A format with an argument, as Qwen3's template has: without thinking, every question is "Hello"."""
+
+    argument_names = frozenset({"enable_thinking", "reasoning_effort"})
+
+    def encode(self, messages):
+        thinks = self.arguments.get("enable_thinking", True) and self.arguments.get("reasoning_effort") != "low"
+        return super().encode(messages if thinks else HELLO)
+
+
+def test_arguments_reach_the_chat_format():
+    """And kept answers of others are not given."""
+    tokenizer = tiny_chat()[1]
+    more = {"thinking": (Engine(*tiny_chat(), max_batch=1), Thinking(tokenizer))}
+    question = "Show me code"
+    with running_server(more=more) as server:
+        for arguments, answer in [
+            ({}, question),
+            ({"chat_template_kwargs": {"enable_thinking": False}}, "Hello"),
+            ({"chat_template_kwargs": {"enable_thinking": True}}, question),
+            ({"reasoning_effort": "low"}, "Hello"),
+            ({"reasoning_effort": "high"}, question),
+        ]:
+            assert server.say(question, model="thinking", **arguments) == text_of(answer)
+        status, reply = server.chat(question, model="thinking", chat_template_kwargs={"effort": 1})
+        assert status == 400 and reply["error"]["param"] == "chat_template_kwargs" and "effort" in str(reply)
+        assert server.chat(question, **arguments)[0] == 400  # the other model's format has no such thing
 
 
 def test_settings_of_other_servers_mean_the_same_here(server):

@@ -7,14 +7,18 @@ import re
 import socket
 import threading
 import time
+import types
 
 import pytest
+import torch
 from tiny_chat import ANSWERS, held, leave, running_server, text_of, tiny_chat, wait_for
 
 from dev import load_test
 from nanochat.conversation import ChatFormat
 from nanochat.engine import Engine
 from nanochat.serve.app import read_api_keys
+from nanochat.serve.hosts import Hosts
+from nanochat.serve.metrics import ENGINE_FIGURES, Metrics
 
 HELLO = [{"role": "user", "content": "Hello"}]
 CHAT = "/v1/chat/completions"
@@ -287,16 +291,110 @@ def test_the_load_test_sees_what_the_server_did():
         load_test.Config(url="ftp://127.0.0.1")
 
 
+def test_a_name_that_is_not_the_servers_own_is_refused(server, monkeypatch):
+    """Without keys, a page of another site could otherwise let its own name point here (DNS rebinding)."""
+    for host in ("evil.example", f"evil.example:{server.port}", "127.0.0.1.evil.example", "localhost.evil.example", ""):
+        for method, path in (
+            ("GET", "/"),
+            ("GET", "/v1/models"),
+            ("POST", CHAT),
+            ("OPTIONS", CHAT),
+            ("GET", "/metrics"),
+        ):
+            body = {"messages": HELLO} if method == "POST" else None
+            status, _, text = server.ask(method, path, body, {"Host": host})
+            assert status == 403 and "--allowed-host" in json.loads(text)["error"]["message"]
+    assert server.ask("GET", "/health", headers={"Host": "evil.example"})[0] == 200  # for load balancers
+    monkeypatch.setenv("NANOCHAT_API_KEYS", "a-long-random-key")
+    with running_server() as keyed:  # the page has no key
+        key = {"Authorization": "Bearer a-long-random-key", "Host": "evil.example"}
+        assert keyed.ask("GET", "/v1/models", headers=key)[0] == 200
+
+
+OWN = socket.gethostname()
+LOCAL = [
+    "localhost",
+    "LOCALHOST:8000",
+    "localhost.",
+    "127.0.0.1",
+    "127.0.0.1:80",
+    "[::1]",
+    "[::1]:8000",
+    "192.168.1.5:8000",
+]
+EVIL = [
+    "evil.example",
+    "evil.example:80",
+    "localhost.evil.example",
+    "127.0.0.1.nip.io",
+    "a@localhost",
+    "localhost/x",
+    "",
+]
+EVIL += [
+    "localhost:x",
+    "localhost,evil.example",
+    "[::1].evil.example",
+    "evil.example#localhost",
+    "127.0.0.1 evil.example",
+]
+
+
+@pytest.mark.parametrize(
+    ("listen", "allowed", "served", "refused"),
+    [
+        ("127.0.0.1", (), [*LOCAL, None], [*EVIL, "nanochat", "my.name"]),
+        ("::1", (), LOCAL, EVIL),
+        ("localhost", ("chat.example.org", "My.Name"), [*LOCAL, "chat.example.org:443", "my.name"], EVIL),
+        ("0.0.0.0", (), [*LOCAL, "nanochat:8000", OWN, f"{OWN}.local"], EVIL),
+        ("chat.example.org", (), [*LOCAL, "chat.example.org"], EVIL),
+        ("127.0.0.1", ("*",), [*LOCAL, *EVIL], []),
+    ],
+)
+def test_names_of_a_server(listen, allowed, served, refused):
+    hosts = Hosts(listen, allowed)
+    assert [name for name in served if not hosts.serve(name)] == []
+    assert [name for name in refused if hosts.serve(name)] == []
+
+
+def test_a_stream_without_news_gives_a_sign_of_life():
+    with running_server(keep_alive_seconds=0.05) as server, held(server.engine) as release:
+        connection, response = server.begin("Hello")
+        assert response.readline() == b"\n"
+        lines = [response.readline() for _ in range(4)]
+        assert lines[0].startswith(b": ") and lines[1] == b"\n" and lines[2:] == lines[:2]
+        release.set()
+        rest = response.read().decode()
+        assert rest.endswith("data: [DONE]\n\n") and ": " not in rest.split("data: ", 1)[0].replace(": still", "")
+        connection.close()
+
+
+def test_gpu_memory_is_among_the_metrics(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 10)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 20)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 15)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60, 80))
+    model = types.SimpleNamespace(device=torch.device("cuda", 1), parameters=list)
+    engine = types.SimpleNamespace(model=model, stats=lambda: dict.fromkeys(ENGINE_FIGURES, 0))
+    metrics = Metrics()
+    metrics.add_model("m", [engine])
+    seen = {}
+    for kind in ("tensors", "reserved", "peak", "total"):
+        labels = {"device": "cuda:1", "kind": kind}
+        seen[kind] = metrics.registry.get_sample_value("nanochat_gpu_memory_bytes", labels)
+    assert seen == {"tensors": 10, "reserved": 20, "peak": 15, "total": 80}
+
+
 # ---- Sockets
 
 GARBAGE = [
     b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",  # a TLS hello
     b"GET / HTTP/9.9\r\n\r\n",
     b"\r\n" * 1000,
-    b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: -5\r\n\r\n",
-    b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999\r\n\r\n{",
-    b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nZZ\r\n",
-    b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+    b"POST /v1/chat/completions HTTP/1.1\r\nHost: [::]\r\nContent-Length: -5\r\n\r\n",
+    b"POST /v1/chat/completions HTTP/1.1\r\nHost: [::]\r\nContent-Length: 99999999999\r\n\r\n{",
+    b"POST /v1/chat/completions HTTP/1.1\r\nHost: [::]\r\nTransfer-Encoding: chunked\r\n\r\nZZ\r\n",
+    b"POST /v1/completions HTTP/1.1\r\nHost: [::]\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
     b"GET /%ff%fe/../../etc/passwd HTTP/1.1\r\nHost: \x00\r\n\r\n",
     b"GET / HTTP/1.1\r\nX: " + b"a" * 300_000 + b"\r\n\r\n",
     bytes(range(256)) * 40,
@@ -304,7 +402,7 @@ GARBAGE = [
 
 
 def test_garbage_and_slow_clients_leave_the_server_standing(server):
-    half = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{"
+    half = b"POST /v1/chat/completions HTTP/1.1\r\nHost: [::]\r\nContent-Length: 1000\r\n\r\n{"
     lasting = []
     for data in [*GARBAGE, *(half[: 20 + i] for i in range(100))]:  # half a request each, never finished
         raw = socket.create_connection(("127.0.0.1", server.port), timeout=10)
@@ -322,7 +420,9 @@ def test_garbage_and_slow_clients_leave_the_server_standing(server):
 def test_a_client_that_leaves_before_a_whole_answer_is_noticed(server):
     """Within the quarter of a second after which a handler looks."""
     body = json.dumps({"messages": HELLO, "logit_bias": {"33": 100}, "max_tokens": 700}).encode()
-    head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    head = (
+        f"POST {CHAT} HTTP/1.1\r\nHost: [::]\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
     with held(server.engine):
         raw = socket.create_connection(("127.0.0.1", server.port), timeout=10)
         raw.sendall(head.encode() + body)

@@ -107,8 +107,10 @@ class Answer:
         """Return True once every choice has come to its end."""
         return all(said and said[-1].finish_reason for said in self.said)
 
-    def deliveries(self, client_left: Callable[[], bool]) -> Iterator[Delivery]:
+    def deliveries(self, client_left: Callable[[], bool]) -> Iterator[Delivery | None]:
         """Iterate over the deliveries of all choices as they come; end early when the client has left.
+
+        None comes when there was none for `--keep-alive-seconds`.
 
         Raises ApiError 503 when the engine dies, or the server is closed, in the middle, and 500 when this answer alone
         cannot be made.
@@ -120,17 +122,23 @@ class Answer:
             for delivery in itertools.chain.from_iterable(said):
                 self.outbox.put(delivery)
         n_open = len(self.requests)
+        keep_alive = self.model.config.keep_alive_seconds
+        last_news = time.monotonic()
         while n_open:
             # Nothing wakes this thread when the client hangs up, and a long queue may keep it without tokens for
             # minutes. So it looks up from the queue now and then: otherwise the engine would write for nobody.
             try:
-                delivery = self.outbox.get(timeout=POLL_SECONDS)
+                delivery = self.outbox.get(timeout=min(POLL_SECONDS, keep_alive))
             except queue.Empty:
                 delivery = None
             if client_left():
                 return
             if delivery is None:
+                if time.monotonic() - last_news >= keep_alive:
+                    last_news = time.monotonic()
+                    yield None
                 continue
+            last_news = time.monotonic()
             if delivery.finish_reason == "abort":
                 raise ApiError(503, "the engine stopped in the middle of the answer")
             if delivery.finish_reason == "error":
@@ -248,6 +256,11 @@ class Answer:
                 # In one piece: the client learns at once that its answer has begun.
                 yield "".join(self._chunk(index, first, more) for index in range(len(self.said)))
             for delivery in self.deliveries(client_left):
+                if delivery is None:
+                    # A comment, which clients skip: proxies close a connection that is silent for too long, as it is
+                    # while a request waits in the queue and while its prompt is read.
+                    yield ": still at work\n\n"
+                    continue
                 index = delivery.choice
                 scores = delivery.scores
                 events: list[Event] = delivery.events

@@ -34,6 +34,7 @@ from nanochat.conversation import ChatFormat, Message, text_prompt
 from nanochat.detokenizer import AnswerDecoder
 from nanochat.engine import Engine, Request
 from nanochat.serve.answers import ChatAnswer, TextAnswer
+from nanochat.serve.hosts import Hosts
 from nanochat.serve.information import information
 from nanochat.serve.loop import Model, Models, ServerConfig
 from nanochat.serve.messages import mend
@@ -66,6 +67,7 @@ def create_app_for(models: Models) -> flask.Flask:
     app = flask.Flask(__name__, static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = models.config.max_body
     app.config["API_KEYS"] = read_api_keys(models.config.api_keys)
+    app.config["HOSTS"] = Hosts(models.config.host, models.config.allowed_host or ())
     app.config["ORIGINS"] = {origin.strip().rstrip("/") for origin in origins} - {""}
     app.extensions["models"] = models
     app.register_blueprint(api)
@@ -122,7 +124,10 @@ def read_api_keys(path: str | None) -> list[str]:
 
 @api.before_app_request
 def begin_request() -> tuple[str, int] | None:
-    """Note what the route and the access log need, and check the key. Raises ApiError 401 if there is no valid one."""
+    """Note what the route and the access log need, and check who asks.
+
+    Raises ApiError 401 without a valid key; without keys, 403 if the server is asked for by a name that is not its own.
+    """
     request = flask.request
     # A proxy's id is taken over, so that its log and ours can be joined; only safe characters get into a log line.
     given = request.headers.get("X-Request-Id", "")
@@ -131,12 +136,18 @@ def begin_request() -> tuple[str, int] | None:
     flask.g.models = flask.current_app.extensions["models"]
     flask.g.owner = 0  # the number of the API key; sessions belong to it
     flask.g.facts = {}  # what an answer adds to the access log
+    keys = flask.current_app.config["API_KEYS"]
+    hosts = flask.current_app.config["HOSTS"]
+    # Load balancers ask for /health: by any name, and without a key.
+    if not keys and request.path != "/health" and not hosts.serve(request.headers.get("Host")):
+        raise ApiError(
+            403, "this server does not go by that name: start it with --allowed-host NAME, or with --api-keys"
+        )
     is_preflight = request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers
     # A browser sends the preflight of a cross-origin request without its key, so it is answered before keys count.
     if is_preflight and allowed_origin():
         return "", 204
-    # Load balancers ask for /health and have no key.
-    if flask.current_app.config["API_KEYS"] and request.path != "/health":
+    if keys and request.path != "/health":
         flask.g.owner = owner_of(request)
     return None
 
@@ -174,7 +185,11 @@ def refuse(error: ApiError) -> tuple[dict, int, dict]:
 def refuse_as_http(error: HTTPException) -> tuple[dict, int, dict]:
     """Give what Flask and werkzeug refuse (404, 405, 413 ...) the same shape."""
     headers = {name: value for name, value in error.get_response().headers.items() if name == "Allow"}
-    return refuse(ApiError(error.code or 500, error.description or error.name, headers=headers))
+    message = error.description or error.name
+    if error.code == 404:
+        there = "/v1/chat/completions, /v1/completions and /v1/models; /openapi.json lists all"
+        message = f"there is no {flask.request.path} here, but {there}"
+    return refuse(ApiError(error.code or 500, message, headers=headers))
 
 
 @api.after_app_request

@@ -179,6 +179,7 @@ OPERATIONS = (
 REFUSALS = {
     400: "a parameter is wrong or not supported; the error names it",
     401: "no valid API key",
+    403: "the server has no keys, and was asked for by a name that is not its own",
     404: "no such model, session or path",
     409: "the session is answering",
     413: "the body is too long",

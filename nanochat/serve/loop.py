@@ -197,6 +197,8 @@ class EngineLoop:
 class ServerConfig:
     """The limits and defaults of a server."""
 
+    host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 lets other machines in: see --api-keys")
+    allowed_host: tuple[str, ...] | None = option(None, "without keys, a further name to answer to; * = any")
     temperature: float = option(0.0, "for requests that give none; 0 is the likeliest answer")
     max_batch: int = option(32, "answers that a model makes at the same time; further ones wait")
     max_waiting: int = option(64, "answers that may wait while others are made; more are refused with 429")
@@ -208,11 +210,14 @@ class ServerConfig:
     session_seconds: float = option(3600.0, "how long a session is kept after its last turn")
     cache_mb: float = option(16.0, "memory per model for answers that would come out the same again; 0: none kept")
     cache_seconds: float = option(600.0, "how long such an answer is kept")
+    keep_alive_seconds: float = option(
+        5.0, "a stream without news for so long sends a comment, so that it is kept open"
+    )
 
     def __post_init__(self) -> None:
         """Raise ValueError for a flag with which no request could be answered."""
         require_positive(self, "max_batch", "max_tokens", "max_body", "max_sessions")
-        require_positive(self, "session_seconds", "cache_seconds")
+        require_positive(self, "session_seconds", "cache_seconds", "keep_alive_seconds")
         require_positive(self, "temperature", "max_waiting", "cache_mb", zero=True)
 
 

@@ -6,6 +6,7 @@ scrape asks them: prometheus_client calls `Metrics.collect`.
 
 from collections.abc import Iterator, Sequence
 
+import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
@@ -47,6 +48,7 @@ class Metrics:
             labelnames=["model_name", "replica"],
             registry=self.registry,
         )
+        self._gpus: set[torch.device] = set()  # those that a model lies on
         self.registry.register(self)
         ProcessCollector(registry=self.registry)  # memory, processor time, open files
 
@@ -61,6 +63,9 @@ class Metrics:
         self._engines[model_name] = engines
         for series in (self.cache_hits, self.queue_time, self.first_token, self.between_tokens, self.end_to_end):
             series.labels(model_name)
+        for engine in engines:
+            devices = {engine.model.device, *(weight.device for weight in engine.model.parameters())}
+            self._gpus |= {device for device in devices if device.type == "cuda"}
         for replica in range(len(engines)):
             self.replica_up.labels(model_name, replica).set(1)
 
@@ -79,3 +84,15 @@ class Metrics:
             for model_name, values in figures.items():
                 family.add_metric([model_name], values[key])
             yield family
+        if self._gpus:
+            yield self._gpu_memory()
+
+    def _gpu_memory(self) -> Metric:
+        """Return what lies on the GPUs, and their size. What is reserved beyond the tensors is PyTorch's own cache."""
+        family = GaugeMetricFamily("nanochat_gpu_memory_bytes", "Memory of a GPU", labels=["device", "kind"])
+        for device in sorted(self._gpus, key=str):
+            family.add_metric([str(device), "tensors"], torch.cuda.memory_allocated(device))
+            family.add_metric([str(device), "reserved"], torch.cuda.memory_reserved(device))
+            family.add_metric([str(device), "peak"], torch.cuda.max_memory_allocated(device))
+            family.add_metric([str(device), "total"], torch.cuda.mem_get_info(device)[1])
+        return family
