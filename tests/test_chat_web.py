@@ -3,6 +3,7 @@
 import contextlib
 import http.client
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_chat_cli import base_dir, command  # noqa: F401  (a fixture: the tiny model as a checkpoint)
+from test_chat_cli import base_dir  # noqa: F401  (a fixture: the tiny model as a checkpoint)
 from tiny_chat import wait_for
 
 from scripts import chat_web
@@ -37,6 +38,12 @@ def test_mistakes_are_told_before_anything_is_loaded(flags, said, base_dir, monk
     with pytest.raises((ValueError, OSError, SystemExit)) as caught:
         chat_web.main()
     assert said in str(caught.value) + capsys.readouterr().err
+
+
+def command(base_dir, script, *flags):  # noqa: F811
+    """(argv, environment) of a script run on `base_dir`."""
+    own = {"NANOCHAT_BASE_DIR": str(base_dir), "NANOCHAT_DTYPE": "float32", "OMP_NUM_THREADS": "1"}
+    return [sys.executable, "-m", f"scripts.{script}", "--device-type", "cpu", *flags], {**os.environ, **own}
 
 
 @contextlib.contextmanager

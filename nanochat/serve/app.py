@@ -375,6 +375,7 @@ def cache_key(model: Model, body: Parameters, requests: Sequence[Request]) -> st
         return None
     # These fields change how an answer is sent, not what it says: a streamed answer may be kept for a whole one.
     # The model is left out because each has a cache of its own.
-    asked = body.model_dump(exclude={"stream", "stream_options", "user", "session_id", "model"})
+    not_said = {"stream", "stream_options", "user", "safety_identifier", "prompt_cache_key", "session_id", "model"}
+    asked = body.model_dump(exclude=not_said)
     # In a session the prompt has more than the body: what was said before.
     return model.responses.key([asked, flask.g.owner, requests[0].tokens])
