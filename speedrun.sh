@@ -148,6 +148,9 @@ stage() {
     esac
 }
 
+# torchrun kills its processes this many seconds after it was asked to stop, 30 by default: a slow disk may not take a
+# checkpoint of 13 GB in that time. Older versions of torchrun do not read this.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-110}"
 # train NAME MODULE FLAGS...: a training stage on all GPUs, resumed where it was left
 RUN="python -m"
 [ "$GPUS" -le 1 ] || RUN="torchrun --standalone --nproc_per_node=$GPUS -m"

@@ -1,6 +1,6 @@
 """What the parts of dev/gpu_check.py share: the sizes they measure at, and the machine that they run on."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -106,7 +106,11 @@ class Bench:
 
 
 class Check(NamedTuple):
-    """A thing to measure: the rows that it gives are known by its name."""
+    """A thing to measure: rows, each as soon as it is known. A row may have another name than its check: "row"."""
 
     name: str
-    measure: Callable[[Bench], list[Row]]
+    measure: Callable[[Bench], Iterable[Row]]
+
+
+class Stopped(BaseException):
+    """Time is up, or a signal has come. No Exception, which would be a failed row."""

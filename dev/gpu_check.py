@@ -34,7 +34,7 @@ from typing import Any, TextIO
 
 import torch
 
-from dev.gpu_bench import ON_GPU, REHEARSAL, Bench, Check, Row
+from dev.gpu_bench import ON_GPU, REHEARSAL, Bench, Check, Row, Stopped
 from dev.gpu_decoding import decoding
 from dev.gpu_kernels import ceilings, kernels
 from dev.gpu_training import equalities, training
@@ -73,10 +73,6 @@ class Config:
             return Path(self.out)
         folder = os.environ.get("OUT")
         return Path(folder or get_base_dir() / "bench") / "gpu_check.jsonl"
-
-
-class Stopped(BaseException):
-    """Time is up, or a signal has come. No Exception, which would be a failed row."""
 
 
 @contextlib.contextmanager
@@ -144,28 +140,30 @@ def run(checks: Sequence[Check], bench: Bench, minutes: float, file: TextIO) -> 
     return rows, ended
 
 
-def attempt(check: Check, bench: Bench) -> list[Row]:
-    """Return the rows of a check, or one that says why it failed."""
+def attempt(check: Check, bench: Bench) -> Iterator[Row]:
+    """Yield the rows of a check, and one that says why if it fails."""
     began = time.monotonic()
     try:
-        measured = check.measure(bench)
+        for row in check.measure(bench):
+            yield {"row": check.name, **row, "seconds": round(time.monotonic() - began, 1)}
     except Exception as error:  # out of memory, a kernel that is not installed, whatever it is: the rest goes on
         traceback.print_exc()
-        measured = [{"failed": f"{type(error).__name__}: {error}"[:300]}]
-    if bench.on_gpu:  # the next check begins with all of the memory
+        yield {"row": check.name, "failed": f"{type(error).__name__}: {error}"[:300]}
+    if bench.on_gpu:
+        # The next check begins with all of the memory, and counts its own graphs.
         torch.compiler.reset()
+        torch._dynamo.utils.counters.clear()
         gc.collect()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(bench.device)
-    seconds = round(time.monotonic() - began, 1)
-    return [{"row": check.name, **row, "check took s": seconds} for row in measured]
+        with contextlib.suppress(RuntimeError):  # a GPU that faulted refuses all calls: then each row will say so
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(bench.device)
 
 
 def show(rows: Sequence[Row]) -> None:
     """Print the table, and which kernels the models ran with."""
     lines = []
     for row in rows:
-        more = {name: value for name, value in row.items() if name not in (*COLUMNS, "kernels", "check took s")}
+        more = {name: value for name, value in row.items() if name not in (*COLUMNS, "kernels", "seconds")}
         lines.append({**{name: row.get(name) for name in COLUMNS}, "more": more})
     print(f"\n{to_table(lines)}\n")
     for row in rows:

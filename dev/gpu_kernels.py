@@ -40,14 +40,14 @@ def product_shapes(bench: Bench) -> list[tuple[int, int, int]]:
     return [(sizes.square,) * 3, (N, C, 4 * C), (N, 4 * C, C), (4 * C, N, C)]
 
 
-def bf16_products(bench: Bench) -> list[Row]:
+def bf16_products(bench: Bench) -> Iterator[Row]:
     """Measure products in the compute dtype."""
-    return [product_row(bench, "bf16", shape, time_product(*shape, bench.compute)) for shape in product_shapes(bench)]
+    for shape in product_shapes(bench):
+        yield product_row(bench, "bf16", shape, time_product(*shape, bench.compute))
 
 
-def fp8_products(bench: Bench) -> list[Row]:
+def fp8_products(bench: Bench) -> Iterator[Row]:
     """Measure products in fp8."""
-    rows = []
     for M, K, N in product_shapes(bench):
         a_MK, a_scale = fp8.quantise(torch.randn(M, K, device=bench.device), torch.float8_e4m3fn)
         b_NK, b_scale = fp8.quantise(torch.randn(N, K, device=bench.device), torch.float8_e4m3fn)
@@ -61,8 +61,7 @@ def fp8_products(bench: Bench) -> list[Row]:
             use_fast_accum=True,
         )
         ms = milliseconds(product, bench.device)
-        rows.append(product_row(bench, "fp8", (M, K, N), 2 * M * K * N / ms * 1e3))
-    return rows
+        yield product_row(bench, "fp8", (M, K, N), 2 * M * K * N / ms * 1e3)
 
 
 def product_row(bench: Bench, dtype: str, shape: tuple[int, int, int], rate: float) -> Row:
@@ -72,11 +71,10 @@ def product_row(bench: Bench, dtype: str, shape: tuple[int, int, int], rate: flo
     return {"row": f"{dtype} {M}x{K}x{N}", "ms": 2e3 * M * K * N / rate, "TFLOP/s": rate / 1e12}
 
 
-def memory(bench: Bench) -> list[Row]:
+def memory(bench: Bench) -> Iterator[Row]:
     """Measure how fast memory is copied, counting bytes read and bytes written, and how fast it is read."""
     source = torch.randint(1000, (bench.sizes.copied // 4,), dtype=torch.int32, device=bench.device)
     target = torch.empty_like(source)
-    rows = []
     for name, n_bytes, call in (
         ("copy", 2 * source.nbytes, lambda: target.copy_(source)),
         ("read", source.nbytes, source.amax),
@@ -84,8 +82,7 @@ def memory(bench: Bench) -> list[Row]:
         ms = milliseconds(call, bench.device)
         rate = n_bytes / ms * 1e3
         bench.ceilings["memory"] = max(rate, bench.ceilings.get("memory", 0.0))
-        rows.append({"row": f"memory, {name}", "ms": ms, "TB/s": rate / 1e12})
-    return rows
+        yield {"row": f"memory, {name}", "ms": ms, "TB/s": rate / 1e12}
 
 
 # --- 2. kernels
@@ -145,17 +142,18 @@ def judge(
 
     work: FLOPs of both passes, or with the ceiling "memory" bytes.
     """
-    dy = torch.randn_like(form(*inputs))
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    dy = torch.randn_like(form(*leaves).detach())
 
     def both_passes(function: Callable[..., Tensor], leaves: Sequence[Tensor]) -> list[Tensor]:
         y = function(*leaves)
         return [y, *torch.autograd.grad(y, leaves, dy.to(y.dtype))]
 
+    got = both_passes(form, leaves)
     with exact_products():
         expected = both_passes(definition, [x.float().requires_grad_() for x in inputs])
-    leaves = [x.clone().requires_grad_() for x in inputs]
-    errors = [relative_error(a, b) for a, b in zip(both_passes(form, leaves), expected, strict=True)]
-    del expected
+    errors = [relative_error(a, b) for a, b in zip(got, expected, strict=True)]
+    del got, expected
     ms = milliseconds(lambda: both_passes(form, leaves), bench.device)
     row = {"ms": ms, "error": errors[0], "gradient error": max(errors[1:])}
     return {**row, **rate_of(bench, work, ms, ceiling)}
@@ -174,7 +172,8 @@ def exact_products() -> Iterator[None]:
 
 def relative_error(got: Tensor, expected: Tensor) -> float:
     """Return the norm of the difference over that of what is expected."""
-    return float((got.float() - expected).norm() / expected.norm())
+    with torch.no_grad():
+        return float((got.float() - expected).norm() / expected.norm())
 
 
 def rate_of(bench: Bench, work: float, ms: float, ceiling: str) -> Row:
@@ -258,12 +257,11 @@ def compiled_mlp(bench: Bench) -> list[Row]:
     return mlp_row(bench, bench.compiled(fused_mlp.eager_mlp))
 
 
-def fp8_linears(bench: Bench) -> list[Row]:
+def fp8_linears(bench: Bench) -> Iterator[Row]:
     """Measure the products of a block of the larger model in fp8, with weights quantised before, and in bf16."""
     N = bench.sizes.fp8_rows * bench.sizes.sequence_len
     C = bench.sizes.model(bench.sizes.fp8_depth).n_embd
     in_fp8 = bench.compiled(fp8.linear)
-    rows = []
     for name, n_in, n_out in (("q, k, v", C, 3 * C), ("up", C, 4 * C), ("down", 4 * C, C)):
         inputs = random_tensors(bench, (N, n_in), (n_out, n_in))
         quantised = fp8.quantise_weights(inputs[1:])
@@ -277,13 +275,12 @@ def fp8_linears(bench: Bench) -> list[Row]:
             ceiling="fp8",
         )
         plain = judge(bench, F.linear, F.linear, inputs, work=work)
-        rows.append({"row": f"fp8 linear, {name}", **short, "in bf16, ms": plain["ms"]})
-    return rows
+        yield {"row": f"fp8 linear, {name}", **short, "in bf16 ms": plain["ms"]}
 
 
 def norm_row(bench: Bench) -> list[Row]:
-    """Measure the norm of a micro-batch's residual; in training it is part of what stands beside it."""
-    N = bench.sizes.fp8_rows * bench.sizes.sequence_len
+    """Measure the norm of a step's residual; that of a micro-batch would be made sooner than Python can ask for it."""
+    N = bench.sizes.micro_batches * bench.sizes.fp8_rows * bench.sizes.sequence_len
     C = bench.sizes.model(bench.sizes.fp8_depth).n_embd
     (x_NC,) = random_tensors(bench, (N, C))
     work = 5 * x_NC.nbytes  # x is read and y written; then x and dy are read and dx is written
@@ -303,8 +300,8 @@ def muon_row(bench: Bench) -> list[Row]:
 
 
 def adamw_row(bench: Bench) -> list[Row]:
-    """Measure AdamW on an embedding of the smaller model."""
-    model = bench.sizes.model(bench.sizes.depth)
+    """Measure AdamW on an embedding of the larger model."""
+    model = bench.sizes.model(bench.sizes.fp8_depth)
     shape = (model.padded_vocab_size, model.n_embd)
     w_VC, g_VC = random_tensors(bench, shape, shape)
     state = [torch.zeros(shape, device=bench.device), torch.zeros(shape, device=bench.device)]

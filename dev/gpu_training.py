@@ -10,6 +10,7 @@ import contextlib
 import functools
 import itertools
 import statistics
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dev.compare import SCALAR_EPS, reference_weights
-from dev.gpu_bench import Bench, Check, Row
+from dev.gpu_bench import Bench, Check, Row, Stopped
 from dev.gpu_kernels import relative_error
 from dev.reference import PeerSide
 from dev.train_clock import Batch, Trainable, busy_milliseconds, facts, measure
@@ -137,32 +138,41 @@ def start_reference(bench: Bench, model: GPT, batch: list[Batch], in_fp8: bool) 
     return PeerSide("steps", dtype, str(bench.reference), given)
 
 
-def in_turns(bench: Bench, in_fp8: bool) -> list[Row]:
-    """Measure steps of training, in turns with the reference where it was given."""
+def in_turns(bench: Bench, in_fp8: bool) -> Iterator[Row]:
+    """Measure steps of training, in turns with the reference where it was given; yield a row for each side."""
     sizes = bench.sizes
     config = sizes.model(sizes.fp8_depth if in_fp8 else sizes.depth)
     rows = sizes.fp8_rows if in_fp8 else sizes.rows
     model = make_model(bench, config, in_fp8)
     batch = make_batch(bench, config, rows)
+    tokens = sizes.micro_batches * rows * config.sequence_len
+    what = f"d{config.n_layer} {'fp8' if in_fp8 else 'bf16'}"
+    sides: dict[str, OurSide | PeerSide] = {"ours": OurSide(make_side(bench, model), batch)}
+    answers: dict[str, list[dict[str, Any]]] = {"ours": [], "reference": []}
+
+    def summaries() -> Iterator[Row]:
+        for name, found in answers.items():
+            if found:
+                yield {"row": f"{what}, {name}", **training_row(bench, tokens, model.flops_per_token(), found)}
+
     with contextlib.ExitStack() as at_end:
-        sides: dict[str, OurSide | PeerSide] = {"ours": OurSide(make_side(bench, model), batch)}
         if bench.reference is not None:
             peer = start_reference(bench, model, batch, in_fp8)
             at_end.callback(peer.close)
             sides["reference"] = peer
-        for side in sides.values():
-            side.send(sizes.warmup)  # both compile at the same time
-        answers = {name: [answer(side)] for name, side in sides.items()}
-        for steps in [sizes.steps] * sizes.rounds + [0]:
+        try:
+            for side in sides.values():
+                side.send(sizes.warmup)  # both compile at the same time
             for name, side in sides.items():
-                side.send(steps)
                 answers[name].append(answer(side))
-    tokens = sizes.micro_batches * rows * config.sequence_len
-    what = f"d{config.n_layer} {'fp8' if in_fp8 else 'bf16'}"
-    return [
-        {"row": f"{what}, {name}", **training_row(bench, tokens, model.flops_per_token(), found)}
-        for name, found in answers.items()
-    ]
+            for steps in [sizes.steps] * sizes.rounds + [0]:
+                for name, side in sides.items():
+                    side.send(steps)
+                    answers[name].append(answer(side))
+        except Stopped:
+            yield from summaries()  # of what there was time for
+            raise
+        yield from summaries()
 
 
 def answer(side: OurSide | PeerSide) -> dict[str, Any]:
@@ -174,14 +184,16 @@ def answer(side: OurSide | PeerSide) -> dict[str, Any]:
 
 
 def training_row(bench: Bench, tokens: int, flops: int, answers: list[dict[str, Any]]) -> Row:
-    """Sum up the answers of one side: the warmup, some turns, and the time that the GPU is busy.
+    """Sum up the answers of one side: the warmup, some turns, and at last the time that the GPU is busy.
 
     tokens: of a step. flops: of a token, by our count for both sides.
     """
-    for found in answers:
-        if "failed" in found:
-            return {"failed": found["failed"]}
-    warmup, *turns, last = answers
+    failed = [found["failed"] for found in answers if "failed" in found]
+    turns = [found for found in answers[1:] if "ms" in found]
+    if failed or not turns:
+        return {"failed": failed[0] if failed else "no time for more than the warmup"}
+    warmup = answers[0]
+    busy = answers[-1].get("busy ms")
 
     def median(name: str) -> float:
         return statistics.median(turn[name] for turn in turns)
@@ -189,7 +201,6 @@ def training_row(bench: Bench, tokens: int, flops: int, answers: list[dict[str, 
     ms = median("ms")
     rate = tokens * flops / ms * 1e3
     peak = bench.compute.peak_flops
-    busy = last["busy ms"]
     n_bytes = turns[-1]["peak bytes"]
     return {
         "ms": ms,

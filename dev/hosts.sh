@@ -18,6 +18,7 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 read -ra hosts <<< "$1"
 shift
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # a new one for each attempt: compute.py says why
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-110}" # seconds for the last checkpoint
 case " $* " in *" --resume"*) ;; *) set -- "$@" --resume auto ;; esac
 
 python=python3

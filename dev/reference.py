@@ -40,7 +40,8 @@ class PeerSide:
     def __init__(self, kind: str, dtype: str, root: str, settings: dict[str, Any]) -> None:
         self.name = f"{kind} {dtype}"
         environment = dict(os.environ)
-        environment["PYTHONPATH"] = str(ROOT)  # for dev.train_clock; use_checkout takes it away
+        # For dev.train_clock; use_checkout takes it away.
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         environment["NANOCHAT_DTYPE"] = dtype
         environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())
         self.process = subprocess.Popen(

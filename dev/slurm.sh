@@ -15,6 +15,7 @@
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-.}"
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # a new one for each attempt: compute.py says why
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-110}" # seconds for the last checkpoint, of the 120 that --signal gives
 case " $* " in *" --resume"*) ;; *) set -- "$@" --resume auto ;; esac
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p) # not head, which would end scontrol by a broken pipe
 export MEETING="$first:$((20000 + SLURM_JOB_ID % 10000))"

@@ -21,8 +21,8 @@ from null_cuda import on_null_cuda
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
-from dev import gpu_check, train_clock
-from dev.gpu_bench import REHEARSAL, Bench, Check
+from dev import gpu_check, gpu_training, train_clock
+from dev.gpu_bench import REHEARSAL, Bench, Check, Stopped
 from nanochat.compute import Compute
 
 # What the machine that is lent lacks of our dependencies; nor does it have a network.
@@ -95,9 +95,14 @@ def late(bench):
     time.sleep(60)
 
 
-def run(bench, *measures, minutes=1.0):
+GOOD = Check("good", good)
+OUT_OF_MEMORY = Check("large", out_of_memory)
+INTERRUPTED = Check("interrupted", interrupted)
+LATE = Check("late", late)
+
+
+def run(bench, *checks, minutes=1.0):
     file = io.StringIO()
-    checks = [Check(measure.__name__, measure) for measure in measures]
     rows, ended = gpu_check.run(checks, bench, minutes, file)
     assert rows == [json.loads(line) for line in file.getvalue().splitlines()]
     gpu_check.show(rows)
@@ -105,20 +110,36 @@ def run(bench, *measures, minutes=1.0):
 
 
 def test_a_failed_row_says_why_and_the_rest_goes_on(bench, capsys):
-    rows, ended = run(bench, good, out_of_memory, good)
+    rows, ended = run(bench, GOOD, OUT_OF_MEMORY, GOOD)
     failed = "OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 MiB"
-    assert rows == [("good", None), ("out_of_memory", failed), ("good", None)]
+    assert rows == [("good", None), ("large", failed), ("good", None)]
     assert ended is None
     assert failed in capsys.readouterr().out.split("| row |")[1]
 
 
-@pytest.mark.parametrize("measure, minutes, why", [(late, 5e-3, "time is up"), (interrupted, 1.0, "SIGTERM")])
-def test_what_there_is_no_time_for_is_named(bench, measure, minutes, why, capsys):
+@pytest.mark.parametrize("check, minutes, why", [(LATE, 5e-3, "time is up"), (INTERRUPTED, 1.0, "SIGTERM")])
+def test_what_there_is_no_time_for_is_named(bench, check, minutes, why):
     before = signal.getsignal(signal.SIGTERM)
-    rows, ended = run(bench, good, measure, good, minutes=minutes)
-    assert rows == [("good", None), (measure.__name__, why), ("good", why)]
+    rows, ended = run(bench, GOOD, check, GOOD, minutes=minutes)
+    assert rows == [("good", None), (check.name, why), ("good", why)]
     assert ended == why
     assert signal.getsignal(signal.SIGTERM) == before and signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
+def test_turns_that_were_over_count(bench, monkeypatch):
+    """A reference that compiles until time is up must not cost what is known of our side."""
+    known = {"ms": 10.0, "forward ms": 3.0, "backward ms": 5.0, "optimizer ms": 2.0, "losses": [6.0, 5.0]}
+    known |= {"graphs": 4, "peak bytes": None, "kernels": "plain"}
+    answers = iter([known, known])
+
+    def receive(side):
+        if found := next(answers, None):
+            return found
+        raise Stopped("time is up")
+
+    monkeypatch.setattr(gpu_training.OurSide, "receive", receive)
+    rows, ended = run(bench, gpu_training.training(bench)[0])
+    assert rows == [("d2 bf16, ours", None), ("training in bf16", "time is up")] and ended == "time is up"
 
 
 def event(began, ended, device=DeviceType.CUDA, named=False):

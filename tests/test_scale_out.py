@@ -85,7 +85,7 @@ def test_slurm_script_starts_what_torchrun_understands(tmp_path):
         "scontrol": "echo node7; echo node8",
         "srun": 'while [ "$1" != bash ]; do shift; done; exec "$@"',
         "hostname": "echo node8",
-        ".venv/bin/python": 'printf "%s\\n" "$@"',
+        ".venv/bin/python": 'printf "%s\\n" "$TORCH_ELASTIC_SHUTDOWN_TIMEOUT" "$@"',
     }
     for name, body in stubs.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
@@ -94,7 +94,8 @@ def test_slurm_script_starts_what_torchrun_understands(tmp_path):
     environment = {**os.environ, **slurm, "SLURM_SUBMIT_DIR": str(tmp_path), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     command = ["bash", str(ROOT / "dev" / "slurm.sh"), "-m", "scripts.base_train", "--depth", "4"]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    words = result.stdout.splitlines()
+    seconds, *words = result.stdout.splitlines()
+    assert 30 < int(seconds) < 120, "longer than torchrun waits by default, and within the notice that Slurm gives"
     assert words[:2] == ["-m", "torch.distributed.run"]
     args = get_args_parser().parse_args(words[2:])
     assert (args.nnodes, args.max_restarts, args.rdzv_id, args.rdzv_endpoint) == ("1:2", 3, "123", "node7:20123")
@@ -141,6 +142,7 @@ def test_hosts_script_starts_torchrun_on_every_host(venv, given, expected, tmp_p
     for host, address, first in (("node1", "node1", "1"), ("node2", "10.0.0.2", "0")):
         words = shlex.split((tmp_path / f"{host}.command").read_text())
         assert "NANOCHAT_BASE_DIR=/shared disk" in words
+        assert "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=110" in words
         start = words.index("torch.distributed.run")
         assert words[start - 2 : start] == [expected, "-m"]
         args = get_args_parser().parse_args(words[start + 1 :])
