@@ -8,6 +8,7 @@ that of a forward and a backward pass, and its share that of the best product, o
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -295,8 +296,17 @@ def muon_row(bench: Bench) -> list[Row]:
     w_KMN /= C**0.5  # as large as weights are
     state = [torch.zeros_like(g_KMN), torch.zeros_like(g_KMN[..., :1])]
     work = 5 * K * polar_flops(4 * C, C)
-    rates = {"lr": 0.02, "momentum": 0.95, "weight_decay": 0.1}
-    return [judge_update(bench, muon_update, [w_KMN, g_KMN, *state], rates, work, "bf16", dtype=torch.float32)]
+    row = judge_update(
+        bench,
+        muon_update,
+        [w_KMN, g_KMN, *state],
+        rates={"lr": 0.02, "momentum": 0.95, "weight_decay": 0.1},
+        constants={"dtype": torch.bfloat16},
+        exact={"dtype": torch.float32},
+        work=work,
+        ceiling="bf16",
+    )
+    return [row]
 
 
 def adamw_row(bench: Bench) -> list[Row]:
@@ -305,25 +315,37 @@ def adamw_row(bench: Bench) -> list[Row]:
     shape = (model.padded_vocab_size, model.n_embd)
     w_VC, g_VC = random_tensors(bench, shape, shape)
     state = [torch.zeros(shape, device=bench.device), torch.zeros(shape, device=bench.device)]
-    update = functools.partial(adamw_update, betas=(0.8, 0.995), weight_decay=0.01)
-    # The gradient is read, and the weight and two averages in fp32 are read and written.
-    work = 3 * w_VC.nbytes + 4 * state[0].nbytes
-    return [judge_update(bench, update, [w_VC, g_VC, *state], {"step": 10.0, "lr": 0.1}, work, "memory")]
+    constants = {"betas": (0.8, 0.995), "weight_decay": 0.01}
+    row = judge_update(
+        bench,
+        adamw_update,
+        [w_VC, g_VC, *state],
+        rates={"step": 10.0, "lr": 0.1},
+        constants=constants,
+        exact=constants,
+        # The gradient is read, and the weight and two averages in fp32 are read and written.
+        work=3 * w_VC.nbytes + 4 * state[0].nbytes,
+        ceiling="memory",
+    )
+    return [row]
 
 
 def judge_update(
     bench: Bench,
     update: Callable[..., None],
     tensors: list[Tensor],
+    *,
     rates: dict[str, float],
+    constants: dict[str, Any],
+    exact: dict[str, Any],
     work: float,
     ceiling: str,
-    **exact: torch.dtype,
 ) -> Row:
     """Compare an update, as the optimizer makes it, with itself in fp32, and time it.
 
-    tensors: the weights, which it changes, and what it reads or changes beside them. exact: what makes it exact. The
-    error is that of the weights' change.
+    tensors: the weights, which it changes, and what it reads or changes beside them. rates: what changes from step to
+    step. constants: what does not, and `exact` in their place for the update in fp32. The error is that of the weights'
+    change.
     """
     before = tensors[0].float()
     expected = before.clone()
@@ -333,7 +355,7 @@ def judge_update(
     compiled = bench.compiled(update)
     numbers = {name: torch.tensor(value) if bench.on_gpu else value for name, value in rates.items()}
     got = tensors[0].clone()
-    compiled(got, *(x.clone() for x in tensors[1:]), **numbers)
+    compiled(got, *(x.clone() for x in tensors[1:]), **numbers, **constants)
     error = relative_error(got - before, expected - before)
-    ms = milliseconds(lambda: compiled(*tensors, **numbers), bench.device)
+    ms = milliseconds(lambda: compiled(*tensors, **numbers, **constants), bench.device)
     return {"ms": ms, "error": error, **rate_of(bench, work, ms, ceiling)}
