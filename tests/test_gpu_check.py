@@ -16,12 +16,12 @@ from unittest import mock
 import pytest
 import tiny_run
 import torch
-from fake_gpu import FakeGpu
-from null_cuda import on_null_cuda
+from on_null_cuda import on_null_cuda
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
 from dev import gpu_check, gpu_training, train_clock
+from dev.fake_gpu import FakeGpu
 from dev.gpu_bench import REHEARSAL, Bench, Check, Stopped
 from nanochat.compute import Compute
 
