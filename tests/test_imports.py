@@ -97,10 +97,10 @@ IMPORT_ALL = """
 import builtins, importlib, logging, os, sys
 import torch
 usual_import = builtins.__import__
-def import_as_windows_does(name, globals=None, *arguments):
+def import_as_windows_does(name, globals=None, *arguments, **named):
     if name in POSIX_ONLY and (globals or {}).get("__name__") in NAMES:
         raise ModuleNotFoundError(f"{globals['__name__']} imports {name}, which Windows lacks")
-    return usual_import(name, globals, *arguments)
+    return usual_import(name, globals, *arguments, **named)
 builtins.__import__ = import_as_windows_does
 done = []
 def audit(event, arguments):
