@@ -243,7 +243,7 @@ def warmdown_left(step: int, steps: int, config: TrainConfig) -> float:
 
 
 def learning_rate_multiplier(step: int, steps: int, config: TrainConfig) -> float:
-    """Return the factor on every learning rate at `step` of `steps`, in [0, 1].
+    r"""Return the factor on every learning rate at `step` of `steps`, in [0, 1].
 
     First a linear warmup. Then --schedule linear: flat, and falling over the last --warmdown-ratio of the run. Or
     cosine: half a cosine. Both end at --final-lr-frac.

@@ -33,7 +33,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
 
 from nanochat.common import atomic_write_json, fsync_dir, read_json, sha256_file
 from nanochat.documents import dataset_dir, iterate_documents, read_manifest, shard_records
@@ -218,6 +217,8 @@ class TextRows(PackedRows):
         Waits for a shard that is still being downloaded. Raises ValueError if it does not arrive within
         `ARRIVAL_TIMEOUT` seconds, or if its hash is not the manifest's.
         """
+        from filelock import FileLock  # its last release for Python 3.10 tries out the file system when it is imported
+
         folder = self.folders[shard]
         if folder.exists():
             return

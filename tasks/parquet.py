@@ -11,8 +11,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
 from nanochat.common import atomic_write_json, get_base_dir, read_json, sha256_file
 from nanochat.conversation import validate
 from nanochat.hub import fetch_dataset_files, hub_address, list_dataset
@@ -109,6 +107,8 @@ class ParquetTask(Task):
 
         Raises ValueError if they cannot be downloaded.
         """
+        from filelock import FileLock
+
         folder = cls.folder(None)
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / f".{split}.lock"):
