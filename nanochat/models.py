@@ -72,8 +72,9 @@ class TextModel:
     ) -> str | Iterator[str]:
         """Return the answer to a conversation, or to a text as its one message; with `stream`, pieces as they come.
 
-        Reasoning and calculations are not part of it. The oldest turns are dropped where they leave no room for an
-        answer. Raises ValueError for malformed messages, and for a model that was not trained to chat.
+        Reasoning and calculations are not part of it. An assistant's message that comes last is continued. The oldest
+        turns are dropped where they leave no room for an answer. Raises ValueError for malformed messages, and for a
+        model that was not trained to chat.
         """
         if not self.form.can_chat:
             raise ValueError(f"{self.name} has no chat format, it only continues text: use complete()")
@@ -98,6 +99,8 @@ class TextModel:
 
         Raises ValueError for a text that leaves no room in the context.
         """
+        if not isinstance(text, str):
+            raise ValueError(f"complete() continues a text, not {text!r:.80}")
         prompt = text_prompt(text, self.engine.tokenizer)
         request = Request(prompt, max_tokens=max_tokens, temperature=temperature, seed=seed, **settings)
         request.decoder = AnswerDecoder(self.engine.tokenizer, request.stop)

@@ -10,6 +10,7 @@ import json
 import pytest
 from tiny_chat import STORY, running_server, text_of, wait_for
 
+MODEL = "sft/tiny"  # names have a slash, as `speedrun.sh` makes them
 QUESTION = "What is 37*48?"
 LATER = "Tell me a story"
 
@@ -20,9 +21,9 @@ class Llm:
     package = "llm"
 
     def __init__(self, url, key, folder, monkeypatch):
-        entries = [{"model_id": "tiny"}, {"model_id": "text", "completion": True}, {"model_id": "gpt-9"}]
+        entries = [{"model_id": MODEL}, {"model_id": "text", "completion": True}, {"model_id": "gpt-9"}]
         for entry in entries:
-            name = "tiny" if entry["model_id"] == "text" else entry["model_id"]
+            name = MODEL if entry["model_id"] == "text" else entry["model_id"]
             entry.update(model_name=name, api_base=url, api_key_name="nanochat", supports_tools=True)
         (folder / "extra-openai-models.yaml").write_text(json.dumps(entries))
         monkeypatch.setenv("LLM_USER_PATH", str(folder))
@@ -35,14 +36,14 @@ class Llm:
         model.key = self.key
         return model
 
-    def say(self, question, model="tiny", **options):
+    def say(self, question, model=MODEL, **options):
         return self.model(model).prompt(question, stream=False, **options).text()
 
     def stream(self, question):
-        return iter(self.model("tiny").prompt(question))
+        return iter(self.model(MODEL).prompt(question))
 
     def talk(self, *questions):
-        conversation = self.model("tiny").conversation()
+        conversation = self.model(MODEL).conversation()
         return [conversation.prompt(question).text() for question in questions]
 
     def complete(self, text, **options):
@@ -55,7 +56,7 @@ class Llm:
         def seven() -> str:
             return "7"
 
-        return self.model("tiny").prompt(QUESTION, tools=[seven]).text()
+        return self.model(MODEL).prompt(QUESTION, tools=[seven]).text()
 
 
 class LangChain:
@@ -66,7 +67,7 @@ class LangChain:
     def __init__(self, url, key, folder, monkeypatch):
         self.server = {"base_url": url, "api_key": key, "max_retries": 0}
 
-    def chat_model(self, model="tiny", **options):
+    def chat_model(self, model=MODEL, **options):
         from langchain_openai import ChatOpenAI
 
         return ChatOpenAI(model=model, **self.server, **options)
@@ -74,9 +75,9 @@ class LangChain:
     def text_model(self, **options):
         from langchain_openai import OpenAI
 
-        return OpenAI(model="tiny", **self.server, **options)
+        return OpenAI(model=MODEL, **self.server, **options)
 
-    def say(self, question, model="tiny", **options):
+    def say(self, question, model=MODEL, **options):
         return self.chat_model(model, **options).invoke(question).content
 
     def stream(self, question):
@@ -114,7 +115,7 @@ class LiteLlm:
     def __init__(self, url, key, folder, monkeypatch):
         self.server = {"api_base": url, "api_key": key, "num_retries": 0}
 
-    def completion(self, messages, model="tiny", **options):
+    def completion(self, messages, model=MODEL, **options):
         import litellm
 
         litellm.suppress_debug_info = True
@@ -123,9 +124,9 @@ class LiteLlm:
     def text_completion(self, text, **options):
         import litellm
 
-        return litellm.text_completion(text, "text-completion-openai/tiny", **self.server, **options)
+        return litellm.text_completion(text, f"text-completion-openai/{MODEL}", **self.server, **options)
 
-    def say(self, question, model="tiny", **options):
+    def say(self, question, model=MODEL, **options):
         return self.completion([{"role": "user", "content": question}], model, **options).choices[0].message.content
 
     def stream(self, question):
@@ -164,7 +165,7 @@ def kind(request):
 
 @pytest.fixture(scope="module")
 def server():
-    with running_server() as server:
+    with running_server(model_name=MODEL) as server:
         yield server
 
 
@@ -192,19 +193,19 @@ def test_a_stream_that_is_left_frees_its_place(client, server):
         next(pieces)
     del pieces
     assert wait_for(lambda: not server.engine.busy, 5)
-    assert server.get("/stats")["models"]["tiny"]["open_requests"] == 0
+    assert server.get("/stats")["models"][MODEL]["open_requests"] == 0
 
 
 def test_what_a_client_shows_of_refusals(client, server, kind, tmp_path, monkeypatch):
     assert client.say("Hello " * 900) == text_of("Hello"), "a chat forgets its beginning"
     with pytest.raises(Exception, match="leaves no room in the context of 768"):
         client.complete("Hello " * 900, max_tokens=8)
-    with pytest.raises(Exception, match="there is no model 'gpt-9': this server has tiny"):
+    with pytest.raises(Exception, match="there is no model 'gpt-9': this server has sft/tiny"):
         client.say("Hello", model="gpt-9")
     with pytest.raises(Exception, match="'tools' is not supported"):
         client.use_tool()
     (tmp_path / "keys").write_text("a-key-of-mine")
-    with running_server(api_keys=str(tmp_path / "keys")) as guarded:
+    with running_server(model_name=MODEL, api_keys=str(tmp_path / "keys")) as guarded:
         url = f"http://127.0.0.1:{guarded.port}/v1"
         assert kind(url, "a-key-of-mine", tmp_path, monkeypatch).say("Hello") == text_of("Hello")
         with pytest.raises(Exception, match="no valid API key"):
@@ -212,7 +213,7 @@ def test_what_a_client_shows_of_refusals(client, server, kind, tmp_path, monkeyp
 
 
 def test_an_engine_that_dies_in_a_stream_is_an_error(kind, tmp_path, monkeypatch):
-    with running_server() as dying:
+    with running_server(model_name=MODEL) as dying:
         pieces = kind(f"http://127.0.0.1:{dying.port}/v1", "none", tmp_path, monkeypatch).stream(LATER)
         next(pieces)
         dying.engine.step = lambda: 1 / 0

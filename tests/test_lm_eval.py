@@ -91,13 +91,14 @@ def test_served_and_in_process_agree(tasks, tmp_path):
     bundle = tmp_path / "bundle"
     with tiny_run.base_dir(save_tiny_chat(tmp_path / "base", "sft")):
         convert.export_checkpoint(bundle, "sft", "tiny")
-    tokens = {"tokenizer": bundle, "add_bos_token": True, "trust_remote_code": True}
-    with running_server(max_batch=4) as server:
+    with running_server(max_batch=4, model_name="sft/tiny") as server:
         url = f"http://127.0.0.1:{server.port}/v1/completions"
-        where = {"model": "tiny", "base_url": url, "tokenizer_backend": "huggingface", "num_concurrent": 2}
-        served = evaluate(tasks, tmp_path / "served", "local-completions", **where, **tokens, max_length=768)
+        where = {"model": "sft/tiny", "base_url": url, "num_concurrent": 2, "max_length": 768}
+        tokens = {"tokenizer": bundle, "tokenizer_backend": "huggingface", "add_bos_token": True}
+        served = evaluate(tasks, tmp_path / "served", "local-completions", **where, **tokens, trust_remote_code=True)
     # Of a long text the harness sends a server the last max_length - 1 tokens, and here reads the last max_length + 1.
-    here = evaluate(tasks, tmp_path / "here", "hf", pretrained=bundle, dtype="float32", **tokens, max_length=766)
+    own = {"pretrained": bundle, "dtype": "float32", "max_length": 766, "trust_remote_code": True}
+    here = evaluate(tasks, tmp_path / "here", "hf", **own)
     assert numbers(served) == pytest.approx(numbers(here), rel=1e-5, abs=1e-3)
     # And both are right: the choice " a model" of the second line, by a forward of the model.
     model, tokenizer = tiny_chat()
