@@ -125,7 +125,9 @@ written() {
 
 # contents FOLDER: print a hash of the names and bytes of a folder's files; of what is no folder, that of nothing.
 contents() {
-    { [ ! -d "$1" ] || find -L "$1" -type f -print -exec git hash-object --no-filters {} + | sort; } | git hash-object --stdin
+    local files=
+    [ ! -d "$1" ] || files=$(find -L "$1" -type f | sort)
+    { echo "$files"; [ -z "$files" ] || git hash-object --no-filters --stdin-paths <<< "$files"; } | git hash-object --stdin
 }
 
 # stage NAME COMMAND...: run it once. All runs share dataset and tokenizer, and another run may have replaced them.

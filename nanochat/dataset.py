@@ -208,8 +208,7 @@ def _prepare_folder(source: Path, n: int | None) -> Manifest:
         for text in iterate_documents(files["train"], counts):
             train.add(text)
     else:
-        validation = f"one document in {VALIDATION_SHARE}, by its hash"
-        _split_documents(files["train"], train, val, counts)
+        validation = _split_documents(files["train"], train, val, counts)
     train.end_shard()
     val.end_shard()
     for writer, purpose in ((train, "training"), (val, "validation")):
@@ -267,8 +266,8 @@ def _name_files(files: list[Path], source: Path) -> str:
     return ", ".join(names)
 
 
-def _split_documents(files: list[Path], train: "ShardWriter", val: "ShardWriter", counts: Counter[str]) -> None:
-    """Let about one document in twenty validate, by its hash, but at least one on each side."""
+def _split_documents(files: list[Path], train: "ShardWriter", val: "ShardWriter", counts: Counter[str]) -> str:
+    """Let about one document in twenty validate, by its hash, but at least one on each side; return that in words."""
     smallest = 1 << 64
     largest = 0
     sides = set()
@@ -284,7 +283,7 @@ def _split_documents(files: list[Path], train: "ShardWriter", val: "ShardWriter"
         cut = text.rfind("\n", 0, cut) + 1 or cut  # after a line, if there is more than one
         train.add(text[:cut])
         val.add(text[cut:])
-        return
+        return "the end of the only document"
     has_both = len(sides) == 2
     for text in iterate_documents(files, counts):
         value = _hash(text)
@@ -293,6 +292,7 @@ def _split_documents(files: list[Path], train: "ShardWriter", val: "ShardWriter"
             val.add(text)
         else:
             train.add(text)
+    return f"one document in {VALIDATION_SHARE}, by its hash"
 
 
 def _hash(text: str) -> int:

@@ -214,7 +214,7 @@ def _read_parquet(path: Path) -> Numbered:
         file = parquet.ParquetFile(path)
         names = file.schema_arrow.names
         problem = f"{path} has no column 'text' of strings (it has {', '.join(names)}): rename or convert"
-        if "text" not in names:
+        if names.count("text") != 1:
             raise ValueError(problem)
         number = 0
         for batch in file.iter_batches(1024, columns=["text"]):

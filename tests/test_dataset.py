@@ -400,6 +400,10 @@ def test_parquet_without_text(folder):
     (folder / "a.parquet").write_bytes(parquet_bytes(TEXTS, name="content"))
     with pytest.raises(ValueError, match=r"a\.parquet has no column 'text' of strings \(it has content\)"):
         prepare(str(folder))
+    twice = pa.Table.from_arrays([pa.array(TEXTS), pa.array(TEXTS)], names=["text", "text"])
+    parquet.write_table(twice, folder / "a.parquet")
+    with pytest.raises(ValueError, match=r"it has text, text"):
+        prepare(str(folder))
     for kind, value in ((pa.int64(), 1), (pa.list_(pa.string()), ["a"]), (pa.bool_(), True)):
         (folder / "a.parquet").write_bytes(parquet_bytes([value], kind=kind))
         with pytest.raises(ValueError, match="no column 'text' of strings"):

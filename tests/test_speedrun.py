@@ -78,16 +78,17 @@ def test_a_folder_is_used_whole_and_another_text_is_noticed(speedrun):
     text = speedrun.folder / "my texts"
     text.mkdir()
     (text / "a.txt").write_text("one")
+    (text / "b.txt").write_text("two")
     first = speedrun.run(DATASET=str(text))
     manifest = (speedrun.base / "datasets" / "my-texts" / "manifest.json").read_text()
     assert "--name" in manifest and "-n " not in manifest
-    for changed in ("two.txt", "test.txt"):  # another text, then the same under a name that gives it another role
-        (text / "a.txt").write_text("two")
-        (text / "a.txt").rename(text / changed)
+    for name in ("b.txt", "test.txt"):  # two files change places, then one gets a name that gives it another role
+        (text / "a.txt").rename(text / "c.txt")
+        (text / "b.txt").rename(text / "a.txt")
+        (text / "c.txt").rename(text / name)
         before = speedrun.results()
         assert speedrun.run(DATASET=str(text)) == first
-        assert all(before[name] != content for name, content in speedrun.results().items())
-        (text / changed).rename(text / "a.txt")
+        assert all(before[path] != content for path, content in speedrun.results().items())
 
 
 def test_what_was_deleted_is_made_again(speedrun, builtin):
