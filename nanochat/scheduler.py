@@ -20,6 +20,8 @@ from typing import Any, Literal
 
 from nanochat.kv_cache import BLOCK, Block, KVCache
 
+NOT_FINITE = "the model computed NaN or infinite logits: its weights are damaged, or overflow this dtype"
+
 
 @dataclass(frozen=True)
 class TokenScore:
@@ -122,9 +124,7 @@ class Request:
     def raise_if_broken(self) -> None:
         """Raise ValueError if it ended because the model's logits were not finite."""
         if self.finish_reason == "error":
-            raise ValueError(
-                "the model computed NaN or infinite logits: its weights are damaged, or overflow this dtype"
-            )
+            raise ValueError(NOT_FINITE)
 
     @property
     def scores_prompt(self) -> bool:

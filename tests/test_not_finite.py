@@ -51,11 +51,8 @@ def test_companions_and_later_requests_are_not_touched(tokenizer, temperature):
     model = poisoned_model(tokenizer)
     settings = {"temperature": temperature, "max_tokens": 12, "seed": 5, "logit_bias": {POISON: -100}}
     lengths = [3, 40, 90, 5, 60, 20, 33, 8, 70, 11]
-    expected = []
-    for i, n in enumerate(lengths):
-        request = Request(clean(n, seed=i), **settings)
-        Engine(random_model(tokenizer.get_vocab_size()), tokenizer).run([request])
-        expected.append(request.output)
+    expected = [Request(clean(n, seed=i), **settings) for i, n in enumerate(lengths)]
+    Engine(random_model(tokenizer.get_vocab_size()), tokenizer).run(expected)
     engine = Engine(model, tokenizer, max_batch=4, step_tokens=16)
     requests = [Request(clean(n, seed=i), **settings) for i, n in enumerate(lengths)]
     broken = []
@@ -70,7 +67,7 @@ def test_companions_and_later_requests_are_not_touched(tokenizer, temperature):
         engine.step()
         if broken[2].state == "prefill" and broken[2].n_read > 30:
             engine.abort(broken[2])  # its client has left
-    assert [request.output for request in requests] == expected
+    assert [request.output for request in requests] == [request.output for request in expected]
     assert [request.finish_reason for request in broken] == ["error", "error", "abort", "error", "error"]
     assert not any(request.output for request in broken)
     for ask in (

@@ -374,8 +374,9 @@ def test_gpu_memory_is_among_the_metrics(monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 20)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 15)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60, 80))
-    model = types.SimpleNamespace(device=torch.device("cuda", 1), parameters=list)
-    engine = types.SimpleNamespace(model=model, stats=lambda: dict.fromkeys(ENGINE_FIGURES, 0))
+    model = types.SimpleNamespace(device=torch.device("cuda", 1))
+    cache = types.SimpleNamespace(layers=[])
+    engine = types.SimpleNamespace(model=model, cache=cache, stats=lambda: dict.fromkeys(ENGINE_FIGURES, 0))
     metrics = Metrics()
     metrics.add_model("m", [engine])
     seen = {}

@@ -21,7 +21,7 @@ import flask
 
 from nanochat.detokenizer import Event, Reasoning, ToolCall, content_of
 from nanochat.engine import Request
-from nanochat.scheduler import TokenScore
+from nanochat.scheduler import NOT_FINITE, TokenScore
 from nanochat.serve.logprobs import ChatLogprobs, TextLogprobs, TextScorer, chat_logprobs
 from nanochat.serve.loop import Delivery, EngineLoop, Model
 from nanochat.serve.objects import SessionInfo, Usage
@@ -142,7 +142,7 @@ class Answer:
             if delivery.finish_reason == "abort":
                 raise ApiError(503, "the engine stopped in the middle of the answer")
             if delivery.finish_reason == "error":
-                raise ApiError(500, "the model computed NaN or infinite logits: its weights are damaged or overflow")
+                raise ApiError(500, NOT_FINITE)
             self.said[delivery.choice].append(delivery)
             if delivery.finish_reason is not None:
                 n_open -= 1

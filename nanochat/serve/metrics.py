@@ -48,7 +48,6 @@ class Metrics:
             labelnames=["model_name", "replica"],
             registry=self.registry,
         )
-        self._gpus: set[torch.device] = set()  # those that a model lies on
         self.registry.register(self)
         ProcessCollector(registry=self.registry)  # memory, processor time, open files
 
@@ -63,9 +62,6 @@ class Metrics:
         self._engines[model_name] = engines
         for series in (self.cache_hits, self.queue_time, self.first_token, self.between_tokens, self.end_to_end):
             series.labels(model_name)
-        for engine in engines:
-            devices = {engine.model.device, *(weight.device for weight in engine.model.parameters())}
-            self._gpus |= {device for device in devices if device.type == "cuda"}
         for replica in range(len(engines)):
             self.replica_up.labels(model_name, replica).set(1)
 
@@ -84,13 +80,24 @@ class Metrics:
             for model_name, values in figures.items():
                 family.add_metric([model_name], values[key])
             yield family
-        if self._gpus:
-            yield self._gpu_memory()
+        gpus = self._gpus()
+        if gpus:
+            yield self._gpu_memory(gpus)
 
-    def _gpu_memory(self) -> Metric:
+    def _gpus(self) -> list[torch.device]:
+        """Return the GPUs on which models lie."""
+        devices = set()
+        for engines in list(self._engines.values()):
+            for engine in engines:
+                devices.add(engine.model.device)
+                # A model may lie on several; so do its layers' keys and values, once it has read anything.
+                devices |= {layer.memory[0].device for layer in engine.cache.layers if layer.memory}
+        return sorted((device for device in devices if device.type == "cuda"), key=str)
+
+    def _gpu_memory(self, gpus: Sequence[torch.device]) -> Metric:
         """Return what lies on the GPUs, and their size. What is reserved beyond the tensors is PyTorch's own cache."""
         family = GaugeMetricFamily("nanochat_gpu_memory_bytes", "Memory of a GPU", labels=["device", "kind"])
-        for device in sorted(self._gpus, key=str):
+        for device in gpus:
             family.add_metric([str(device), "tensors"], torch.cuda.memory_allocated(device))
             family.add_metric([str(device), "reserved"], torch.cuda.memory_reserved(device))
             family.add_metric([str(device), "peak"], torch.cuda.max_memory_allocated(device))
