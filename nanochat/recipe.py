@@ -5,8 +5,8 @@
           -> batch size (`batch_tokens`) -> number of steps
           -> learning rates (`learning_rate_scales`) and weight decay (`weight_decay`) for that batch and horizon
 
-One rule stands beside the parameters that it is about, in `parameter_groups` of optim.py: the learning rates of
-embeddings and head fall with the width, as (n_embd / 768)^-0.5, and each small parameter has its share of the scalars'.
+One rule stands beside the parameters that it is about, in parameter_groups.py: the learning rates of embeddings and
+head fall with the width, as (n_embd / 768)^-0.5, and each small parameter has its share of the scalars'.
 
 The constants were tuned at depth 12, and scaling rules carry them to other depths. Where no other source is named, a
 figure is that of karpathy/nanochat (92d63d4), which tuned it on 8 H100s. The schedules of learning rate, momentum and

@@ -9,7 +9,7 @@ import torch
 
 from nanochat import recipe
 from nanochat.gpt import GPT
-from nanochat.optim import parameter_groups
+from nanochat.parameter_groups import parameter_groups
 from nanochat.recipe import TrainConfig
 
 [SCHEDULES] = [field.metadata["choices"] for field in dataclasses.fields(TrainConfig) if field.name == "schedule"]
