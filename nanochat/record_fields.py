@@ -34,6 +34,7 @@ TRAINING: Fields = {
     "source?": "the checkpoint that fine-tuning began with, and the first digits of its weights' hash",
     "rollouts?": "in rl: problems, samples, tokens and tasks of a step",
     "model_config": "the model's shape: the fields of `GPTConfig`",
+    "kernels": "which kernel computes what; a resumed run takes the same ones",
     "tokenizer_hash": "of the tokenizer trained with",
     "config": "every flag, null where it was not given",
     "total_batch_size": "tokens a step",
