@@ -59,6 +59,12 @@ def test_the_container_gets_what_it_needs():
     assert flags == "--drain-seconds" and int(seconds) < int(service["stop_grace_period"].removesuffix("s"))
 
 
+def test_the_workflow_runs_what_ci_runs():
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))
+    commands = [step["run"] for step in workflow["jobs"]["test"]["steps"] if "run" in step]
+    assert commands == (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()[-2:]
+
+
 def test_the_unit_is_one(tmp_path):
     """systemd reads it, where there is a systemd; paths and user are put to what is here."""
     unit = configparser.ConfigParser(interpolation=None, strict=False)
