@@ -7,6 +7,7 @@ import pytest
 import torch
 from on_null_cuda import on_null_cuda
 
+from dev.bench_plan import CAST_BYTES, LOGIT_BYTES, LOGIT_BYTES_FP8
 from dev.fake_gpu import FakeGpu
 from dev.gpu_workload import BLOCK_BYTES
 from dev.graph_count import GraphCount
@@ -80,6 +81,11 @@ def test_a_block_is_one_graph_that_keeps_and_moves_what_is_predicted(kind):
         assert new_graphs() >= 2 * 3 + 1
         moved = graphs.kernel_bytes("forward", "backward") / (idx_BT.numel() * C * DEPTH)
         assert 0.9 * BLOCK_BYTES[kind] < moved <= BLOCK_BYTES[kind]
+        # What has no graph of a backward pass: the loss and, in fp8, the casts of the weights.
+        logits = idx_BT.numel() * config.padded_vocab_size
+        weights = sum(matrix.numel() for matrix in model.blocks.parameters())
+        most = LOGIT_BYTES_FP8 * logits + CAST_BYTES * weights if kind == "fp8" else LOGIT_BYTES * logits
+        assert 0.6 * most < graphs.kernel_bytes("inference") <= most
         # Later steps need nothing new.
         for recompute in (False, True, True, False):
             assert new_graphs(recompute) == 0
