@@ -63,7 +63,7 @@ class TemplateFormat(ChatFormat):
         super().__init__(tokenizer)
         self._template, self.argument_names = compile_template(source)
         # The longest first: where one name begins with another, a regex takes the alternative that stands first.
-        names = sorted(tokenizer.marks, key=len, reverse=True)
+        names = sorted({*tokenizer.marks, *map(tokenizer.normalize, tokenizer.marks)}, key=len, reverse=True)
         never = "(?!)"
         self._special = re.compile("|".join(re.escape(name) for name in names) or never)
         self._tokens: dict[str, str] = {}
@@ -141,12 +141,16 @@ class TemplateFormat(ChatFormat):
         JSON value with texts in it.
         """
         if isinstance(value, dict):
-            return {name: self._break_special(each) for name, each in value.items()}
+            return {self._break_special(name): self._break_special(each) for name, each in value.items()}
         if isinstance(value, list):
             return [self._break_special(each) for each in value]
         if not isinstance(value, str):
             return value
         value = value.replace(BREAK, "")
+        # Some tokenizers find special tokens only after normalization, such as NFKC of full-width letters.
+        normal = self.tokenizer.normalize(value)
+        if len(self._special.findall(normal)) > len(self._special.findall(value)):
+            value = normal
         return self._special.sub(lambda match: f"{match[0][0]}{BREAK}{match[0][1:]}{BREAK}", value)
 
     def decoder(self, prompt: Sequence[int] = (), stop: Sequence[str] = ()) -> AnswerDecoder:

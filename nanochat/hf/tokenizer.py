@@ -117,6 +117,11 @@ class HFTokenizer(Codec):
         rows = self.backend.encode_batch([replace_surrogates(text) for text in texts], add_special_tokens=False)
         return [row.ids for row in rows]
 
+    def normalize(self, text: str) -> str:
+        """Return the text as the vocabulary sees it, such as "＜｜end｜＞" as "<|end|>" after NFKC."""
+        normalizer = self.backend.normalizer
+        return text if normalizer is None else normalizer.normalize_str(replace_surrogates(text))
+
     def encode_marked(self, text: str) -> list[int]:
         """Return the ids of a text in which special tokens are meant: a rendered template, never what a user typed."""
         return self._marked_backend.encode(replace_surrogates(text), add_special_tokens=False).ids
