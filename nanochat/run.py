@@ -383,6 +383,7 @@ def stop_on_signals(run: Run) -> Iterator[None]:
         print0(f"\n{signal.Signals(signum).name}: saving and stopping, once more stops unsaved", file=sys.stderr)
         run.stop_requested = True
         if run.abandonable:
+            run.abandonable = False  # what follows is saving
             raise KeyboardInterrupt
 
     previous = {signum: signal.signal(signum, handle) for signum in (signal.SIGINT, signal.SIGTERM)}
@@ -412,12 +413,13 @@ def abandoned_on_signal(run: Run) -> Iterator[None]:
     them: they look for signals where all of them pass (`stop_if_requested`), and save nothing when memory runs out.
     """
     stop_if_requested(run)
-    run.abandonable = run.compute.world_size == 1
+    alone = run.compute.world_size == 1
+    run.abandonable = alone
     try:
         yield
     except (KeyboardInterrupt, torch.OutOfMemoryError):
-        if run.abandonable:
-            run.abandonable = False  # saving is not to be given up, unless by a second signal
+        run.abandonable = False
+        if alone:
             run.save()
         raise
     finally:

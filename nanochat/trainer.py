@@ -85,7 +85,8 @@ def train(run: Run, train_rows: PackedRows, val_rows: PackedRows, prompts: Seque
                 run.record_evaluation(scores)
             run.prune()
             if prompts and (last or is_due(step, config.sample_every)):
-                print_samples(run, prompts)
+                with abandoned_on_signal(run):
+                    print_samples(run, prompts)
 
             # The last step has been saved and evaluated like any other; only now does the loop end.
             if last:
