@@ -37,7 +37,6 @@ TRAINING: Fields = {
     "kernels": "which kernel computes what; a resumed run takes the same ones",
     "tokenizer_hash": "of the tokenizer trained with",
     "config": "every flag, null where it was not given",
-    "kernels": "the implementations of attention, loss and MLP that were chosen when the run began",
     "total_batch_size": "tokens a step",
     "num_iterations": "steps in all",
     "val_bpb": "bits per byte of validation text at the newest evaluation, null before the first",

@@ -338,8 +338,11 @@ def test_weights_that_are_not_finite(trained_world):
     meta = json.loads((folder / "meta.json").read_text())
     meta["files"]["model.safetensors"] = checkpoint.sha256_file(folder / "model.safetensors")
     (folder / "meta.json").write_text(json.dumps(meta))
-    line = script("scripts.mid_train", *STEPS, *SKILLS, "--num-iterations", "5", "--model-tag", "new").error_line
-    assert "at step 0, rows 0 to 7" in line
+    result = script("scripts.mid_train", *STEPS, *SKILLS, "--num-iterations", "5", "--model-tag", "new")
+    assert result.code == 2, result
+    warning, error = result.err.splitlines()
+    assert warning.startswith("warning: ") and "embed.weight" in warning
+    assert "at step 0, rows 0 to 7" in error
     assert checkpoint.list_steps("mid", "new") == []
 
 
