@@ -40,7 +40,8 @@ from nanochat.device_batch import DeviceBatch, choose_device_batch, explain_out_
 from nanochat.engine import Engine, Request
 from nanochat.finetune import Conversations, SourceConfig, continue_from, conversation_rows, load_source
 from nanochat.loss import IGNORED
-from nanochat.run import Run, abandoned_on_signal, stop_if_requested, stop_on_signals
+from nanochat.run import Run
+from nanochat.stopping import abandoned_on_signal, stop_if_requested, stop_on_signals
 from nanochat.tokenizer import Tokenizer
 
 PASS_AT = (1, 4, 8)  # the last is the number of answers sampled to each test problem

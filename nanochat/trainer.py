@@ -25,7 +25,8 @@ from nanochat.fp8 import weights_quantised
 from nanochat.loss import IGNORED
 from nanochat.loss_eval import evaluate_loss
 from nanochat.recipe import TrainConfig
-from nanochat.run import Run, abandoned_on_signal, stop_if_requested, stop_on_signals
+from nanochat.run import Run
+from nanochat.stopping import abandoned_on_signal, stop_if_requested, stop_on_signals
 from nanochat.token_shards import PackedRows
 
 ASSUMED_MFU = 0.4  # of a GPU's peak, for the estimate before the first step
