@@ -23,11 +23,10 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from nanochat.attention import Attend
-from nanochat.common import print0
-from nanochat.compute import can_compile, pick_dtype
+from nanochat.compute import pick_dtype
 from nanochat.fp8 import Fp8Linear, Fp8Together
 from nanochat.fused_mlp import fused_mlp
-from nanochat.kernels import PLAIN, Kernels, Record, choose_kernels
+from nanochat.kernels import PLAIN, Kernels, choose_kernels
 from nanochat.language_model import Gate, LanguageModel, LayerNeed, Linear, Together, WholeRows, rotate, rotation
 from nanochat.loss import softcap, softcap_cross_entropy
 
@@ -106,6 +105,11 @@ class GPTConfig:
         short = min(-(-self.sequence_len // 4 // 128) * 128, self.sequence_len)
         tiled = [self.window_pattern[i % len(self.window_pattern)] for i in range(self.n_layer)]
         return (*(short if kind == "S" else self.sequence_len for kind in tiled[:-1]), self.sequence_len)
+
+    @property
+    def has_windows(self) -> bool:
+        """True if some layer attends to less than the whole context."""
+        return min(self.windows) < self.sequence_len
 
     def has_value_embed(self, layer: int) -> bool:
         """Return whether this layer mixes a value embedding into its values (arXiv 2410.17897)."""
@@ -381,31 +385,6 @@ class GPT(LanguageModel):
         return torch.addcmul(x_C, self.smear_scale * gate_1, before_C)
 
 
-def training_kernels(
-    config: GPTConfig, device: torch.device, *, compiled: bool, fp8: bool, recorded: Record | None = None
-) -> Kernels:
-    """Choose the kernels to train a model with: see `choose_kernels`. compiled: use torch.compile, if it works here.
-
-    Raises ValueError for training in float16, and where fp8 cannot work.
-    """
-    dtype = pick_dtype(device)
-    if dtype == torch.float16:  # without loss scaling its gradients would underflow
-        raise ValueError("NANOCHAT_DTYPE=float16 is for inference only: train in bfloat16 or float32")
-    if compiled and not can_compile(device):
-        print0("torch.compile is off: no C++ compiler (installing g++ makes training faster)")
-        compiled = False
-    return choose_kernels(
-        device,
-        dtype,
-        width=config.n_embd,
-        head_dim=config.head_dim,
-        windowed=min(config.windows) < config.sequence_len,
-        compiled=compiled,
-        fp8_products=fp8,
-        recorded=recorded,
-    )
-
-
 def build_model(
     config: GPTConfig,
     device: torch.device | str,
@@ -418,15 +397,22 @@ def build_model(
     """Build a model on `device` whose weights hold no values yet: call `init_weights`, or load a checkpoint into it.
 
     Activations are in this machine's compute dtype. For training, matrices stay in fp32; for inference they are cast,
-    which rounds each once instead of at every use. kernels: those to train with; None = what `training_kernels`
-    chooses for `compiled` and `fp8`, with its errors.
+    which rounds each once instead of at every use. kernels: those to train with; None = what `choose_kernels` chooses
+    for `compiled` and `fp8`, with its errors.
     """
     device = torch.device(device)
     dtype = pick_dtype(device)
     if not train:
         kernels = PLAIN
     elif kernels is None:
-        kernels = training_kernels(config, device, compiled=compiled, fp8=fp8)
+        kernels = choose_kernels(
+            device,
+            width=config.n_embd,
+            head_dim=config.head_dim,
+            windowed=config.has_windows,
+            compiled=compiled,
+            fp8_products=fp8,
+        )
     embed_dtype = torch.float32 if device.type == "cpu" else dtype  # see GPT
     with torch.device("meta"):  # no memory and no time for values that are overwritten at once
         model = GPT(config, dtype, embed_dtype, kernels)

@@ -26,6 +26,7 @@ from torch import Tensor
 from nanochat import fp8
 from nanochat.attention import Attend, attend, attend_blocks, attend_naive, attend_sdpa, cudnn, flash3, flex, padded
 from nanochat.common import print0
+from nanochat.compute import can_compile, pick_dtype
 from nanochat.fused_mlp import eager_mlp, fused_mlp, has_kernel
 from nanochat.loss import (
     CUDA_CHUNK_COMPILED,
@@ -78,7 +79,6 @@ PLAIN = Kernels()
 
 def choose_kernels(
     device: torch.device,
-    dtype: torch.dtype,
     *,
     width: int,
     head_dim: int,
@@ -87,12 +87,19 @@ def choose_kernels(
     fp8_products: bool = False,
     recorded: Record | None = None,
 ) -> Kernels:
-    """Return the fastest kernels that work on this device. On CUDA that takes seconds: ask once per run.
+    """Return the fastest kernels to train with that work on this device. On CUDA that takes seconds: ask once per run.
 
-    width: channels of the model. windowed: some layers have attention windows. compiled: use torch.compile.
-    recorded: what the run that is resumed began with. It is kept where it works: a stopwatch might choose otherwise
-    today, and other kernels round differently. Raises ValueError where fp8 is asked for and cannot work.
+    width: channels of the model. windowed: some layers have attention windows. compiled: use torch.compile, if it works
+    here. recorded: what the run that is resumed began with. It is kept where it works: a stopwatch might choose
+    otherwise today, and other kernels round differently.
+    Raises ValueError for training in float16, and where fp8 is asked for and cannot work.
     """
+    dtype = pick_dtype(device)
+    if dtype == torch.float16:  # without loss scaling its gradients would underflow
+        raise ValueError("NANOCHAT_DTYPE=float16 is for inference only: train in bfloat16 or float32")
+    if compiled and not can_compile(device):
+        print0("torch.compile is off: no C++ compiler (installing g++ makes training faster)")
+        compiled = False
     if fp8_products:
         fp8.check(device, width)
     before = recorded or {}

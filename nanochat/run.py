@@ -23,8 +23,8 @@ from typing import Any
 from nanochat import checkpoint
 from nanochat.common import atomic_write, get_base_dir, print0, write_record
 from nanochat.compute import Compute
-from nanochat.gpt import GPT, GPTConfig, training_kernels
-from nanochat.kernels import Kernels, load_kernels
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.kernels import Kernels, choose_kernels, load_kernels
 from nanochat.optim import MuonAdamW
 from nanochat.recipe import TrainConfig
 from nanochat.tokenizer import Tokenizer
@@ -344,7 +344,7 @@ def drop_lines_after(path: Path, step: int, evaluated: bool) -> None:
 def agreed_kernels(stage: str, tag: str, config: TrainConfig, model_config: GPTConfig, compute: Compute) -> Kernels:
     """Return the kernels that all ranks of a run train with: those that it began with if it is resumed, else new ones.
 
-    Rank 0 chooses for all, because a stopwatch may say something else on each. Raises what `training_kernels` raises.
+    Rank 0 chooses for all, because a stopwatch may say something else on each. Raises what `choose_kernels` raises.
     """
 
     def choose() -> dict[str, Any]:
@@ -353,8 +353,14 @@ def agreed_kernels(stage: str, tag: str, config: TrainConfig, model_config: GPTC
             step = int(config.resume) if config.resume.isdigit() else None
             # Checkpoints of older versions do not say.
             recorded = checkpoint.peek_meta(stage, tag, step).get("kernels")
-        kernels = training_kernels(
-            model_config, compute.device, compiled=config.compile, fp8=config.fp8, recorded=recorded
+        kernels = choose_kernels(
+            compute.device,
+            width=model_config.n_embd,
+            head_dim=model_config.head_dim,
+            windowed=model_config.has_windows,
+            compiled=config.compile,
+            fp8_products=config.fp8,
+            recorded=recorded,
         )
         return kernels.record
 

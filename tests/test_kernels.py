@@ -319,12 +319,13 @@ def test_what_a_run_began_with_is_kept_where_it_works(monkeypatch, cuda_names, c
     monkeypatch.setattr(kernels, "cudnn", not_installed)
     monkeypatch.setattr(kernels, "has_kernel", lambda device: True)
     monkeypatch.setattr(kernels, "agrees", lambda *arguments: True)
+    monkeypatch.setattr(kernels, "can_compile", lambda device: True)
     seconds = iter([1.0, 2.0, 2.0, 1.0])
     monkeypatch.setattr(kernels, "milliseconds", lambda run: next(seconds))
 
     def choose(recorded):
         shape = {"width": 64, "head_dim": 16, "windowed": False, "compiled": True, "recorded": recorded}
-        return kernels.choose_kernels(CPU, torch.bfloat16, **shape).record
+        return kernels.choose_kernels(CPU, **shape).record
 
     faster = choose(None)
     slower = choose(None)
