@@ -69,8 +69,10 @@ class TemplateFormat(ChatFormat):
         self._tokens: dict[str, str] = {}
         for name in TOKEN_VARIABLES:
             token = tokenizer.settings.get(name)
-            if token is not None:
-                self._tokens[name] = token["content"] if isinstance(token, dict) else token
+            if isinstance(token, dict):
+                token = token.get("content")
+            if isinstance(token, str):
+                self._tokens[name] = token
         self._end_mark = self._find_end_mark()
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
@@ -84,10 +86,8 @@ class TemplateFormat(ChatFormat):
         plain = [{"role": each["role"], "content": plain_text(each)} for each in messages]
         last = plain[-1]
         if last["role"] == "assistant":
-            marked = {"role": "assistant", "content": last["content"] + HERE}
-            text, found, rest = self._render([*plain[:-1], marked], add_generation_prompt=False).rpartition(
-                HERE.strip()
-            )
+            plain[-1] = {"role": "assistant", "content": last["content"] + HERE}
+            text, found, rest = self._render(plain, add_generation_prompt=False).rpartition(HERE.strip())
             if not rest.startswith(HERE[1:]):
                 text = text.rstrip()
             if not found or self._break_special(last["content"]).strip() not in text:
