@@ -60,8 +60,10 @@ def sample(logits_BV: torch.Tensor, requests: Sequence[Request], uniform: Sequen
 
 def _break(tokens_B: torch.Tensor, largest_B: torch.Tensor) -> torch.Tensor:
     """Return the tokens, with BROKEN where the largest logit is not finite."""
-    # Looked at in Python, which is cheaper than two operations on a tensor of a few numbers. The tokens are wanted in
-    # Python next, so a GPU is waited for at this point in any case.
+    if tokens_B.is_cuda:
+        # Left on the GPU: the engine waits for it once a step, to read the tokens.
+        return torch.where(largest_B.isfinite(), tokens_B, BROKEN)
+    # Two operations on a tensor of a few numbers cost a CPU more than a look at the numbers in Python.
     broken = [row for row, largest in enumerate(largest_B.tolist()) if not math.isfinite(largest)]
     if broken:
         tokens_B[broken] = BROKEN

@@ -174,6 +174,8 @@ def play(folder, *start, flags=()):
 
 def test_a_chat_over_two_processes(folder):
     """Rank 0 talks, the other follows: the answers are those of one process, each said once."""
+    template = "{% for message in messages %}{{ message.content }} {% endfor %}"
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     alone = play(folder)
     cut = play(folder, "-m", "torch.distributed.run", "--nproc-per-node", "2", flags=["--tensor-parallel"])
     assert (alone.returncode, cut.returncode) == (0, 0), alone.stderr + cut.stderr
