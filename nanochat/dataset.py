@@ -11,9 +11,11 @@ may begin with the first shards (token_shards.py waits for the others), in the o
 
 import hashlib
 import itertools
+import os
 import platform
 import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -169,7 +171,7 @@ def _remote_entries(folder: Path, files: list[HubFile]) -> list[dict[str, Any]]:
 # What a file is for, by a word in its name or in that of a folder it is in: train-00000-of-00001.parquet, Dev/1.txt
 ROLES = re.compile(
     r"(?<![^\W\d_])"  # no letter before it: contest.txt is no test
-    r"(?:(?P<train>train|training)|(?P<val>val|valid|validation|dev|eval|evaluation)|(?P<test>test|testing))"
+    r"(?:(?P<train>train|training)|(?P<val>val|valid|validation|dev|eval|evaluation)|(?P<test>test|testing))(?:s|set)?"
     r"(?![^\W\d_])",  # and none after it
     re.IGNORECASE,
 )
@@ -233,20 +235,27 @@ def _text_files(source: Path) -> dict[str, list[Path]]:
     """
     files: dict[str, list[Path]] = {"train": [], "val": [], "test": []}
     others = []
-    for path in sorted(source.rglob("*")):
+    for path in sorted(_walk(source)):
         place = path.relative_to(source)
-        is_hidden = any(part.startswith(".") for part in place.parts)
-        if is_hidden or not path.is_file():
-            continue
-        if file_kind(path) in (".parquet", ".jsonl", ".txt"):
+        if path.is_file() and file_kind(path) in (".parquet", ".jsonl", ".txt"):
             files[_role(place)].append(path)
         else:
             others.append(path)
     if not any(files.values()):
         raise ValueError(f"--name {source}: no .parquet, .jsonl or .txt file in this folder: put your text there")
     if others:
-        print(f"left out, neither .parquet, .jsonl nor .txt: {_name_files(others, source)}")
+        print(f"left out, no file of .parquet, .jsonl or .txt: {_name_files(others, source)}")
     return files
+
+
+def _walk(source: Path) -> Iterator[Path]:
+    """Yield all files under a folder that are not hidden, also through links to folders, but each folder once."""
+    seen: set[str] = set()
+    for folder, folders, names in os.walk(source, followlinks=True):
+        seen.add(os.path.realpath(folder))
+        inner = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = [name for name in inner if os.path.realpath(Path(folder, name)) not in seen]
+        yield from (Path(folder, name) for name in names if not name.startswith("."))
 
 
 def _role(place: Path) -> str:

@@ -101,7 +101,7 @@ def list_shards(name: str, split: str) -> list[Path]:
 
 # --- texts
 
-COMPRESSED = (".gz", ".zst")  # .jsonl and .txt are read from these, too
+COMPRESSED = {".gz": "gzip", ".zst": "zstd"}  # .jsonl and .txt are read from these, too; Arrow's names
 # How a text file may begin if it is not UTF-8. UTF-32 first: its mark begins as that of UTF-16 does.
 ENCODING_MARKS = {
     codecs.BOM_UTF32_LE: "utf-32",
@@ -191,7 +191,9 @@ def _open_text(path: Path) -> Iterator[io.TextIOWrapper]:
     """Open a text file, compressed or not. It is UTF-8 unless it begins with the mark of UTF-16 or UTF-32."""
     import pyarrow as pa
 
-    with damage_named(path), pa.input_stream(path) as stream:
+    # By itself, Arrow knows compressed files only by endings in small letters, and reads others as they are.
+    compression = COMPRESSED.get(path.suffix.lower())
+    with damage_named(path), pa.input_stream(path, compression=compression) as stream:
         buffered = io.BufferedReader(stream)
         start = buffered.peek(4)
         encoding = "utf-8-sig"
@@ -212,6 +214,8 @@ def _read_parquet(path: Path) -> Numbered:
         return
     with damage_named(path):
         file = parquet.ParquetFile(path)
+        if file.metadata.num_rows == 0:  # such files may be without columns, too
+            return
         names = file.schema_arrow.names
         problem = f"{path} has no column 'text' of strings (it has {', '.join(names)}): rename or convert"
         if names.count("text") != 1:

@@ -58,10 +58,10 @@ def write_file(path, texts):
         path.write_bytes(parquet_bytes(texts))
         return
     as_json = "".join(json.dumps({"text": text}) + "\n" for text in texts)
-    data = (as_json if ".jsonl" in name else "".join(texts)).encode()
-    if name.endswith(".gz"):
+    data = (as_json if ".jsonl" in name.lower() else "".join(texts)).encode()
+    if name.lower().endswith(".gz"):
         data = gzip.compress(data)
-    if name.endswith(".zst"):
+    if name.lower().endswith(".zst"):
         data = pa.compress(data, codec="zstd", asbytes=True)
     path.write_bytes(data)
 
@@ -80,6 +80,8 @@ LAYOUTS = [
     {"train": ["en/partial-train/0000.parquet"], "val": ["en/validation/0000.parquet"], "test": ["en/test/0.parquet"]},
     {"train": ["c4-train.00000-of-01024.jsonl.gz"], "val": ["c4-validation.00000-of-00008.jsonl.gz"]},
     {"train": ["train/00.jsonl.zst"], "val": ["val.jsonl.zst"], "test": ["test.txt.gz"]},
+    {"train": ["TRAIN.TXT.GZ", "B.JSONL.ZST"], "val": ["VAL.JSONL.GZ"], "test": ["TEST.TXT.ZST"]},
+    {"train": ["trainset.jsonl"], "val": ["devset.txt"], "test": ["testset.jsonl", "tests/unittest.txt"]},
     {"train": ["Stories-V2-train.txt"], "val": ["Stories-V2-valid.txt"], "test": ["Stories_test_1.txt"]},
     {"train": ["training/dev-tools.jsonl"], "val": ["eval/train-or-bus.txt"], "test": ["testing/validation.txt"]},
     {"train": ["contest.jsonl", "latest.txt", "devotion.txt", "training.txt", "interval.txt"], "val": ["val1.txt"]},
@@ -376,6 +378,29 @@ def test_an_empty_file_is_named(folder, capsys, name):
     prepare(str(folder))
     assert sorted(documents("my-texts", "train") + documents("my-texts", "val")) == sorted(TEXTS)
     assert f"skipped {folder / name}" in capsys.readouterr().out
+
+
+def test_parquet_without_rows_or_columns_is_empty(folder, capsys):
+    """pandas writes such a file for an empty DataFrame."""
+    write_jsonl(folder / "a.jsonl", TEXTS)
+    parquet.write_table(pa.table({}), folder / "b.parquet")
+    prepare(str(folder))
+    assert sorted(documents("my-texts", "train") + documents("my-texts", "val")) == sorted(TEXTS)
+    assert f"skipped {folder / 'b.parquet'}" in capsys.readouterr().out
+
+
+def test_links_are_followed_once(folder, tmp_path, capsys):
+    """Large folders are often on another disk, and linked to; a link may lead back to where it is in."""
+    write_file(tmp_path / "disk" / "a.jsonl", TEXTS)
+    try:
+        (folder / "linked").symlink_to(tmp_path / "disk")
+        (tmp_path / "disk" / "back").symlink_to(folder)
+        (folder / "gone.jsonl").symlink_to(tmp_path / "nothing.jsonl")
+    except OSError:
+        pytest.skip("this system makes no links")
+    prepare(str(folder))
+    assert sorted(documents("my-texts", "train") + documents("my-texts", "val")) == sorted(TEXTS)
+    assert "gone.jsonl" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
