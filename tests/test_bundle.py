@@ -307,6 +307,33 @@ def test_embeddings_as_input(bundle):
     torch.testing.assert_close(logits[:, :3], theirs(ids).logits[:, :3])
 
 
+@torch.no_grad()
+def test_generation_from_embeddings(bundle):
+    """As from the tokens they stand for, in a batch with padding, with the tokens beside them and without."""
+    _, theirs, _ = bundle
+    ids = torch.tensor(prompts(300, 30, 30))
+    mask = torch.ones_like(ids)
+    mask[0, :9] = 0
+    options = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    wanted = theirs.generate(ids, **options)
+    embeds = theirs.get_input_embeddings()(ids)
+    assert theirs.generate(inputs_embeds=embeds, **options).tolist() == wanted[:, 30:].tolist()
+    assert theirs.generate(ids, inputs_embeds=embeds, **options).tolist() == wanted.tolist()
+
+
+@torch.no_grad()
+def test_packed_documents_do_not_see_each_other(bundle):
+    """Rows as DataCollatorWithFlattening packs them: positions begin anew with each document."""
+    _, theirs, _ = bundle
+    theirs.train()  # transformers' own class looks for documents where it keeps no cache
+    documents = [torch.tensor([ids]) for ids in prompts(300, 9, 1, 20)]
+    positions = torch.cat([torch.arange(ids.size(1)) for ids in documents])[None]
+    logits = theirs(torch.cat(documents, dim=1), position_ids=positions, use_cache=False).logits
+    wanted = torch.cat([theirs(ids, use_cache=False).logits for ids in documents], dim=1)
+    theirs.eval()
+    torch.testing.assert_close(logits, wanted, rtol=1e-3, atol=1e-3)
+
+
 def test_norms_in_bfloat16_have_the_epsilon_of_training():
     """RMSNorm written out, in fp32, of small numbers."""
     x = torch.randn(4, 64, generator=torch.Generator().manual_seed(0)).bfloat16() * 0.1

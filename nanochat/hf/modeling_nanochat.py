@@ -166,18 +166,25 @@ class NanochatGPT(PreTrainedModel, GenerationMixin):
     def get_output_embeddings(self):
         return self.head
 
-    def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **kwargs):
+    def prepare_inputs_for_generation(self, input_ids, attention_mask=None, inputs_embeds=None, **kwargs):
         """Give `generate` the whole sequence at each step, as there is no cache."""
-        return {"input_ids": input_ids, "attention_mask": attention_mask}
+        if inputs_embeds is None:
+            return {"input_ids": input_ids, "attention_mask": attention_mask}
+        # A prompt of embeddings stays as it is, and what is generated follows it; the mask covers both.
+        n_new = attention_mask.size(1) - inputs_embeds.size(1)
+        new_ids_BT = input_ids[:, input_ids.size(1) - n_new :]
+        embeds_BTC = torch.cat((inputs_embeds, self.embed(new_ids_BT)), dim=1)
+        return {"inputs_embeds": embeds_BTC, "attention_mask": attention_mask}
 
-    def visibility(self, real_BT, positions_BT):
+    def visibility(self, real_BT, positions_BT, documents_BT):
         """Return which positions each one may see, (B, T, T), and how far they are apart."""
         T = real_BT.size(1)
         distance_BTT = positions_BT[:, :, None] - positions_BT[:, None, :]
         # A token sees real tokens up to itself. Padding sees itself alone: a softmax over nothing would be NaN.
         causal_TT = torch.ones(T, T, dtype=torch.bool, device=real_BT.device).tril()
         itself_TT = torch.eye(T, dtype=torch.bool, device=real_BT.device)
-        visible_BTT = (causal_TT & real_BT.bool()[:, None, :]) | itself_TT
+        same_BTT = documents_BT[:, :, None] == documents_BT[:, None, :]
+        visible_BTT = (causal_TT & same_BTT & real_BT.bool()[:, None, :]) | itself_TT
         return visible_BTT, distance_BTT
 
     def rotation(self, positions_BT):
@@ -205,10 +212,14 @@ class NanochatGPT(PreTrainedModel, GenerationMixin):
             return None
         return self.value_embeds[str(i)](ids_BT.clamp(min=0)) * (ids_BT >= 0).unsqueeze(-1)
 
-    def forward(self, input_ids=None, attention_mask=None, labels=None, inputs_embeds=None, **kwargs):
+    def forward(
+        self, input_ids=None, attention_mask=None, labels=None, inputs_embeds=None, position_ids=None, **kwargs
+    ):
         """Return logits (B, T, V) in fp32, and the loss of predicting `labels` if given (-100 is ignored).
 
         `attention_mask` is 0 at padding, which generation puts on the left; positions count real tokens only.
+        `position_ids` say otherwise; in a row without mask, each place where they do not go on by one begins another
+        document, which sees nothing of those before it (transformers' DataCollatorWithFlattening packs such rows).
         `inputs_embeds` may stand in for `input_ids`. The loss is a mean, over `num_items_in_batch` tokens where
         transformers' Trainer says how many there are in all micro-batches of a step.
         """
@@ -219,13 +230,19 @@ class NanochatGPT(PreTrainedModel, GenerationMixin):
             input_ids = self.tokens_of(inputs_embeds)
         real_BT = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         positions_BT = (real_BT.cumsum(-1) - 1).clamp(min=0)
-        visible_BTT, distance_BTT = self.visibility(real_BT, positions_BT)
+        documents_BT = torch.zeros_like(positions_BT)
+        if position_ids is not None:
+            positions_BT = position_ids.expand_as(positions_BT)
+            if attention_mask is None:
+                documents_BT[:, 1:] = (positions_BT.diff() != 1).cumsum(-1)
+        visible_BTT, distance_BTT = self.visibility(real_BT, positions_BT, documents_BT)
         cos_BT1D, sin_BT1D = self.rotation(positions_BT)
 
         x_BTC = norm(inputs_embeds)
         if gpt.smear_channels:
             # Smear: each token gets a gated bit of the embedding of the token before it.
-            previous_BTC = F.pad((x_BTC * real_BT[..., None])[:, :-1], (0, 0, 1, 0))
+            goes_on_BT = real_BT[:, :-1] * (documents_BT.diff() == 0)
+            previous_BTC = F.pad(x_BTC[:, :-1] * goes_on_BT[..., None], (0, 0, 1, 0))
             gate_BT1 = torch.sigmoid(self.smear_gate(x_BTC[..., : gpt.smear_channels]))
             x_BTC = x_BTC + self.smear_scale * gate_BT1 * previous_BTC
         x0_BTC = x_BTC
