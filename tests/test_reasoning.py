@@ -135,6 +135,17 @@ def test_one_dead_engine_leaves_the_others(tmp_path):
         assert chat(port)["choices"][0]["message"]["content"] == tiny_hf.ANSWER
 
 
+def test_an_unknown_effort_is_refused_by_its_name(oss):
+    with running_server(more={"me/oss": oss}) as server:
+        for given, param in [
+            ({"reasoning_effort": "xhigh"}, "reasoning_effort"),
+            ({"reasoning_effort": "xhigh", "chat_template_kwargs": {"reasoning_effort": "low"}}, "reasoning_effort"),
+            ({"chat_template_kwargs": {"reasoning_effort": ["low"]}}, "chat_template_kwargs"),
+        ]:
+            status, reply = server.chat("Hello", model="me/oss", **given)
+            assert status == 400 and reply["error"]["param"] == param and "low, medium, high" in str(reply)
+
+
 def test_in_the_terminal_reasoning_is_an_aside(oss, capsys):
     engine, form = oss
     talk = Chat(engine, form, Config(), Compute(torch.device("cpu"), torch.float32))

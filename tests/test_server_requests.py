@@ -7,7 +7,7 @@ from tiny_chat import running_server, text_of, tiny_chat
 
 from nanochat.conversation import ChatFormat
 from nanochat.engine import Engine, Request
-from nanochat.serve.messages import mend
+from nanochat.serve.messages import Message, mend
 from nanochat.serve.schema import NOTHING, ChatRequest, CompletionRequest, Parameters, read_body
 
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -61,6 +61,23 @@ ANSWERED = {
             user(),
         ]
     },
+    "parts of the Responses API": {
+        "messages": [
+            user([{"type": "input_text", "text": "Hello"}]),
+            assistant([{"type": "output_text", "text": "Hi", "annotations": []}]),
+            user([{"type": "text", "text": "Hello", "cache_control": {"type": "ephemeral"}}]),
+        ]
+    },
+    "refusals": {
+        "messages": [
+            user(),
+            assistant(None, refusal="I can't."),
+            user(),
+            assistant([{"type": "refusal", "refusal": "No."}]),
+            user(cache_control={"type": "ephemeral"}),
+        ]
+    },
+    "a beginning, as DeepSeek's and Mistral's clients send it": {"messages": [user(), assistant("Hel", prefix=True)]},
     "fields that litellm adds": {
         "messages": [
             user(),
@@ -85,6 +102,15 @@ ANSWERED = {
     "who asks": {"user": "ada", "safety_identifier": "a1", "prompt_cache_key": "chat-7"},
     "no arguments of the template": {"chat_template_kwargs": {}},
     "no effort": {"reasoning_effort": None},
+    "an empty effort": {"reasoning_effort": ""},
+    "an empty name of the model": {"model": ""},
+    "whole numbers with a point": {"max_tokens": 2.0, "n": 1.0, "seed": 1e3, "top_k": 40.0, "stop_token_ids": [3.0]},
+    "tools that must not be called": {"tools": [{"type": "function"}], "tool_choice": "none"},
+    "functions that must not be called": {"functions": [{"name": "f"}], "function_call": "none"},
+    "counts only at the end": {
+        "stream": True,
+        "stream_options": {"include_usage": True, "continuous_usage_stats": False},
+    },
     "no tokens that stop": {"stop_token_ids": [], "stop": [], "logit_bias": {}},
     "neutral settings": {"n": 1, "presence_penalty": 0, "frequency_penalty": 0, "repetition_penalty": 1, "min_p": 0},
     **{f"no {name}": {name: value} for name in ("tools", "functions", "guided_json") for value in ([], None)},
@@ -99,7 +125,9 @@ def test_what_asks_for_nothing_special_is_answered(server, body):
     assert status == 200, text
 
 
-@pytest.mark.parametrize("more", [{"echo": False}, {"best_of": 1}, {"suffix": None}, {"suffix": ""}, {"tools": []}])
+@pytest.mark.parametrize(
+    "more", [{"echo": False}, {"logprobs": False}, {"best_of": 1}, {"suffix": None}, {"suffix": ""}, {"tools": []}]
+)
 def test_text_that_asks_for_nothing_special_is_continued(server, more):
     status, _, text = server.ask("POST", TEXT, {"prompt": "Hello", "max_tokens": 2, **more})
     assert status == 200, text
@@ -121,6 +149,16 @@ def test_messages_are_mended():
     ]:
         assert mend(messages) == mended
         assert mend(mended) == mended
+
+
+def test_refusals_and_parts_by_other_names_are_text():
+    for given, turn in [
+        (assistant(None, refusal="No."), assistant("No.")),
+        (assistant("Hi", refusal="No."), assistant("Hi")),
+        (assistant([{"type": "refusal", "refusal": "No."}]), assistant([{"type": "text", "text": "No."}])),
+        (user([{"type": "input_text", "text": "a", "cache_control": {}}]), user([{"type": "text", "text": "a"}])),
+    ]:
+        assert Message.model_validate(given).as_turn() == turn
 
 
 def test_the_beginning_of_an_answer_is_continued(server):
@@ -165,6 +203,8 @@ def test_arguments_reach_the_chat_format():
             assert server.say(question, model="thinking", **arguments) == text_of(answer)
         status, reply = server.chat(question, model="thinking", chat_template_kwargs={"effort": 1})
         assert status == 400 and reply["error"]["param"] == "chat_template_kwargs" and "effort" in str(reply)
+        both = {"reasoning_effort": "low", "chat_template_kwargs": {"enable_thinking": True}}
+        assert server.say(question, model="thinking", **both) == text_of("Hello")
         assert server.chat(question, **arguments)[0] == 400  # the other model's format has no such thing
 
 
@@ -214,6 +254,9 @@ def test_every_parameter_of_the_api_reaches_the_request():
         request = Request([0], **body.sampling(vocab_size=64, default_temperature=0.0))
         assert {name: getattr(request, name) for name in given} == given
     assert read_body(b'{"prompt": "x"}', CompletionRequest).sampling(64, 0.25)["temperature"] == 0.25
+    for value, asked in (("false", None), ("0", 0), ("0.0", 0)):
+        logprobs = read_body(f'{{"prompt": "x", "logprobs": {value}}}'.encode(), CompletionRequest).logprobs
+        assert logprobs == asked and not isinstance(logprobs, bool)
 
 
 # ---- What is refused
@@ -288,6 +331,11 @@ BAD_BODIES = [
     ({"messages": HELLO, "echo": True}, "echo"),
     ({"messages": HELLO, "modalities": ["text", "audio"]}, "modalities"),
     ({"messages": HELLO, "temprature": 0}, "temprature"),
+    ({"messages": HELLO, "tools": [{}], "tool_choice": "auto"}, "tools"),
+    ({"messages": HELLO, "tools": [{}], "function_call": "none"}, "tools"),
+    ({"messages": HELLO, "stream": True, "stream_options": {"continuous_usage_stats": True}}, "stream_options"),
+    ({"messages": HELLO, "seed": 1e999}, "seed"),
+    ({"messages": [user([{"type": "refusal", "refusal": 5}])]}, "messages"),
     ({"messages": HELLO, "max_tokens": -2}, "max_tokens"),
     ({"messages": [{"role": "wizard", "content": "Hello"}]}, "messages"),
     ({"messages": [{"role": "system", "content": "Hello"}]}, "messages"),

@@ -10,7 +10,7 @@ from tiny_chat import running_server, text_of, tiny_chat
 from nanochat.conversation import render_for_completion
 from nanochat.engine import Engine, Request
 from nanochat.scheduler import TokenScore
-from nanochat.serve.logprobs import TextScorer
+from nanochat.serve.logprobs import TextScorer, chat_logprobs
 
 
 @pytest.fixture(scope="module")
@@ -149,3 +149,12 @@ def test_a_name_for_each_of_several_tokens_of_one_text():
     score = TokenScore(token=1, logprob=-2.0, top={0: -1.0, 1: -2.0, 2: -3.0})
     (top,) = TextScorer(tokenizer).write([score])["top_logprobs"]
     assert top == {"token_id:0": -1.0, "a": -2.0, "bytes:\\xf0": -3.0}
+
+
+def test_what_a_model_rules_out_is_still_json():
+    """Its log-probability is -inf, and JSON has no word for that."""
+    tokenizer = tiny_chat()[1]
+    scores = [TokenScore(5, float("-inf"), {6: 0.0, 7: float("-inf")})]
+    text = json.dumps(TextScorer(tokenizer).write(scores), allow_nan=False)
+    chat = json.dumps(chat_logprobs(tokenizer, scores), allow_nan=False)
+    assert (text.count("-9999.0"), chat.count("-9999.0")) == (3, 2)

@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from typing_extensions import Self
+
 from nanochat.common import read_json
 from nanochat.conversation import ChatFormat, Message, TextFormat, plain_text, validate
 from nanochat.detokenizer import AnswerDecoder, Event, Reasoning
@@ -271,6 +273,13 @@ class HarmonyFormat(ChatFormat):
 
     argument_names = frozenset({"reasoning_effort"})
 
+    def with_arguments(self, arguments: dict[str, Any]) -> Self:
+        """As in `ChatFormat`. Raises ValueError for an effort that the model does not know, too."""
+        effort = arguments.get("reasoning_effort") or "medium"
+        if effort not in HARMONY_EFFORTS:
+            raise ValueError(f"reasoning_effort must be one of {', '.join(HARMONY_EFFORTS)}, not {effort!r:.40}")
+        return super().with_arguments(arguments)
+
     def encode(self, messages: Sequence[Message]) -> list[int]:
         """Return the ids of the conversation, ending where the assistant's next turn begins.
 
@@ -280,8 +289,6 @@ class HarmonyFormat(ChatFormat):
         validate({"messages": messages}, allow_empty=True)
         today = datetime.date.today().isoformat()
         effort = self.arguments.get("reasoning_effort") or "medium"
-        if effort not in HARMONY_EFFORTS:
-            raise ValueError(f"reasoning_effort must be one of {', '.join(HARMONY_EFFORTS)}, not {effort!r:.40}")
         ids = self._encode_message("system", HARMONY_SYSTEM.format(date=today, effort=effort))
         for message in messages:
             role = message["role"]

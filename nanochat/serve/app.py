@@ -238,10 +238,17 @@ def end_request(response: flask.Response) -> flask.Response:
 def chat_completions() -> flask.Response:
     """Answer the last message of a chat."""
     body = read_body(json_body(), ChatRequest)
-    model = flask.g.models.get_for_answer(body.model)
+    model = flask.g.models.get_for_answer(body.model or None)
     messages = [message.as_turn() for message in body.messages]
-    with refuse_mistakes("chat_template_kwargs" if body.chat_template_kwargs else "reasoning_effort"):
-        chat_format = model.chat_format.with_arguments(body.template_arguments())
+    chat_format = model.chat_format
+    # One after the other, so that a refusal names the right one.
+    if body.chat_template_kwargs:
+        with refuse_mistakes("chat_template_kwargs"):
+            chat_format = chat_format.with_arguments(body.chat_template_kwargs)
+    if body.reasoning_effort:
+        with refuse_mistakes("reasoning_effort"):
+            effort = {"reasoning_effort": body.reasoning_effort}
+            chat_format = chat_format.with_arguments({**chat_format.arguments, **effort})
     turn = None
     try:
         with refuse_mistakes("messages"):
@@ -266,7 +273,7 @@ def chat_completions() -> flask.Response:
 def text_completions() -> flask.Response:
     """Continue a text, or several."""
     body = read_body(json_body(), CompletionRequest)
-    model = flask.g.models.get_for_answer(body.model)
+    model = flask.g.models.get_for_answer(body.model or None)
     with refuse_mistakes("prompt"):
         requests = text_requests(model, body)
     answer = TextAnswer(model, requests, cache_key(model, body, requests), echoes=echoes_of(model, body))

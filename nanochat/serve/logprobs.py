@@ -13,6 +13,9 @@ from nanochat.detokenizer import AnswerDecoder
 from nanochat.scheduler import TokenScore
 from nanochat.tokenizer import Tokenizer
 
+# What a model rules out has the log-probability -inf, which JSON has no word for. OpenAI and vLLM write this.
+LEAST = -9999.0
+
 
 class TokenLogprob(TypedDict):
     """A token and its log-probability; `bytes` because a token may end in the middle of a character."""
@@ -58,7 +61,11 @@ def chat_logprobs(tokenizer: Tokenizer, scores: Sequence[TokenScore]) -> ChatLog
 
 def _token_logprob(tokenizer: Tokenizer, token: int, logprob: float | None) -> TokenLogprob:
     data = tokenizer.decode_bytes([token])
-    return {"token": data.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(data)}
+    return {"token": data.decode("utf-8", "replace"), "logprob": _finite(logprob), "bytes": list(data)}
+
+
+def _finite(logprob: float | None) -> float | None:
+    return None if logprob is None else max(logprob, LEAST)
 
 
 class TextScorer:
@@ -82,9 +89,9 @@ class TextScorer:
             if score.logprob is not None:
                 # As OpenAI has it, the token itself is always among the likeliest, if need be as one more.
                 entries = {**score.top, score.token: score.logprob} if score.top else {}
-                top = {names[token]: logprob for token, logprob in entries.items()}
+                top = {names[token]: max(logprob, LEAST) for token, logprob in entries.items()}
             logprobs["tokens"].append(names[score.token])
-            logprobs["token_logprobs"].append(score.logprob)
+            logprobs["token_logprobs"].append(_finite(score.logprob))
             logprobs["top_logprobs"].append(top)
             logprobs["text_offset"].append(self.n_characters)
             self.n_characters += sum(len(event) for event in self.decoder.feed(score.token) if isinstance(event, str))

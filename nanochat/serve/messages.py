@@ -46,6 +46,9 @@ class Strict(BaseModel):
         }
 
 
+SHARED = "Accepted: what prompts share is read once in any case."
+
+
 class ToolTrace(TypedDict):
     """One use of the calculator. `result` is null when the expression was not valid."""
 
@@ -56,8 +59,22 @@ class ToolTrace(TypedDict):
 class Part(Strict):
     """A piece of a message. `python` and `python_output` belong to the assistant: a calculation and its result."""
 
-    type: Literal["text", "python", "python_output"]
+    # The Responses API, and LangChain after it, name texts by who wrote them. A refusal is what the assistant wrote.
+    type: Literal["text", "input_text", "output_text", "refusal", "python", "python_output"]
     text: str
+    cache_control: dict[str, Any] | None = Field(None, description=SHARED)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_text_of_refusal(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict) or fields.get("type") != "refusal" or "refusal" not in fields:
+            return fields
+        return {"text": fields["refusal"], **{name: value for name, value in fields.items() if name != "refusal"}}
+
+    def as_part(self) -> dict[str, str]:
+        """Return the part in the form of conversation.py."""
+        is_text = self.type not in ("python", "python_output")
+        return {"type": "text" if is_text else self.type, "text": self.text}
 
 
 class Message(Strict):
@@ -70,6 +87,9 @@ class Message(Strict):
     reasoning_content: str | None = Field(
         None, description="Accepted and ignored: models are not shown their old reasoning."
     )
+    refusal: str | None = Field(None, description="What the assistant said, if `content` is empty.")
+    cache_control: dict[str, Any] | None = Field(None, description=SHARED)
+    prefix: bool | None = Field(None, description="Accepted: a last message of the assistant is always continued.")
     # What client libraries add to an answer, and send back with it: accepted and ignored.
     reasoning: str | None = None
     reasoning_details: list[Any] | None = None
@@ -81,10 +101,10 @@ class Message(Strict):
         """Return the message in the form of conversation.py, without empty parts."""
         role = "system" if self.role == "developer" else self.role
         if not isinstance(self.content, list):
-            return {"role": role, "content": self.content or ""}
+            return {"role": role, "content": self.content or self.refusal or ""}
         # A program may print nothing, so an empty output says something.
-        parts = [part.model_dump() for part in self.content if part.text or part.type == "python_output"]
-        return {"role": role, "content": parts or ""}
+        parts = [part.as_part() for part in self.content if part.text or part.type == "python_output"]
+        return {"role": role, "content": parts or self.refusal or ""}
 
 
 def mend(turns: Sequence[Turn]) -> list[Turn]:

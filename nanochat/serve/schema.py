@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from nanochat.scheduler import Request
-from nanochat.serve.messages import EMPTY, Message, Strict
+from nanochat.serve.messages import EMPTY, SHARED, Message, Strict
 
 
 class ApiError(Exception):
@@ -57,35 +57,81 @@ NOTHING: dict[str, tuple[Any, ...]] = {
     "function_call": ("none", "auto"),
     "modalities": (["text"],),
     "parallel_tool_calls": (True, False),
+    "prompt_cache_retention": ("in-memory", "in_memory"),
     "response_format": ({"type": "text"},),
     "service_tier": ("auto", "default"),
     "store": (False,),
     "tool_choice": ("none", "auto"),
     "verbosity": ("medium",),
-    # vLLM
+    # vLLM and SGLang
+    "detokenize": (True,),
     "ignore_eos": (False,),
+    "include_reasoning": (True,),
     "include_stop_str_in_output": (False,),
     "length_penalty": (1,),
+    "min_new_tokens": (0,),
     "min_tokens": (0,),
+    "no_stop_trim": (False,),
     "priority": (0,),
     "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
+    "separate_reasoning": (True,),
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
+    "stream_reasoning": (True,),
     "use_beam_search": (False,),
     # llama.cpp
     "cache_prompt": (True,),
+    "dry_allowed_length": (2,),
+    "dry_base": (1.75,),
     "dry_multiplier": (0,),
+    "dry_penalty_last_n": (-1, 0),
+    "dynatemp_exponent": (1,),
     "dynatemp_range": (0,),
     "id_slot": (-1,),
+    "min_keep": (0,),
     "mirostat": (0,),
+    "mirostat_eta": (0.1,),
+    "mirostat_tau": (5,),
     "n_keep": (0,),
     "n_predict": (-1,),
+    "n_probs": (0,),
+    "post_sampling_probs": (False,),
+    "repeat_last_n": (0, 64),
     "repeat_penalty": (1,),
     "tfs_z": (1,),
+    "return_progress": (False,),
     "timings_per_token": (False,),
+    "top_n_sigma": (-1, 0),
+    "typ_p": (1,),
     "typical_p": (1,),
     "xtc_probability": (0,),
+    "xtc_threshold": (0.1,),
+    # text-generation-webui and KoboldCpp, as SillyTavern sends them; Mistral and OpenRouter
+    "add_bos_token": (True,),
+    "ban_eos_token": (False,),
+    "dynamic_temperature": (False,),
+    "dynatemp_high": (1,),
+    "dynatemp_low": (1,),
+    "early_stopping": (False,),
+    "encoder_repetition_penalty": (1,),
+    "epsilon_cutoff": (0,),
+    "eta_cutoff": (0,),
+    "guidance_scale": (1,),
+    "min_length": (0,),
+    "mirostat_mode": (0,),
+    "no_repeat_ngram_size": (0,),
+    "num_beams": (1,),
+    "penalty_alpha": (0,),
+    "rep_pen": (1,),
+    "repetition_penalty_range": (0,),
+    "safe_prompt": (False,),
+    "smoothing_curve": (1,),
+    "smoothing_factor": (0,),
+    "temperature_last": (False,),
+    "tfs": (1,),
+    "top_a": (0,),
+    "typical": (1,),
 }
 
 
@@ -109,6 +155,7 @@ class StreamOptions(Strict):
 
     include_usage: bool | None = None
     include_obfuscation: bool | None = Field(None, description="Only false: chunks are never padded.")
+    continuous_usage_stats: bool | None = Field(None, description="vLLM's. Only false: counts come at the end.")
 
 
 class ResponseFormat(Strict):
@@ -169,17 +216,20 @@ class Parameters(Strict):
     )
     user: Name | None = Field(None, description="Noted in the access log.")
     safety_identifier: Name | None = Field(None, description="The newer name of user.")
-    prompt_cache_key: Name | None = Field(None, description="Accepted: what prompts share is read once in any case.")
+    prompt_cache_key: Name | None = Field(None, description=SHARED)
 
     @model_validator(mode="before")
     @classmethod
     def _drop_what_asks_for_nothing(cls, fields: Any) -> Any:
         if not isinstance(fields, dict):
             return fields
+        # Tools that the model must not call: clients send them on with the last turn of a conversation.
+        unused = {"tools": "tool_choice", "functions": "function_call"}
         return {
             name: value
             for name, value in fields.items()
             if name in cls.model_fields or name not in NOTHING or not asks_for_nothing(name, value)
+            if name not in unused or fields.get(unused[name]) != "none"
         }
 
     # Validators that run after the fields' own raise ApiError, which pydantic lets through as it is: a ValueError would
@@ -192,6 +242,8 @@ class Parameters(Strict):
             raise ApiError(
                 400, "'stream_options': chunks are not padded here, leave include_obfuscation out", "stream_options"
             )
+        if self.stream_options is not None and self.stream_options.continuous_usage_stats:
+            raise ApiError(400, "'stream_options': counts come at the end alone", "stream_options")
         # From here on there is one way to say that something is not set.
         self.max_tokens = _unless_minus_one(self.max_tokens)
         self.top_k = _unless_minus_one(self.top_k)
@@ -265,11 +317,6 @@ class ChatRequest(Parameters):
             raise ApiError(400, "'add_generation_prompt' goes with a last message of the user", "add_generation_prompt")
         return self
 
-    def template_arguments(self) -> dict[str, Any]:
-        """Return what the model's chat format is told beside the messages."""
-        effort = {"reasoning_effort": self.reasoning_effort} if self.reasoning_effort is not None else {}
-        return {**(self.chat_template_kwargs or {}), **effort}
-
 
 def _unless_minus_one(value: int | None) -> int | None:
     return None if value == -1 else value
@@ -279,11 +326,13 @@ class CompletionRequest(Parameters):
     """The body of /v1/completions. Text is never read as special tokens; token ids are taken as they are."""
 
     prompt: str | Annotated[list[str], NONEMPTY] | Tokens | Annotated[list[Tokens], NONEMPTY]
-    logprobs: int | None = Field(None, ge=0, le=20)
+    logprobs: Annotated[int, Field(ge=0, le=20)] | Literal[False] | None = Field(None, description="false: none.")
     echo: bool | None = Field(None, description="Begin the text with the prompt, and `logprobs` with those of it.")
 
     @model_validator(mode="after")
     def _check_text(self) -> "CompletionRequest":
+        if self.logprobs is False:  # what a chat's client says, where 0 would ask for those of the answer alone
+            self.logprobs = None
         if self.max_tokens == 0 and not self.scores_prompt:
             raise ApiError(400, "'max_tokens' 0 scores a text: give 'echo' and 'logprobs' with it", "max_tokens")
         return self
@@ -307,7 +356,8 @@ Body = TypeVar("Body", bound=Parameters)
 def read_body(data: bytes, kind: type[Body]) -> Body:
     """Parse and validate the JSON body of a request. Raises ApiError 400, which names the parameter at fault."""
     try:
-        body = json.loads(data.decode("utf-8-sig"))  # a byte order mark is what some editors and shells put first
+        # A byte order mark is what some editors and shells put first.
+        body = json.loads(data.decode("utf-8-sig"), parse_float=_number)
         if b"\\u" in data:
             # An escaped half of a surrogate pair is valid JSON but not text: no tokenizer takes it. It becomes "?".
             body = json.loads(json.dumps(body, ensure_ascii=False).encode(errors="replace"))
@@ -321,6 +371,12 @@ def read_body(data: bytes, kind: type[Body]) -> Body:
     except ValidationError as error:
         # pydantic's own text has many lines, with a link to its documentation; clients show one.
         raise _refusal(error, kind) from error
+
+
+def _number(text: str) -> int | float:
+    """Return the number of a JSON text. JSON has one kind: clients in Lua, R or PHP write 8.0 for 8 tokens."""
+    value = float(text)
+    return int(value) if value.is_integer() else value
 
 
 def _refusal(error: ValidationError, kind: type[Parameters]) -> ApiError:
