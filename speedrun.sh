@@ -95,7 +95,7 @@ case $PROFILE-$DATASET in
     gpu-climbmix | gpu-fineweb-edu | node-climbmix | node-fineweb-edu) NETWORK=1 ;;
     *) NETWORK= ;;
 esac
-# All of a folder is used, and so many shards of what this project makes or downloads.
+# A folder is used whole. Of what this project makes or downloads, SHARDS shards are used.
 case $DATASET in
     builtin | climbmix | fineweb-edu) LIMIT="-n $SHARDS" ;;
     *) LIMIT= ;;
@@ -123,7 +123,7 @@ written() {
     { cat /dev/null ${files[@]+"${files[@]}"} 2> /dev/null || true; } | git hash-object --stdin
 }
 
-# contents FOLDER: print a hash of the names and bytes of a folder's files; of what is no folder, that of nothing.
+# contents FOLDER: print a hash of the names and bytes of a folder's files, or of nothing if it is not a folder.
 contents() {
     local files=
     [ ! -d "$1" ] || files=$(find -L "$1" -type f | sort)
@@ -150,8 +150,8 @@ stage() {
     esac
 }
 
-# torchrun kills its processes this many seconds after it was asked to stop, 30 by default: a slow disk may not take a
-# checkpoint of 13 GB in that time. Older versions of torchrun do not read this.
+# After a request to stop, torchrun waits this many seconds before it kills its processes. Its default of 30 is too short
+# to write a checkpoint of 13 GB to a slow disk. Older versions of torchrun ignore the variable.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-110}"
 # train NAME MODULE FLAGS...: a training stage on all GPUs, resumed where it was left
 RUN="python -m"
@@ -208,7 +208,7 @@ train chat_sft scripts.chat_sft --source-tag "$TAG" $SFT ${tasks[@]+"${tasks[@]}
 stage chat_eval_sft $RUN scripts.chat_eval --stage sft --model-tag "$TAG" $CHAT ${tasks[@]+"${tasks[@]}"}
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What came of it
+# The report, and first answers
 
 python -m scripts.report ${PRICE:+--price "$PRICE"}
 for question in "What is the capital of France?" "What is 37*48?" "How many r are in strawberry?" "Who are you?"; do

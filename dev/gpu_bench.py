@@ -80,7 +80,7 @@ REHEARSAL = Sizes(
 
 @dataclass(frozen=True)
 class Bench:
-    """The machine, and what is known of it so far."""
+    """The machine, the sizes, and the ceilings that were measured so far."""
 
     compute: Compute
     sizes: Sizes
@@ -106,11 +106,11 @@ class Bench:
 
 
 class Check(NamedTuple):
-    """A thing to measure: rows, each as soon as it is known. A row may have another name than its check: "row"."""
+    """A thing to measure. It yields rows as soon as they are known; "row" in a row is its name, if not the check's."""
 
     name: str
     measure: Callable[[Bench], Iterable[Row]]
 
 
 class Stopped(BaseException):
-    """Time is up, or a signal has come. No Exception, which would be a failed row."""
+    """Time is up, or a signal came. Not an Exception, because those become failed rows (gpu_check.attempt)."""

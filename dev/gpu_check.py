@@ -1,4 +1,4 @@
-"""What one GPU makes of this project, in ten minutes: every number that no CPU can give, the most important first.
+"""Measures this project on one GPU in ten minutes: every number that no CPU can give, the most important first.
 
     python -m dev.gpu_check --minutes 9 --reference carried/nanochat.tar.gz
     python -m dev.gpu_check --device-type cpu           a rehearsal: every row at tiny sizes, in seconds
@@ -146,7 +146,7 @@ def attempt(check: Check, bench: Bench) -> Iterator[Row]:
     try:
         for row in check.measure(bench):
             yield {"row": check.name, **row, "seconds": round(time.monotonic() - began, 1)}
-    except Exception as error:  # out of memory, a kernel that is not installed, whatever it is: the rest goes on
+    except Exception as error:  # such as no memory, or a kernel that is not installed: the next check goes on
         traceback.print_exc()
         yield {"row": check.name, "failed": f"{type(error).__name__}: {error}"[:300]}
     if bench.on_gpu:
@@ -163,8 +163,9 @@ def show(rows: Sequence[Row]) -> None:
     """Print the table, and which kernels the models ran with."""
     lines = []
     for row in rows:
-        more = {name: value for name, value in row.items() if name not in (*COLUMNS, "kernels", "seconds")}
-        lines.append({**{name: row.get(name) for name in COLUMNS}, "more": more})
+        line = {name: row.get(name) for name in COLUMNS}
+        line["more"] = {name: value for name, value in row.items() if name not in (*COLUMNS, "kernels", "seconds")}
+        lines.append(line)
     print(f"\n{to_table(lines)}\n")
     for row in rows:
         if "kernels" in row:

@@ -1,4 +1,4 @@
-"""The code that a training step runs on an H100, looked at without one: python -m dev.gpu_code
+"""The code that a training step runs on an H100, inspected without one: python -m dev.gpu_code
 
 Models take a micro-step and an optimizer step on tensors without values (fake_gpu.py), and torch.compile makes its code
 for them (graph_count.py). Two tables come of that:

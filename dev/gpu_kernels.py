@@ -280,7 +280,7 @@ def fp8_linears(bench: Bench) -> Iterator[Row]:
 
 
 def norm_row(bench: Bench) -> list[Row]:
-    """Measure the norm of a step's residual; that of a micro-batch would be made sooner than Python can ask for it."""
+    """Measure the norm of a step's residual: for a micro-batch, a GPU would be faster than Python launches kernels."""
     N = bench.sizes.micro_batches * bench.sizes.fp8_rows * bench.sizes.sequence_len
     C = bench.sizes.model(bench.sizes.fp8_depth).n_embd
     (x_NC,) = random_tensors(bench, (N, C))
@@ -292,8 +292,9 @@ def muon_row(bench: Bench) -> list[Row]:
     """Measure Muon on the wide matrices of all MLPs of the smaller model."""
     K = bench.sizes.depth
     C = bench.sizes.model(K).n_embd
-    w_KMN, g_KMN = (x.float() for x in random_tensors(bench, (K, 4 * C, C), (K, 4 * C, C)))
-    w_KMN /= C**0.5  # as large as weights are
+    w_KMN, g_KMN = random_tensors(bench, (K, 4 * C, C), (K, 4 * C, C))
+    w_KMN = w_KMN.float() / C**0.5  # as large as weights are
+    g_KMN = g_KMN.float()
     state = [torch.zeros_like(g_KMN), torch.zeros_like(g_KMN[..., :1])]
     work = 5 * K * polar_flops(4 * C, C)
     row = judge_update(

@@ -176,7 +176,7 @@ def in_turns(bench: Bench, in_fp8: bool) -> Iterator[Row]:
 
 
 def answer(side: OurSide | PeerSide) -> dict[str, Any]:
-    """Return a side's answer. That the reference failed is one, too: our side goes on."""
+    """Return a side's answer. If the reference fails, its error is the answer, and our side goes on."""
     try:
         return side.receive()
     except ValueError as error:

@@ -268,7 +268,7 @@ def _role(place: Path) -> str:
 
 
 def _name_files(files: list[Path], source: Path) -> str:
-    """Return the names of the first files, and how many there are beside them."""
+    """Return the names of the first five files, and how many more there are."""
     names = [str(path.relative_to(source)) for path in files[:5]]
     if len(files) > len(names):
         names.append(f"and {len(files) - len(names)} more")
@@ -276,7 +276,10 @@ def _name_files(files: list[Path], source: Path) -> str:
 
 
 def _split_documents(files: list[Path], train: "ShardWriter", val: "ShardWriter", counts: Counter[str]) -> str:
-    """Let about one document in twenty validate, by its hash, but at least one on each side; return that in words."""
+    """Split documents by their hash: about one in twenty validates. Return the way of splitting in words.
+
+    Both sides get at least one document.
+    """
     smallest = 1 << 64
     largest = 0
     sides = set()
@@ -287,13 +290,13 @@ def _split_documents(files: list[Path], train: "ShardWriter", val: "ShardWriter"
         sides.add(value % VALIDATION_SHARE == 0)
 
     if smallest == largest:  # a book in one file: its last twentieth validates
-        text, *_ = iterate_documents(files, counts)
+        text, *_ = iterate_documents(files, counts)  # read to the end, so that skipped rows are counted
         cut = len(text) * (VALIDATION_SHARE - 1) // VALIDATION_SHARE
         cut = text.rfind("\n", 0, cut) + 1 or cut  # after a line, if there is more than one
         train.add(text[:cut])
         val.add(text[cut:])
         return "the end of the only document"
-    has_both = len(sides) == 2
+    has_both = len(sides) == 2  # otherwise the document with the smallest hash validates
     for text in iterate_documents(files, counts):
         value = _hash(text)
         validates = value % VALIDATION_SHARE == 0 if has_both else value == smallest

@@ -15,8 +15,8 @@ from nanochat.fp8 import weights_quantised
 from nanochat.gpt import GPT
 from nanochat.recipe import TrainConfig
 
-# Rows that a device takes at once unless it is told. A GPU is busy with 2^16 tokens, so more rows gain nothing; on a
-# CPU more rows only need more memory.
+# The most rows that a device takes at once by default. 2^16 tokens keep a GPU busy, so more rows gain nothing; on a CPU
+# more rows only need more memory.
 CPU_ROWS = 32
 CUDA_TOKENS = 2**16
 
@@ -27,8 +27,8 @@ class DeviceBatch:
 
     rows: int
     accumulation: int
-    recompute: bool  # activations, in the backward pass (arXiv 1604.06174)
-    peak: int | None  # bytes, measured on CUDA; None elsewhere
+    recompute: bool  # recompute activations in the backward pass (arXiv 1604.06174)
+    peak: int | None  # bytes of memory at the peak, measured on CUDA; None elsewhere
 
 
 def choose_device_batch(model: GPT, config: TrainConfig, compute: Compute, share: int) -> DeviceBatch:
@@ -44,7 +44,9 @@ def choose_device_batch(model: GPT, config: TrainConfig, compute: Compute, share
         candidates = halvings(share, most_rows)
     else:
         candidates = [config.device_batch_size, *halvings(share, config.device_batch_size // 2)]
-    recompute_options = [False, True] if config.activation_checkpointing is None else [config.activation_checkpointing]
+    recompute_options = [False, True]
+    if config.activation_checkpointing is not None:
+        recompute_options = [config.activation_checkpointing]
     for recompute in recompute_options:
         for rows in candidates:
             peak = try_device_batch(model, compute, rows, recompute) if cuda else None
@@ -74,7 +76,7 @@ def try_device_batch(model: GPT, compute: Compute, rows: int, recompute: bool) -
         torch.cuda.reset_peak_memory_stats(compute.device)
     model.train()
     try:
-        # It stands in for the copies of this rank's parameters, in fp32, that the optimizer's step makes for a moment.
+        # Takes the memory of the temporary fp32 copies of this rank's parameters that the optimizer's step makes.
         copies = torch.empty(8 * n_parameters // compute.world_size, dtype=torch.uint8, device=compute.device)
         idx_BT = torch.zeros(rows, model.config.sequence_len, dtype=torch.int64, device=compute.device)
         # The second pass runs beside the gradients of the first, as it does when micro-batches accumulate.
@@ -102,7 +104,7 @@ def out_of_memory(rows: int) -> ValueError:
 
 @contextlib.contextmanager
 def explain_out_of_memory(rows: int) -> Iterator[None]:
-    """Turn the error of a device whose memory runs out in the middle of a run into a ValueError with the remedy."""
+    """Turn an out-of-memory error in the block into a ValueError that names the remedy."""
     try:
         yield
     except torch.OutOfMemoryError as error:

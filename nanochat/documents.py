@@ -1,4 +1,4 @@
-"""The documents of a prepared dataset: which shards there are, and the texts in them.
+"""A prepared dataset: its shards, and the documents in them.
 
     datasets/NAME/
         manifest.json            source, licence, and each shard with its size, hash and split
@@ -77,7 +77,7 @@ def read_manifest(name: str) -> Manifest:
 def shard_records(name: str, split: str) -> list[tuple[Path, dict[str, Any]]]:
     """Return path and manifest entry of each shard of `split` ("train" or "val"), in order.
 
-    A training shard may still be on its way while the manifest is not `complete`. Raises ValueError if any other shard
+    A training shard may still be downloading while the manifest is not `complete`. Raises ValueError if any other shard
     is missing, or if the validation shard's bytes have changed.
     """
     manifest = read_manifest(name)
@@ -102,21 +102,21 @@ def list_shards(name: str, split: str) -> list[Path]:
 # --- texts
 
 COMPRESSED = {".gz": "gzip", ".zst": "zstd"}  # .jsonl and .txt are read from these, too; Arrow's names
-# How a text file may begin if it is not UTF-8. UTF-32 first: its mark begins as that of UTF-16 does.
+# Byte order marks of text files that are not UTF-8. UTF-32 comes first, because its mark begins with that of UTF-16.
 ENCODING_MARKS = {
     codecs.BOM_UTF32_LE: "utf-32",
     codecs.BOM_UTF32_BE: "utf-32",
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
-NAMED = 5  # documents without text that are named, before they are only counted
+NAMED = 5  # so many skipped documents are printed with file and line; the others are only counted
 
 
 def iterate_documents(paths: Iterable[Path], counts: Counter[str] | None = None) -> Iterator[str]:
-    """Yield the documents of .parquet (column `text`), .jsonl (key `text`) and .txt (one each) files.
+    """Yield the documents of .parquet (column `text`), .jsonl (key `text`) and .txt (one document a file) files.
 
     NULs are removed, and surrogates and undecodable bytes become U+FFFD. Lines and rows without text are skipped.
-    counts: counts both, as "cleaned" and "skipped"; the first that are skipped are then printed, with file and line.
+    counts: both are counted here, as "cleaned" and "skipped", and the first skipped ones are printed.
     Raises ValueError if a file as a whole cannot be read.
     """
     readers = {".parquet": _read_parquet, ".jsonl": _read_jsonl, ".txt": _read_txt}
@@ -143,7 +143,7 @@ def iterate_documents(paths: Iterable[Path], counts: Counter[str] | None = None)
 
 
 def file_kind(path: Path) -> str:
-    """Return a file's suffix in small letters, such as .jsonl, also for .jsonl.gz and .jsonl.zst."""
+    """Return a file's suffix in lower case, such as .jsonl, also for .jsonl.gz and .jsonl.zst."""
     name = path.name.lower()
     for ending in COMPRESSED:
         if name.endswith((f".jsonl{ending}", f".txt{ending}")):
@@ -201,7 +201,7 @@ def _open_text(path: Path) -> Iterator[io.TextIOWrapper]:
         for mark, name in ENCODING_MARKS.items():
             if start.startswith(mark):
                 encoding = name
-                errors = "replace"  # bytes below 128 cannot be escaped
+                errors = "replace"  # surrogateescape has no surrogates for bytes below 128
                 break
         yield io.TextIOWrapper(buffered, encoding=encoding, errors=errors, newline="\n")
 
@@ -229,12 +229,13 @@ def _read_parquet(path: Path) -> Numbered:
                 raise ValueError(problem) from error
             for value in raw.to_pylist():
                 number += 1
-                yield number, None if value is None else value.decode("utf-8", "surrogateescape")
+                text = None if value is None else value.decode("utf-8", "surrogateescape")
+                yield number, text
 
 
 @contextlib.contextmanager
 def damage_named(path: Path) -> Iterator[None]:
-    """Turn what pyarrow raises about a damaged file into a ValueError that names it."""
+    """Turn an error of pyarrow in the block into a ValueError that names the damaged file."""
     import pyarrow as pa
 
     try:

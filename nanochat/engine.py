@@ -192,7 +192,8 @@ class Engine:
         if self.graphs is not None and n_single > 0:
             # All running requests take part, because the rows of a graph have no gaps. What it writes for one that is
             # still in prefill is overwritten later.
-            decoded = self.graphs(self._next_tokens())[[request.row for request, _ in work[:n_single]]]
+            single_rows = [request.row for request, _ in work[:n_single]]
+            decoded = self.graphs(self._next_tokens())[single_rows]
             if n_single == len(work):
                 return decoded
             return torch.cat((decoded, self._read(work[n_single:])))
@@ -208,13 +209,13 @@ class Engine:
         return [(request.pending(1)[0], request.previous, request.n_read, request.row) for request in self.running]
 
     def _read(self, work: Sequence[tuple[Request, int]]) -> torch.Tensor:
-        """As `_forward`, without replaying anything."""
+        """As `_forward`, but always by the model itself, without a CUDA graph or a trace."""
         tokens: list[int] = []
         previous: list[int] = []
         positions: list[int] = []
         rows: list[int] = []
-        wanted: list[int] = []  # where the tokens whose logits are used are in `tokens`
-        ends: list[int] = []  # where the last token of each request is in `wanted`
+        wanted: list[int] = []  # indices in `tokens` of the tokens whose logits are wanted
+        ends: list[int] = []  # index in `wanted` of the last token of each request
         parts: list[Part] = []
         for request, n in work:
             start = request.n_read
@@ -362,7 +363,8 @@ class Engine:
     def _accept(self, request: Request, token: int) -> list[int]:
         """Append a sampled token and what a tool answers to it; return what was appended."""
         if token == BROKEN:
-            # The request ends, and nothing else: its companions' logits are their own. What was saved of it goes.
+            # Only this request ends: the logits of the others do not depend on it. Blocks of it in the prefix cache may
+            # hold NaN, so the prefix cache is emptied.
             request.finish_reason = "error"
             self.forget()
             return []

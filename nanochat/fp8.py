@@ -4,8 +4,8 @@ Eight bits have little range, so each tensor is first divided by a scale of its 
 e4m3 (3 bits of mantissa, up to 448), gradients e5m2 (2 bits, but up to 57,344), as in arXiv 2209.05433. Sums are taken
 in fp32, and master weights, norms and the residual stay as they are: only the operands of a product are short.
 
-The products are fast, and what is paid for them are passes over memory that find the largest magnitude and cast. Three
-things keep them few:
+The products are fast, but they need passes over memory that find the largest magnitude and cast. Three things keep
+these passes few:
 
     Fp8Together             q, k and v are one product, so that their input is quantised once
     weights_quantised       weights are quantised once in a step, not in each of its micro-batches
@@ -27,7 +27,7 @@ from nanochat.language_model import Linear, Together
 from nanochat.loss import CUDA_CHUNK_COMPILED, chunk_size, chunked_loss_sum, gradients_by_output
 
 SMALLEST = 128  # rows or columns; below it the casts cost more than the product saves
-ROWS = 16  # the hardware multiplies matrices of which all sides are multiples of it
+ROWS = 16  # the hardware multiplies only matrices whose sides are multiples of this
 
 
 def scale_of(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -105,7 +105,7 @@ class _Fp8Product(torch.autograd.Function):
 def linear(x: Tensor, *weights: Tensor, quantised: Quantised | None = None) -> Tensor:
     """Return x·Wᵀ for x (..., C) and the rows of all W (D, C), in fp8 forward and backward.
 
-    quantised: the W, if they have been quantised already. In x's dtype if x's rows are no multiple of 16.
+    quantised: the W, if they have been quantised already. Not in fp8 if the number of x's rows is no multiple of 16.
     """
     x_NC = x.reshape(-1, x.size(-1))
     if x_NC.size(0) % ROWS:
@@ -143,7 +143,7 @@ class Fp8Together(Together):
         matrices = [matrix for group in groups for matrix in group]
         self.wide = [matrix for matrix in matrices if gains(matrix.in_features, matrix.out_features)]
         self.narrow = [matrix for matrix in matrices if not gains(matrix.in_features, matrix.out_features)]
-        # A gate comes last, and is the only narrow one; other orders are not worth a product.
+        # The gate is the only narrow matrix, and comes last. With any other order there is no fp8 product.
         if matrices != self.wide + self.narrow:
             self.wide = []
         self.quantised: Quantised | None = None

@@ -54,7 +54,7 @@ class Kernels:
 
     @property
     def record(self) -> Record:
-        """What a checkpoint and other ranks are told: with it `load_kernels` makes the same kernels again."""
+        """The choice by names, for checkpoints and other ranks: `load_kernels` makes the same kernels of it again."""
         return {
             "attention": self.attention,
             "loss": self.loss,
@@ -90,8 +90,8 @@ def choose_kernels(
     """Return the fastest kernels to train with that work on this device. On CUDA that takes seconds: ask once per run.
 
     width: channels of the model. windowed: some layers have attention windows. compiled: use torch.compile, if it works
-    here. recorded: what the run that is resumed began with. It is kept where it works: a stopwatch might choose
-    otherwise today, and other kernels round differently.
+    here. recorded: the kernels that a resumed run began with. They are kept where they still work: timing might
+    choose others today, and other kernels round differently.
     Raises ValueError for training in float16, and where fp8 is asked for and cannot work.
     """
     dtype = pick_dtype(device)
@@ -123,7 +123,8 @@ def load_kernels(record: Record, device: torch.device) -> Kernels:
         attend_rows = load_attention(record["attention"], device)
     except ImportError as error:
         raise ValueError(f"attention by {record['attention']} is not installed on every machine: {error}") from error
-    return Kernels(**record, attend=attend_rows, loss_sum=load_loss(record["loss"], device, record["compiled"]))
+    loss_sum = load_loss(record["loss"], device, record["compiled"])
+    return Kernels(**record, attend=attend_rows, loss_sum=loss_sum)
 
 
 # --- attention
@@ -185,7 +186,7 @@ def is_hopper(device: torch.device) -> bool:
 
 def attention_works(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, windowed: bool) -> bool:
     """Return whether a form of attention can be loaded and agrees with the definition, also for windows if asked."""
-    if name in ("blocks", "sdpa"):  # our own, and PyTorch's, which is what remains
+    if name in ("blocks", "sdpa"):  # our own and PyTorch's: they work everywhere
         return True
     try:
         kernel = load_attention(name, device)
@@ -196,10 +197,8 @@ def attention_works(name: str, device: torch.device, dtype: torch.dtype, head_di
     qkv = [torch.randn(1, 300, heads, head_dim, generator=generator).to(device, dtype) for heads in (4, 2, 2)]
     short = 128
     whole = 512  # covers the probe's 300 positions
-    for window in (short, whole) if windowed else (whole,):
-        if not agrees(f"attention by {name}", kernel, attend_naive, qkv, window):
-            return False
-    return True
+    windows = (short, whole) if windowed else (whole,)
+    return all(agrees(f"attention by {name}", kernel, attend_naive, qkv, window) for window in windows)
 
 
 # --- loss

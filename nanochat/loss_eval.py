@@ -36,7 +36,7 @@ def evaluate_loss(
 ) -> TextLoss:
     """Return the loss of `model` on all batches of all ranks.
 
-    batches: (inputs_BT, targets_BT) pairs; IGNORED targets are not counted. Ranks may differ in how many they give.
+    batches: (inputs_BT, targets_BT) pairs; IGNORED targets are not counted. Ranks may have unequally many batches.
     token_bytes: bytes of each token id. Special tokens have 0: bits per byte leave their loss out, nats per token count
     it, as training does. Raises ValueError when no byte was scored.
     """

@@ -39,7 +39,7 @@ def load(
     """Load a model of this machine: "sft" (your newest of that stage), "sft/d12", a folder, or a download's ORG/NAME.
 
     The other arguments are those of `python -m scripts.chat_cli`. Sets the number of threads that torch computes with.
-    Raises ValueError, which lists the models that are here, if there is none of that name.
+    Raises ValueError, which lists the models of this machine, for an unknown name.
     """
     device = Compute.create(device_type).device
     (model,) = store.find_all([name], device, step, devices)
@@ -49,7 +49,7 @@ def load(
 
 
 class TextModel:
-    """A loaded model that chats and continues texts, at temperature 0 unless told otherwise. Not thread-safe.
+    """A loaded model that chats and continues text, greedily (temperature 0) by default. Not thread-safe.
 
     settings: further fields of `Request` (scheduler.py), such as top_p=0.9 or stop=["Q:"].
     """
@@ -58,7 +58,7 @@ class TextModel:
         self.name = name
         self.engine = engine
         self.form = form
-        self._unread: dict[Request, deque[Event]] = {}  # by answer that is being made
+        self._unread: dict[Request, deque[Event]] = {}  # of each unfinished answer: events that were not yielded yet
 
     def chat(
         self,
@@ -70,11 +70,11 @@ class TextModel:
         seed: int = 42,
         **settings: Any,
     ) -> str | Iterator[str]:
-        """Return the answer to a conversation, or to a text as its one message; with `stream`, pieces as they come.
+        """Return the answer to a conversation, or to one user message given as text.
 
-        Reasoning and calculations are not part of it. An assistant's message that comes last is continued. The oldest
-        turns are dropped where they leave no room for an answer. Raises ValueError for malformed messages, and for a
-        model that was not trained to chat.
+        With `stream`, return an iterator over its pieces. Reasoning and calculator calls are left out. If the last
+        message is the assistant's, the model continues it. The oldest turns are dropped if they leave no room for an
+        answer. Raises ValueError for malformed messages, and for a model that was not trained to chat.
         """
         if not self.form.can_chat:
             raise ValueError(f"{self.name} has no chat format, it only continues text: use complete()")
@@ -95,7 +95,7 @@ class TextModel:
         seed: int = 42,
         **settings: Any,
     ) -> str | Iterator[str]:
-        """Return what follows a text; with `stream`, pieces of it as they come.
+        """Return the continuation of a text; with `stream`, return an iterator over its pieces.
 
         Raises ValueError for a text that leaves no room in the context.
         """
@@ -107,7 +107,7 @@ class TextModel:
         return self._answer(request, stream)
 
     def _answer(self, request: Request, stream: bool) -> str | Iterator[str]:
-        self.engine.check(request)  # here, and not when the first piece of a stream is asked for
+        self.engine.check(request)  # raises now, and not when the first piece of a stream is read
         pieces = self._pieces(request)
         return pieces if stream else "".join(pieces)
 
@@ -119,7 +119,7 @@ class TextModel:
         try:
             while request.finish_reason is None or unread:
                 if not unread:
-                    # A step goes on with every answer that is being made: streams may be read in turns.
+                    # A step advances all unfinished answers, so several streams can be read in turns.
                     for update in self.engine.step():
                         self._unread[update.request].extend(update.events)
                     continue

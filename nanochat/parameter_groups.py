@@ -1,4 +1,4 @@
-"""Parameter groups: which parameter the optimizer updates how, and how a group is divided over the ranks.
+"""Parameter groups: how the optimizer updates each parameter, and how a group is divided over the ranks.
 
 Every group is sharded along dim 0 of one tensor: all matrices of one shape stacked (Muon), or the rows of a single
 parameter (AdamW). Muon needs whole matrices, so a rank owns whole matrices: matrix i belongs to rank i mod world size.

@@ -229,7 +229,7 @@ RECORDS: dict[str, Fields] = {
 
 
 def page() -> str:
-    """Return all of this as Markdown."""
+    """Return dev/records.md: a table of fields for each record, in Markdown."""
     parts = [
         "# Records on disk",
         "Written by `python -m nanochat.record_fields > dev/records.md`. All files are in the base directory,\n"
@@ -238,7 +238,8 @@ def page() -> str:
     ]
     for record, fields in RECORDS.items():
         path, _, kind = record.partition(": ")
-        lines = [f"## `{path}`{kind and ', '}{kind}", "", "| field | |", "|---|---|"]
+        title = f"## `{path}`, {kind}" if kind else f"## `{path}`"
+        lines = [title, "", "| field | |", "|---|---|"]
         lines += [f"| `{name}` | {text} |" for name, text in fields.items()]
         parts.append("\n".join(lines))
     return "\n\n".join(parts)

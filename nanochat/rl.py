@@ -12,8 +12,8 @@ by the group's standard deviation and by each answer's length bias it (Dr. GRPO,
 tokens of a batch is DAPO's (arXiv 2503.14476). A batch is used for one update, by the very model that sampled it, so
 there is no ratio to clip. There is no reference model to stay near, and so no KL term.
 
-`reinforce` is the whole story, from top to bottom: save, evaluate, ask, learn, step after step. A step's problems and
-answers follow from (seed, step), so an interrupted run goes on to the bit.
+`reinforce` is the whole story, from top to bottom: save, evaluate, sample, learn, step after step. A step's problems
+and answers follow from (seed, step), so an interrupted run continues bit for bit.
 """
 
 import contextlib
@@ -178,7 +178,7 @@ def reinforce(config: RLConfig, train: Sequence[Any], test: Sequence[Any], held_
     compute.close()
 
 
-# --- asking
+# --- sampling
 
 
 def problems_of_step(problems: list[Problem], config: RLConfig, step: int) -> dict[str, Problem]:
@@ -206,11 +206,14 @@ def sample_groups(run: Run, config: RLConfig, problems: dict[str, Problem], n: i
         conversation = task[index]
         asked.append((task, conversation, make_requests(run, config, conversation, name, n)))
 
-    # A new engine, for the weights have changed: nothing that was cached of the old ones may be used.
+    # A new engine, because the weights have changed: the prefix cache of an old one would be stale.
     engine = Engine(run.model, run.tokenizer, max_batch=config.rollout_batch_size)
-    # Eager: sampling reads batches of ever new lengths.
+    all_requests: list[Request] = []
+    for _, _, requests in asked:
+        all_requests += requests
+    # Eager, because sampling meets ever new shapes, and each would be compiled anew.
     with torch.compiler.set_stance("force_eager"):
-        engine.run([request for _, _, requests in asked for request in requests])
+        engine.run(all_requests)
 
     groups = []
     for task, conversation, requests in asked:
@@ -387,9 +390,11 @@ def evaluate(run: Run, config: RLConfig, test: Sequence[Any]) -> dict[str, Any]:
 def count_right(run: Run, config: RLConfig, task: Any, places: Sequence[int]) -> list[int]:
     """Return how many of PASS_AT[-1] sampled answers to each of these problems are right; ranks share the problems."""
     compute = run.compute
-    groups = sample_groups(run, config, {f"test {task.name} {i}": (task, i) for i in places}, PASS_AT[-1])
+    problems = {f"test {task.name} {i}": (task, i) for i in places}
+    groups = sample_groups(run, config, problems, PASS_AT[-1])
+    own_right = [sum(group.rewards) for group in groups]
     right_N = torch.zeros(len(places), device=compute.device)
-    right_N[compute.rank :: compute.world_size] = torch.tensor([sum(group.rewards) for group in groups])
+    right_N[compute.rank :: compute.world_size] = torch.tensor(own_right)
     return compute.all_reduce_sum(right_N).int().tolist()
 
 

@@ -67,7 +67,7 @@ class Run:
     evaluated_step: int | None = None
     val_bpb: float | None = None  # of the newest evaluation
     stop_requested: bool = False  # by a signal
-    abandonable: bool = False  # what is being computed may be given up at any moment: see `abandoned_on_signal`
+    abandonable: bool = False  # the work in progress may be abandoned at any moment: see `abandoned_on_signal`
     log: "RunLog | None" = None  # rank 0 has one, between start_or_resume and close
 
     @property
@@ -344,14 +344,14 @@ def drop_lines_after(path: Path, step: int, evaluated: bool) -> None:
 def agreed_kernels(stage: str, tag: str, config: TrainConfig, model_config: GPTConfig, compute: Compute) -> Kernels:
     """Return the kernels that all ranks of a run train with: those that it began with if it is resumed, else new ones.
 
-    Rank 0 chooses for all, because a stopwatch may say something else on each. Raises what `choose_kernels` raises.
+    Rank 0 chooses for all, because timings differ between ranks. Raises what `choose_kernels` raises.
     """
 
     def choose() -> dict[str, Any]:
         recorded = None
         if config.resume is not None:
             step = int(config.resume) if config.resume.isdigit() else None
-            # Checkpoints of older versions do not say.
+            # Checkpoints of older versions do not record their kernels.
             recorded = checkpoint.peek_meta(stage, tag, step).get("kernels")
         kernels = choose_kernels(
             compute.device,

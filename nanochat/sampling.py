@@ -34,15 +34,15 @@ def sample(logits_BV: torch.Tensor, requests: Sequence[Request], uniform: Sequen
     """Draw one token per row, (B,) int64, by the settings of its request.
 
     uniform: a random number from [0, 1) per row; the token is where the cumulative distribution passes it. At
-    temperature 0 it is the likeliest token, the first of equals. A row with NaN or infinite logits gives BROKEN: it
-    has no likeliest token, and would else be answered by the same one for ever.
+    temperature 0 it is the likeliest token, the first of equals. A row whose logits are NaN or infinite gives
+    BROKEN: it has no likeliest token, and would otherwise get the same one at every step.
     """
     logits_BV = penalise(logits_BV.float(), requests)
-    # `max` takes NaN for the largest of all, so the largest logit tells of the whole row. It costs no more than argmax.
+    # `max` counts NaN as the largest, so the largest logit shows whether any is NaN or +inf, at the cost of an argmax.
     largest_B, likeliest_B = logits_BV.max(dim=-1)
     drawn = [row for row, request in enumerate(requests) if request.temperature > 0]
     if not drawn:
-        return _break(likeliest_B, largest_B)
+        return _mark_broken(likeliest_B, largest_B)
     requests = [requests[row] for row in drawn]
     rows_D = torch.tensor(drawn, device=logits_BV.device)
     scores_DV = _temperature(logits_BV[rows_D], requests)
@@ -55,15 +55,16 @@ def sample(logits_BV: torch.Tensor, requests: Sequence[Request], uniform: Sequen
     uniform_D1 = _column([uniform[row] for row in drawn], scores_DV).clamp(max=LARGEST_BELOW_ONE)
     # The sum of the distribution is 1 but for rounding.
     tokens_D1 = torch.searchsorted(cumulative_DV, uniform_D1 * cumulative_DV[:, -1:], right=True)
-    return _break(likeliest_B.index_copy(0, rows_D, tokens_D1[:, 0]), largest_B)
+    tokens_B = likeliest_B.index_copy(0, rows_D, tokens_D1[:, 0])
+    return _mark_broken(tokens_B, largest_B)
 
 
-def _break(tokens_B: torch.Tensor, largest_B: torch.Tensor) -> torch.Tensor:
+def _mark_broken(tokens_B: torch.Tensor, largest_B: torch.Tensor) -> torch.Tensor:
     """Return the tokens, with BROKEN where the largest logit is not finite."""
     if tokens_B.is_cuda:
         # Left on the GPU: the engine waits for it once a step, to read the tokens.
         return torch.where(largest_B.isfinite(), tokens_B, BROKEN)
-    # Two operations on a tensor of a few numbers cost a CPU more than a look at the numbers in Python.
+    # On a CPU, two operations on a tensor of a few numbers cost more than a loop in Python.
     broken = [row for row, largest in enumerate(largest_B.tolist()) if not math.isfinite(largest)]
     if broken:
         tokens_B[broken] = BROKEN
@@ -195,8 +196,10 @@ def score_tokens(logits_NV: torch.Tensor, tokens: Sequence[int], n_top: int) -> 
     tokens_N1 = torch.tensor(tokens, device=logits_NV.device)[:, None]
     logprobs = logprobs_NV.gather(1, tokens_N1)[:, 0].tolist()
     top = logprobs_NV.topk(min(n_top, logits_NV.size(1)))
-    likeliest = [
-        dict(zip(indices, values, strict=True))
-        for indices, values in zip(top.indices.tolist(), top.values.tolist(), strict=True)
-    ]
-    return [TokenScore(*each) for each in zip(tokens, logprobs, likeliest, strict=True)]
+    top_tokens = top.indices.tolist()
+    top_logprobs = top.values.tolist()
+    scores = []
+    for row, token in enumerate(tokens):
+        likeliest = dict(zip(top_tokens[row], top_logprobs[row], strict=True))
+        scores.append(TokenScore(token, logprobs[row], likeliest))
+    return scores

@@ -27,7 +27,7 @@ NOT_FINITE = "the model computed NaN or infinite logits: its weights are damaged
 class TokenScore:
     """Log-probabilities (nats) by the model's own distribution, before temperature and all other settings.
 
-    The first token of a prompt follows on nothing: it has none, and no likeliest tokens.
+    Nothing comes before the first token of a prompt, so it has no `logprob`, and `top` is empty.
     """
 
     token: int
@@ -64,7 +64,7 @@ class Request:
     logprobs: int | None = None  # report log-probabilities: of each token, and of this many likeliest ones
     prompt_logprobs: bool = False  # with `logprobs`: those of the prompt's tokens, too
     stop: Sequence[str] = ()  # texts that end the answer; they are not part of it
-    stop_token_ids: Sequence[int] = ()  # tokens that do so, beside the model's own
+    stop_token_ids: Sequence[int] = ()  # tokens that end the answer, beside the model's own
     decoder: Any = None  # turns its tokens into text and tool calls (detokenizer.py); made by the engine for `stop`
 
     # The result.
@@ -128,7 +128,7 @@ class Request:
 
     @property
     def scores_prompt(self) -> bool:
-        """Are tokens of the prompt still to be scored? Then all of it must be read, also what a cache knows of it."""
+        """True while prompt tokens are still to be scored. All must then be read, even those in the prefix cache."""
         return self.prompt_logprobs and len(self.scores) < len(self.tokens)
 
     @property
@@ -151,7 +151,7 @@ class Scheduler:
 
     Every step continues all requests that decode. The rest of its token budget goes to prefill, in the order of
     arrival, so a long prompt is read in chunks beside the answers of others (chunked prefill, arXiv 2308.16369).
-    The first of all is never preempted, so nothing starves.
+    The request that came first is never preempted, so nothing starves.
     """
 
     def __init__(self, cache: KVCache, max_running: int, step_tokens: int) -> None:
@@ -199,7 +199,8 @@ class Scheduler:
             if request.n_pending > 1 and n > 0:
                 work.append((request, n))
                 budget -= n
-        for request in [] if preempted else list(self.waiting):
+        candidates = [] if preempted else list(self.waiting)
+        for request in candidates:
             if len(self.running) == self.max_running or budget == 0:
                 break
             twin = self._twin(request)

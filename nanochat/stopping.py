@@ -2,11 +2,11 @@
 
     with stop_on_signals(run):             a signal sets run.stop_requested
         while True:
-            with abandoned_on_signal(run):     a step's gradients: may be given up at any moment
+            with abandoned_on_signal(run):     a step's gradients: may be abandoned at any moment
                 ...
             update                             changes the weights: is never interrupted
 
-A checkpoint is always that of a whole step, so a resumed run goes on to the bit.
+A checkpoint always holds a whole step, so a resumed run continues bit for bit.
 """
 
 import contextlib
@@ -26,19 +26,19 @@ from nanochat.run import Run
 def stop_on_signals(run: Run) -> Iterator[None]:
     """Let the first SIGINT or SIGTERM ask the run to save and stop; a second one ends it without saving.
 
-    The handler sets a flag, which the loop reads where it can stop: a signal may come in the middle of an update, when
-    the weights are those of no step, and reaches each rank at another moment. Where there is nothing to lose but time
-    (`abandoned_on_signal`), it stops the run right away.
+    The handler sets a flag, and the loop reads it where stopping is safe. In the middle of an update it is not: some
+    weights have changed and others have not. Inside `abandoned_on_signal` no weight changes, so the handler stops the
+    run right away.
     """
 
     def handle(signum: int, frame: Any) -> None:
-        # torchrun sends its workers a signal twice, which is not the user's impatience
+        # torchrun sends each signal to its workers twice, so there a second one does not mean a second Ctrl-C.
         if run.stop_requested and "TORCHELASTIC_RUN_ID" not in os.environ:
             raise KeyboardInterrupt
         print0(f"\n{signal.Signals(signum).name}: saving and stopping, once more stops unsaved", file=sys.stderr)
         run.stop_requested = True
         if run.abandonable:
-            run.abandonable = False  # what follows is saving
+            run.abandonable = False  # the run is saved next, and must not be interrupted again
             raise KeyboardInterrupt
 
     previous = {signum: signal.signal(signum, handle) for signum in (signal.SIGINT, signal.SIGTERM)}
@@ -61,11 +61,12 @@ def stop_if_requested(run: Run) -> None:
 
 @contextlib.contextmanager
 def abandoned_on_signal(run: Run) -> Iterator[None]:
-    """Give up what the block computes when a signal comes or memory runs out, and save the last whole step.
+    """Abandon the block on a signal, or when memory runs out, and save the last whole step.
 
     The block must change neither weights nor the optimizer's state. A step of a large model takes minutes on a CPU, and
-    the user who pressed Ctrl-C is waiting. Several ranks cannot stop at any moment, because the others would wait for
-    them: they look for signals where all of them pass (`stop_if_requested`), and save nothing when memory runs out.
+    the user who pressed Ctrl-C is waiting. With several ranks, one that stopped at once would leave the others waiting
+    for it. So they look for signals only where all of them pass (`stop_if_requested`), and save nothing when memory
+    runs out.
     """
     stop_if_requested(run)
     alone = run.compute.world_size == 1

@@ -20,9 +20,9 @@ def to_text(value: Any) -> str:
 
 
 def to_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Return a Markdown table of rows by column name, all columns but the first aligned right; "not run" without rows.
+    """Return a Markdown table of rows, each a dict by column name; "not run" if there are none.
 
-    The first row names the columns.
+    The keys of the first row are the columns. All but the first column are aligned right.
     """
     if not rows:
         return NOT_RUN

@@ -105,6 +105,7 @@ def train(run: Run, train_rows: PackedRows, val_rows: PackedRows, prompts: Seque
             compute.synchronize()  # a GPU may still be busy with the update, which belongs to this step's time
             seconds = time.perf_counter() - began
 
+            more_metrics = {} if grad_norm is None else {"grad_norm": grad_norm}
             run.record_step(
                 loss=mean_loss,
                 lr_mult=lr_mult,
@@ -112,7 +113,7 @@ def train(run: Run, train_rows: PackedRows, val_rows: PackedRows, prompts: Seque
                 flops=run.total_batch_size * model.flops_per_token(),
                 seconds=seconds,
                 epoch=train_loader.epoch(step),
-                more={} if grad_norm is None else {"grad_norm": grad_norm},
+                more=more_metrics,
             )
             step_seconds.append(seconds)
             rest_garbage_collector(len(step_seconds))
@@ -140,8 +141,8 @@ def is_due(step: int, every: int) -> bool:
 def steps_between_checkpoints(config: TrainConfig, compute: Compute) -> int:
     """Return --save-every, or else how often there is an evaluation: then each checkpoint has a score.
 
-    All GPUs stand still while gigabytes are written. So on CUDA only every n-th evaluation is saved, with at least
-    1,000 steps between two: at d24 about 18 minutes of the 99 that 8 H100s take, if a crash costs them.
+    All GPUs wait while gigabytes are written. So on CUDA there is a checkpoint at every n-th evaluation only, at
+    least 1,000 steps after the last. A crash at d24 then costs about 18 minutes of the 99 that 8 H100s take.
     """
     if config.save_every is not None:
         return config.save_every
@@ -164,7 +165,7 @@ def validation_loader(val_rows: PackedRows, device_rows: int, compute: Compute) 
 
 
 def validation_scores(run: Run, val_loader: RowLoader) -> dict[str, float]:
-    """Return what an evaluation logs of the validation rows. Raises ValueError when it is not finite."""
+    """Return the metrics of an evaluation on the validation rows. Raises ValueError when the loss is not finite."""
     wanted_rows = math.ceil(run.config.eval_tokens / val_loader.sequence_len)
     micro_batches = until_stopped(run, val_loader.first_rows(min(wanted_rows, val_loader.rows_in_epoch)))
     # On CPU compiling one more graph, for this batch without gradients, takes longer than all evaluations gain by it.
@@ -184,7 +185,7 @@ def validation_scores(run: Run, val_loader: RowLoader) -> dict[str, float]:
 
 
 def until_stopped(run: Run, micro_batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
-    """Yield the batches of an evaluation, which ends with the run when a signal has come.
+    """Yield the batches of an evaluation; between two of them, save and raise KeyboardInterrupt after a signal.
 
     After SIGTERM torchrun waits 30 seconds before it kills, less than an evaluation and a checkpoint may take. Ranks
     can agree between two batches because each has equally many.
@@ -234,7 +235,7 @@ def accumulate_gradients(run: Run, micro_batches: list[MicroBatch], recompute: b
     part_losses = []
     with weights_quantised(model):  # for --fp8: once for all micro-batches
         for idx_BT, targets_BT in micro_batches:
-            # On a GPU asking all ranks would wait for the micro-batch before, and there a step takes seconds.
+            # On CPU alone. On a GPU, asking all ranks waits for the previous micro-batch, and a step takes seconds.
             if compute.device.type == "cpu":
                 stop_if_requested(run)
             part_loss = model(idx_BT, targets_BT, loss_reduction="sum", recompute=recompute) / n_targets
@@ -272,9 +273,9 @@ def read_loss(run: Run, part_losses: torch.Tensor) -> float:
 def rest_garbage_collector(steps_made: int) -> None:
     """Switch the garbage collector off once the first steps have made what stays.
 
-    It looks for objects that refer to each other in a circle. Each search goes through all objects of the process,
-    and half a second in which a GPU got no work was seen (karpathy/nanochat, 92d63d4). Like the reference
-    we search every 5,000 steps, for what few of them training leaves.
+    It looks for reference cycles, and each search walks all objects of the process: karpathy/nanochat (92d63d4) saw
+    half a second in which the GPU got no work. Like it, we collect every 5,000 steps, because training leaves few
+    cycles.
     """
     if steps_made == 3:
         gc.collect()

@@ -48,7 +48,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def add_described_tokens(backend: "tokenizers.Tokenizer", folder: Path, settings: dict[str, Any]) -> None:
-    """Add the tokens that only other files than tokenizer.json have, and make those special that these files call so.
+    """Add the tokens that tokenizer.json lacks, and make special those that the other files call special.
 
     Raises ValueError, which names the file, for a wrong description, or one with another id than tokenizer.json's.
     """
@@ -110,7 +110,7 @@ def _special_names(settings: dict[str, Any]) -> list[str]:
 
 
 def make_special(backend: "tokenizers.Tokenizer", tokens: Sequence["tokenizers.AddedToken"]) -> None:
-    """Make tokens special, which they were not in tokenizer.json. They keep their ids."""
+    """Make tokens special that are not so in tokenizer.json. They keep their ids."""
     for token in tokens:
         token.special = True
     backend.add_special_tokens(list(tokens))

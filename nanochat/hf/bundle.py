@@ -5,7 +5,7 @@ config.json, generation_config.json               for transformers' NanoChat cla
 modeling_nanochat.py                              ... our own, with trust_remote_code
 tokenizer.json, tokenizer_config.json             for the `tokenizers` package
 chat_template.jinja                               conversations, as conversation.py renders them
-tokenizer/                                        our own form, for the way back
+tokenizer/                                        our own format, to load it here again
 README.md, hashes.json                            the model card; SHA-256 of all other files
 """
 
@@ -100,7 +100,7 @@ def write_config(folder: Path, config: GPTConfig, tokenizer: Tokenizer, with_cod
 
 
 def write_tokenizer(folder: Path, tokenizer: Tokenizer, context: int) -> None:
-    """Write the tokenizer for transformers with its chat template, and in our own form, for the way back."""
+    """Write the tokenizer for transformers with its chat template, and in our own format, to load it here again."""
     atomic_write(folder / "tokenizer.json", to_tokenizer_json(tokenizer))
     tokenizer.save(folder / "tokenizer")
     settings = {

@@ -65,8 +65,9 @@ class TemplateFormat(ChatFormat):
         super().__init__(tokenizer)
         self._template, self.argument_names = compile_template(source)
         # The longest first: where one name begins with another, a regex takes the alternative that stands first.
-        names = sorted({*tokenizer.marks, *map(tokenizer.normalize, tokenizer.marks)}, key=len, reverse=True)
-        never = "(?!)"
+        normalized = [tokenizer.normalize(mark) for mark in tokenizer.marks]
+        names = sorted({*tokenizer.marks, *normalized}, key=len, reverse=True)
+        never = "(?!)"  # a pattern that matches nothing, for a tokenizer without special tokens
         self._special = re.compile("|".join(re.escape(name) for name in names) or never)
         self._tokens: dict[str, str] = {}
         for name in TOKEN_VARIABLES:
@@ -90,7 +91,7 @@ class TemplateFormat(ChatFormat):
         if last["role"] == "assistant":
             plain[-1] = {"role": "assistant", "content": last["content"] + HERE}
             text, found, rest = self._render(plain, add_generation_prompt=False).rpartition(HERE.strip())
-            if not rest.startswith(HERE[1:]):
+            if not rest.startswith(HERE[1:]):  # the template trims messages, and so the beginning of the answer
                 text = text.rstrip()
             if not found or self._break_special(last["content"]).strip() not in text:
                 raise ValueError(
@@ -109,7 +110,7 @@ class TemplateFormat(ChatFormat):
 
     def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Return the text of the template, with what looks like a special token in the messages broken."""
-        # What a caller may leave out is None in transformers, and some templates ask for just that.
+        # transformers gives None for what the caller leaves out, and some templates test for None.
         variables = {"tools": None, "documents": None, "add_generation_prompt": add_generation_prompt, **self._tokens}
         variables |= self._break_special({**self.arguments, "messages": messages})
         try:

@@ -27,8 +27,9 @@ class HFTokenizer(Codec):
     """Encodes and decodes as the model was trained, over a `tokenizers.Tokenizer`.
 
     `settings` is the folder's tokenizer_config.json, with what an older special_tokens_map.json adds to it;
-    `stop_tokens` are the ids that end an answer. `special_tokens` are those that some file calls special: they are no
-    text. `marks` are the names that are never read from what a user typed: of these and of what the template writes.
+    `stop_tokens` are the ids that end an answer. `special_tokens` are those that any of the files calls special; they
+    stand for no text. `marks` are the names that are never read as tokens in a user's text: those of special tokens,
+    and of added tokens that the chat template writes.
     """
 
     def __init__(
@@ -47,8 +48,8 @@ class HFTokenizer(Codec):
         self._vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self._added_tokens = backend.get_added_tokens_decoder()
         self.special_tokens = {token.content: i for i, token in sorted(self._added_tokens.items()) if token.special}
-        # An added token need not be called special. The template's own are marks all the same: whoever could type one
-        # could open a turn and speak for the assistant. Whitespace is none, as templates write it as plain text.
+        # Added tokens in the template are marks even where no file calls them special: a user who could type one could
+        # open a turn and speak for the assistant. Whitespace is no mark, because templates write it as plain text.
         in_template = []
         for token in self._added_tokens.values():
             if not token.special and token.content in (chat_template or "") and not token.content.isspace():
@@ -77,7 +78,7 @@ class HFTokenizer(Codec):
             backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the package raises nothing narrower
             raise ValueError(f"{path} is damaged or of a kind that is not supported ({error})") from error
-        # Both are settings of whatever call the file was saved after, such as one of training.
+        # transformers saves the settings of its last call in this file, such as those of training.
         backend.no_truncation()
         backend.no_padding()
 
@@ -93,7 +94,7 @@ class HFTokenizer(Codec):
 
         # The tokenizer's own settings come first. Older folders have the id in config.json alone, or nowhere.
         bos_ids = _token_ids(backend, settings.get("bos_token"), config.get("bos_token_id"), "<|endoftext|>")
-        # A chat model ends its turn with another token than a document. Which of the files knows that one differs.
+        # A chat model ends its turn with another token than a document. Models differ in which file names that token.
         end_ids = _token_ids(
             backend,
             settings.get("eos_token"),

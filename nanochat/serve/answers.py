@@ -1,4 +1,4 @@
-"""The way back: from an engine's deliveries to OpenAI's objects, whole or as a stream of server-sent events.
+"""Answers: from an engine's deliveries to OpenAI's objects, whole or as a stream of server-sent events.
 
 An `Answer` belongs to one HTTP request. It takes its deliveries from the engine or from the response cache, and when
 the last has come it counts tokens, fills the cache and writes the session. Its two subclasses word the same events for
@@ -34,8 +34,8 @@ POLL_SECONDS = 0.25  # how often a handler that waits for tokens looks whether i
 class Answer:
     """The answer to one HTTP request while it is made: `submit` it, then `respond`.
 
-    key: its place in the response cache; None: it need not come out the same again. turn: of a session, if it has one.
-    echoes: a text for each choice to begin with.
+    key: its key in the response cache; None: it is not kept there. turn: the session's turn, if the request names a
+    session. echoes: the texts with which the choices begin.
     """
 
     object: str
@@ -57,7 +57,7 @@ class Answer:
         self.echoes = echoes
         self.session_info: SessionInfo | None = None  # of the session after this answer
         self.outbox: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
-        self.kept: Any | None = None  # what the response cache has of it
+        self.kept: Any | None = None  # the answer in the response cache, if it is there
         self.loop: EngineLoop | None = None  # the engine that makes it
         self.said: list[list[Delivery]] = [[] for _ in requests]  # by choice
         self.usage: Usage | None = None
@@ -110,7 +110,7 @@ class Answer:
     def deliveries(self, client_left: Callable[[], bool]) -> Iterator[Delivery | None]:
         """Iterate over the deliveries of all choices as they come; end early when the client has left.
 
-        None comes when there was none for `--keep-alive-seconds`.
+        It yields None after `--keep-alive-seconds` without a delivery.
 
         Raises ApiError 503 when the engine dies, or the server is closed, in the middle, and 500 when this answer alone
         cannot be made.
@@ -125,8 +125,8 @@ class Answer:
         keep_alive = self.model.config.keep_alive_seconds
         last_news = time.monotonic()
         while n_open:
-            # Nothing wakes this thread when the client hangs up, and a long queue may keep it without tokens for
-            # minutes. So it looks up from the queue now and then: otherwise the engine would write for nobody.
+            # Nothing wakes this thread when the client hangs up, and in a long queue no token may come for minutes. So
+            # it checks for its client now and then: otherwise the engine would make an answer that nobody reads.
             try:
                 delivery = self.outbox.get(timeout=min(POLL_SECONDS, keep_alive))
             except queue.Empty:
@@ -146,8 +146,8 @@ class Answer:
             self.said[delivery.choice].append(delivery)
             if delivery.finish_reason is not None:
                 n_open -= 1
-            # Before the last delivery is passed on: its chunk tells of the session. And a client that has seen the end
-            # may send its next turn at once, which must find this one written.
+            # Before the last delivery is passed on: its chunk holds the state of the session. And a client that has
+            # seen the end may send its next turn at once, which must find this one written.
             if not n_open:
                 self._finish()
             yield delivery

@@ -12,7 +12,7 @@ is. A chat then goes straight down:
           engine.step()           samples a token of each request, again and again (nanochat/engine.py)
       answer.respond()            makes OpenAI's objects of what comes back, whole or as a stream (answers.py)
 
-The routes that tell of the server are in information.py.
+The routes about the server itself are in information.py.
 """
 
 import contextlib
@@ -288,10 +288,13 @@ def echoes_of(model: Model, body: CompletionRequest) -> list[str]:
     texts = []
     for prompt in body.prompts():
         if not isinstance(prompt, str):
-            # As an answer of these tokens would be shown: without special ones.
+            # Token ids are shown as an answer of these tokens would be: without special tokens.
             decoder = AnswerDecoder(model.tokenizer)
-            events = [event for token in prompt for event in decoder.feed(token)]
-            prompt = "".join(event for event in [*events, *decoder.finish()] if isinstance(event, str))
+            events = []
+            for token in prompt:
+                events += decoder.feed(token)
+            events += decoder.finish()
+            prompt = "".join(event for event in events if isinstance(event, str))
         texts += [prompt] * (body.n or 1)
     return texts
 
@@ -317,7 +320,10 @@ def chat_requests(model: Model, body: ChatRequest, messages: list[Message], chat
     """Return `n` engine requests for the next answer of a chat. Raises ValueError if it cannot be made."""
     # The oldest turns are dropped where the whole conversation would leave no room for an answer.
     prompt = chat_format.prompt(messages, model.engine.context, longest_answer(model, body))
-    requests = make_requests(model, body, [prompt], (body.top_logprobs or 0) if body.logprobs else None)
+    logprobs = None
+    if body.logprobs:
+        logprobs = body.top_logprobs or 0
+    requests = make_requests(model, body, [prompt], logprobs)
     for request in requests:
         request.decoder = chat_format.decoder(prompt, request.stop)
     return requests

@@ -1,14 +1,15 @@
 """The names under which a server without keys answers: those that can only mean this machine.
 
 A page of evil.example, open in a browser here, may let that name point to 127.0.0.1 once it is loaded (DNS rebinding).
-For the browser, evil.example:8000 is then still the page's own site, so the page may ask our server and read what it
-says. What betrays it is the `Host` header, which has the page's name. Names that nobody else can point to us are safe:
+For the browser, evil.example:8000 is then still the page's own site, so the page may send requests to our server and
+read the answers. The `Host` header of such a request holds the page's name. Names that nobody else can point here are
+safe:
 
     localhost, addresses such as 127.0.0.1 or [::1]       always
     --host and --allowed-host                             always
-    this machine's name; names without a dot              if it listens to others: in a LAN, and between containers
+    this machine's name; names without a dot              if it listens on a network: a LAN, or between containers
 
-Where there are API keys, they keep such a page out, and any name will do.
+A server with API keys accepts any name, because such a page has no key.
 """
 
 import ipaddress
@@ -21,7 +22,7 @@ HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^\s:/\\@?#\[\]]+))(?::[0-9]*)?")
 
 
 class Hosts:
-    """The names of a server that listens on `listen`. allowed: further ones; * allows all."""
+    """The names to which a server answers that listens on the address `listen`. allowed: further ones; * = any."""
 
     def __init__(self, listen: str, allowed: Sequence[str] = ()) -> None:
         given = {name.strip().lower().rstrip(".") for name in allowed}

@@ -1,4 +1,4 @@
-"""Routes that tell of the server: the chat page, its health, its figures, its models and sessions, its description.
+"""Routes about the server itself: the chat page, health, metrics, models, sessions, and /openapi.json.
 
 `OPERATIONS` lists all routes, those of app.py included. /openapi.json is made of it, so that a route's types and its
 documentation cannot drift apart.
@@ -46,7 +46,7 @@ def page() -> flask.Response:
 def health() -> tuple[dict, int]:
     """Say whether this server should get requests; 503 takes it out of a load balancer's rotation."""
     models = flask.g.models
-    # One living replica is enough: a load balancer that heard 503 would take away the others' answers, too.
+    # One living replica is enough: at 503 a load balancer would send nothing to the others, either.
     dead = [model.name for model in models.loaded if not model.living_replicas]
     if dead:
         return {"status": f"the engine died: {', '.join(dead)}"}, 503
@@ -140,7 +140,7 @@ def no_session(name: str) -> ApiError:
 def invalidate() -> dict:
     """Empty the response caches and the prefix caches of all models."""
     models = flask.g.models.loaded
-    # A prefix cache belongs to its engine's thread, so the loop is told, and does it before its next step.
+    # A prefix cache belongs to its engine's thread, so the loop empties it before its next step.
     for model in models:
         for loop in model.living_replicas:
             loop.forget_prefixes()

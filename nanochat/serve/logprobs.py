@@ -1,8 +1,8 @@
 """Log-probabilities of tokens in OpenAI's two shapes: objects for a chat, lists side by side for a continued text.
 
-of a chat    {"content": [{"token": "Hi", "logprob": -0.1, "bytes": [72, 105], "top_logprobs": [...]}, ...]}
-of a text    {"tokens": ["Hi", ...], "token_logprobs": [-0.1, ...], "top_logprobs": [{"Hi": -0.1, ...}, ...],
-              "text_offset": [0, ...]}
+chat    {"content": [{"token": "Hi", "logprob": -0.1, "bytes": [72, 105], "top_logprobs": [...]}, ...]}
+text    {"tokens": ["Hi", ...], "token_logprobs": [-0.1, ...], "top_logprobs": [{"Hi": -0.1, ...}, ...],
+         "text_offset": [0, ...]}
 """
 
 from collections.abc import Sequence
@@ -71,8 +71,8 @@ def _finite(logprob: float | None) -> float | None:
 class TextScorer:
     """Writes the log-probabilities of one text as they come, and counts where in the text each token begins.
 
-    A decoder of its own tells how long the text is. A token in the middle of a character begins where the character
-    does, and a special token, which does not show, where the next text does.
+    A decoder of its own measures the text. A token in the middle of a character begins where the character does. A
+    special token adds no text, so it begins where the next text does.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -87,14 +87,16 @@ class TextScorer:
             names = self._names([score.token, *score.top])
             top = None
             if score.logprob is not None:
-                # As OpenAI has it, the token itself is always among the likeliest, if need be as one more.
+                # As in OpenAI's API, the token itself always has an entry, even if it is not among the likeliest.
                 entries = {**score.top, score.token: score.logprob} if score.top else {}
                 top = {names[token]: max(logprob, LEAST) for token, logprob in entries.items()}
             logprobs["tokens"].append(names[score.token])
             logprobs["token_logprobs"].append(_finite(score.logprob))
             logprobs["top_logprobs"].append(top)
             logprobs["text_offset"].append(self.n_characters)
-            self.n_characters += sum(len(event) for event in self.decoder.feed(score.token) if isinstance(event, str))
+            for event in self.decoder.feed(score.token):
+                if isinstance(event, str):
+                    self.n_characters += len(event)
         return logprobs
 
     def _names(self, tokens: Sequence[int]) -> dict[int, str]:

@@ -1,4 +1,4 @@
-"""The messages of a chat, as clients send them, and the conversation that they make.
+"""The messages of a chat as clients send them, and how they become a conversation that a model can answer.
 
 The rules of conversation.py are those of training data. Clients keep histories of their own, so a server mends what it
 can and refuses only what cannot be answered:
@@ -18,7 +18,7 @@ from typing_extensions import TypedDict  # pydantic does not take typing's own b
 
 from nanochat.conversation import Message as Turn
 
-EMPTY: tuple[Any, ...] = (None, "", [], {})  # what a field holds that says nothing
+EMPTY: tuple[Any, ...] = (None, "", [], {})  # values with which a field says nothing
 
 
 class Strict(BaseModel):
@@ -102,13 +102,13 @@ class Message(Strict):
         role = "system" if self.role == "developer" else self.role
         if not isinstance(self.content, list):
             return {"role": role, "content": self.content or self.refusal or ""}
-        # A program may print nothing, so an empty output says something.
+        # An empty output is kept: it says that the program printed nothing.
         parts = [part.as_part() for part in self.content if part.text or part.type == "python_output"]
         return {"role": role, "content": parts or self.refusal or ""}
 
 
 def mend(turns: Sequence[Turn]) -> list[Turn]:
-    """Return the conversation that some messages make: at most one system message, then user and assistant in turns.
+    """Return the messages as a conversation: at most one system message, then user and assistant in turns.
 
     Raises ValueError if there is nothing to answer.
     """

@@ -85,17 +85,17 @@ class Metrics:
             yield self._gpu_memory(gpus)
 
     def _gpus(self) -> list[torch.device]:
-        """Return the GPUs on which models lie."""
+        """Return the GPUs that hold models."""
         devices = set()
         for engines in list(self._engines.values()):
             for engine in engines:
                 devices.add(engine.model.device)
-                # A model may lie on several; so do its layers' keys and values, once it has read anything.
+                # A model may be split over several GPUs. A layer's keys and values are on its GPU, once it ran.
                 devices |= {layer.memory[0].device for layer in engine.cache.layers if layer.memory}
         return sorted((device for device in devices if device.type == "cuda"), key=str)
 
     def _gpu_memory(self, gpus: Sequence[torch.device]) -> Metric:
-        """Return what lies on the GPUs, and their size. What is reserved beyond the tensors is PyTorch's own cache."""
+        """Return the memory in use on each GPU and its size, in bytes. PyTorch reserves more than its tensors take."""
         family = GaugeMetricFamily("nanochat_gpu_memory_bytes", "Memory of a GPU", labels=["device", "kind"])
         for device in gpus:
             family.add_metric([str(device), "tensors"], torch.cuda.memory_allocated(device))

@@ -13,7 +13,7 @@ from nanochat.serve.messages import ToolTrace
 
 
 class ChatAnswer(TypedDict):
-    """The assistant's message. `reasoning_content` is what a model says to itself before it answers."""
+    """The assistant's message. `reasoning_content` is the model's reasoning before its answer."""
 
     role: Literal["assistant"]
     content: str
@@ -56,7 +56,7 @@ class Usage(TypedDict):
 
 
 class SessionInfo(TypedDict):
-    """The state of a session after its last answer. `dropped_turns` no longer fitted the context."""
+    """The state of a session after its last answer. `dropped_turns`: turns that no longer fit in the context."""
 
     id: str
     model: str

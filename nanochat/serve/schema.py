@@ -1,7 +1,7 @@
 """What the API accepts: the bodies of its requests, and the shape of its refusals.
 
-Requests are pydantic models. Each parameter is honoured or refused by its name, never ignored. A parameter that is not
-known here is honoured, too, where its value asks for nothing: null and empty values, and those of `NOTHING`.
+Requests are pydantic models. Each parameter is honoured or refused by its name, never ignored. A parameter that this
+server does not have is accepted if its value asks for nothing: null and empty values, and those of `NOTHING`.
 
     >>> read_body(b'{"messages": [{"role": "user", "content": "Hi"}], "stop": ""}', ChatRequest)
     ApiError: 'stop' is not right: stop.str: String should have at least 1 character; or ...
@@ -263,12 +263,13 @@ class Parameters(Strict):
         settings = self.model_dump(include=names - {"max_tokens"}, exclude_none=True)  # max_tokens: see app.py
         settings.setdefault("temperature", default_temperature)
         if self.top_p == 0:
-            # No share of the probability leaves the likeliest token alone.
+            # A share of 0 holds the likeliest token alone.
             settings["temperature"] = 0.0
         # Without a seed every answer gets one of its own, or all clients would draw the same.
         settings.setdefault("seed", random.getrandbits(32))
         settings["logit_bias"] = bias
-        settings["stop"] = [self.stop] if isinstance(self.stop, str) else self.stop or ()
+        stop = self.stop or ()
+        settings["stop"] = [stop] if isinstance(stop, str) else stop
         return settings
 
 
@@ -339,7 +340,7 @@ class CompletionRequest(Parameters):
 
     @property
     def scores_prompt(self) -> bool:
-        """Are the log-probabilities of the prompt asked for?"""
+        """True if the log-probabilities of the prompt are asked for."""
         return bool(self.echo) and self.logprobs is not None
 
     def prompts(self) -> list[Any]:
