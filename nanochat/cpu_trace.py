@@ -22,7 +22,8 @@ from typing import Any
 
 import torch
 
-from nanochat.kv_cache import CacheBatch, KVCache, LayerCache, Part
+from nanochat.cache_batch import CacheBatch, Part
+from nanochat.kv_cache import KVCache, LayerCache
 from nanochat.language_model import LanguageModel
 from nanochat.packed import Int8Product, OnednnProduct, PlainProduct
 

@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 import torch
 
-from nanochat.kv_cache import CacheBatch, KVCache, Part
+from nanochat.cache_batch import CacheBatch, Part
+from nanochat.kv_cache import KVCache
 from nanochat.language_model import LanguageModel
 
 

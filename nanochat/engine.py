@@ -18,10 +18,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from nanochat.cache_batch import CacheBatch, Part
 from nanochat.cpu_trace import Trace, traceable
 from nanochat.cuda_graph import CudaGraphs
 from nanochat.detokenizer import AnswerDecoder, Event
-from nanochat.kv_cache import BLOCK, CacheBatch, KVCache, Part
+from nanochat.kv_cache import BLOCK, KVCache
 from nanochat.language_model import LanguageModel
 from nanochat.packed import decode_threads, prepack
 from nanochat.sampling import BROKEN, sample, score, score_prompt

@@ -7,7 +7,7 @@ flat list of tokens (N, C) taken from many requests. All that differs between th
     context.previous_N       the token before each; None where it is the left neighbour in the row
     context.layer(i)         attend(q, k, v, window) of layer i: how queries meet keys and values
 
-`WholeRows` is the context of rows that are read from their first token on; `kv_cache.CacheBatch` is the engine's.
+`WholeRows` is the context of rows that are read from their first token on; `cache_batch.CacheBatch` is the engine's.
 
     model(idx_BT) -> logits_BTV, model(idx_BT, targets_BT) -> loss      training, evaluation
     model(idx_N, context=context, wanted_R=places) -> logits_RV         the engine

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_model import random_model
 
-from nanochat.kv_cache import BLOCK, ROUND, CacheBatch, KVCache, Part, PrefixCache
+from nanochat.cache_batch import CacheBatch, Part
+from nanochat.kv_cache import BLOCK, ROUND, KVCache, PrefixCache
 from nanochat.language_model import LayerNeed
 from nanochat.packed import prepack
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat.token_shards import plan_rows
+from nanochat.packing import plan_rows
 
 
 @settings(max_examples=150, deadline=None)
