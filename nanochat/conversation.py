@@ -96,7 +96,7 @@ def _content_problem(content: Any, is_assistant: bool, may_be_empty: bool) -> st
 
 
 def _weight_problem(weight: Any, is_assistant: bool) -> str | None:
-    """Return what is wrong with a message's weight, or None. Null counts as absent: so Parquet files write it."""
+    """Return what is wrong with a message's weight, or None. Null counts as absent, as Parquet files have it."""
     if weight is None or (type(weight) is int and weight == 0):
         return None
     if not is_assistant:
@@ -145,6 +145,7 @@ def render_for_completion(conversation: dict[str, Any], tokenizer: Tokenizer) ->
 
 
 def _encode_turns(messages: list[Message], tokenizer: Tokenizer) -> Rendered:
+    """Return the ids of valid messages, from <|bos|> to the end of the last turn, and their mask."""
     if messages[0]["role"] == "system":
         # The format has no system turn: its text is put before the first question.
         system, user, *rest = messages
@@ -182,9 +183,9 @@ def text_prompt(text: str, tokenizer: Any) -> list[int]:
 
 
 class ChatFormat:
-    """How a model is spoken to: messages -> prompt ids, and a decoder for the answer. This one is the project's own."""
+    """A model's chat format: messages -> prompt ids, and a decoder for the answer. This one is the project's own."""
 
-    # What a request may set beside its messages, such as reasoning_effort: nothing in our own format.
+    # Names of what a request may set beside its messages, such as reasoning_effort: none in our own format.
     argument_names: frozenset[str] = frozenset()
     can_chat = True  # False: the model only continues texts
 
@@ -235,9 +236,9 @@ class ChatFormat:
         the messages are malformed.
         """
         validate({"messages": messages}, allow_empty=True)
-        has_system = messages[0]["role"] == "system"
-        system = messages[:has_system]
-        turns = messages[has_system:]
+        n_system = 1 if messages[0]["role"] == "system" else 0
+        system = messages[:n_system]
+        turns = messages[n_system:]
         begun = turns[-1:] if turns[-1]["role"] == "assistant" else []
         question = turns[-1 - len(begun)]
 
@@ -252,7 +253,7 @@ class ChatFormat:
         return self._fit_question(system, plain_text(question), begun, budget)
 
     def _fit_question(self, system: list[Message], text: str, begun: list[Message], budget: int) -> list[Message]:
-        """Return a question that alone is too long, without as much of its beginning as must go.
+        """Return a conversation of the last question alone, whose beginning is cut off until it fits.
 
         begun: the beginning of its answer, if there is one.
         """
