@@ -116,6 +116,15 @@ def test_arguments_of_a_template(tokenizer):
     assert tokenizer.encode_special("<|im_end|>") not in documents.encode(TALK[:1])
 
 
+def test_arguments_nested_too_deep_are_refused(tokenizer):
+    form = TemplateFormat(chat_templates.SWITCHED_THINKING, tokenizer)
+    deep: list = []
+    for _ in range(2000):
+        deep = [deep]
+    with pytest.raises(ValueError, match="refuses"):
+        form.with_arguments({"enable_thinking": deep}).encode(TALK)
+
+
 def test_where_a_template_is_found(folder, tokenizer):
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text())

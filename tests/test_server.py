@@ -198,6 +198,7 @@ def test_other_refusals_have_the_same_shape(server):
         (400, (CHAT, json.dumps(body).encode("utf-16"))),
         (400, (CHAT, b'{"seed": ' + b"9" * 10_000 + b"}")),
         (415, (CHAT, b"a=b", {"Content-Type": "text/plain"})),
+        (415, (CHAT, b"\x1f\x8b", {"Content-Encoding": "gzip"})),
         (413, (CHAT, {"messages": [{"role": "user", "content": "x" * (2 << 20)}]})),
     ]:
         answer = server.ask("POST", path, data, *headers)

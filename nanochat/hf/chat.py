@@ -112,8 +112,9 @@ class TemplateFormat(ChatFormat):
         """Return the text of the template, with what looks like a special token in the messages broken."""
         # transformers gives None for what the caller leaves out, and some templates test for None.
         variables = {"tools": None, "documents": None, "add_generation_prompt": add_generation_prompt, **self._tokens}
-        variables |= self._break_special({**self.arguments, "messages": messages})
         try:
+            # Inside, because arguments may be nested deeper than Python can follow.
+            variables |= self._break_special({**self.arguments, "messages": messages})
             return self._template.render(variables)
         except Exception as error:  # a template can fail in any way that Python code can
             reason = str(error) or type(error).__name__

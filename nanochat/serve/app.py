@@ -309,10 +309,13 @@ def refuse_mistakes(param: str) -> Iterator[None]:
 
 
 def json_body() -> bytes:
-    """Return the body of the request. Raises ApiError 415 if it is not declared to be JSON."""
+    """Return the body of the request. Raises ApiError 415 if it is not declared to be JSON, or compressed."""
     # A web page of another origin can post text without asking first, but JSON only after a preflight.
     if not flask.request.is_json:
         raise ApiError(415, "send JSON, with 'Content-Type: application/json'")
+    encoding = flask.request.headers.get("Content-Encoding") or "identity"
+    if encoding.lower() != "identity":
+        raise ApiError(415, f"send the body as it is, without 'Content-Encoding: {encoding}'")
     return flask.request.get_data(cache=False)
 
 
