@@ -191,7 +191,7 @@ def _open_text(path: Path) -> Iterator[io.TextIOWrapper]:
     """Open a text file, compressed or not. It is UTF-8 unless it begins with the mark of UTF-16 or UTF-32."""
     import pyarrow as pa
 
-    # By itself, Arrow knows compressed files only by endings in small letters, and reads others as they are.
+    # Given, because Arrow itself recognizes compressed files by lower-case endings only.
     compression = COMPRESSED.get(path.suffix.lower())
     with damage_named(path), pa.input_stream(path, compression=compression) as stream:
         buffered = io.BufferedReader(stream)

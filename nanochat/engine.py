@@ -364,8 +364,7 @@ class Engine:
     def _accept(self, request: Request, token: int) -> list[int]:
         """Append a sampled token and what a tool answers to it; return what was appended."""
         if token == BROKEN:
-            # Only this request ends: the logits of the others do not depend on it. Blocks of it in the prefix cache may
-            # hold NaN, so the prefix cache is emptied.
+            # Only this request ends. Blocks that it saved may hold NaN, so the prefix cache is emptied.
             request.finish_reason = "error"
             self.forget()
             return []

@@ -12,8 +12,7 @@ by the group's standard deviation and by each answer's length bias it (Dr. GRPO,
 tokens of a batch is DAPO's (arXiv 2503.14476). A batch is used for one update, by the very model that sampled it, so
 there is no ratio to clip. There is no reference model to stay near, and so no KL term.
 
-`reinforce` is the whole story, from top to bottom: save, evaluate, sample, learn, step after step. A step's problems
-and answers follow from (seed, step), so an interrupted run continues bit for bit.
+`reinforce` is the loop. A step's problems and answers follow from (seed, step), so a resumed run is equal bit for bit.
 """
 
 import contextlib
@@ -137,9 +136,9 @@ def reinforce(config: RLConfig, train: Sequence[Any], test: Sequence[Any], held_
             # Step 0 is evaluated too: what RL gains is the difference to the SFT model.
             if (last or step == 0 or trainer.is_due(step, config.eval_every)) and run.evaluated_step != step:
                 with abandoned_on_signal(run):
-                    scores: dict[str, Any] = {**trainer.validation_scores(run, val_loader)}
-                    scores["tasks"] = evaluate(run, config, test)
-                run.record_evaluation(scores)
+                    scores = trainer.validation_scores(run, val_loader)
+                    tasks = evaluate(run, config, test)
+                run.record_evaluation({**scores, "tasks": tasks})
             run.prune()
             if last:
                 break
@@ -197,20 +196,19 @@ def problems_of_step(problems: list[Problem], config: RLConfig, step: int) -> di
 def sample_groups(run: Run, config: RLConfig, problems: dict[str, Problem], n: int) -> list[Group]:
     """Sample `n` answers to each of this rank's share of the problems, and judge them.
 
-    An answer follows from the model, the problem, its name and the answer's number, and so not from the batch or the
-    rank that it is sampled in.
+    An answer depends on the model, the problem, its name and the answer's number, not on its batch or its rank.
     """
     mine = list(problems.items())[run.compute.rank :: run.compute.world_size]
     asked = []
+    all_requests = []
     for name, (task, index) in mine:
         conversation = task[index]
-        asked.append((task, conversation, make_requests(run, config, conversation, name, n)))
+        requests = make_requests(run, config, conversation, name, n)
+        asked.append((task, conversation, requests))
+        all_requests += requests
 
     # A new engine, because the weights have changed: the prefix cache of an old one would be stale.
     engine = Engine(run.model, run.tokenizer, max_batch=config.rollout_batch_size)
-    all_requests: list[Request] = []
-    for _, _, requests in asked:
-        all_requests += requests
     # Eager, because sampling meets ever new shapes, and each would be compiled anew.
     with torch.compiler.set_stance("force_eager"):
         engine.run(all_requests)
@@ -249,7 +247,7 @@ def count(groups: Sequence[Group], compute: Compute) -> dict[str, float]:
     """Count the answers of a step, their rewards and their tokens, over all ranks."""
     own = dict.fromkeys(("unusable", "useful", "answers", "reward", "tokens", "trained_tokens", "cut_off"), 0.0)
     for group in groups:
-        useful = any(group.advantages)  # their rewards differ, so there is something to learn
+        useful = any(group.advantages)  # the rewards differ, so there is something to learn
         own["useful"] += useful
         own["unusable"] += not group.requests
         own["answers"] += len(group.requests)
@@ -392,9 +390,8 @@ def count_right(run: Run, config: RLConfig, task: Any, places: Sequence[int]) ->
     compute = run.compute
     problems = {f"test {task.name} {i}": (task, i) for i in places}
     groups = sample_groups(run, config, problems, PASS_AT[-1])
-    own_right = [sum(group.rewards) for group in groups]
     right_N = torch.zeros(len(places), device=compute.device)
-    right_N[compute.rank :: compute.world_size] = torch.tensor(own_right)
+    right_N[compute.rank :: compute.world_size] = torch.tensor([sum(group.rewards) for group in groups])
     return compute.all_reduce_sum(right_N).int().tolist()
 
 

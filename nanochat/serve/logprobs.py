@@ -13,7 +13,7 @@ from nanochat.detokenizer import AnswerDecoder
 from nanochat.scheduler import TokenScore
 from nanochat.tokenizer import Tokenizer
 
-# What a model rules out has the log-probability -inf, which JSON has no word for. OpenAI and vLLM write this.
+# What a model rules out has the log-probability -inf, which JSON cannot write. OpenAI and vLLM write this.
 LEAST = -9999.0
 
 
