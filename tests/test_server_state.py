@@ -349,12 +349,19 @@ EVIL += [
         ("0.0.0.0", (), [*LOCAL, "nanochat:8000", OWN, f"{OWN}.local"], EVIL),
         ("chat.example.org", (), [*LOCAL, "chat.example.org"], EVIL),
         ("127.0.0.1", ("*",), [*LOCAL, *EVIL], []),
+        ("127.0.0.1", ("box.lan:8000",), ["box.lan", "box.lan:80"], EVIL),
     ],
 )
 def test_names_of_a_server(listen, allowed, served, refused):
     hosts = Hosts(listen, allowed)
     assert [name for name in served if not hosts.serve(name)] == []
     assert [name for name in refused if hosts.serve(name)] == []
+
+
+@pytest.mark.parametrize("given", ["http://box.lan", "*.lan", "a.lan,b.lan", "box.lan/", ""])
+def test_what_is_not_a_name_is_refused_at_the_start(given):
+    with pytest.raises(ValueError, match="--allowed-host"):
+        Hosts("127.0.0.1", [given])
 
 
 def test_a_stream_without_news_gives_a_sign_of_life():

@@ -62,7 +62,10 @@ def create_app(
 
 
 def create_app_for(models: Models) -> flask.Flask:
-    """Return the application over several models, which may still be loading. Raises ValueError for bad API keys."""
+    """Return the application over several models, which may still be loading.
+
+    Raises ValueError for bad API keys or host names.
+    """
     origins = (models.config.cors_origin or "").split(",")
     app = flask.Flask(__name__, static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = models.config.max_body

@@ -22,10 +22,13 @@ HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^\s:/\\@?#\[\]]+))(?::[0-9]*)?")
 
 
 class Hosts:
-    """The names to which a server answers that listens on the address `listen`. allowed: further ones; * = any."""
+    """The names to which a server answers that listens on the address `listen`. allowed: further ones; * = any.
+
+    Raises ValueError for what is not a name and would let nobody in.
+    """
 
     def __init__(self, listen: str, allowed: Sequence[str] = ()) -> None:
-        given = {name.strip().lower().rstrip(".") for name in allowed}
+        given = {_given_name(each) for each in allowed}
         self.any = "*" in given
         self.names = {"localhost", listen.lower(), *given}
         loopback = listen == "localhost" or (_is_address(listen) and ipaddress.ip_address(listen).is_loopback)
@@ -44,6 +47,14 @@ class Hosts:
         name = (match[1] or match[2]).rstrip(".")
         has_no_dot = self.in_network and "." not in name
         return name in self.names or _is_address(name) or has_no_dot
+
+
+def _given_name(given: str) -> str:
+    match = HOST.fullmatch(given.strip().lower())
+    name = match and (match[1] or match[2]).rstrip(".")  # any port will do
+    if not name or "," in name or ("*" in name and name != "*"):
+        raise ValueError(f"--allowed-host {given}: give one name, such as box.lan, or * for any; repeat it for more")
+    return name
 
 
 def _is_address(name: str) -> bool:
