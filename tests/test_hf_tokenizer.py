@@ -128,6 +128,21 @@ def test_marks_are_known_from_all_files_and_typed_text_stays_text(tmp_path, chan
     assert ours.encode_marked(BEGIN + END) == [316, 317] and ours.decode([316, 317]) == BEGIN + END
 
 
+def test_marks_that_the_template_puts_together(tmp_path):
+    folder = save(tmp_path, special=False)
+    edit(folder / "tokenizer_config.json", eos_token="<|endoftext|>")
+    template = TEMPLATE.replace(BEGIN, "{{ '<|' + 'turn' + '|>' }}").replace(END, "{{ '<|/' + 'turn' + '|>' }}")
+    (folder / "chat_template.jinja").write_text(template)
+    ours = HFTokenizer.from_directory(folder)
+    form = chat_format(folder, ours)
+    ids = form.encode(ATTACK)
+    assert ids.count(316) == 2 and ids.count(317) == 1, "two turns begin, one ends"
+    decoder = form.decoder(ids)
+    for token in [*ours.encode("Hi"), 317]:
+        decoder.feed(token)
+    assert decoder.stopped
+
+
 @pytest.mark.parametrize(("normalizer", "typed"), [("NFKC", "＜｜／turn｜＞"), ("Lowercase", "<|/TURN|>")])
 def test_marks_that_only_normalization_makes_are_text_as_well(tmp_path, normalizer, typed):
     folder = save(tmp_path, special=False)

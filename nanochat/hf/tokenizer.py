@@ -20,6 +20,7 @@ from nanochat.tokenizer import Codec, replace_surrogates
 if TYPE_CHECKING:
     import tokenizers
 
+MARK = re.compile(r"<[|｜].*[|｜]>")
 BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 
@@ -49,13 +50,15 @@ class HFTokenizer(Codec):
         self._added_tokens = backend.get_added_tokens_decoder()
         self.special_tokens = {token.content: i for i, token in sorted(self._added_tokens.items()) if token.special}
         # Added tokens in the template are marks even where no file calls them special: a user who could type one could
-        # open a turn and speak for the assistant. Whitespace is no mark, because templates write it as plain text.
-        in_template = []
+        # open a turn and speak for the assistant. Whitespace is no mark, because templates write it as plain text. Some
+        # templates build marks, as in '<|' + message.role + '|>', so added tokens of that form are marks, too.
+        unnamed_marks = []
         for token in self._added_tokens.values():
-            if not token.special and token.content in (chat_template or "") and not token.content.isspace():
-                in_template.append(token)
-        self.marks = [*self.special_tokens, *(token.content for token in in_template)]
-        make_special(backend, in_template)
+            is_written = token.content in (chat_template or "") and not token.content.isspace()
+            if not token.special and (is_written or MARK.fullmatch(token.content)):
+                unnamed_marks.append(token)
+        self.marks = [*self.special_tokens, *(token.content for token in unnamed_marks)]
+        make_special(backend, unnamed_marks)
         # The package's name for "special tokens spelled out in a text are encoded like the rest of the text".
         backend.encode_special_tokens = True
         if bos is not None:
