@@ -96,12 +96,16 @@ def _content_problem(content: Any, is_assistant: bool, may_be_empty: bool) -> st
 
 
 def _weight_problem(weight: Any, is_assistant: bool) -> str | None:
-    """Return what is wrong with a message's weight, or None. Null counts as absent, as Parquet files have it."""
-    if weight is None or (type(weight) is int and weight == 0):
+    """Return what is wrong with a message's weight, or None.
+
+    Null counts as absent, as Parquet files have it. pandas turns a column of numbers and nulls to floats: 0.0 is 0.
+    """
+    is_number = type(weight) in (int, float)
+    if weight is None or (is_number and weight == 0):
         return None
     if not is_assistant:
         return f"weight must be 0 or absent, not {weight!r:.80}: only the assistant's turns are learned"
-    if type(weight) is int and weight == 1:
+    if is_number and weight == 1:
         return None
     return f"weight must be 0 or 1, not {weight!r:.80}"
 

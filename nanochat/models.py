@@ -17,6 +17,7 @@ is an entry point like a script: nothing in nanochat/ imports it.
 
 from collections import deque
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from nanochat.hf import store
 
 
 def load(
-    name: str,
+    name: str | Path,
     *,
     step: int | None = None,
     device_type: str | None = None,
@@ -42,7 +43,7 @@ def load(
     Raises ValueError, which lists the models of this machine, for an unknown name.
     """
     device = Compute.create(device_type).device
-    (model,) = store.find_all([name], device, step, devices)
+    (model,) = store.find_all([str(name)], device, step, devices)
     engine, form = model.load(device, max_batch=1, int8=int8)
     torch.set_num_threads(engine.threads)
     return TextModel(model.name, engine, form)

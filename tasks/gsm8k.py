@@ -106,7 +106,7 @@ def _first_number(text: str) -> Fraction | None:
 def _plain(text: str) -> str:
     """Return a text with its numbers as Python would write them: 8{,}000 and 8 000 are 8000, \\frac{1}{2} is 1/2."""
     text = re.sub("[\N{MINUS SIGN}\N{EN DASH}]", "-", text)
-    text = re.sub(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}", r" \1/\2", text)
+    text = re.sub(r"\\[dt]?frac(?:(\d)(\d)|\{(\d+)\}\{(\d+)\})", r" \1\3/\2\4", text)  # \frac12 is 1/2, too
     text = FRACTION_SIGN.sub(lambda sign: " " + unicodedata.normalize("NFKC", sign[0]).replace("\u2044", "/"), text)
     text = re.sub(r"\\[,:;! ]|[\\{}$€£¥₹]", "", text)
     text = re.sub(r"(?<=\d)[,_'\u00a0\u2009\u202f](?=\d)", "", text)

@@ -84,6 +84,13 @@ def test_turns_of_weight_0_are_context_alone(tokenizer):
     assert list(render_all([only, CHAT], tokenizer, max_tokens=99)) == [render(CHAT, tokenizer)], "nothing to learn"
 
 
+@pytest.mark.parametrize("weight", [0, 1])
+def test_whole_numbers_may_be_written_as_floats(tokenizer, weight):
+    whole = [user("two"), {**assistant("five"), "weight": weight}]
+    as_float = [user("two"), {**assistant("five"), "weight": float(weight)}]
+    assert render({"messages": as_float}, tokenizer, 99) == render({"messages": whole}, tokenizer, 99)
+
+
 @pytest.mark.parametrize("weight", [2, -1, 0.5, "0", "1", True, False, [], {}])
 def test_other_weights_are_refused_by_name(weight):
     for place, messages in (

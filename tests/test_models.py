@@ -77,6 +77,16 @@ def test_streams_are_read_in_turns_and_left(model):
     assert not model.engine.busy and model.chat("Hello") == text_of("Hello")
 
 
+@pytest.mark.parametrize("name", ["sft/", "sft/tiny/"])
+def test_a_name_may_end_as_that_of_a_folder(model, name):
+    assert models.load(name.replace("tiny", model.name.partition("/")[2])).name == model.name
+
+
+def test_a_folder_may_be_a_path(tmp_path):
+    with pytest.raises(ValueError, match="no model"):
+        models.load(tmp_path / "nothing")
+
+
 def test_mistakes_are_told_at_once(model, base_dir, tmp_path):
     with pytest.raises(ValueError, match="sft/tiny"):
         models.load("nobody/nothing")

@@ -271,6 +271,7 @@ def test_humaneval_judges_by_running(right):
         ("#### ⅔", Fraction(2, 3)),
         (r"#### $2\frac{1}{2}$", Fraction(5, 2)),
         (r"#### \boxed{\dfrac{3}{4}}", Fraction(3, 4)),
+        (r"#### 2\frac34", Fraction(11, 4)),
         (r"#### \boxed{-1{,}234}.", -1234),
         ("#### **18**", 18),
         ("#### 1e3", 1000),

@@ -238,6 +238,7 @@ def find(name: str, step: int | None = None) -> NamedModel:
     Raises ValueError, which says what there is instead, if there is no such model or step.
     """
     stage, _, tag = name.partition("/")
+    tag = tag.rstrip("/")  # as names of folders end that a shell has completed
     if stage in STAGES:
         tag = tag or checkpoint.find_tag(stage)
         folder = checkpoint.checkpoint_dir(stage, tag)
