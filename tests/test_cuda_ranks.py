@@ -1,4 +1,4 @@
-"""Eight ranks on paper: what each would send, in pretraining, fine-tuning and RL.
+"""Ranks of eight on paper: what each would send, in pretraining, fine-tuning and RL.
 
 Collectives have no addresses. nccl pairs the first of one rank with the first of the others, and so on, and where two
 do not fit together it waits forever or mixes up memory. So their order, shapes and dtypes must be equal on all ranks,
@@ -20,6 +20,8 @@ from nanochat.engine import Engine
 from scripts import base_train
 
 WORLD_SIZE = 8
+# Each takes seconds: those with a row to evaluate, the first without one, and the last. The others are like these.
+RANKS = (0, 1, 2, 3, 7)
 T = 256
 # Rows of the validation set: one for each of the first three ranks, and none for the others.
 EVAL_FLAGS = {"eval_tokens": 3 * T}
@@ -108,12 +110,12 @@ STAGES = {"pretrain": pretrain, "fine_tune": fine_tune, "reinforce": reinforce}
 @on_null_cuda
 def test_all_ranks_send_the_same(stage, tmp_path, monkeypatch):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
-    sent = []
-    for rank in range(WORLD_SIZE):
+    sent = {}
+    for rank in RANKS:
         with FakeGpu() as gpu, gpu.watch, paper_run.one_of_ranks(rank, WORLD_SIZE), on_paper(gpu.device):
             STAGES[stage]()
-            sent.append(gpu.watch.sent)
-    for rank in range(WORLD_SIZE):
+            sent[rank] = gpu.watch.sent
+    for rank in RANKS:
         assert sent[rank] == sent[0], rank
     names = {name for name, *_ in sent[0]}
     assert {"c10d._reduce_scatter_base_.default", "c10d._allgather_base_.default"} <= names
