@@ -240,6 +240,8 @@ def damage_named(path: Path) -> Iterator[None]:
 
     try:
         yield
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{str(path)!a}: pyarrow opens only files whose names are UTF-8: rename it") from error
     except (pa.ArrowException, OSError) as error:
         message = f"{path} is damaged ({error}): delete or replace it, then prepare the dataset again"
         raise ValueError(message) from error

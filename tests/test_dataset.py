@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import sys
 from collections import Counter
 from pathlib import Path
@@ -418,6 +419,13 @@ def test_links_are_followed_once(folder, tmp_path, capsys):
 def test_a_broken_file(folder, name, data):
     (folder / name).write_bytes(data)
     with pytest.raises(ValueError, match=rf"{name} is damaged.*delete or replace"):
+        prepare(str(folder))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_a_file_whose_name_is_not_utf8_is_named(folder):
+    Path(folder, os.fsdecode(b"\xff.txt")).write_text("text", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"udcff\.txt.*rename"):
         prepare(str(folder))
 
 

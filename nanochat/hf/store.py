@@ -143,9 +143,12 @@ def find_folder(name: str) -> tuple[str, Path]:
     folder = snapshot(repo, revision)  # a commit has no ref, and is not in the list
     if is_complete(folder):
         return full_name, folder
-    there = f"there are {', '.join(matches)}" if matches else f"here are {', '.join(here) or 'none'}"
-    there += f", and of your own {', '.join(own_checkpoints()) or 'none'}"
-    raise ValueError(f"no model {name!r} here: {there}; python -m scripts.models download ORG/NAME fetches one")
+    if matches:
+        raise ValueError(f"{name!r} may be any of {', '.join(matches)}: say which")
+    there = ", ".join([*own_checkpoints(), *here]) or "none"
+    raise ValueError(
+        f"no model {name!r} here: there are {there}; python -m scripts.models download ORG/NAME fetches one"
+    )
 
 
 def info(folder: Path) -> dict[str, Any]:
