@@ -265,7 +265,8 @@ class AdamW:
         """Update every parameter and forget its gradient."""
         self.steps += 1
         b1, b2 = self.betas
-        c1, c2 = 1 - b1**self.steps, 1 - b2**self.steps  # both averages begin at 0
+        c1 = 1 - b1**self.steps  # both averages begin at 0, and are too small by these factors
+        c2 = 1 - b2**self.steps
         for i, p in enumerate(self.parameters):
             self.means[i] = b1 * self.means[i] + (1 - b1) * p.grad
             self.squares[i] = b2 * self.squares[i] + (1 - b2) * p.grad**2

@@ -80,7 +80,9 @@ def compile_generated(name: str, source: str) -> Kernel:
 
 def compile_fused_mlp(backward: bool) -> Any:
     """Compile our own kernel as fused_mlp.py launches it, and return what Triton returns."""
-    M, N, K = fused_mlp.BLOCK_M, fused_mlp.BLOCK_N, fused_mlp.BLOCK_K
+    M = fused_mlp.BLOCK_M
+    N = fused_mlp.BLOCK_N
+    K = fused_mlp.BLOCK_K
     types = {
         "a": f"tensordesc<bf16[{M},{K}]>",
         "b": f"tensordesc<bf16[{K},{N}]>" if backward else f"tensordesc<bf16[{N},{K}]>",

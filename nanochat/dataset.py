@@ -253,10 +253,12 @@ def _walk(source: Path) -> Iterator[Path]:
     seen: set[str] = set()
     for folder, folders, names in os.walk(source, followlinks=True):
         seen.add(os.path.realpath(folder))
-        inner = sorted(name for name in folders if not name.startswith("."))
+        visible = [name for name in sorted(folders) if not name.startswith(".")]
         # Changed in place, because os.walk goes on into the folders that this list then holds.
-        folders[:] = [name for name in inner if os.path.realpath(Path(folder, name)) not in seen]
-        yield from (Path(folder, name) for name in names if not name.startswith("."))
+        folders[:] = [name for name in visible if os.path.realpath(Path(folder, name)) not in seen]
+        for name in names:
+            if not name.startswith("."):
+                yield Path(folder, name)
 
 
 def _role(place: Path) -> str:

@@ -23,7 +23,10 @@ from collections.abc import Callable, Iterable
 from fractions import Fraction
 from typing import Any, NoReturn, TextIO
 
-PASSED, FAILED, REFUSED = 10, 11, 12  # exit statuses that Python never gives by itself
+# Exit statuses that Python never gives by itself.
+PASSED = 10
+FAILED = 11
+REFUSED = 12
 
 # --- sealing: what a process gives up ---------------------------------------------------------------------------------
 
@@ -92,14 +95,19 @@ def restrict_files() -> None:
 
     https://docs.kernel.org/userspace-api/landlock.html
     """
-    create_ruleset, add_rule, restrict_self = 444, 445, 446  # system calls, the same numbers on both machines
+    # System calls, with the same numbers on both machines.
+    create_ruleset = 444
+    add_rule = 445
+    restrict_self = 446
     version = kernel("syscall", create_ruleset, None, 0, 1)  # 1: LANDLOCK_CREATE_RULESET_VERSION
     # A ruleset names the rights that it handles, one bit each; what is handled and not allowed below is forbidden. Each
     # version knew more rights to files: 13, then moving (REFER), TRUNCATE, and IOCTL_DEV since the fifth. All of them.
     rights = {1: 13, 2: 14, 3: 15, 4: 15}.get(version, 16)
     attributes = struct.pack("=Q", (1 << rights) - 1)  # struct landlock_ruleset_attr: handled_access_fs
     ruleset = kernel("syscall", create_ruleset, attributes, len(attributes), 0)
-    read_file, read_dir, path_beneath = 1 << 2, 1 << 3, 1  # LANDLOCK_ACCESS_FS_* and LANDLOCK_RULE_PATH_BENEATH
+    read_file = 1 << 2  # LANDLOCK_ACCESS_FS_READ_FILE
+    read_dir = 1 << 3  # LANDLOCK_ACCESS_FS_READ_DIR
+    path_beneath = 1  # LANDLOCK_RULE_PATH_BENEATH
     standard_library = os.path.dirname(os.path.dirname(os.__file__))
     for path in ("/lib", "/lib64", "/usr/lib", "/usr/lib64", f"{sys.base_exec_prefix}/lib", standard_library):
         if os.path.isdir(path):
